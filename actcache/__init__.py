@@ -1,0 +1,33 @@
+"""actcache: an activation cache for comparing checkpoints.
+
+store = actcache.open_store(path)                     # needs no model and no prompts file
+rows, offsets = store.states("pt", boundary=18)
+late = actcache.LateStack.load(model_folder, boundary=18)
+final_hidden = late.run(rows, offsets)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actcache.errors import ActcacheError as ActcacheError
+    from actcache.replay import LateStack as LateStack
+    from actcache.store import Store as Store
+    from actcache.store import open_store as open_store
+
+# Resolved on first use: importing the package costs nothing, and reading a store never imports transformers.
+_HOME = {
+    "ActcacheError": "actcache.errors",
+    "LateStack": "actcache.replay",
+    "Store": "actcache.store",
+    "open_store": "actcache.store",
+}
+__all__ = ["ActcacheError", "LateStack", "Store", "open_store"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'actcache' has no attribute {name!r}")

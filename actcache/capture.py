@@ -1,0 +1,426 @@
+"""Capture: one forward a checkpoint over packs of sequences decides the events and gathers the rows they need.
+
+The search proposes where the pair diverges; the forward whose states are stored sees every position and decides. Its
+own argmaxes name the two tokens, so an event cannot contradict its own diagonal. Where it disagrees with the proposal,
+the event moves to where it does diverge, or the search goes on from what it chose, or the prompt is excluded with the
+reason recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actcache import prompts as prompts_module
+from actcache.blocks import check_boundary
+from actcache.divergence import Outcome, SearchLimits, propose
+from actcache.errors import InputError
+from actcache.gather import gather_rows
+from actcache.lineup import DTYPES, Lineup, as_fingerprint
+from actcache.packing import offsets_of, plan_packs
+from actcache.prompts import Prompt
+from actcache.store import SegmentData, StoreWriter
+from actcache.trunk import Trunk
+
+PAIR = ("pt", "it")
+KIND = "first_divergence"
+MAX_ROUNDS = 4  # a search that the capture forward contradicts this often in a row hangs on rounding alone
+CONTEXT_TOKENS = 48  # of text kept with an event, for people to read
+
+
+@dataclass(frozen=True)
+class CaptureSettings:
+    """What a capture computes. Everything here is part of the store's fingerprint.
+
+    Attributes:
+        boundaries: b of every state to keep, each in 1..L-1.
+        dtype: ``float32`` or ``bfloat16``, of weights and states.
+        device: ``cpu`` or ``cuda``.
+        max_new: compare at most this many choices a prompt.
+        row_selection: ``prefix`` keeps every position's rows (the grid needs them), ``divergence`` the event's alone.
+        strict: one sequence a forward, with the model's own attention.
+        max_tokens: tokens of one pack.
+        shard_prompts: prompts of one segment, the unit that a killed run loses at most.
+    """
+
+    boundaries: tuple[int, ...]
+    dtype: str = "float32"
+    device: str = "cpu"
+    max_new: int = 128
+    row_selection: str = "prefix"
+    strict: bool = False
+    max_tokens: int = 4096
+    shard_prompts: int = 64
+
+
+def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
+    """``18``, a fraction of the depth such as ``0.6``, a list ``5,10,20`` of either, or ``all``.
+
+    Raises:
+        InputError: not of that form, or outside 1..L-1.
+    """
+    if text.strip() == "all":
+        return tuple(range(1, n_blocks))
+    boundaries = set()
+    for part in text.split(","):
+        try:
+            boundary = round(float(part) * n_blocks) if "." in part else int(part)
+        except ValueError as error:
+            raise InputError(f"boundary {part!r} is not a block index, a fraction such as 0.6, or 'all'") from error
+        check_boundary(boundary, n_blocks)
+        boundaries.add(boundary)
+    return tuple(sorted(boundaries))
+
+
+def capture(
+    lineup: Lineup,
+    prompts: Sequence[Prompt],
+    store_path: str | Path,
+    settings: CaptureSettings,
+    *,
+    load: Callable[[str], Trunk] | None = None,
+    on_prompts: Callable[[int], None] = lambda n: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Find the events of every prompt and store what their replay needs; resumable by the same call.
+
+    Args:
+        lineup: the checkpoints; events are defined on ``pt`` and ``it``.
+        prompts: validated prompts.
+        store_path: folder of the store, new or left by an earlier run of the same capture.
+        settings: what to compute.
+        load: gives the trunk of a checkpoint by label; by default it is loaded from its folder.
+        on_prompts: called with the number of prompts finished (or found committed).
+        say: told, in one line, what a person should know (packing not possible, for example).
+
+    Raises:
+        InputError: see :meth:`Lineup.encode`, or a boundary out of range.
+        IncompatibleError: the store at ``store_path`` belongs to another run; names the field.
+        OSError: the disk refuses; nothing half-written stays.
+    """
+    for boundary in settings.boundaries:
+        check_boundary(boundary, lineup.n_blocks)
+    prompt_ids = lineup.encode(prompts)
+    writer = StoreWriter(store_path, fingerprint(lineup, prompts, settings))
+    shards = list(_shards(len(prompts), settings.shard_prompts))
+    on_prompts(sum(len(shard) for name, shard in shards if name in writer.committed))
+    left = [(name, shard) for name, shard in shards if name not in writer.committed]
+    if not left:
+        return
+    load = load or (lambda label: Trunk(lineup.checkpoints[label].load(DTYPES[settings.dtype], settings.device)))
+    job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, say)
+    for name, shard in left:
+        writer.append(name, job.shard([prompts[i] for i in shard], [prompt_ids[i] for i in shard]))
+        on_prompts(len(shard))
+
+
+def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> dict[str, Any]:
+    """Everything that the bytes of the store depend on; two equal fingerprints name the same work."""
+    return as_fingerprint(
+        lineup,
+        pair=list(PAIR),
+        prompts=prompts_module.digest(prompts),
+        n_prompts=len(prompts),
+        dtype=settings.dtype,
+        boundaries=list(settings.boundaries),
+        row_selection=settings.row_selection,
+        width=lineup.width,
+        n_blocks=lineup.n_blocks,
+        max_new=settings.max_new,
+        strict=settings.strict,
+        max_tokens=settings.max_tokens,
+        shard_prompts=settings.shard_prompts,
+        device=settings.device,
+        processor=platform.machine(),
+        versions={name: version(name) for name in ("actcache", "torch", "transformers")},
+    )
+
+
+def _shards(n_prompts: int, shard_prompts: int) -> Iterable[tuple[str, range]]:
+    for index, start in enumerate(range(0, n_prompts, shard_prompts)):
+        yield f"shard-{index:06d}", range(start, min(start + shard_prompts, n_prompts))
+
+
+@dataclass
+class _Search:
+    """A prompt on its way to an event: its ids, and the tokens that both checkpoints chose so far."""
+
+    index: int
+    prompt: Prompt
+    ids: list[int]
+    shared: list[int]
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.ids + self.shared
+
+
+@dataclass
+class _Captured:
+    """One event with its rows; ``step`` choices were shared before it."""
+
+    search: _Search
+    step: int
+    tokens: dict[str, int]  # the pair's choices
+    gaps: dict[str, float]
+    margins: dict[str, float]
+    proposed_step: int
+    states: dict[tuple[str, int], torch.Tensor]
+    final: dict[str, torch.Tensor]
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.search.ids + self.search.shared[: self.step]
+
+    @property
+    def position(self) -> int:
+        return len(self.sequence) - 1
+
+
+class _Capture:
+    def __init__(
+        self, lineup: Lineup, trunks: dict[str, Trunk], settings: CaptureSettings, say: Callable[[str], None]
+    ) -> None:
+        self.trunks = trunks
+        self.settings = settings
+        self.tokenizer = lineup.tokenizer
+        self.vocab = frozenset(self.tokenizer.get_vocab().values())
+        self.limits = SearchLimits(settings.max_new, lineup.end_ids, lineup.max_positions)
+        self.pack_tokens = settings.max_tokens
+        if not settings.strict:
+            reasons = [reason for trunk in trunks.values() if (reason := _why_not_packable(trunk))]
+            if reasons:
+                say(f"one sequence a forward: {reasons[0]}")
+                self.pack_tokens = 0
+        else:
+            self.pack_tokens = 0
+
+    def shard(self, prompts: Sequence[Prompt], prompt_ids: Sequence[list[int]]) -> SegmentData:
+        """Everything that one segment holds."""
+        searches = [_Search(i, p, ids, []) for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))]
+        captured: list[_Captured] = []
+        excluded: dict[int, str] = {}
+        for _ in range(MAX_ROUNDS):
+            proposed = self._propose(searches, excluded)
+            searches = []
+            for pack in plan_packs([len(search.sequence) for search in proposed], self.pack_tokens):
+                for search, result in self._run_pack([proposed[i] for i in pack]):
+                    if isinstance(result, _Captured):
+                        captured.append(result)
+                    elif isinstance(result, str):
+                        excluded[search.index] = result
+                    else:
+                        searches.append(_Search(search.index, search.prompt, search.ids, result))
+            if not searches:
+                break
+        for search in searches:
+            excluded[search.index] = "undecided"
+        captured.sort(key=lambda event: event.search.index)
+        reasons = [(prompts[index], reason) for index, reason in sorted(excluded.items())]
+        return self._segment(captured, reasons)
+
+    def _propose(self, searches: list[_Search], excluded: dict[int, str]) -> list[_Search]:
+        proposals = propose(
+            [self.trunks[label] for label in PAIR],
+            [search.sequence for search in searches],
+            [len(search.shared) for search in searches],
+            self.limits,
+            max_tokens=self.settings.max_tokens,
+        )
+        diverged = []
+        for search, proposal in zip(searches, proposals, strict=True):
+            if proposal.outcome is Outcome.DIVERGED:
+                search.shared = search.shared + proposal.shared
+                diverged.append(search)
+            else:
+                excluded[search.index] = proposal.outcome.value
+        return diverged
+
+    @torch.no_grad()
+    def _run_pack(self, pack: list[_Search]) -> Iterable[tuple[_Search, _Captured | str | list[int]]]:
+        """One forward of every checkpoint over these sequences; for each an event, the reason why it is excluded, or
+        the tokens that both checkpoints chose instead, from which to search on."""
+        lengths = [len(search.sequence) for search in pack]
+        bounds = offsets_of(lengths).tolist()
+        ids = torch.tensor([token for search in pack for token in search.sequence])[None]
+        # Positions whose next token is compared: from the last prompt token to the end of each sequence.
+        compared = [
+            range(start + len(s.ids) - 1, stop) for s, start, stop in zip(pack, bounds, bounds[1:], strict=False)
+        ]
+        rows_kept = range(len(ids[0])) if self.settings.row_selection == "prefix" else [r for c in compared for r in c]
+        row_ids = torch.tensor(list(rows_kept), dtype=torch.int64)
+        compared_ids = torch.tensor([row for rows in compared for row in rows], dtype=torch.int64)
+        states: dict[tuple[str, int], torch.Tensor] = {}
+        final: dict[str, torch.Tensor] = {}
+        for label, trunk in self.trunks.items():
+            gathered, hidden = forward_and_gather(trunk, ids, bounds, self.settings.boundaries, row_ids)
+            states.update({(label, boundary): rows for boundary, rows in gathered.items()})
+            final[label] = gather_rows(hidden, compared_ids)
+        best = {label: self.trunks[label].readout.top2(final[label]) for label in PAIR}
+        row_of = {int(row): index for index, row in enumerate(row_ids)}
+        first_compared = 0
+        for search, start, rows in zip(pack, bounds, compared, strict=False):
+            at = range(first_compared, first_compared + len(rows))
+            first_compared += len(rows)
+            decision = self._decide(search, {label: best[label][0][at.start : at.stop, 0].tolist() for label in PAIR})
+            if not isinstance(decision, int):
+                yield search, decision
+                continue
+            step, row = decision, at[decision]
+            tokens = {label: int(best[label][0][row, 0]) for label in PAIR}
+            pair_ids = torch.tensor([[tokens["pt"], tokens["it"]]])
+            margins, gaps = {}, {}
+            for label, trunk in self.trunks.items():
+                scores = trunk.readout.scores(final[label][row : row + 1], pair_ids)[0]
+                margins[label] = float(scores[1] - scores[0])
+            for label in PAIR:
+                logits = best[label][1][row]
+                gaps[label] = float(logits[0] - logits[1])
+            if not margins["pt"] < 0 < margins["it"]:
+                yield search, "tie"
+                continue
+            if not {tokens["pt"], tokens["it"]} <= self.vocab:
+                yield search, "token_outside_vocabulary"
+                continue
+            event_row = start + len(search.ids) + step - 1
+            wanted = (
+                range(start, event_row + 1)
+                if self.settings.row_selection == "prefix"
+                else range(event_row, event_row + 1)
+            )
+            own = torch.tensor([row_of[r] for r in wanted], dtype=torch.int64)
+            yield (
+                search,
+                _Captured(
+                    search,
+                    step,
+                    tokens,
+                    gaps,
+                    margins,
+                    len(search.shared),
+                    {key: gather_rows(rows_of_key, own) for key, rows_of_key in states.items()},
+                    {label: final[label][row] for label in self.trunks},
+                ),
+            )
+
+    def _decide(self, search: _Search, choices: dict[str, list[int]]) -> int | str | list[int]:
+        """The step at which the pair first differs in the capture forward; or why the prompt is excluded; or, where
+        it agrees on another token than the proposed one, the tokens to go on from."""
+        for step, (a, b) in enumerate(zip(choices["pt"], choices["it"], strict=True)):
+            if a != b:
+                return step
+            if step < len(search.shared) and a == search.shared[step]:
+                continue
+            ended = self.limits.after_agreeing(a, len(search.ids) + step, step + 1)
+            return ended.value if ended is not None else [*search.shared[:step], a]
+        raise AssertionError("the last compared choice always returns")
+
+    def _segment(self, captured: list[_Captured], excluded: list[tuple[Prompt, str]]) -> SegmentData:
+        width, dtype = next(iter(self.trunks.values())).width, DTYPES[self.settings.dtype]
+        lengths = [len(event.sequence) for event in captured]
+        keys = [(label, boundary) for label in self.trunks for boundary in self.settings.boundaries]
+        empty = torch.empty(0, width, dtype=dtype)
+        return SegmentData(
+            token_ids=np.array([token for event in captured for token in event.sequence], dtype=np.int32),
+            sequence_offsets=offsets_of(lengths).numpy(),
+            states={key: torch.cat([empty, *(event.states[key] for event in captured)]) for key in keys},
+            final={
+                label: torch.cat([empty, *(event.final[label][None] for event in captured)]) for label in self.trunks
+            },
+            events=self._event_table(captured),
+            excluded=pa.table(
+                {
+                    "prompt_id": pa.array([p.id for p, _ in excluded], pa.string()),
+                    "reason": pa.array([reason for _, reason in excluded], pa.string()),
+                    "carried": pa.array([_carried(p) for p, _ in excluded], pa.string()),
+                }
+            ),
+        )
+
+    def _event_table(self, captured: list[_Captured]) -> pa.Table:
+        def column(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
+            return pa.array(list(values), kind)
+
+        columns = {
+            "event_id": column((f"{e.search.prompt.id}@{e.position}" for e in captured), pa.string()),
+            "prompt_id": column((e.search.prompt.id for e in captured), pa.string()),
+            "kind": column((KIND for _ in captured), pa.string()),
+            "step": column((e.step for e in captured), pa.int32()),
+            "proposed_step": column((e.proposed_step for e in captured), pa.int32()),
+            "sequence": column(range(len(captured)), pa.int64()),
+            "position": column((e.position for e in captured), pa.int64()),
+            "y_pt": column((e.tokens["pt"] for e in captured), pa.int64()),
+            "y_it": column((e.tokens["it"] for e in captured), pa.int64()),
+            "context": column((self.tokenizer.decode(e.sequence[-CONTEXT_TOKENS:]) for e in captured), pa.string()),
+            "token_pt": column((self.tokenizer.decode([e.tokens["pt"]]) for e in captured), pa.string()),
+            "token_it": column((self.tokenizer.decode([e.tokens["it"]]) for e in captured), pa.string()),
+            "carried": column((_carried(e.search.prompt) for e in captured), pa.string()),
+        }
+        for label in PAIR:
+            columns[f"gap_{label}"] = column((e.gaps[label] for e in captured), pa.float32())
+        for label in self.trunks:
+            columns[f"margin_{label}"] = column((e.margins[label] for e in captured), pa.float32())
+        return pa.table(columns)
+
+
+def forward_and_gather(
+    trunk: Trunk,
+    ids: torch.Tensor,
+    bounds: Sequence[int],
+    boundaries: Sequence[int],
+    row_ids: torch.Tensor,
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """One plain forward; the rows at each boundary are gathered as the blocks are entered.
+
+    Args:
+        trunk: the checkpoint.
+        ids: ``[1, T]`` int64.
+        bounds: ``[n + 1]``, where each sequence begins.
+        boundaries: blocks whose input is gathered.
+        row_ids: ``[n_rows]`` int64 on the CPU, rows of the ``[T, D]`` state.
+
+    Returns:
+        rows of every boundary, ``[n_rows, D]`` on the CPU, and the last block's output ``[T, D]`` on the device.
+    """
+    gathered: dict[int, torch.Tensor] = {}
+    on_cuda = trunk.device.type == "cuda"
+
+    def hook_for(boundary: int) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            state = (args[0] if args else kwargs["hidden_states"])[0]
+            # Straight into page-locked memory on CUDA: the copy is queued on the stream and the forward goes on.
+            out = torch.empty(len(row_ids), state.shape[1], dtype=state.dtype, pin_memory=on_cuda)
+            gathered[boundary] = gather_rows(state, row_ids, out)
+
+        return hook
+
+    handles = [trunk.blocks[b].register_forward_pre_hook(hook_for(b), with_kwargs=True) for b in boundaries]
+    try:
+        hidden = trunk.forward(bounds, input_ids=ids.to(trunk.device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if on_cuda:
+        torch.cuda.current_stream(trunk.device).synchronize()
+    return gathered, hidden
+
+
+def _why_not_packable(trunk: Trunk) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    return trunk.why_not_packable(
+        lambda ids, bounds: trunk.forward(bounds, input_ids=ids[None].to(trunk.device)),
+        lambda n: torch.randint(trunk.readout.vocab_size, (n,), generator=generator),
+    )
+
+
+def _carried(prompt: Prompt) -> str:
+    return json.dumps(prompt.carried, sort_keys=True, ensure_ascii=False)

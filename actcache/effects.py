@@ -1,0 +1,311 @@
+"""Contrasts and intervals: turns the table of scored cells into effects, tables in, tables out.
+
+For whoever asks which part of the network makes a divergence, after the cells are scored. Works on any table with the
+columns of ``cells.parquet``; knows arrays and pyarrow tables only, no files and no models.
+
+The margins of one event form a 2x2 grid ``Y(U, L)``: upstream state of PT or IT, crossed with late stack of PT or IT.
+Here ``pt_it`` always reads upstream PT, late IT. From the four cells:
+
+=====================  ================================  ====================================================
+``late_from_pt``       A = Y(PT, IT) - Y(PT, PT)         what IT's late stack adds to PT's state
+``late_from_it``       B = Y(IT, IT) - Y(IT, PT)         what it adds to IT's own state
+``interaction``        B - A                             the part that needs IT's own state
+``native_shift``       Y(IT, IT) - Y(PT, PT)             how far the two unpatched checkpoints are apart
+``portable_share``     mean(A) / mean(B)                 the part of the late effect that PT's state suffices for
+``interaction_share``  mean(B - A) / mean(native_shift)  the part of the native shift that is interaction
+=====================  ================================  ====================================================
+
+The two shares are the ratios that arXiv 2605.07284 reports (A +0.76, B +2.44: portable share 31.1%; the interaction
++1.68 is 33.7% of the native shift).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from actcache.errors import InputError
+
+GROUP_COLUMNS = ("kind", "boundary", "scope", "readout", "variant")
+"""The columns whose values, taken together, name one group of events that may be averaged."""
+
+CELLS = ("pt_pt", "pt_it", "it_pt", "it_it")
+"""The four cells in table order: upstream first, late second."""
+
+_REQUIRED = ("event_id", "prompt_id", "step", *GROUP_COLUMNS, "upstream", "late", "margin")
+
+# One pass of the bootstrap holds this many drawn prompts (three arrays of 8 bytes each: 48 MiB), so that a million
+# prompts cost time and not memory.
+_DRAWN_PER_PASS = 1 << 21
+# Groups with equally many prompts share their draws; more at once only costs memory for the drawn totals.
+_GROUPS_PER_PASS = 64
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+
+def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
+    """Lay the four cells of each event side by side, with their differences.
+
+    Args:
+        cells: one row per cell, columns as in ``cells.parquet``; rows in any order. Rows whose upstream or late label
+            is neither ``pt`` nor ``it`` (a lineup of more than two checkpoints) are left out.
+        pt: label of the checkpoint that stands for PT.
+        it: label of the checkpoint that stands for IT.
+
+    Returns:
+        One row per (event, kind, boundary, scope, readout, variant): event_id, prompt_id, kind, step, boundary, scope,
+        readout, variant (types as in ``cells``), then float64 logits y_pt_pt, y_pt_it, y_it_pt, y_it_it (``Y(U, L)``),
+        late_from_pt, late_from_it, interaction, native_shift. Sorted by the group columns, then event_id: the result
+        does not depend on the order of the rows given. No rows in, no rows out.
+
+    Raises:
+        InputError: a column is missing or has nulls; both labels are the same or none of the rows has them; a margin
+            is NaN or infinite; a cell of an event is missing or there twice; the cells of an event disagree on its
+            prompt or step.
+    """
+    missing = [name for name in _REQUIRED if name not in cells.column_names]
+    if missing:
+        raise InputError(f"the table of cells has no column {', '.join(missing)}; its columns: {cells.column_names}")
+    if pt == it:
+        raise InputError(f"a contrast needs two checkpoints, both labels are {pt!r}; pass two different labels")
+    cells = cells.select(_REQUIRED)
+    if cells.num_rows == 0:
+        return _contrast_table(cells, np.empty((0, 4)))
+
+    upstream, late = _label_index(cells, "upstream", pt, it), _label_index(cells, "late", pt, it)
+    of_pair = (upstream >= 0) & (late >= 0)
+    if not of_pair.any():
+        found = {name: sorted(map(str, pc.unique(cells[name]).to_pylist())) for name in ("upstream", "late")}
+        raise InputError(
+            f"no cell belongs to the pair {pt!r}, {it!r}: upstream labels are {found['upstream']}, late labels "
+            f"{found['late']}; pass two of these labels as pt and it"
+        )
+    cells, cell = cells.filter(pa.array(of_pair)), (2 * upstream + late)[of_pair]
+
+    for name in _REQUIRED:
+        if cells[name].null_count:
+            raise InputError(f"column {name} of the cells has {cells[name].null_count} nulls; every cell needs a value")
+    margin = cells["margin"].to_numpy().astype(np.float64)
+    if not np.isfinite(margin).all():
+        bad = int(np.flatnonzero(~np.isfinite(margin))[0])
+        raise InputError(
+            f"{_describe(cells, bad)} has margin {margin[bad]} in the cell {_cell_name(int(cell[bad]), pt, it)}; "
+            f"{int((~np.isfinite(margin)).sum())} of {margin.size} margins are not finite: score these cells again"
+        )
+
+    codes = [_ranks(cells[name]) for name in (*GROUP_COLUMNS, "event_id")]
+    order = np.lexsort((cell, *reversed(codes)))
+    cells, cell, margin = cells.take(pa.array(order)), cell[order], margin[order]
+    starts = _run_starts([code[order] for code in codes])
+    row = np.repeat(np.arange(starts.size), np.diff(starts, append=cell.size))
+    _check_complete(cells, starts, np.bincount(4 * row + cell, minlength=4 * starts.size).reshape(-1, 4), pt, it)
+    _check_constant(cells, starts)
+    return _contrast_table(cells.take(pa.array(starts)), margin.reshape(-1, 4))
+
+
+def effects(
+    cells: pa.Table, *, pt: str = "pt", it: str = "it", draws: int = 2000, seed: int = 0, level: float = 0.95
+) -> dict[str, Any]:
+    """Average the contrasts per group, with percentile bootstrap intervals over prompts.
+
+    Events of one prompt share a text and are not independent, so the bootstrap draws *prompts* with replacement and
+    every event of a drawn prompt comes along. All quantities of a group use the same draws, and so do groups with
+    equally many prompts: their differences are not blurred by separate noise. Every mean is over events, a prompt
+    with more events weighs more; a share is a ratio of such means, in each draw and in the estimate.
+
+    Args:
+        cells: as for :func:`contrasts`.
+        pt: label of the checkpoint that stands for PT.
+        it: label of the checkpoint that stands for IT.
+        draws: number of bootstrap draws, at least 1.
+        seed: seed of the draws, not negative.
+        level: coverage of the intervals, between 0 and 1 exclusive.
+
+    Returns:
+        A dict ready for json: ``draws``, ``seed``, ``level`` and ``groups``, one per (kind, boundary, scope, readout,
+        variant) in sorted order, each with these five, the labels ``pt`` and ``it``, ``n_events``, ``n_prompts``,
+        ``cells`` (pt_pt, pt_it, it_pt, it_it) and the six quantities of this module's table. Every number is
+        ``{"mean", "low", "high"}``, in logits except for the shares. ``low`` and ``high`` are None where there is one
+        prompt (nothing to resample), and for a share whose denominator's own interval reaches 0 (the ratio then has
+        no bounded interval). A share is None altogether where its denominator is 0 to rounding. ``groups`` is empty
+        for a table without rows. The same for any order of the rows.
+
+    Raises:
+        InputError: as :func:`contrasts`, or draws, seed or level out of range.
+    """
+    if draws < 1 or seed < 0 or not 0 < level < 1:
+        raise InputError(f"draws={draws}, seed={seed}, level={level}: expected draws >= 1, seed >= 0 and 0 < level < 1")
+    table = contrasts(cells, pt=pt, it=it)
+    groups: list[dict[str, Any]] = []
+    sums: list[Floats] = []
+    for events in _groups(table):
+        sums.append(_prompt_sums(events))
+        group = {name: events[name][0].as_py() for name in GROUP_COLUMNS}
+        groups.append(group | {"pt": pt, "it": it, "n_events": events.num_rows, "n_prompts": len(sums[-1])})
+
+    for n_prompts in {len(of_prompts) for of_prompts in sums}:
+        alike = [index for index, of_prompts in enumerate(sums) if len(of_prompts) == n_prompts]
+        for first in range(0, len(alike), _GROUPS_PER_PASS):
+            batch = alike[first : first + _GROUPS_PER_PASS]
+            drawn = _resample([sums[index] for index in batch], draws, seed) if n_prompts > 1 else [None] * len(batch)
+            for index, totals in zip(batch, drawn, strict=True):
+                groups[index].update(_estimates(sums[index].sum(axis=0), totals, level))
+    return {"draws": draws, "seed": seed, "level": level, "groups": groups}
+
+
+def _label_index(cells: pa.Table, name: str, pt: str, it: str) -> Ints:
+    """0 where the label is ``pt``, 1 where it is ``it``, -1 elsewhere."""
+    labels = cells[name].cast(pa.string())
+    return pc.fill_null(pc.index_in(labels, value_set=pa.array([pt, it])), -1).to_numpy().astype(np.int64)
+
+
+def _ranks(column: pa.ChunkedArray) -> Ints:
+    """Each value's rank among the sorted distinct values: int64, comparable where the values are."""
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    encoded = column.dictionary_encode().combine_chunks()
+    order = pc.sort_indices(encoded.dictionary).to_numpy()
+    rank = np.empty(order.size, np.int64)
+    rank[order] = np.arange(order.size)
+    return rank[encoded.indices.to_numpy()]
+
+
+def _run_starts(codes: list[Ints]) -> Ints:
+    """First index of every run of equal tuples (one entry of each array); none for empty arrays."""
+    changed = np.zeros(codes[0].size, bool)
+    changed[:1] = True
+    for code in codes:
+        changed[1:] |= code[1:] != code[:-1]
+    return np.flatnonzero(changed)
+
+
+def _describe(cells: pa.Table, index: int) -> str:
+    group = ", ".join(f"{name} {cells[name][index].as_py()}" for name in GROUP_COLUMNS)
+    return f"event {cells['event_id'][index].as_py()!r} ({group})"
+
+
+def _cell_name(cell: int, pt: str, it: str) -> str:
+    labels = (pt, it)
+    return f"upstream {labels[cell // 2]}, late {labels[cell % 2]}"
+
+
+def _check_complete(cells: pa.Table, starts: Ints, tally: Ints, pt: str, it: str) -> None:
+    wrong = np.flatnonzero((tally != 1).any(axis=1))
+    if wrong.size == 0:
+        return
+    counts, event = tally[wrong[0]], _describe(cells, int(starts[wrong[0]]))
+    lacking = "; ".join(_cell_name(i, pt, it) for i in range(4) if counts[i] == 0)
+    repeated = "; ".join(f"{_cell_name(i, pt, it)} ({counts[i]} times)" for i in range(4) if counts[i] > 1)
+    found = " and ".join(
+        part for part in (lacking and f"lacks the cell {lacking}", repeated and f"repeats the cell {repeated}") if part
+    )
+    more = f" ({wrong.size - 1} more like it)" if wrong.size > 1 else ""
+    raise InputError(
+        f"{event} {found}{more}: a contrast needs each of the four cells once; complete the grid, or filter the table"
+    )
+
+
+def _check_constant(cells: pa.Table, starts: Ints) -> None:
+    for name in ("prompt_id", "step"):
+        ranks = _ranks(cells[name]).reshape(-1, 4)
+        wrong = np.flatnonzero((ranks != ranks[:, :1]).any(axis=1))
+        if wrong.size:
+            at = int(starts[wrong[0]])
+            values = sorted({str(value) for value in cells[name].slice(at, 4).to_pylist()})
+            raise InputError(f"{_describe(cells, at)} has cells with different {name} {values}: expected one; rescore")
+
+
+def _contrast_table(events: pa.Table, y: Floats) -> pa.Table:
+    """The result of :func:`contrasts` from one row per event and its margins, [rows, 4] in the order of ``CELLS``."""
+    table = events.select(["event_id", "prompt_id", "kind", "step", "boundary", "scope", "readout", "variant"])
+    late_from_pt, late_from_it = y[:, 1] - y[:, 0], y[:, 3] - y[:, 2]
+    columns = {f"y_{name}": y[:, i] for i, name in enumerate(CELLS)} | {
+        "late_from_pt": late_from_pt,
+        "late_from_it": late_from_it,
+        "interaction": late_from_it - late_from_pt,
+        "native_shift": y[:, 3] - y[:, 0],
+    }
+    for name, values in columns.items():
+        table = table.append_column(name, pa.array(values, pa.float64()))
+    return table
+
+
+def _groups(table: pa.Table) -> list[pa.Table]:
+    """The sorted table of contrasts cut where a group column changes."""
+    if table.num_rows == 0:
+        return []
+    starts = _run_starts([_ranks(table[name]) for name in GROUP_COLUMNS])
+    ends = np.append(starts[1:], table.num_rows)
+    return [table.slice(start, end - start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+
+
+def _prompt_sums(events: pa.Table) -> Floats:
+    """Per prompt, in the order of prompt_id: the sums of the four margins over its events, and its event count."""
+    prompt = _ranks(events["prompt_id"])
+    columns = [np.bincount(prompt, weights=events[f"y_{name}"].to_numpy()) for name in CELLS]
+    return np.stack([*columns, np.bincount(prompt).astype(np.float64)], axis=1)
+
+
+def _resample(sums: list[Floats], draws: int, seed: int) -> list[Floats]:
+    """Totals of ``sums`` (each [prompts, 5], equally long) over each bootstrap draw of prompts: each [draws, 5].
+
+    Draw d picks ``rng.integers(0, prompts, prompts)``, the d-th such call on ``default_rng(seed)``, in however many
+    passes. A draw enters as how often it picked each prompt, so that its totals are one matrix product.
+    """
+    n_prompts = len(sums[0])
+    rng = np.random.default_rng(seed)
+    totals = [np.empty((draws, of_group.shape[1])) for of_group in sums]
+    per_pass = max(1, _DRAWN_PER_PASS // n_prompts)
+    for first in range(0, draws, per_pass):
+        n_draws = min(per_pass, draws - first)
+        picks = rng.integers(0, n_prompts, size=(n_draws, n_prompts))
+        picks += n_prompts * np.arange(n_draws)[:, None]
+        times = np.bincount(picks.ravel(), minlength=n_draws * n_prompts).reshape(n_draws, n_prompts).astype(np.float64)
+        for of_group, into in zip(sums, totals, strict=True):
+            into[first : first + n_draws] = times @ of_group
+    return totals
+
+
+def _quantities(totals: Floats) -> dict[str, Floats]:
+    """Every linear quantity from totals [..., 5]: four sums of margins and the number of events."""
+    y = totals[..., :4] / totals[..., 4:]
+    pt_pt, pt_it, it_pt, it_it = (y[..., i] for i in range(4))
+    late_from_pt, late_from_it = pt_it - pt_pt, it_it - it_pt
+    return dict(zip(CELLS, (pt_pt, pt_it, it_pt, it_it), strict=True)) | {
+        "late_from_pt": late_from_pt,
+        "late_from_it": late_from_it,
+        "interaction": late_from_it - late_from_pt,
+        "native_shift": it_it - pt_pt,
+    }
+
+
+_SHARES = {"portable_share": ("late_from_pt", "late_from_it"), "interaction_share": ("interaction", "native_shift")}
+
+
+def _estimates(total: Floats, drawn: Floats | None, level: float) -> dict[str, Any]:
+    """The quantities of one group as {"mean", "low", "high"}; ``drawn`` [draws, 5] is None for a single prompt."""
+    tails = [(1 - level) / 2, (1 + level) / 2]
+    point = {name: float(value) for name, value in _quantities(total).items()}
+    spread = _quantities(drawn) if drawn is not None else {}
+
+    def number(mean: float | None, values: Floats | None) -> dict[str, float | None]:
+        low, high = (None, None) if values is None else map(float, np.quantile(values, tails))
+        return {"mean": mean, "low": low, "high": high}
+
+    numbers: dict[str, Any] = {name: number(mean, spread.get(name)) for name, mean in point.items()}
+    # A difference of means below this is what float64 leaves of an exact zero: dividing by it would print noise.
+    zero = 16 * np.finfo(np.float64).eps * max(abs(point[name]) for name in CELLS)
+    for share, (numerator, denominator) in _SHARES.items():
+        if abs(point[denominator]) <= zero:
+            numbers[share] = number(None, None)
+            continue
+        low, high, values = numbers[denominator]["low"], numbers[denominator]["high"], None
+        if drawn is not None and not low <= 0 <= high and spread[denominator].all():
+            values = spread[numerator] / spread[denominator]
+        numbers[share] = number(point[numerator] / point[denominator], values)
+    return {"cells": {name: numbers.pop(name) for name in CELLS}} | numbers

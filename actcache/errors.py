@@ -1,0 +1,47 @@
+"""Every error that actcache raises on purpose, by who must act.
+
+One base class, so that a caller can catch the library and nothing else. ``OSError`` (a full or read-only disk) is
+never wrapped: it passes through as it is.
+"""
+
+from __future__ import annotations
+
+
+class ActcacheError(Exception):
+    """Base of all errors below."""
+
+
+class InputError(ActcacheError, ValueError):
+    """The caller's argument or file is wrong: the message says what was found, what was expected and what to do."""
+
+
+class IncompatibleError(ActcacheError):
+    """Two things that must agree do not: checkpoints of a lineup, or a store and the model, dtype or prompts given.
+
+    Attributes:
+        field: the name of the first field that differs.
+    """
+
+    def __init__(self, message: str, *, field: str) -> None:
+        super().__init__(message)
+        self.field = field
+
+
+class UnsupportedModelError(ActcacheError):
+    """The architecture cannot be cut into blocks, or fails a probe that the result depends on."""
+
+
+class CorruptStoreError(ActcacheError):
+    """Stored bytes are not the bytes that were committed: names the segment, the array and the chunk where known."""
+
+
+class FormatVersionError(ActcacheError):
+    """The store was written in a format that this version does not read."""
+
+
+class CheckError(ActcacheError):
+    """A number that must hold did not (the replayed diagonal is off its native margin, for example)."""
+
+
+class KernelError(ActcacheError):
+    """A native kernel failed: the message carries its name and the error code."""

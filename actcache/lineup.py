@@ -1,0 +1,282 @@
+"""Lineup: the checkpoints that are compared, aligned and fingerprinted. Knows model folders and tokenizers.
+
+Everything is read from local folders, weights from safetensors only, and no code from a checkpoint folder runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from actcache.errors import IncompatibleError, InputError, UnsupportedModelError
+from actcache.prompts import Prompt
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# What must be equal for states of one checkpoint to be read by the late blocks of another.
+_ALIGNED_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+# Keys of config.json that say who wrote the file, not what the model computes.
+_VOLATILE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One model folder: config.json, ``*.safetensors`` and a tokenizer.
+
+    Raises (from :meth:`open`):
+        InputError: the folder or one of these is missing, weights are pickled only, or the architecture is unknown.
+    """
+
+    label: str
+    path: Path
+    config: PretrainedConfig
+
+    @classmethod
+    def open(cls, label: str, path: str | Path) -> Checkpoint:
+        """Check the folder and read its config; weights are not touched."""
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError(f"checkpoint {label}: {path} is not a folder; give a local model folder")
+        if not (path / "config.json").is_file():
+            raise InputError(f"checkpoint {label}: {path} has no config.json")
+        if not weight_files(path):
+            pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+            if pickled:
+                raise InputError(
+                    f"checkpoint {label}: {path} holds pickled weights only ({pickled[0]}), which are never loaded; "
+                    "convert them to safetensors"
+                )
+            raise InputError(f"checkpoint {label}: {path} holds no *.safetensors weights")
+        try:
+            config = AutoConfig.from_pretrained(path, **_LOCAL)
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"checkpoint {label}: {path}/config.json: {_first_line(error)}") from error
+        return cls(label, path, config)
+
+    @cached_property
+    def model_class(self) -> type[PreTrainedModel]:
+        """The causal LM class that transformers has for this config."""
+        mapping = AutoModelForCausalLM._model_mapping
+        if type(self.config) not in mapping:
+            raise UnsupportedModelError(f"{self.path}: {self.config.model_type!r} has no causal language model")
+        return mapping[type(self.config)]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The folder's own tokenizer."""
+        try:
+            return AutoTokenizer.from_pretrained(self.path, **_LOCAL)
+        except (ValueError, KeyError, OSError) as error:
+            raise InputError(f"checkpoint {self.label}: no tokenizer in {self.path}: {_first_line(error)}") from error
+
+    @cached_property
+    def attention(self) -> str:
+        """Name of the attention implementation that transformers picks for this model here (``sdpa``, ``eager``)."""
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).config._attn_implementation
+
+    @cached_property
+    def end_ids(self) -> frozenset[int]:
+        """Token ids that end a generation."""
+        ids = self.config.eos_token_id
+        if (self.path / "generation_config.json").is_file():
+            ids = GenerationConfig.from_pretrained(self.path, local_files_only=True).eos_token_id or ids
+        ids = ids if ids is not None else self.tokenizer.eos_token_id
+        return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """Digests (SHA-256) of weights, config and tokenizer, with the architecture and attention they run under."""
+        config = json.loads((self.path / "config.json").read_text())
+        config = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
+        return {
+            "architecture": self.config.model_type,
+            "weights": digest_weights(self.path),
+            "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+            "tokenizer": _digest_tokenizer(self.tokenizer),
+            "attention": self.attention,
+        }
+
+    def load(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
+        """The whole model, in eval mode."""
+        return load_weights(self.model_class, self.path, dtype).to(device)  # type: ignore[arg-type]
+
+
+def load_weights(model_class: type[PreTrainedModel], path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
+    """Load exactly the weights that ``model_class`` has parameters for, from the folder's safetensors.
+
+    Raises:
+        InputError: a parameter has no weight in the files (it would be random) or one of another shape.
+    """
+    model, info = model_class.from_pretrained(
+        path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
+    )
+    missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if missing:
+        raise InputError(f"{path}: {len(missing)} parameters of the model have no weights in the files: {missing[0]}")
+    return model.eval().requires_grad_(False)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model folder: those its index names, else ``model.safetensors``, else all."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+    single = path / "model.safetensors"
+    return [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def digest_weights(path: Path) -> str:
+    """SHA-256 over the SHA-256 of every weight file, in name order: the bytes decide, not the file dates."""
+
+    def one(file: Path) -> bytes:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+
+    with ThreadPoolExecutor() as pool:
+        return hashlib.sha256(b"".join(pool.map(one, weight_files(path)))).hexdigest()
+
+
+class Lineup:
+    """Two or more checkpoints of one architecture and tokenizer, in a fixed order, by label."""
+
+    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+        self.checkpoints = {checkpoint.label: checkpoint for checkpoint in checkpoints}
+
+    @classmethod
+    def open(cls, paths: Mapping[str, str | Path]) -> Lineup:
+        """Open every folder and check that they belong together.
+
+        Raises:
+            InputError: a folder is unusable (see :class:`Checkpoint`).
+            IncompatibleError: architecture, width, depth, vocabulary or tokenizer differ; names the field.
+        """
+        lineup = cls([Checkpoint.open(label, path) for label, path in paths.items()])
+        first, *others = lineup.checkpoints.values()
+        for other in others:
+            for field in _ALIGNED_FIELDS:
+                a, b = getattr(first.config, field, None), getattr(other.config, field, None)
+                if a != b:
+                    raise IncompatibleError(
+                        f"checkpoints {first.label} and {other.label} differ in {field}: {a} in {first.path}, "
+                        f"{b} in {other.path}; they must be of one architecture",
+                        field=field,
+                    )
+            _check_same_vocabulary(first, other)
+        return lineup
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels in order."""
+        return list(self.checkpoints)
+
+    @property
+    def n_blocks(self) -> int:
+        """L."""
+        return self._first.config.num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self._first.config.hidden_size
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that all checkpoints share."""
+        return self._first.tokenizer
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a generation of any checkpoint."""
+        return frozenset().union(*(checkpoint.end_ids for checkpoint in self.checkpoints.values()))
+
+    @property
+    def max_positions(self) -> int | None:
+        """The shortest context of the lineup, in tokens; None when no config states one."""
+        limits = [getattr(c.config, "max_position_embeddings", None) for c in self.checkpoints.values()]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    @property
+    def _first(self) -> Checkpoint:
+        return next(iter(self.checkpoints.values()))
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Raw prompt ids (no chat template), the same from every checkpoint's tokenizer.
+
+        Raises:
+            IncompatibleError: two tokenizers give different ids for a prompt.
+            InputError: a prompt has no tokens, or more than the model has positions.
+        """
+        encoded = {label: self._encode_with(label, prompts) for label in self.labels}
+        ids_of = encoded[self._first.label]
+        for label, others in encoded.items():
+            for prompt, ids, other in zip(prompts, ids_of, others, strict=True):
+                if ids != other:
+                    at = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), len(ids))
+                    raise IncompatibleError(
+                        f"prompt {prompt.id!r}: the tokenizers of {self._first.label} and {label} give different ids "
+                        f"from token {at} on ({ids[at : at + 3]} and {other[at : at + 3]})",
+                        field="tokenizer",
+                    )
+        for prompt, ids in zip(prompts, ids_of, strict=True):
+            if not ids:
+                raise InputError(f"prompt {prompt.id!r} has no tokens")
+            if self.max_positions is not None and len(ids) > self.max_positions:
+                raise InputError(
+                    f"prompt {prompt.id!r} has {len(ids)} tokens; the model has {self.max_positions} positions"
+                )
+        return ids_of
+
+    def _encode_with(self, label: str, prompts: Sequence[Prompt]) -> list[list[int]]:
+        tokenizer = self.checkpoints[label].tokenizer
+        return [list(ids) for ids in tokenizer([prompt.text for prompt in prompts], verbose=False)["input_ids"]]
+
+
+def _check_same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
+    """Both tokenizers must map ids to the same tokens; special tokens that only one of them adds are no conflict."""
+    a, b = first.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    if a == b:
+        return
+    added = set(first.tokenizer.get_added_vocab()) | set(other.tokenizer.get_added_vocab())
+    by_id_a, by_id_b = ({index: token for token, index in vocab.items()} for vocab in (a, b))
+    for index in sorted(by_id_a.keys() | by_id_b.keys()):
+        token_a, token_b = by_id_a.get(index), by_id_b.get(index)
+        if token_a != token_b and not (None in (token_a, token_b) and {token_a, token_b} & added):
+            raise IncompatibleError(
+                f"checkpoints {first.label} and {other.label} have different tokenizers: id {index} is {token_a!r} in "
+                f"{first.path} and {token_b!r} in {other.path}",
+                field="tokenizer",
+            )
+
+
+def _digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+def as_fingerprint(lineup: Lineup, **settings: Any) -> dict[str, Any]:
+    """What identifies a store: every checkpoint's digests, then the settings that its content depends on."""
+    return {"checkpoints": {label: c.fingerprint for label, c in lineup.checkpoints.items()}, **settings}

@@ -1,0 +1,148 @@
+"""Readout: the final norm and head that turn the last block's output into float32 logits.
+
+The norm runs as the model runs it, in the model's dtype. The head multiplies in float32, and whatever the model does to
+its logits afterwards (soft-cap, scale) is done by the model's own forward: the decoder below it is replaced by a stub
+that hands over the normed state, and the head by one that multiplies in float32. Knows modules, no files, no stores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from actcache.blocks import find_anatomy, shallow_clone
+from actcache.errors import UnsupportedModelError
+
+# Whole-vocabulary logits are made at most this many at a time: 64 MiB of float32.
+MAX_LOGITS_AT_ONCE = 1 << 24
+
+
+class Readout:
+    """Final norm and head of one checkpoint.
+
+    Two ways to the same logits: :meth:`scores` for given tokens, accumulated in float64 so that they do not depend on
+    the size or order of the batch, and :meth:`top2` over the whole vocabulary, one float32 matrix product.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        """Take norm and head (shared, not copied) from a causal LM.
+
+        Raises:
+            UnsupportedModelError: this model's forward does more to its logits than a function of each logit alone,
+                so that scored tokens cannot be computed without the rest of the vocabulary.
+        """
+        anatomy = find_anatomy(model)
+        self._norm = model.get_submodule(anatomy.final_norm)
+        head = model.get_output_embeddings()
+        self._head = _Float32Head(head)
+        self._decoder = _NormedState()
+        head_path = next(path for path, module in model.named_modules() if module is head)
+        self._shell = shallow_clone(model, anatomy.decoder, head_path)
+        self._shell._modules[anatomy.decoder] = self._decoder
+        parent, _, name = head_path.rpartition(".")
+        self._shell.get_submodule(parent)._modules[name] = self._head
+        self.vocab_size: int = head.weight.shape[0]
+        self.width = anatomy.width
+        self._probe(type(model).__name__)
+
+    @property
+    def device(self) -> torch.device:
+        """Where norm and head are."""
+        return self._head.weight.device
+
+    @torch.no_grad()
+    def scores(self, final_hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Logits of chosen tokens.
+
+        Args:
+            final_hidden: ``[n, D]``, last block's output, in the model's dtype.
+            token_ids: ``[n, k]`` int64.
+
+        Returns:
+            ``[n, k]`` float32; a row depends on nothing but that row of the input (bit for bit).
+        """
+        if len(final_hidden) == 0:
+            return torch.empty(0, token_ids.shape[1], dtype=torch.float32)
+        normed = self._norm(final_hidden[None].to(self.device))
+        return self._logits(normed, token_ids.to(self.device)).float().cpu()
+
+    @torch.no_grad()
+    def top2(self, final_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two best tokens of the whole vocabulary.
+
+        Args:
+            final_hidden: ``[n, D]``, last block's output, in the model's dtype.
+
+        Returns:
+            token ids ``[n, 2]`` int64 and logits ``[n, 2]`` float32, best first; of equal logits the lower id first.
+        """
+        ids = torch.empty(len(final_hidden), 2, dtype=torch.int64)
+        logits = torch.empty(len(final_hidden), 2, dtype=torch.float32)
+        step = max(1, MAX_LOGITS_AT_ONCE // self.vocab_size)
+        for start in range(0, len(final_hidden), step):
+            rows = slice(start, start + step)
+            every = self._logits(self._norm(final_hidden[None, rows].to(self.device)), None)
+            best, index = every.max(dim=-1)
+            every.scatter_(1, index[:, None], -torch.inf)
+            second, second_index = every.max(dim=-1)
+            ids[rows] = torch.stack([index, second_index], 1).cpu()
+            logits[rows] = torch.stack([best, second], 1).cpu()
+        return ids, logits
+
+    def _logits(self, normed: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
+        """``[1, n, D]`` normed states -> ``[n, k or V]`` logits, through the model's own forward."""
+        self._decoder.state, self._head.token_ids = normed, token_ids
+        dummy = torch.zeros(1, normed.shape[1], dtype=torch.int64, device=normed.device)
+        return self._shell(input_ids=dummy, use_cache=False).logits[0]
+
+    def _probe(self, name: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(2, self.width, generator=generator).to(self._head.weight.dtype)
+        ids, logits = self.top2(hidden)
+        if not torch.allclose(self.scores(hidden, ids), logits, rtol=1e-4, atol=1e-4):
+            raise UnsupportedModelError(f"{name}: logits of chosen tokens differ from those of the whole vocabulary")
+
+
+class _DecoderOutput(BaseModelOutputWithPast):
+    """A final state; every further output that some model's forward passes on (router logits...) is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
+class _NormedState(nn.Module):
+    """Stands for the decoder: hands a given final state to the model's own head code."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.empty(0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
+        return _DecoderOutput(last_hidden_state=self.state)
+
+
+class _Float32Head(nn.Module):
+    """The head's weights, multiplied in float32 (all tokens) or float64 (chosen tokens of each row)."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        # Plain attributes, not parameters: the weights stay the model's.
+        self.__dict__["weight"] = head.weight
+        self.__dict__["bias"] = getattr(head, "bias", None)
+        self.token_ids: torch.Tensor | None = None
+
+    def forward(self, normed: torch.Tensor) -> torch.Tensor:
+        """``[1, n, D]`` -> ``[1, n, V]`` float32, or ``[1, n, k]`` float64 for ``token_ids [n, k]``."""
+        if self.token_ids is None:
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(normed.float(), self.weight.float(), bias)
+        rows = self.weight[self.token_ids].double()
+        scored = (rows * normed[0, :, None].double()).sum(-1)
+        if self.bias is not None:
+            scored = scored + self.bias[self.token_ids].double()
+        return scored[None]

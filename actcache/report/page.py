@@ -1,0 +1,328 @@
+"""Chooses what the page shows and fills the template; the numbers are those of the effects, none is recomputed.
+
+Knows the tables of a run and the effects; draws nothing and holds no HTML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
+
+from actcache.effects import GROUP_COLUMNS, contrasts
+from actcache.errors import InputError
+from actcache.report import figures, visible
+
+EXAMPLES_PER_PART = 8
+"""Examples from each of the two ends and the middle of the interactions."""
+CONTEXT_CHARACTERS = 180
+TOKEN_CHARACTERS = 32
+MAX_GROUPS = 300
+"""Rows of the table of groups; more than these are in effects.json only."""
+MAX_REASONS = 30
+
+# What the page leads with, best first.
+_MAIN = {"kind": ["first_divergence"], "scope": ["prefix"], "readout": ["common_it", "native"], "variant": ["none"]}
+_LOGIT_QUANTITIES = ("late_from_pt", "late_from_it", "interaction", "native_shift")
+_CELLS_COLUMNS = (*GROUP_COLUMNS, "noop_delta")
+_EVENTS_COLUMNS = ("event_id", "prompt_id", "kind", "gap_pt", "gap_it", "context", "token_pt", "token_it")
+_EXCLUDED_COLUMNS = ("prompt_id", "reason")
+
+Group = dict[str, Any]
+
+
+def build_report(
+    cells: pa.Table,
+    effects: dict[str, Any],
+    events: pa.Table,
+    excluded: pa.Table,
+    settings: dict[str, str],
+    *,
+    default_boundary: int | None = None,
+) -> str:
+    """Render a run as one HTML page that needs nothing else: no scripts, fonts, images or network.
+
+    The page leads with the main group: kind ``first_divergence``, scope ``prefix``, readout ``common_it`` (else
+    ``native``), variant ``none`` where the run has them, and the boundary nearest ``default_boundary``.
+
+    Args:
+        cells: the scored cells, columns as in ``cells.parquet``.
+        effects: what :func:`actcache.effects.effects` returned for these cells.
+        events: one row per event: event_id, prompt_id, kind, gap_pt, gap_it (top-1 minus top-2, logits), context
+            (the text before the divergence), token_pt, token_it (decoded; any text); more columns are ignored.
+        excluded: one row per prompt without an event: prompt_id, reason.
+        settings: label -> text, shown in this order as how the run was made.
+        default_boundary: the boundary to lead with; the nearest one that was run is taken. Without it: 0.6 of the
+            largest boundary plus one, which is the default boundary where all boundaries were run.
+
+    Returns:
+        The page. The same arguments give the same text, for any order of the rows of ``cells`` and ``events``; it can
+        be encoded as UTF-8 whatever the tokens are, and its size does not grow with the number of events.
+
+    Raises:
+        InputError: a column is missing; the effects are not those of the cells; an event of the cells is not among
+            ``events``.
+    """
+    for name, table, columns in (
+        ("cells", cells, _CELLS_COLUMNS),
+        ("events", events, _EVENTS_COLUMNS),
+        ("excluded", excluded, _EXCLUDED_COLUMNS),
+    ):
+        missing = [column for column in columns if column not in table.column_names]
+        if missing:
+            raise InputError(f"the table of {name} has no column {', '.join(missing)}; found {table.column_names}")
+    groups = [_shown(group) for group in effects["groups"]]
+    if cells.num_rows and not groups:
+        raise InputError(f"{cells.num_rows} cells but effects without groups: compute the effects of these cells first")
+
+    n_prompts = len(events["prompt_id"].unique()) + len(excluded["prompt_id"].unique())
+    page: dict[str, Any] = {
+        "settings": [(visible.plain(label), visible.plain(text)) for label, text in settings.items()],
+        "level": effects["level"],
+        "draws": effects["draws"],
+        "seed": effects["seed"],
+        "n_prompts_read": n_prompts,
+        "n_excluded": excluded.num_rows,
+        "reasons": _reasons(excluded),
+        "main": None,
+    }
+    if groups:
+        page |= _findings(cells, effects, groups, events, default_boundary)
+    return _template().render(page)
+
+
+def _findings(
+    cells: pa.Table, effects: dict[str, Any], groups: list[Group], events: pa.Table, default_boundary: int | None
+) -> dict[str, Any]:
+    """Everything on the page that needs at least one event."""
+    at = _main_index(effects["groups"], default_boundary)
+    main, labels = groups[at], (groups[at]["pt"], groups[at]["it"])
+    per_event = _main_contrasts(cells, effects["groups"][at])
+    of_kind = _matching(events, per_event, str(effects["groups"][at]["kind"]))
+    places = visible.decimals(main[name]["mean"] for name in _LOGIT_QUANTITIES)
+    interaction = per_event["interaction"].to_numpy()
+    gap_pt, gap_it = (of_kind[name].drop_null().to_numpy() for name in ("gap_pt", "gap_it"))
+    near = [int((gap < figures.NEAR_TIE).sum()) for gap in (gap_pt, gap_it)]
+    return {
+        "main": main,
+        "pt": labels[0],
+        "it": labels[1],
+        "places": places,
+        "verdict": _verdict(main),
+        "grid_figure": figures.grid(main["cells"], main, labels, places),
+        "effects_figure": figures.late_effects(_other_readouts(groups, main), labels[1], places),
+        "boundary_figure": _boundary_figure(groups, main, places),
+        "steps_figure": figures.steps(per_event["step"].to_numpy()),
+        "step_median": float(np.median(per_event["step"].to_numpy())),
+        "gaps_figure": figures.gaps(gap_pt, gap_it, labels) if gap_pt.size and gap_it.size else None,
+        "near_tie": figures.NEAR_TIE,
+        "near_tie_counts": near,
+        "interactions_figure": figures.interactions(interaction, places),
+        "n_positive": int((interaction > 0).sum()),
+        "table": _group_table(groups, main),
+        "examples": _examples(per_event, of_kind),
+        "noop": _noop(cells),
+    }
+
+
+def _template() -> Template:
+    environment = Environment(
+        loader=FunctionLoader(lambda name: files("actcache.report").joinpath(name).read_text(encoding="utf-8")),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"signed": visible.signed, "percent": visible.percent}
+    return environment.get_template("page.html.jinja")
+
+
+def _shown(group: Group) -> Group:
+    """The group with its labels made fit to show; the boundary stays a number."""
+    names = [name for name in (*GROUP_COLUMNS, "pt", "it") if name != "boundary"]
+    return group | {name: visible.head(visible.plain(str(group[name])), 60) for name in names}
+
+
+def _main_index(groups: list[Group], default_boundary: int | None) -> int:
+    """Which group the page leads with."""
+    if default_boundary is None:
+        default_boundary = round(0.6 * (1 + max(group["boundary"] for group in groups)))
+    wishes = {
+        "kind": ["first_divergence"],
+        "scope": ["prefix"],
+        "readout": ["common_it", "native"],
+        "variant": ["none"],
+    }
+
+    def rank(index: int) -> tuple[int, ...]:
+        group = groups[index]
+        wished = [wish.index(group[name]) if group[name] in wish else len(wish) for name, wish in wishes.items()]
+        return (*wished, abs(group["boundary"] - default_boundary), index)
+
+    return min(range(len(groups)), key=rank)
+
+
+def _main_contrasts(cells: pa.Table, group: Group) -> pa.Table:
+    """The contrasts of one group, after checking that the group was computed from these cells."""
+    wanted = np.ones(cells.num_rows, bool)
+    for name in GROUP_COLUMNS:
+        wanted &= pc.equal(cells[name], pa.scalar(group[name])).to_numpy()
+    table = contrasts(cells.filter(pa.array(wanted)), pt=group["pt"], it=group["it"])
+    mean = float(table["interaction"].to_numpy().mean()) if table.num_rows else math.nan
+    expected = group["interaction"]["mean"]
+    if table.num_rows != group["n_events"] or not math.isclose(mean, expected, rel_tol=1e-9, abs_tol=1e-9):
+        raise InputError(
+            f"the effects are not those of these cells: boundary {group['boundary']}, readout {group['readout']} has "
+            f"{group['n_events']} events with interaction {expected}, the cells give {table.num_rows} with {mean}; "
+            f"compute the effects again"
+        )
+    return table
+
+
+def _matching(events: pa.Table, per_event: pa.Table, kind: str) -> pa.Table:
+    """The events of one kind, after checking that each event that was scored is among them; ids in the cells' type."""
+    events = events.filter(pc.equal(events["kind"].cast(pa.string()), kind))
+    at = events.column_names.index("event_id")
+    events = events.set_column(at, "event_id", events["event_id"].cast(per_event["event_id"].type))
+    unknown = pc.invert(pc.is_in(per_event["event_id"], value_set=events["event_id"].combine_chunks()))
+    if pc.any(unknown).as_py():
+        first = per_event["event_id"].filter(unknown)[0].as_py()
+        raise InputError(
+            f"event {first!r} of the cells is not among the {events.num_rows} events of kind {kind}; pass the events "
+            f"of the same run"
+        )
+    return events
+
+
+def _same(group: Group, main: Group, *names: str) -> bool:
+    return all(group[name] == main[name] for name in names)
+
+
+def _other_readouts(groups: list[Group], main: Group) -> list[Group]:
+    """The main group and those that differ from it in their readout only, the main one first."""
+    alike = [group for group in groups if _same(group, main, "kind", "boundary", "scope", "variant")]
+    return sorted(alike, key=lambda group: group["readout"] != main["readout"])
+
+
+def _boundary_figure(groups: list[Group], main: Group, places: int) -> Any:
+    """The interaction over the boundaries, or None where one boundary was run."""
+    alike = [group for group in groups if _same(group, main, "kind", "variant")]
+    if len({group["boundary"] for group in alike}) < 2:
+        return None
+    panels = []
+    for scope in sorted({group["scope"] for group in alike}, key=lambda scope: scope != main["scope"]):
+        of_scope = [group for group in alike if group["scope"] == scope]
+        readouts = sorted({group["readout"] for group in of_scope}, key=lambda name: (name != main["readout"], name))
+        lines = [(readout, [group for group in of_scope if group["readout"] == readout]) for readout in readouts]
+        panels.append((scope, [(name, sorted(line, key=lambda group: group["boundary"])) for name, line in lines]))
+    return figures.over_boundaries(panels, main["boundary"], places)
+
+
+def _verdict(main: Group) -> str:
+    """What the interval of the interaction says, as a key of the template's sentences."""
+    low, high = main["interaction"]["low"], main["interaction"]["high"]
+    if low is None:
+        return "one prompt"
+    if low > 0:
+        return "more"
+    return "less" if high < 0 else "open"
+
+
+def _group_table(groups: list[Group], main: Group) -> dict[str, Any]:
+    """The groups as rows; a kind, scope or variant that all of them share is named once, above the table."""
+    varying = [name for name in ("kind", "scope", "variant") if len({group[name] for group in groups}) > 1]
+    order = sorted(range(len(groups)), key=lambda i: (not _same(groups[i], main, "kind", "scope", "variant"), i))
+    rows = [groups[i] for i in order][:MAX_GROUPS]
+    ends = [group["interaction"][end] for group in rows for end in ("mean", "low", "high")]
+    known = [0.0, *(value for value in ends if value is not None)]
+    low, high = min(known), max(known)
+    room = 0.04 * (high - low) or 1.0
+
+    def x(value: float | None) -> float | None:
+        """Position on the little axis, 0..100, that all rows share."""
+        return None if value is None else round(100 * (value - low + room) / (high - low + 2 * room), 2)
+
+    return {
+        "varying": varying,
+        "constant": [(name, main[name]) for name in ("kind", "scope", "variant") if name not in varying],
+        "places": visible.decimals(group[name]["mean"] for group in rows for name in _LOGIT_QUANTITIES),
+        "zero": x(0.0),
+        "rows": [
+            group
+            | {"is_main": group is main, "x": {end: x(group["interaction"][end]) for end in ("mean", "low", "high")}}
+            for group in rows
+        ],
+        "n_hidden": len(groups) - len(rows),
+    }
+
+
+def _examples(per_event: pa.Table, events: pa.Table) -> dict[str, Any]:
+    """Events from the two ends and the middle of the interactions, with their text."""
+    order = np.lexsort((np.arange(per_event.num_rows), -per_event["interaction"].to_numpy()))
+    parts = _parts(order)
+    chosen = per_event.take(pa.array(np.concatenate([rows for _, rows in parts])))
+    wanted = pc.is_in(events["event_id"], value_set=chosen["event_id"].combine_chunks())
+    text_of = {event["event_id"]: event for event in events.filter(wanted).to_pylist()}
+    rows = []
+    for event in chosen.to_pylist():
+        text = text_of[event["event_id"]]
+        rows.append(
+            {
+                "event_id": visible.head(visible.plain(str(event["event_id"])), 40),
+                "prompt_id": visible.head(visible.plain(str(event["prompt_id"])), 40),
+                "step": event["step"],
+                "context": visible.pieces(visible.tail(text["context"] or "", CONTEXT_CHARACTERS), spaces=False),
+                "token_pt": _chip(text["token_pt"]),
+                "token_it": _chip(text["token_it"]),
+                "margins": [event[f"y_{name}"] for name in ("pt_pt", "pt_it", "it_pt", "it_it")],
+                "interaction": event["interaction"],
+            }
+        )
+    shown: list[dict[str, Any]] = []
+    for title, members in parts:
+        shown.append({"title": title, "rows": rows[: len(members)]})
+        rows = rows[len(members) :]
+    margins = [value for part in shown for row in part["rows"] for value in (*row["margins"], row["interaction"])]
+    return {"parts": shown, "reach": max(map(abs, margins)) or 1.0, "places": visible.decimals(margins)}
+
+
+def _parts(order: npt.NDArray[np.int64]) -> list[tuple[str, npt.NDArray[np.int64]]]:
+    """(title, rows) of the examples, from the row numbers in falling order of interaction; no row twice."""
+    n, each = order.size, EXAMPLES_PER_PART
+    if n <= 3 * each:
+        return [("All events, largest interaction first", order)]
+    middle = (n - each) // 2
+    return [
+        ("Largest interaction", order[:each]),
+        ("Around the median", order[middle : middle + each]),
+        ("Smallest interaction", order[-each:]),
+    ]
+
+
+def _chip(token: str | None) -> Sequence[visible.Piece]:
+    """A token with its white space visible; one that decodes to nothing is said to be empty."""
+    text = visible.head(token or "", TOKEN_CHARACTERS)
+    return visible.pieces(text, spaces=True) or [visible.Piece("empty", mark=True)]
+
+
+def _reasons(excluded: pa.Table) -> list[tuple[str, int]]:
+    """(reason, prompts), most frequent first; the rare ones beyond MAX_REASONS in one line."""
+    counted = Counter(visible.head(visible.plain(str(reason)), 200) for reason in excluded["reason"].to_pylist())
+    ordered = sorted(counted.items(), key=lambda item: (-item[1], item[0]))
+    rest = ordered[MAX_REASONS:]
+    return ordered[:MAX_REASONS] + ([(f"{len(rest)} other reasons", sum(n for _, n in rest))] if rest else [])
+
+
+def _noop(cells: pa.Table) -> dict[str, Any] | None:
+    """The largest replayed-minus-native margin over the cells that have one, or None where none has."""
+    delta = np.abs(pc.fill_null(cells["noop_delta"].cast(pa.float64()), math.nan).to_numpy())
+    measured = int((~np.isnan(delta)).sum())
+    return {"max": float(np.nanmax(delta)), "n": measured} if measured else None

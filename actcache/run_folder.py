@@ -1,0 +1,100 @@
+"""RUN: the folder that one study of one pair fills, stage by stage. Knows names of files, nothing of their content.
+
+RUN/run.json         where the checkpoints and prompts are, and the command that made it
+RUN/store/           captured states and events
+RUN/cells/           finished cell groups
+RUN/cells.parquet    all of them as one table
+RUN/effects.json     contrasts with intervals
+RUN/report.html      the page for people
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from actcache.errors import InputError
+from actcache.files import write_atomically
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What later stages need beside the store.
+
+    Attributes:
+        checkpoints: label -> model folder, absolute, as found at capture.
+        prompts: the prompts file.
+        device: where capture ran; later stages use it unless told otherwise.
+        command: the command line, for the report.
+    """
+
+    checkpoints: dict[str, str]
+    prompts: str
+    device: str
+    command: str
+
+
+class RunFolder:
+    """Paths of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.record_path = self.path / "run.json"
+        self.store = self.path / "store"
+        self.cell_groups = self.path / "cells"
+        self.cells = self.path / "cells.parquet"
+        self.effects = self.path / "effects.json"
+        self.report = self.path / "report.html"
+
+    @contextmanager
+    def being_captured(self, record: RunRecord) -> Iterator[None]:
+        """Create the folder (or go on in an earlier run's) for the time of a capture.
+
+        If the capture fails before anything was committed, whatever it created is removed again.
+
+        Raises:
+            InputError: the path is a file, or a folder with files in it that is not a run's.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; give a folder for the run")
+        existing = self.path.is_dir() and any(self.path.iterdir())
+        if existing and not self.record_path.is_file():
+            raise InputError(f"{self.path} is not empty and holds no run; give a new folder")
+        made_folder = not self.path.exists()
+        if existing:
+            yield
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.record_path, json.dumps(asdict(record), indent=1).encode() + b"\n")
+            yield
+        except BaseException:
+            if not self._has_commits():
+                self._clear(made_folder)
+            raise
+
+    def record(self) -> RunRecord:
+        """The record of a captured run.
+
+        Raises:
+            InputError: the folder holds no run.
+        """
+        try:
+            return RunRecord(**json.loads(self.record_path.read_text()))
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise InputError(f"{self.path} holds no run (no run.json); make one with 'actcache run'") from error
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{self.record_path} is not a run record: {error}") from error
+
+    def _has_commits(self) -> bool:
+        return any(self.store.glob("commits/*.json"))
+
+    def _clear(self, made_folder: bool) -> None:
+        shutil.rmtree(self.store, ignore_errors=True)
+        self.record_path.unlink(missing_ok=True)
+        if made_folder and self.path.is_dir():
+            self.path.rmdir()

@@ -1,0 +1,321 @@
+"""Contrasts and intervals against planted grids and a bootstrap written as plain loops."""
+
+import json
+import math
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from actcache import effects as module
+from actcache.effects import CELLS, GROUP_COLUMNS, contrasts, effects
+from actcache.errors import InputError
+
+GRID = [("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")]
+QUANTITIES = ["late_from_pt", "late_from_it", "interaction", "native_shift", "portable_share", "interaction_share"]
+
+
+def cell_table(grids, prompts=None, labels=("pt", "it"), **group):
+    """A table of cells from one (pt_pt, pt_it, it_pt, it_it) per event; prompt i for event i unless given."""
+    prompts = prompts or [f"p{i:04d}" for i in range(len(grids))]
+    plain = {"kind": "first_divergence", "boundary": 18, "scope": "prefix", "readout": "native", "variant": "none"}
+    name_of = dict(zip(("pt", "it"), labels, strict=True))
+    rows = []
+    for i, (grid, prompt) in enumerate(zip(grids, prompts, strict=True)):
+        for (upstream, late), margin in zip(GRID, grid, strict=True):
+            cell = {"upstream": name_of[upstream], "late": name_of[late], "margin": float(margin)}
+            rows.append({"event_id": f"e{i:04d}", "prompt_id": prompt, "step": i % 5} | plain | group | cell)
+    return pa.Table.from_pylist(rows)
+
+
+def random_grids(n, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal([-2.0, -1.2, -0.4, 2.0], 1.0, size=(n, 4))
+
+
+def slow_effects(cells, draws, seed, level):
+    """The specification as loops: draw prompts, pool every event of each drawn prompt, average, take percentiles."""
+    margins, prompt_of = {}, {}
+    for cell in cells.to_pylist():
+        margins.setdefault(cell["event_id"], {})[cell["upstream"] + "_" + cell["late"]] = cell["margin"]
+        prompt_of[cell["event_id"]] = cell["prompt_id"]
+    prompts = sorted(set(prompt_of.values()))
+
+    def quantities(events):
+        mean = {name: sum(margins[event][name] for event in events) / len(events) for name in CELLS}
+        a, b = mean["pt_it"] - mean["pt_pt"], mean["it_it"] - mean["it_pt"]
+        shift = mean["it_it"] - mean["pt_pt"]
+        values = dict(zip(QUANTITIES, (a, b, b - a, shift, a / b, (b - a) / shift), strict=True))
+        return mean | values
+
+    rng = np.random.default_rng(seed)
+    drawn = []
+    for _ in range(draws):
+        picked = [prompts[i] for i in rng.integers(0, len(prompts), len(prompts))]
+        drawn.append(quantities([event for prompt in picked for event in prompt_of if prompt_of[event] == prompt]))
+
+    def percentile(name, q):
+        ordered = sorted(draw[name] for draw in drawn)
+        at = q * (len(ordered) - 1)
+        left = math.floor(at)
+        right = min(left + 1, len(ordered) - 1)
+        return ordered[left] + (ordered[right] - ordered[left]) * (at - left)
+
+    tail = (1 - level) / 2
+    return {
+        name: {"mean": mean, "low": percentile(name, tail), "high": percentile(name, 1 - tail)}
+        for name, mean in quantities(list(prompt_of)).items()
+    }
+
+
+def flat(group):
+    """One group's numbers by name: the four cells and the six quantities."""
+    return group["cells"] | {name: group[name] for name in QUANTITIES}
+
+
+def width(number):
+    return number["high"] - number["low"]
+
+
+def test_contrasts_of_a_planted_grid():
+    table = contrasts(cell_table([(-3.0, -2.0, -1.0, 4.0), (-1.0, 0.0, 0.5, 1.0)]))
+    assert table.column_names == [
+        *("event_id", "prompt_id", "kind", "step", "boundary", "scope", "readout", "variant"),
+        *("y_pt_pt", "y_pt_it", "y_it_pt", "y_it_it"),
+        *("late_from_pt", "late_from_it", "interaction", "native_shift"),
+    ]
+    first = table.to_pylist()[0]
+    assert (first["event_id"], first["prompt_id"], first["step"], first["boundary"]) == ("e0000", "p0000", 0, 18)
+    assert (first["late_from_pt"], first["late_from_it"]) == (1.0, 5.0)
+    assert (first["interaction"], first["native_shift"]) == (4.0, 7.0)
+
+
+def test_effects_of_a_planted_grid():
+    group = effects(cell_table([(-3.0, -2.0, -1.0, 4.0), (-1.0, 0.0, 0.5, 1.0)]), draws=10)["groups"][0]
+    means = {name: number["mean"] for name, number in flat(group).items()}
+    assert means["pt_pt"] == -2.0
+    assert means["it_it"] == 2.5
+    assert means["late_from_pt"] == 1.0
+    assert means["late_from_it"] == 2.75
+    assert means["interaction"] == 1.75
+    assert means["native_shift"] == 4.5
+    assert means["portable_share"] == 1.0 / 2.75
+    assert means["interaction_share"] == 1.75 / 4.5
+    assert (group["n_events"], group["n_prompts"]) == (2, 2)
+
+
+def test_published_shares_follow_from_the_published_effects():
+    # A +0.76, B +2.44, a native shift of 1.68 / 0.337: the shares printed beside them are 31.1% and 33.7%.
+    shift = 1.68 / 0.337
+    group = effects(cell_table([(0.0, 0.76, shift - 2.44, shift)] * 3), draws=5)["groups"][0]
+    assert group["portable_share"]["mean"] == pytest.approx(0.311, abs=5e-4)
+    assert group["interaction_share"]["mean"] == pytest.approx(0.337, abs=5e-4)
+
+
+@pytest.mark.parametrize("per_pass", [1, 40, 1 << 21])
+def test_equals_the_slow_twin(monkeypatch, per_pass):
+    monkeypatch.setattr(module, "_DRAWN_PER_PASS", per_pass)
+    prompts = ["p0", "p1", "p1", "p2", "p3", "p3", "p3", "p4", "p5", "p6", "p7"]
+    cells = cell_table(random_grids(len(prompts)), prompts)
+    expected = slow_effects(cells, draws=120, seed=3, level=0.9)
+    group = effects(cells, draws=120, seed=3, level=0.9)["groups"][0]
+    for name, number in flat(group).items():
+        assert number == pytest.approx(expected[name], abs=1e-12), name
+
+
+def test_groups_do_not_touch_each_other(monkeypatch):
+    monkeypatch.setattr(module, "_GROUPS_PER_PASS", 2)
+    parts = [
+        cell_table(random_grids(9, seed), boundary=boundary, readout=readout)
+        for seed, (boundary, readout) in enumerate([(5, "native"), (5, "common_it"), (20, "native"), (20, "common_it")])
+    ]
+    parts.append(cell_table(random_grids(4, 7), kind="later_disagreement"))
+    together = effects(pa.concat_tables(parts), draws=50)["groups"]
+    alone = [effects(part, draws=50)["groups"][0] for part in parts]
+    assert together == sorted(alone, key=lambda group: [group[name] for name in GROUP_COLUMNS])
+
+
+def test_row_order_does_not_matter():
+    cells = pa.concat_tables([cell_table(random_grids(30, 1)), cell_table(random_grids(30, 2), boundary=5)])
+    shuffled = cells.take(pa.array(np.random.default_rng(5).permutation(cells.num_rows)))
+    assert contrasts(shuffled).equals(contrasts(cells))
+    assert effects(shuffled, draws=100) == effects(cells, draws=100)
+
+
+def test_column_types_do_not_matter():
+    cells = cell_table(random_grids(6))
+    encoded = cells
+    for i, field in enumerate(cells.schema):
+        if pa.types.is_string(field.type):
+            encoded = encoded.set_column(i, field.name, cells[field.name].dictionary_encode())
+    assert effects(encoded, draws=20) == effects(cells, draws=20)
+    chunked = pa.concat_tables([encoded.slice(0, 7), encoded.slice(7)])
+    assert effects(chunked, draws=20) == effects(cells, draws=20)
+
+
+def test_integer_ids_sort_as_numbers():
+    cells = cell_table(random_grids(12))
+    numbered = cells.set_column(
+        cells.column_names.index("event_id"), "event_id", pa.array([i // 4 for i in range(48)], pa.int64())
+    )
+    assert contrasts(numbered)["event_id"].to_pylist() == list(range(12))
+
+
+def test_repeating_the_events_of_a_prompt_adds_no_certainty():
+    grids = random_grids(40)
+    once = effects(cell_table(grids))["groups"][0]
+    prompts = [f"p{i:04d}" for i in range(40)]
+    thrice = effects(cell_table(np.concatenate([grids] * 3), prompts * 3))["groups"][0]
+    naive = effects(cell_table(np.concatenate([grids] * 3)))["groups"][0]
+    assert (thrice["n_events"], thrice["n_prompts"]) == (120, 40)
+    for name in ("late_from_pt", "interaction", "portable_share"):
+        assert thrice[name] == pytest.approx(once[name], abs=1e-12)
+        assert width(naive[name]) < 0.7 * width(once[name])
+
+
+def test_means_are_over_events_not_over_prompts():
+    group = effects(cell_table([(0, 0, 0, 1), (0, 0, 0, 1), (0, 0, 0, 4)], ["a", "a", "b"]), draws=10)["groups"][0]
+    assert group["cells"]["it_it"]["mean"] == 2.0
+
+
+def test_one_prompt_has_no_interval():
+    group = effects(cell_table(random_grids(3), ["only"] * 3))["groups"][0]
+    assert group["n_prompts"] == 1
+    for number in flat(group).values():
+        assert number["mean"] is not None
+        assert number["low"] is None
+        assert number["high"] is None
+
+
+def test_a_share_without_a_denominator_is_null():
+    group = effects(cell_table([(-1, 0, 2, 2), (-1, 1, -1, -1)]), draws=50)["groups"][0]
+    assert group["late_from_it"]["mean"] == 0
+    assert group["portable_share"] == {"mean": None, "low": None, "high": None}
+    assert group["interaction_share"]["mean"] is not None
+
+
+def test_rounding_is_not_a_denominator():
+    group = effects(cell_table([(0.1, 0.5, 0.1, 0.3), (0.2, 0.5, 0.5, 0.3)] * 3), draws=50)["groups"][0]
+    assert 0 <= abs(group["late_from_it"]["mean"]) < 1e-15
+    assert group["portable_share"]["mean"] is None
+
+
+def test_a_share_whose_denominator_may_be_zero_has_no_interval():
+    grids = [(0, 1, 0, b) for b in (-1.0, 1.5, -0.5, 0.7, -0.4, 0.2)]
+    group = effects(cell_table(grids))["groups"][0]
+    assert group["late_from_it"]["low"] < 0 < group["late_from_it"]["high"]
+    assert group["portable_share"]["mean"] == pytest.approx(12.0)
+    assert group["portable_share"]["low"] is None
+
+
+def test_intervals_cover_the_truth_at_about_their_level():
+    # 300 studies of 50 prompts with 1 to 4 correlated events each; a percentile interval of level 0.9 covers a little
+    # less than 0.9 at this size. The binomial standard error is 0.017: the band is about three of them.
+    rng = np.random.default_rng(11)
+    covered = 0
+    for _ in range(300):
+        prompts, grids = [], []
+        for p in range(50):
+            of_prompt = rng.normal(0, 1)
+            for _ in range(rng.integers(1, 5)):
+                prompts.append(f"p{p:02d}")
+                grids.append((0.0, 0.0, 0.0, 1.5 + of_prompt + rng.normal(0, 0.5)))
+        interaction = effects(cell_table(grids, prompts), draws=200, level=0.9)["groups"][0]["interaction"]
+        covered += interaction["low"] <= 1.5 <= interaction["high"]
+    assert 0.84 <= covered / 300 <= 0.94
+
+
+def test_seed_draws_and_level_do_what_they_say():
+    cells = cell_table(random_grids(40))
+    assert effects(cells) == effects(cells, draws=2000, seed=0, level=0.95)
+    assert effects(cells, seed=1) != effects(cells, seed=0)
+    narrow, wide = (effects(cells, level=level)["groups"][0]["interaction"] for level in (0.5, 0.99))
+    assert wide["low"] < narrow["low"] < narrow["mean"] < narrow["high"] < wide["high"]
+
+
+def test_other_pairs_of_a_lineup():
+    # Both pairs hold (base, base); a lineup's grid has it once.
+    pair, other = (cell_table(random_grids(5, seed), labels=("base", late)) for seed, late in enumerate(["sft", "dpo"]))
+    lineup = pa.concat_tables([pair, other.filter(pa.array([i % 4 != 0 for i in range(20)]))])
+    group = effects(lineup, pt="base", it="sft", draws=20)["groups"][0]
+    assert (group["pt"], group["it"]) == ("base", "sft")
+    assert group == effects(pair, pt="base", it="sft", draws=20)["groups"][0]
+    swapped = effects(pair, pt="sft", it="base", draws=20)["groups"][0]
+    assert swapped["cells"]["pt_pt"] == group["cells"]["it_it"]
+
+
+def test_empty_tables():
+    full = cell_table(random_grids(2))
+    assert effects(full.slice(0, 0)) == {"draws": 2000, "seed": 0, "level": 0.95, "groups": []}
+    assert contrasts(full.slice(0, 0)).schema == contrasts(full).schema
+    untyped = pa.table({name: [] for name in full.column_names})
+    assert contrasts(untyped).num_rows == 0
+
+
+def test_result_is_plain_json():
+    result = effects(cell_table(random_grids(6)), draws=20)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def without(cells, index):
+    return cells.take(pa.array([i for i in range(cells.num_rows) if i != index]))
+
+
+def with_value(cells, name, index, value):
+    values = cells[name].to_pylist()
+    values[index] = value
+    return cells.set_column(cells.column_names.index(name), name, pa.array(values, cells.schema.field(name).type))
+
+
+def test_missing_cell_names_event_and_cell():
+    with pytest.raises(InputError, match=r"'e0001' .*boundary 18.*lacks the cell upstream pt, late it"):
+        contrasts(without(cell_table(random_grids(3)), 5))
+
+
+def test_duplicate_cell_names_event_and_cell():
+    cells = cell_table(random_grids(3))
+    with pytest.raises(InputError, match=r"'e0002' .*repeats the cell upstream it, late it \(2 times\)"):
+        contrasts(pa.concat_tables([cells, cells.slice(11, 1)]))
+
+
+def test_missing_and_duplicate_in_one_event():
+    cells = cell_table(random_grids(2))
+    with pytest.raises(InputError, match=r"lacks .* and repeats .*\(1 more like it\)"):
+        contrasts(pa.concat_tables([without(cells, 0), cells.slice(1, 1), cells.slice(5, 1)]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_margin_that_is_not_finite(value):
+    with pytest.raises(InputError, match=r"'e0001' .*upstream it, late pt; 1 of 8"):
+        contrasts(with_value(cell_table(random_grids(2)), "margin", 6, value))
+
+
+@pytest.mark.parametrize("name", ["margin", "prompt_id", "event_id", "boundary"])
+def test_null(name):
+    with pytest.raises(InputError, match=f"column {name} of the cells has 1 nulls"):
+        contrasts(with_value(cell_table(random_grids(2)), name, 3, None))
+
+
+@pytest.mark.parametrize(("name", "value"), [("prompt_id", "another"), ("step", 99)])
+def test_event_with_two_prompts_or_steps(name, value):
+    with pytest.raises(InputError, match=f"'e0001' .*different {name} .*{value}"):
+        contrasts(with_value(cell_table(random_grids(2)), name, 6, value))
+
+
+def test_missing_column():
+    with pytest.raises(InputError, match="no column readout, margin"):
+        contrasts(cell_table(random_grids(2)).drop_columns(["readout", "margin"]))
+
+
+def test_unknown_or_equal_labels():
+    cells = cell_table(random_grids(2))
+    with pytest.raises(InputError, match=r"pair 'sft', 'dpo': upstream labels are \['pt'\], late labels \['it'\]"):
+        contrasts(cells.filter(pa.array([False, True, False, False] * 2)), pt="sft", it="dpo")
+    with pytest.raises(InputError, match="two different labels"):
+        contrasts(cells, pt="it", it="it")
+
+
+@pytest.mark.parametrize("bad", [{"draws": 0}, {"seed": -1}, {"level": 0.0}, {"level": 1.0}])
+def test_numbers_out_of_range(bad):
+    with pytest.raises(InputError, match="expected draws >= 1"):
+        effects(cell_table(random_grids(2)), **bad)

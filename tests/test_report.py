@@ -1,0 +1,355 @@
+"""The page: what it says equals the effects, hostile text stays text, nothing is fetched, edge sizes read well."""
+
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from actcache.effects import effects
+from actcache.errors import InputError
+from actcache.report import build_report
+from actcache.report.visible import Piece, decimals, percent, pieces, signed, tail
+
+HOSTILE = [
+    "</td></tr></table><script>alert(1)</script>",
+    '" onmouseover="alert(1)',
+    "<!-- ]]> --> {{ 7 * 7 }} {% raw %}",
+    "\u202egnp.exe",
+    "\u05e9\u05dc\u05d5\u05dd",
+    "\ufffd",
+    "line\r\nend\ttab\x00null",
+    "",
+]
+SETTINGS = {"command": "actcache run --pt A --it B", "dtype": "bfloat16"}
+VOID = {"meta", "col", "br"}
+NO_EXCLUDED = {"prompt_id": pa.array([], pa.string()), "reason": pa.array([], pa.string())}
+
+
+def run_tables(n_events=60, boundaries=(18,), readouts=("native", "common_it"), seed=0, texts=(" The", "\n")):
+    """(cells, events, excluded) of a made-up run."""
+    rng = np.random.default_rng(seed)
+    cells, events = [], []
+    for i in range(n_events):
+        event = {"event_id": f"e{i:05d}", "prompt_id": f"p{i // 2:05d}", "kind": "first_divergence", "step": i % 7}
+        y = rng.normal([-2.0, -1.2, -0.4, 2.5], 0.5)
+        for boundary in boundaries:
+            for r, readout in enumerate(readouts):
+                for cell, (upstream, late) in enumerate([("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")]):
+                    group = {"boundary": boundary, "scope": "prefix", "readout": readout, "variant": "none"}
+                    delta = 1e-6 * (i + 1) if upstream == late else None
+                    margin = float(y[cell] * (1 + 0.1 * r) + 0.01 * boundary * (cell == 3))
+                    labels = {"upstream": upstream, "late": late}
+                    cells.append(event | group | labels | {"margin": margin, "noop_delta": delta})
+        gaps = {"gap_pt": float(rng.gamma(2.0)), "gap_it": float(rng.gamma(2.0))}
+        shown = {"token_pt": texts[i % len(texts)], "token_it": texts[(i + 1) % len(texts)]}
+        events.append(event | gaps | shown | {"context": f"context {i} " + texts[i % len(texts)]})
+    excluded = pa.table({"prompt_id": ["x1", "x2", "x3"], "reason": ["both stopped", "no divergence", "both stopped"]})
+    schema = pa.Table.from_pylist(cells).schema if cells else None
+    return pa.Table.from_pylist(cells, schema=schema), pa.Table.from_pylist(events), excluded
+
+
+def page_of(tables, settings=SETTINGS, **options):
+    cells, events, excluded = tables
+    return build_report(cells, effects(cells, draws=200), events, excluded, settings, **options)
+
+
+class Page(HTMLParser):
+    """Parses a page, refusing tags that do not nest; collects tags, attributes, text and the text of each section."""
+
+    def __init__(self, html):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.by_section = {}
+        self.data_values = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append((tag, dict(attrs).get("id")))
+        if tag == "data":
+            self.data_values.append(dict(attrs)["value"])
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th", "dt"):
+            self.handle_data(" ")
+        assert self.open
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1][0] == "style":
+            return
+        self.text.append(data)
+        for tag, name in self.open:
+            if tag == "section":
+                self.by_section[name] = self.by_section.get(name, "") + data
+
+    def section(self, name):
+        return re.sub(r"\s+", " ", self.by_section[name])
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return run_tables()
+
+
+def test_sections_and_their_order(tables):
+    page = Page(page_of(tables))
+    assert list(page.by_section) == ["answer", "grid", "groups", "events", "examples", "excluded", "checks", "made"]
+    assert "60 events from 30 prompts; 3 prompts without one" in "".join(page.text)
+
+
+def test_numbers_are_those_of_the_effects(tables):
+    cells, events, excluded = tables
+    result = effects(cells, draws=200)
+    page = Page(build_report(cells, result, events, excluded, SETTINGS))
+    main = next(group for group in result["groups"] if group["readout"] == "common_it")
+    answer = page.section("answer")
+    for name in ("late_from_pt", "late_from_it", "interaction"):
+        mean, low, high = (signed(main[name][end], 2) for end in ("mean", "low", "high"))
+        assert f"{mean} ({low} to {high})" in answer
+    assert percent(main["portable_share"]["mean"]) in answer
+    assert "boundary 18, scope prefix, readout common_it" in answer.lower()
+    assert "do more on their own upstream state" in answer
+    values = {float(value) for value in page.data_values if value}
+    for group in result["groups"]:
+        for name in ("late_from_pt", "late_from_it", "interaction", "portable_share", "native_shift"):
+            assert set(group[name].values()) <= values
+    for name, number in main["cells"].items():
+        assert signed(number["mean"], 2) in page.section("grid"), name
+
+
+def test_excluded_prompts_noop_and_settings(tables):
+    page = Page(page_of(tables))
+    assert "3 of 33 prompts gave none" in page.section("excluded")
+    assert page.section("excluded").index("both stopped 2 6.1%") < page.section("excluded").index("no divergence 1")
+    assert "Over 240 cells the largest difference is 6e-05 logits" in page.section("checks")
+    assert "command actcache run --pt A --it B dtype bfloat16" in page.section("made")
+
+
+def test_examples_span_the_interactions():
+    cells, events, excluded = run_tables(100)
+    page = Page(page_of((cells, events, excluded)))
+    text = page.section("examples")
+    assert [text.count(part) for part in ("Largest", "Around the median", "Smallest")] == [1, 1, 1]
+    shown = re.findall(r"\be\d{5}\b", text)
+    assert len(shown) == len(set(shown)) == 24
+    y = {}
+    for cell in cells.to_pylist():
+        if cell["readout"] == "common_it":
+            y.setdefault(cell["event_id"], []).append(cell["margin"])
+    interaction = {event: m[3] - m[2] - m[1] + m[0] for event, m in y.items()}
+    ranked = sorted(interaction, key=lambda event: (-interaction[event], event))
+    assert shown == ranked[:8] + ranked[46:54] + ranked[-8:]
+    assert "context 7" in text or "context 1" in text
+
+
+def test_hostile_text_stays_text():
+    cells, events, excluded = run_tables(16, texts=HOSTILE)
+    excluded = excluded.append_column("note", pa.array(HOSTILE[:3])).set_column(1, "reason", pa.array(HOSTILE[:3]))
+    clean = Page(page_of(run_tables(16, texts=("a ",))))
+    page = Page(page_of((cells, events, excluded), {HOSTILE[0]: HOSTILE[1], HOSTILE[2]: "\udcff path"}))
+    assert "script" not in page.tags
+    assert set(page.tags) <= set(clean.tags)
+    assert {name for name, _ in page.attributes} <= {name for name, _ in clean.attributes}
+    text = "".join(page.text)
+    assert "<script>alert(1)</script>" in page.section("examples")
+    assert "{{ 7 * 7 }} {% raw %}" in text
+    assert "\u27e8U+202E\u27e9gnp.exe" in text
+    assert "\u202e" not in text
+    assert "\x00" not in text
+    assert "\u27e8U+DCFF\u27e9 path" in text
+    assert "empty" in page.section("examples")
+    assert "\u240d\u21b5end\u21e5tab\u2400null" in text
+
+
+def test_hostile_labels_and_readouts():
+    cells, events, excluded = run_tables(8, readouts=(HOSTILE[0],))
+    names = {"pt": "$a_1$ --> <b>", "it": HOSTILE[1]}
+    for column in ("upstream", "late"):
+        renamed = pa.array([names[label] for label in cells[column].to_pylist()])
+        cells = cells.set_column(cells.column_names.index(column), column, renamed)
+    result = effects(cells, pt=names["pt"], it=names["it"], draws=50)
+    page = Page(build_report(cells, result, events, excluded, SETTINGS))
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    assert not any(name.startswith("on") for name, _ in page.attributes)
+    assert names["pt"] in page.section("answer")
+
+
+def test_page_fetches_nothing(tables):
+    html = page_of(tables)
+    page = Page(html)
+    assert "http" not in html
+    assert "@import" not in html
+    assert {"link", "script", "img", "iframe", "object"}.isdisjoint(page.tags)
+    assert not [value for name, value in page.attributes if name in ("src", "srcset", "action", "data")]
+    assert all(value.startswith("#") for name, value in page.attributes if name == "href")
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
+
+
+def test_element_ids_are_unique_and_references_resolve():
+    html = page_of(run_tables(40, boundaries=(5, 10, 18)))
+    ids = [value for name, value in Page(html).attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert set(re.findall(r'(?:href="|url\()#([^")]+)', html)) <= set(ids)
+
+
+def test_figures_have_alt_text():
+    html = page_of(run_tables(40, boundaries=(5, 10, 18)))
+    figures = re.findall(r'<svg [^>]*role="img"[^>]*>', html)
+    assert len(figures) == html.count("<figure") == 6
+    assert all(len(re.search(r'aria-label="([^"]*)"', figure)[1]) > 60 for figure in figures)
+    assert "nan" not in html.lower().replace("nan_", "")
+
+
+def test_same_arguments_same_bytes(tables):
+    cells, events, excluded = tables
+    shuffle = np.random.default_rng(1).permutation
+    shuffled = [table.take(pa.array(shuffle(table.num_rows))) for table in (cells, events)]
+    assert page_of(tables) == page_of(tables) == page_of((*shuffled, excluded))
+
+
+def test_boundaries_get_their_figure_and_the_nearest_leads(tables):
+    swept = run_tables(20, boundaries=(5, 10, 18))
+    for wished, leads in ((None, 10), (17, 18), (1, 5)):
+        page = Page(page_of(swept, default_boundary=wished))
+        assert f"Boundary {leads}, scope prefix" in page.section("answer")
+        assert "Where the late stack starts" in page.section("boundaries")
+    assert "boundaries" not in Page(page_of(tables)).by_section
+
+
+def test_native_leads_without_a_common_readout():
+    page = Page(page_of(run_tables(6, readouts=("common_pt", "native"))))
+    assert "readout native" in page.section("answer")
+
+
+@pytest.mark.parametrize(
+    ("late_it", "sentence"),
+    [([2.0, 2.1], "do more on their own"), ([-2.0, -2.1], "do less on their own"), ([-1.0, 1.0], "includes 0")],
+)
+def test_the_answer_in_words(late_it, sentence):
+    cells, events, excluded = run_tables(20)
+    rows = cells.to_pylist()
+    for row in rows:
+        both_it = row["upstream"] == row["late"] == "it"
+        row["margin"] = late_it[int(row["prompt_id"][1:]) % 2] if both_it else 0.0
+    assert sentence in Page(page_of((pa.Table.from_pylist(rows, cells.schema), events, excluded))).section("answer")
+
+
+def test_one_event():
+    page = Page(page_of(run_tables(1)))
+    assert "1 event from 1 prompt;" in "".join(page.text)
+    assert "all events come from one prompt, so there is no interval" in page.section("answer")
+    assert "bootstrap" not in page.section("answer")
+    assert "All events, largest interaction first" in page.section("examples")
+
+
+def test_equal_events_with_zero_margins():
+    cells, events, excluded = run_tables(4)
+    zero = cells.set_column(cells.column_names.index("margin"), "margin", pa.array([0.0] * cells.num_rows))
+    page = Page(page_of((zero, events, excluded)))
+    assert "A / B, portable share of the late effect \u2013" in page.section("answer")
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_no_event(typed):
+    cells, events, excluded = run_tables(2)
+    cells, events = cells.slice(0, 0), events.slice(0, 0)
+    if not typed:
+        cells, events = (pa.table({name: [] for name in table.column_names}) for table in (cells, events))
+    page = Page(page_of((cells, events, excluded)))
+    text = re.sub(r"\s+", " ", "".join(page.text))
+    assert "No divergence was found" in text
+    assert "None of the 3 prompts gave an event" in page.section("answer")
+    assert "both stopped 2 66.7%" in page.section("excluded")
+    assert list(page.by_section) == ["answer", "excluded", "made"]
+
+
+def test_nothing_at_all():
+    cells, events, _ = run_tables(2)
+    page = Page(page_of((cells.slice(0, 0), events.slice(0, 0), pa.table({"prompt_id": [], "reason": []})), {}))
+    assert "No prompt was read" in page.section("answer")
+    assert "None was excluded" in page.section("excluded")
+
+
+def test_no_noop_and_no_exclusions():
+    cells, events, _ = run_tables(3)
+    cells = cells.set_column(cells.column_names.index("noop_delta"), "noop_delta", pa.nulls(cells.num_rows))
+    page = Page(page_of((cells, events, pa.table(NO_EXCLUDED))))
+    assert "was not compared" in page.section("checks")
+    assert "without one" not in "".join(page.text)
+
+
+def test_size_does_not_grow_with_the_run():
+    wide = run_tables(30, boundaries=tuple(range(1, 190)))
+    html = page_of(wide)
+    assert len(html.encode()) < 2_000_000
+    assert "78 more groups are in effects.json" in Page(html).section("groups")
+    many_events = len(page_of(run_tables(3000, readouts=("native",))).encode())
+    assert many_events < 1.2 * len(page_of(run_tables(300, readouts=("native",))).encode())
+
+
+def test_many_reasons_are_summed():
+    cells, events, _ = run_tables(2)
+    reasons = ["common"] * 5 + [f"reason {i:03d}" for i in range(100)]
+    excluded = pa.table({"prompt_id": [f"x{i}" for i in range(105)], "reason": reasons})
+    text = Page(page_of((cells, events, excluded))).section("excluded")
+    assert "common 5" in text
+    assert "71 other reasons 71" in text
+
+
+def test_errors(tables):
+    cells, events, excluded = tables
+    result = effects(cells, draws=20)
+    with pytest.raises(InputError, match="table of events has no column context"):
+        build_report(cells, result, events.drop_columns(["context"]), excluded, SETTINGS)
+    with pytest.raises(InputError, match="effects are not those of these cells"):
+        build_report(cells, effects(run_tables(seed=1)[0], draws=20), events, excluded, SETTINGS)
+    with pytest.raises(InputError, match="effects without groups"):
+        build_report(cells, effects(cells.slice(0, 0)), events, excluded, SETTINGS)
+    with pytest.raises(InputError, match="'e00000' of the cells is not among the 59 events"):
+        build_report(cells, result, events.slice(1), excluded, SETTINGS)
+
+
+def test_every_character_is_visible_and_encodable():
+    for code in range(0x11_0000):
+        for piece in pieces(chr(code), spaces=True):
+            assert piece.text.encode()
+            assert piece.text.isprintable()
+
+
+def test_pieces_keep_runs_together():
+    assert pieces("a b\nc", spaces=False) == [Piece("a b", False), Piece("\u21b5", True), Piece("c", False)]
+    assert pieces(" a", spaces=True) == [Piece("\u00b7", True), Piece("a", False)]
+
+
+@pytest.mark.parametrize(
+    ("value", "places", "text"),
+    [
+        (1.684, 2, "+1.68"),
+        (-0.5, 2, "\u22120.50"),
+        (0.001, 2, "0.00"),
+        (-1234.5, 1, "\u22121,234.5"),
+        (None, 2, "\u2013"),
+    ],
+)
+def test_signed(value, places, text):
+    assert signed(value, places) == text
+
+
+def test_percent_decimals_tail():
+    assert [percent(x) for x in (0.311, -0.05, -0.0001, None)] == ["31.1%", "\u22125.0%", "0.0%", "\u2013"]
+    assert [decimals(x) for x in ([], [None, 3.0], [0.05, 0.01], [1e-30])] == [2, 2, 3, 8]
+    assert tail("short", 10) == "short"
+    assert tail("one two three", 8) == "\u2026three"
+    assert tail("x" * 50, 10) == "\u2026" + "x" * 10
