@@ -2,8 +2,8 @@
 
 The search proposes where the pair diverges; the forward whose states are stored sees every position and decides. Its
 own argmaxes name the two tokens, so an event cannot contradict its own diagonal. Where it disagrees with the proposal,
-the event moves to where it does diverge, or the search goes on from what it chose, or the prompt is excluded with the
-reason recorded.
+the event moves to where it does diverge (and is captured again, over exactly its own sequence), or the search goes on
+from what it chose, or the prompt is excluded with the reason recorded.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -150,36 +150,39 @@ def _shards(n_prompts: int, shard_prompts: int) -> Iterable[tuple[str, range]]:
         yield f"shard-{index:06d}", range(start, min(start + shard_prompts, n_prompts))
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Search:
-    """A prompt on its way to an event: its ids, and the tokens that both checkpoints chose so far."""
+    """A prompt on its way to an event: its ids, and the tokens that both checkpoints chose after them."""
 
     index: int
     prompt: Prompt
     ids: list[int]
     shared: list[int]
+    proposed: bool = False  # that the pair diverges right after ``shared``
+    first_step: int | None = None  # where the search first proposed it
 
     @property
     def sequence(self) -> list[int]:
         return self.ids + self.shared
 
+    def go_on(self, shared: list[int], *, proposed: bool) -> _Search:
+        return replace(self, shared=shared, proposed=proposed)
 
-@dataclass
+
+@dataclass(frozen=True)
 class _Captured:
-    """One event with its rows; ``step`` choices were shared before it."""
+    """One event with its rows; the capture forward ran over exactly ``search.sequence``."""
 
     search: _Search
-    step: int
     tokens: dict[str, int]  # the pair's choices
     gaps: dict[str, float]
     margins: dict[str, float]
-    proposed_step: int
     states: dict[tuple[str, int], torch.Tensor]
     final: dict[str, torch.Tensor]
 
     @property
     def sequence(self) -> list[int]:
-        return self.search.ids + self.search.shared[: self.step]
+        return self.search.sequence
 
     @property
     def position(self) -> int:
@@ -216,113 +219,98 @@ class _Capture:
                 for search, result in self._run_pack([proposed[i] for i in pack]):
                     if isinstance(result, _Captured):
                         captured.append(result)
-                    elif isinstance(result, str):
-                        excluded[search.index] = result
+                    elif isinstance(result, _Search):
+                        searches.append(result)
                     else:
-                        searches.append(_Search(search.index, search.prompt, search.ids, result))
+                        excluded[search.index] = result
             if not searches:
                 break
-        for search in searches:
-            excluded[search.index] = "undecided"
+        excluded.update((search.index, "undecided") for search in searches)
         captured.sort(key=lambda event: event.search.index)
-        reasons = [(prompts[index], reason) for index, reason in sorted(excluded.items())]
-        return self._segment(captured, reasons)
+        return self._segment(captured, [(prompts[index], reason) for index, reason in sorted(excluded.items())])
 
     def _propose(self, searches: list[_Search], excluded: dict[int, str]) -> list[_Search]:
+        """Search from where each prompt stands; those that end without divergence are excluded."""
+        open_ended = [search for search in searches if not search.proposed]
         proposals = propose(
             [self.trunks[label] for label in PAIR],
-            [search.sequence for search in searches],
-            [len(search.shared) for search in searches],
+            [search.sequence for search in open_ended],
+            [len(search.shared) for search in open_ended],
             self.limits,
             max_tokens=self.settings.max_tokens,
         )
-        diverged = []
-        for search, proposal in zip(searches, proposals, strict=True):
+        diverged = [search for search in searches if search.proposed]
+        for search, proposal in zip(open_ended, proposals, strict=True):
             if proposal.outcome is Outcome.DIVERGED:
-                search.shared = search.shared + proposal.shared
-                diverged.append(search)
+                diverged.append(search.go_on(search.shared + proposal.shared, proposed=True))
             else:
                 excluded[search.index] = proposal.outcome.value
-        return diverged
+        diverged = [s if s.first_step is not None else replace(s, first_step=len(s.shared)) for s in diverged]
+        return sorted(diverged, key=lambda search: search.index)
 
     @torch.no_grad()
-    def _run_pack(self, pack: list[_Search]) -> Iterable[tuple[_Search, _Captured | str | list[int]]]:
-        """One forward of every checkpoint over these sequences; for each an event, the reason why it is excluded, or
-        the tokens that both checkpoints chose instead, from which to search on."""
-        lengths = [len(search.sequence) for search in pack]
-        bounds = offsets_of(lengths).tolist()
+    def _run_pack(self, pack: list[_Search]) -> Iterable[tuple[_Search, _Captured | _Search | str]]:
+        """One forward of every checkpoint over these sequences; for each of them an event, where to search on, or the
+        reason why the prompt is excluded."""
+        bounds = offsets_of([len(search.sequence) for search in pack]).tolist()
         ids = torch.tensor([token for search in pack for token in search.sequence])[None]
         # Positions whose next token is compared: from the last prompt token to the end of each sequence.
         compared = [
-            range(start + len(s.ids) - 1, stop) for s, start, stop in zip(pack, bounds, bounds[1:], strict=False)
+            range(start + len(search.ids) - 1, stop)
+            for search, start, stop in zip(pack, bounds[:-1], bounds[1:], strict=True)
         ]
-        rows_kept = range(len(ids[0])) if self.settings.row_selection == "prefix" else [r for c in compared for r in c]
-        row_ids = torch.tensor(list(rows_kept), dtype=torch.int64)
-        compared_ids = torch.tensor([row for rows in compared for row in rows], dtype=torch.int64)
+        prefix = self.settings.row_selection == "prefix"
+        kept = [
+            range(start, stop) if prefix else range(stop - 1, stop)
+            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+        ]
         states: dict[tuple[str, int], torch.Tensor] = {}
         final: dict[str, torch.Tensor] = {}
         for label, trunk in self.trunks.items():
-            gathered, hidden = forward_and_gather(trunk, ids, bounds, self.settings.boundaries, row_ids)
+            gathered, hidden = forward_and_gather(trunk, ids, bounds, self.settings.boundaries, _concatenated(kept))
             states.update({(label, boundary): rows for boundary, rows in gathered.items()})
-            final[label] = gather_rows(hidden, compared_ids)
+            final[label] = gather_rows(hidden, _concatenated(compared))
         best = {label: self.trunks[label].readout.top2(final[label]) for label in PAIR}
-        row_of = {int(row): index for index, row in enumerate(row_ids)}
-        first_compared = 0
-        for search, start, rows in zip(pack, bounds, compared, strict=False):
-            at = range(first_compared, first_compared + len(rows))
-            first_compared += len(rows)
-            decision = self._decide(search, {label: best[label][0][at.start : at.stop, 0].tolist() for label in PAIR})
-            if not isinstance(decision, int):
-                yield search, decision
+        rows_of = _consecutive([len(rows) for rows in kept])
+        compared_of = _consecutive([len(rows) for rows in compared])
+        for search, rows, choices in zip(pack, rows_of, compared_of, strict=True):
+            decided = self._decide(
+                search, *(best[label][0][choices.start : choices.stop, 0].tolist() for label in PAIR)
+            )
+            if decided is not None:
+                yield search, decided
                 continue
-            step, row = decision, at[decision]
-            tokens = {label: int(best[label][0][row, 0]) for label in PAIR}
-            pair_ids = torch.tensor([[tokens["pt"], tokens["it"]]])
-            margins, gaps = {}, {}
-            for label, trunk in self.trunks.items():
-                scores = trunk.readout.scores(final[label][row : row + 1], pair_ids)[0]
-                margins[label] = float(scores[1] - scores[0])
-            for label in PAIR:
-                logits = best[label][1][row]
-                gaps[label] = float(logits[0] - logits[1])
+            last = choices.stop - 1
+            tokens = {label: int(best[label][0][last, 0]) for label in PAIR}
+            margins = self._margins({label: final[label][last : last + 1] for label in final}, tokens)
             if not margins["pt"] < 0 < margins["it"]:
                 yield search, "tie"
-                continue
-            if not {tokens["pt"], tokens["it"]} <= self.vocab:
+            elif not self.vocab.issuperset(tokens.values()):
                 yield search, "token_outside_vocabulary"
-                continue
-            event_row = start + len(search.ids) + step - 1
-            wanted = (
-                range(start, event_row + 1)
-                if self.settings.row_selection == "prefix"
-                else range(event_row, event_row + 1)
-            )
-            own = torch.tensor([row_of[r] for r in wanted], dtype=torch.int64)
-            yield (
-                search,
-                _Captured(
-                    search,
-                    step,
-                    tokens,
-                    gaps,
-                    margins,
-                    len(search.shared),
-                    {key: gather_rows(rows_of_key, own) for key, rows_of_key in states.items()},
-                    {label: final[label][row] for label in self.trunks},
-                ),
-            )
+            else:
+                gaps = {label: float(best[label][1][last, 0] - best[label][1][last, 1]) for label in PAIR}
+                own_states = {key: kept_rows[rows.start : rows.stop] for key, kept_rows in states.items()}
+                own_final = {label: hidden[last].cpu() for label, hidden in final.items()}
+                yield search, _Captured(search, tokens, gaps, margins, own_states, own_final)
 
-    def _decide(self, search: _Search, choices: dict[str, list[int]]) -> int | str | list[int]:
-        """The step at which the pair first differs in the capture forward; or why the prompt is excluded; or, where
-        it agrees on another token than the proposed one, the tokens to go on from."""
-        for step, (a, b) in enumerate(zip(choices["pt"], choices["it"], strict=True)):
+    def _decide(self, search: _Search, pt: list[int], it: list[int]) -> _Search | str | None:
+        """None where the pair shares exactly ``search.shared`` and then differs. Otherwise, the capture forward has
+        contradicted the search: where to go on from, or why the prompt is excluded."""
+        for step, (a, b) in enumerate(zip(pt, it, strict=True)):
             if a != b:
-                return step
+                # Differing before the end, the event moves; it is taken from a forward over its own sequence.
+                moved = search.go_on(search.shared[:step], proposed=True)
+                return None if step == len(search.shared) else moved
             if step < len(search.shared) and a == search.shared[step]:
                 continue
             ended = self.limits.after_agreeing(a, len(search.ids) + step, step + 1)
-            return ended.value if ended is not None else [*search.shared[:step], a]
-        raise AssertionError("the last compared choice always returns")
+            return ended.value if ended is not None else search.go_on([*search.shared[:step], a], proposed=False)
+        raise AssertionError("the choice after the last shared token always decides")
+
+    def _margins(self, final: dict[str, torch.Tensor], tokens: dict[str, int]) -> dict[str, float]:
+        pair_ids = torch.tensor([[tokens["pt"], tokens["it"]]])
+        scores = {label: self.trunks[label].readout.scores(hidden, pair_ids)[0] for label, hidden in final.items()}
+        return {label: float(score[1] - score[0]) for label, score in scores.items()}
 
     def _segment(self, captured: list[_Captured], excluded: list[tuple[Prompt, str]]) -> SegmentData:
         width, dtype = next(iter(self.trunks.values())).width, DTYPES[self.settings.dtype]
@@ -354,8 +342,8 @@ class _Capture:
             "event_id": column((f"{e.search.prompt.id}@{e.position}" for e in captured), pa.string()),
             "prompt_id": column((e.search.prompt.id for e in captured), pa.string()),
             "kind": column((KIND for _ in captured), pa.string()),
-            "step": column((e.step for e in captured), pa.int32()),
-            "proposed_step": column((e.proposed_step for e in captured), pa.int32()),
+            "step": column((len(e.search.shared) for e in captured), pa.int32()),
+            "proposed_step": column((e.search.first_step for e in captured), pa.int32()),
             "sequence": column(range(len(captured)), pa.int64()),
             "position": column((e.position for e in captured), pa.int64()),
             "y_pt": column((e.tokens["pt"] for e in captured), pa.int64()),
@@ -420,6 +408,16 @@ def _why_not_packable(trunk: Trunk) -> str | None:
         lambda ids, bounds: trunk.forward(bounds, input_ids=ids[None].to(trunk.device)),
         lambda n: torch.randint(trunk.readout.vocab_size, (n,), generator=generator),
     )
+
+
+def _concatenated(rows: Sequence[range]) -> torch.Tensor:
+    return torch.tensor([row for part in rows for row in part], dtype=torch.int64)
+
+
+def _consecutive(lengths: Sequence[int]) -> list[range]:
+    """Where parts of these lengths lie when they are put one after another."""
+    bounds = offsets_of(lengths).tolist()
+    return [range(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def _carried(prompt: Prompt) -> str:

@@ -1,11 +1,21 @@
-"""Files that are either the old whole or the new whole, whatever happens in between."""
+"""Files that are either the old whole or the new whole, whatever happens in between.
+
+Local and network file systems with POSIX rename and ``flock``; not object stores.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
-import tempfile
+import secrets
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+_FSYNCS_AT_ONCE = 16
 
 
 def write_atomically(path: str | Path, data: Any) -> None:
@@ -14,26 +24,93 @@ def write_atomically(path: str | Path, data: Any) -> None:
     On an OSError (full or read-only disk) the temporary file is removed and ``path`` is as it was.
     """
     path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes private files; results are ordinary ones
-        os.replace(name, path)
+        write_durably(temporary, data)
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(name)
+        temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
-def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
+def write_durably(path: Path, data: Any) -> None:
+    """Write bytes-like ``data`` to a new or emptied file, and fsync it (not its folder)."""
+    with open(path, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with parents, unless it is there; durable when this returns."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        fsync(folder.parent)
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def fsync_tree(folder: Path) -> None:
+    """:func:`fsync` of a folder and all below it: at once, which a disk merges and one after another it cannot."""
+    with ThreadPoolExecutor(_FSYNCS_AT_ONCE) as pool:
+        deque(pool.map(fsync, [folder, *folder.rglob("*")]), maxlen=0)
+
+
+def draft_of(path: Path) -> Path:
+    """The file that :func:`sole_creator` locks, and fills before it gets its final name."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextmanager
+def sole_creator(path: Path) -> Iterator[Callable[[bytes], None]]:
+    """The sole right to create ``path``, for as long as the block lasts; the block looks whether it exists already.
+
+    Yields ``publish(data)``, which makes ``path`` appear with all of ``data``, durable, and ends the right.
+    Waits while another process or thread is in such a block for the same path; one that dies is out of it.
+    """
+    draft = draft_of(path)
+    handle = _lock(draft)
+
+    def publish(data: bytes) -> None:
+        write_durably(draft, data)
+        os.rename(draft, path)
+        fsync(path.parent)
+
+    try:
+        yield publish
+    finally:
+        if _is_open_at(handle, draft):
+            draft.unlink()
+        # A child forked meanwhile shares the open file: closing it here would not end the lock.
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+def _lock(path: Path) -> int:
+    """Lock a file, which need not exist; a file and not the folder, because NFS locks only what can be written."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_open_at(handle, path):
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # the holder before removed or renamed it while this one waited
+
+
+def _is_open_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False

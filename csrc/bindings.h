@@ -9,21 +9,27 @@
 
 namespace actcache {
 
-inline GatherParams checked_params(std::uintptr_t src, std::int64_t n_src_rows, std::int64_t n_cols,
-                                   std::int64_t elem_bytes, std::int64_t row_stride, std::int64_t col_stride,
-                                   std::uintptr_t row_ids, std::int64_t n_rows, std::uintptr_t dst) {
-    const GatherParams params{reinterpret_cast<const unsigned char*>(src),
-                              reinterpret_cast<const std::int64_t*>(row_ids),
-                              reinterpret_cast<unsigned char*>(dst),
-                              n_src_rows,
-                              n_rows,
-                              n_cols,
-                              row_stride,
-                              col_stride,
-                              elem_bytes};
-    const ParamError error = check(params);
-    if (error != ParamError::none) throw pybind11::value_error(std::string("gather_rows: ") + describe(error));
-    return params;
+inline GatherParams make_params(std::uintptr_t src, std::int64_t n_src_rows, std::int64_t n_cols,
+                                std::int64_t elem_bytes, std::int64_t row_stride, std::int64_t col_stride,
+                                std::uintptr_t row_ids, std::int64_t n_rows, std::uintptr_t dst) {
+    return {reinterpret_cast<const unsigned char*>(src),
+            reinterpret_cast<const std::int64_t*>(row_ids),
+            reinterpret_cast<unsigned char*>(dst),
+            n_src_rows,
+            n_rows,
+            n_cols,
+            row_stride,
+            col_stride,
+            elem_bytes};
+}
+
+inline void raise_refusal(const GatherParams& p, const char* refusal) {
+    if (refusal == nullptr) return;
+    const auto number = [](const char* name, std::int64_t value) { return name + std::to_string(value); };
+    throw pybind11::value_error(std::string("gather_rows: ") + refusal + number(" (n_src_rows ", p.n_src_rows) +
+                                number(", n_cols ", p.n_cols) + number(", elem_bytes ", p.elem_bytes) +
+                                number(", row_stride_bytes ", p.row_stride) +
+                                number(", col_stride_bytes ", p.col_stride) + number(", n_rows ", p.n_rows) + ")");
 }
 
 }  // namespace actcache

@@ -1,54 +1,86 @@
 // Row gather on CUDA:  nvcc -ptx -arch=sm_80 gather_cuda.cu
 //
-// One block copies one row at a time (grid-stride over rows), its threads side by side along the row, so that
-// neighbouring threads touch neighbouring addresses on both sides.
+// A block is a rectangle of threads: x runs along a row, so that neighbouring threads touch neighbouring addresses on
+// both sides; y counts rows, so that short rows fill a block too. Blocks stride over the rows.
 //
-//   runs     16-byte words while both rows are 16-byte aligned, then single elements. A row of a residual stream is
-//   some
-//            thousands of bytes: 128 threads move 2 KiB a step.
-//   strided  single elements.
+//   runs      the widest access that both rows are aligned for, then the tail by elements. A row of a residual stream
+//             is some thousands of bytes: 128 threads move 2 KiB a step.
+//   strided   by elements.
 //
-// The destination may be page-locked host memory: the writes then cross the bus as whole 16-byte words, and no copy
-// through device memory is needed.
+// The destination may be page-locked host memory: the writes cross the bus as they are made, and no copy through device
+// memory is needed.
 #include <cuda_runtime.h>
 
 #include "gather.h"
 
 namespace actcache {
+namespace {
 
+constexpr unsigned kThreads = 128;
+constexpr std::int64_t kMaxBlocks = 1 << 16;  // far beyond what is resident at once; the stride loop does the rest
+
+// Copies as many whole words as a run holds; returns the bytes copied.
 template <typename Word>
-__device__ __forceinline__ void gather(const GatherParams& p) {
-    const bool runs = rows_are_runs(p);
-    for (std::int64_t i = blockIdx.x; i < p.n_rows; i += gridDim.x) {
-        const unsigned char* from = source_row(p, i);
-        unsigned char* to = destination_row(p, i);
-        const std::int64_t n_vectors = runs ? vectors_in_run(p, from, to) : 0;
-        const auto* from16 = reinterpret_cast<const uint4*>(from);
-        auto* to16 = reinterpret_cast<uint4*>(to);
-        for (std::int64_t v = threadIdx.x; v < n_vectors; v += blockDim.x) to16[v] = from16[v];
-        const std::int64_t first = n_vectors * (kVectorBytes / static_cast<std::int64_t>(sizeof(Word)));
-        for (std::int64_t c = first + threadIdx.x; c < p.n_cols; c += blockDim.x) copy_element<Word>(p, from, to, c);
+__device__ __forceinline__ std::int64_t copy_words(const unsigned char* __restrict__ from,
+                                                   unsigned char* __restrict__ to, std::int64_t n_bytes) {
+    constexpr auto size = static_cast<std::int64_t>(sizeof(Word));
+    const auto* source = reinterpret_cast<const Word*>(from);
+    auto* target = reinterpret_cast<Word*>(to);
+    const std::int64_t n_words = n_bytes / size;
+    for (std::int64_t w = threadIdx.x; w < n_words; w += blockDim.x) target[w] = source[w];
+    return n_words * size;
+}
+
+__device__ __forceinline__ std::int64_t copy_run(const GatherParams& p, const unsigned char* from, unsigned char* to) {
+    const std::int64_t n_bytes = row_bytes(p);
+    switch (access_bytes(from, to)) {
+        case 16: return copy_words<uint4>(from, to, n_bytes);
+        case 8: return copy_words<uint2>(from, to, n_bytes);
+        case 4: return copy_words<std::uint32_t>(from, to, n_bytes);
+        case 2: return copy_words<std::uint16_t>(from, to, n_bytes);
+        default: return copy_words<std::uint8_t>(from, to, n_bytes);
     }
 }
 
-// One entry a word size; plain names, so that they can be found in the PTX.
-extern "C" __global__ void actcache_gather_rows_1(GatherParams p) { gather<std::uint8_t>(p); }
-extern "C" __global__ void actcache_gather_rows_2(GatherParams p) { gather<std::uint16_t>(p); }
-extern "C" __global__ void actcache_gather_rows_4(GatherParams p) { gather<std::uint32_t>(p); }
-extern "C" __global__ void actcache_gather_rows_8(GatherParams p) { gather<std::uint64_t>(p); }
+// The elements from byte `done` of the destination row on.
+template <typename Element>
+__device__ __forceinline__ void copy_elements(const GatherParams& p, const unsigned char* from, unsigned char* to,
+                                              std::int64_t done) {
+    constexpr auto size = static_cast<std::int64_t>(sizeof(Element));
+    for (std::int64_t c = done / size + threadIdx.x; c < p.n_cols; c += blockDim.x) {
+        *reinterpret_cast<Element*>(to + c * size) = *reinterpret_cast<const Element*>(from + c * p.col_stride);
+    }
+}
+
+}  // namespace
+
+// A plain name, so that it can be found in the PTX.
+extern "C" __global__ void __launch_bounds__(kThreads) actcache_gather_rows(const GatherParams p) {
+    const std::int64_t rows_per_step = static_cast<std::int64_t>(gridDim.x) * blockDim.y;
+    for (std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; i < p.n_rows;
+         i += rows_per_step) {
+        const unsigned char* from = source_row(p, i);
+        unsigned char* to = destination_row(p, i);
+        const std::int64_t done = rows_are_runs(p) ? copy_run(p, from, to) : 0;
+        switch (p.elem_bytes) {
+            case 1: copy_elements<std::uint8_t>(p, from, to, done); break;
+            case 2: copy_elements<std::uint16_t>(p, from, to, done); break;
+            case 4: copy_elements<std::uint32_t>(p, from, to, done); break;
+            default: copy_elements<std::uint64_t>(p, from, to, done); break;
+        }
+    }
+}
 
 int gather_rows_cuda(const GatherParams& params, void* stream) {
-    if (params.n_rows == 0 || params.n_cols == 0) return cudaSuccess;
-    constexpr unsigned kThreads = 128;
-    constexpr std::int64_t kMaxBlocks = 1 << 16;  // far beyond what is resident at once; the stride loop does the rest
-    const auto blocks = static_cast<unsigned>(params.n_rows < kMaxBlocks ? params.n_rows : kMaxBlocks);
-    const auto queue = static_cast<cudaStream_t>(stream);
-    switch (params.elem_bytes) {
-        case 1: actcache_gather_rows_1<<<blocks, kThreads, 0, queue>>>(params); break;
-        case 2: actcache_gather_rows_2<<<blocks, kThreads, 0, queue>>>(params); break;
-        case 4: actcache_gather_rows_4<<<blocks, kThreads, 0, queue>>>(params); break;
-        default: actcache_gather_rows_8<<<blocks, kThreads, 0, queue>>>(params); break;
-    }
+    if (check_for_device(params) != nullptr) return static_cast<int>(cudaErrorInvalidValue);
+    if (params.n_rows == 0 || params.n_cols == 0) return static_cast<int>(cudaSuccess);
+    const std::int64_t accesses = rows_are_runs(params) ? row_bytes(params) / kWidestAccess : params.n_cols;
+    dim3 block(1);
+    while (block.x < kThreads && block.x < accesses) block.x *= 2;
+    block.y = kThreads / block.x;
+    const std::int64_t n_blocks = (params.n_rows + block.y - 1) / block.y;
+    const auto grid = static_cast<unsigned>(n_blocks < kMaxBlocks ? n_blocks : kMaxBlocks);
+    actcache_gather_rows<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(params);
     return static_cast<int>(cudaGetLastError());
 }
 

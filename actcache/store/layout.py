@@ -10,15 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import zarr
-from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actcache.errors import CorruptStoreError, FormatVersionError, InputError
+from actcache.store.shard import crc32c
 
 FORMAT_VERSION = 1
 
@@ -26,13 +24,11 @@ ROOT = "zarr.json"
 SEGMENTS = "segments"
 COMMITS = "commits"
 
-# One compressed chunk: small enough that one event of some tens of rows reads little it does not need, large enough
-# for the codec to work at speed and for the shard's index (16 bytes a chunk) to stay small.
-CHUNK_BYTES = 256 * 1024
-
 STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _COLUMN_TYPES = {"int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32(), "string": pa.string()}
+ROW_SELECTIONS = ("prefix", "divergence")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_FILE = re.compile(rf"({_NAME.pattern}/)*(zarr\.json|[0-9]+)")
 
 # Columns that every events table has; more may stand beside them.
 EVENT_COLUMNS = {
@@ -47,9 +43,10 @@ EVENT_COLUMNS = {
     "carried": "string",
 }
 EXCLUDED_COLUMNS = {"prompt_id": "string", "reason": "string", "carried": "string"}
+SEGMENT_COLUMN = "segment"  # added by the reader
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SegmentData:
     """Everything that one segment holds: S sequences of T tokens, E events, N rows of width D.
 
@@ -60,8 +57,8 @@ class SegmentData:
             state at token i, N = T; with ``divergence`` it is the state at event i, N = E.
         final: ``label -> [E, D]``, the last block's output (before the final norm) at each event's position.
         events: one row an event, at least the columns of ``EVENT_COLUMNS``; ``sequence`` counts within the segment,
-            ``carried`` is a JSON object.
-        excluded: prompts without an event: prompt_id, reason, carried.
+            ``carried`` is a JSON object, none of whose keys names a column.
+        excluded: prompts without an event, at least the columns of ``EXCLUDED_COLUMNS``.
 
     Raises:
         InputError: a shape, dtype, column or index does not fit the others.
@@ -87,7 +84,8 @@ class SegmentData:
                     raise InputError(f"the {name} table needs a column {column!r} of type {kind}")
             for column in table.column_names:
                 column_type(table, column)
-        check_events(self.events, self.sequence_offsets)
+            _check_carried(table, name)
+        check_events(self.events["sequence"].to_numpy(), self.events["position"].to_numpy(), self.sequence_offsets)
         for label, rows in self.final.items():
             if len(rows) != self.events.num_rows:
                 raise InputError(f"final states of {label}: {len(rows)} rows for {self.events.num_rows} events")
@@ -106,15 +104,44 @@ def check_offsets(offsets: npt.NDArray[np.int64], total: int) -> None:
         raise InputError(f"offsets must run from 0 to {total} and never down")
 
 
-def check_events(events: pa.Table, sequence_offsets: npt.NDArray[np.int64]) -> None:
+def check_events(
+    sequence: npt.NDArray[np.int64], position: npt.NDArray[np.int64], sequence_offsets: npt.NDArray[np.int64]
+) -> None:
     """Raise InputError unless every event lies within its sequence."""
-    sequence = events["sequence"].to_numpy()
-    position = events["position"].to_numpy()
     n_sequences = len(sequence_offsets) - 1
     if ((sequence < 0) | (sequence >= n_sequences)).any():
         raise InputError(f"an event names a sequence outside 0..{n_sequences - 1}")
     if ((position < 0) | (position >= np.diff(sequence_offsets)[sequence])).any():
         raise InputError("an event's position lies outside its sequence")
+
+
+def n_rows(fingerprint: dict[str, Any], n_tokens: int, n_events: int) -> int:
+    """N of a segment: one row a token, or one an event."""
+    return n_tokens if fingerprint["row_selection"] == "prefix" else n_events
+
+
+def _check_carried(table: pa.Table, name: str) -> None:
+    taken = {*table.column_names, *(EVENT_COLUMNS if name == "events" else EXCLUDED_COLUMNS), SEGMENT_COLUMN}
+    for text in set(table["carried"].to_pylist()):
+        try:
+            carried = json.loads(text)
+        except ValueError as error:
+            raise InputError(f"the {name} table's carried {text[:40]!r} is not JSON: {error}") from error
+        if not isinstance(carried, dict):
+            raise InputError(f"the {name} table's carried {text[:40]!r} is not a JSON object")
+        for key in carried:
+            if key in taken or "\0" in key or not _is_text(key):
+                raise InputError(
+                    f"carried key {key!r} cannot be a column of the {name} table: it is one already, or not text"
+                )
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
 
 
 def check_name(name: str, what: str) -> None:
@@ -123,7 +150,7 @@ def check_name(name: str, what: str) -> None:
         raise InputError(f"{what} {name!r} is not made of letters, digits, '-' and '_'")
 
 
-# ---- arrays -----------------------------------------------------------------------------------------------------------
+# ---- arrays ----------------------------------------------------------------------------------------------------------
 
 
 def state_path(label: str, boundary: int) -> str:
@@ -131,48 +158,75 @@ def state_path(label: str, boundary: int) -> str:
     return f"states/{label}/b{boundary:03d}"
 
 
-def write_array(group: zarr.Group, path: str, array: npt.NDArray[Any], attributes: dict[str, Any] | None = None) -> None:
-    """Store one array as one shard: one file whose inner chunks are compressed and checksummed each for itself."""
-    row_bytes = int(np.prod(array.shape[1:], dtype=np.int64)) * array.itemsize
-    rows = max(1, min(len(array), CHUNK_BYTES // max(1, row_bytes)))
-    chunk = (rows, *array.shape[1:])
-    shard = (max(1, -(-len(array) // rows)) * rows, *array.shape[1:])
-    stored = group.create_array(
-        path,
-        shape=array.shape,
-        dtype=array.dtype,
-        chunks=chunk,
-        shards=shard,
-        compressors=[
-            BloscCodec(typesize=array.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle"),
-            Crc32cCodec(),
-        ],
-        filters=None,
-        fill_value=0,
-        attributes=attributes or {},
-        # An all-zero chunk would otherwise not be written, and -0.0 counts as zero: read back as +0.0.
-        config={"write_empty_chunks": True},
-    )
-    if array.size:
-        stored[...] = array
+def final_path(label: str) -> str:
+    """Where the final hidden states of a checkpoint lie within a segment."""
+    return f"final/{label}"
 
 
-def to_numpy(rows: torch.Tensor) -> tuple[npt.NDArray[Any], str]:
-    """The rows as Zarr can hold them (bfloat16 as its uint16 words), and their true dtype's name."""
-    name = str(rows.dtype).removeprefix("torch.")
-    if name not in STATE_DTYPES:
-        raise InputError(f"states are {name}; a store holds {', '.join(STATE_DTYPES)}")
+def stored_dtype(dtype: str) -> str:
+    """The Zarr data type that holds states of this dtype: bfloat16, which core Zarr lacks, as its uint16 words."""
+    return "uint16" if dtype == "bfloat16" else dtype
+
+
+def expected_arrays(
+    record: dict[str, Any], fingerprint: dict[str, Any]
+) -> dict[str, tuple[tuple[int | None, ...], str]]:
+    """Path, shape and stored dtype of every array of a segment; None is a length that only the array itself knows."""
+    width, dtype = fingerprint["width"], stored_dtype(fingerprint["dtype"])
+    rows = n_rows(fingerprint, record["n_tokens"], record["n_events"])
+    arrays: dict[str, tuple[tuple[int | None, ...], str]] = {
+        "token_ids": ((record["n_tokens"],), "int32"),
+        "sequence_offsets": ((record["n_sequences"] + 1,), "int64"),
+    }
+    for label in fingerprint["checkpoints"]:
+        arrays[final_path(label)] = ((record["n_events"], width), dtype)
+        for boundary in fingerprint["boundaries"]:
+            arrays[state_path(label, boundary)] = ((rows, width), dtype)
+    for table, n in (("events", record["n_events"]), ("excluded", record["n_excluded"])):
+        for column, kind in record["schema"][table].items():
+            if kind == "string":
+                arrays[f"{table}/{column}/bytes"] = ((None,), "uint8")
+                arrays[f"{table}/{column}/offsets"] = ((n + 1,), "int64")
+            else:
+                arrays[f"{table}/{column}"] = ((n,), kind)
+    return arrays
+
+
+def arrays_of(segment: SegmentData) -> Iterator[tuple[str, npt.NDArray[Any], dict[str, Any]]]:
+    """Path, content and attributes of every array of a segment."""
+    yield "token_ids", segment.token_ids, {}
+    yield "sequence_offsets", segment.sequence_offsets, {}
+    states = {state_path(label, boundary): rows for (label, boundary), rows in segment.states.items()}
+    for path, rows in (states | {final_path(label): rows for label, rows in segment.final.items()}).items():
+        yield path, to_numpy(rows), {"dtype": str(rows.dtype).removeprefix("torch.")}
+    for name, table in (("events", segment.events), ("excluded", segment.excluded)):
+        for column, kind in schema_of(table).items():
+            if kind == "string":
+                data, offsets = encode_text(table[column])
+                yield f"{name}/{column}/bytes", data, {}
+                yield f"{name}/{column}/offsets", offsets, {}
+            else:
+                yield f"{name}/{column}", table[column].to_numpy(), {}
+
+
+def to_numpy(rows: torch.Tensor) -> npt.NDArray[Any]:
+    """The rows as Zarr can hold them."""
     rows = rows.detach().cpu().contiguous()
-    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy(), name
+    return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
 
 def to_torch(array: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
     """The inverse of :func:`to_numpy`."""
-    rows = torch.from_numpy(np.ascontiguousarray(array))
+    rows = torch.from_numpy(array)
     return rows.view(torch.bfloat16) if dtype == torch.bfloat16 else rows
 
 
-# ---- tables -----------------------------------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------------------
+
+
+def schema_of(table: pa.Table) -> dict[str, str]:
+    """The type of each column, by name."""
+    return {column: column_type(table, column) for column in table.column_names}
 
 
 def column_type(table: pa.Table, column: str) -> str:
@@ -183,26 +237,21 @@ def column_type(table: pa.Table, column: str) -> str:
             if table[column].null_count:
                 raise InputError(f"column {column!r} has {table[column].null_count} nulls")
             return name
-    raise InputError(f"column {column!r} is {table.schema.field(column).type}; a store holds {', '.join(_COLUMN_TYPES)}")
+    raise InputError(
+        f"column {column!r} is {table.schema.field(column).type}; a store holds {', '.join(_COLUMN_TYPES)}"
+    )
 
 
-def write_table(group: zarr.Group, path: str, table: pa.Table) -> dict[str, str]:
-    """Store a table column by column; returns its schema. Text lies as in Arrow: UTF-8 bytes and offsets."""
-    schema = {column: column_type(table, column) for column in table.column_names}
-    for column, kind in schema.items():
-        if kind == "string":
-            texts = [text.encode() for text in table[column].to_pylist()]
-            offsets = np.zeros(len(texts) + 1, np.int64)
-            np.cumsum([len(text) for text in texts], out=offsets[1:])
-            write_array(group, f"{path}/{column}/bytes", np.frombuffer(b"".join(texts), np.uint8))
-            write_array(group, f"{path}/{column}/offsets", offsets)
-        else:
-            write_array(group, f"{path}/{column}", table[column].to_numpy())
-    return schema
+def encode_text(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Text as Arrow lays it: UTF-8 bytes one after another, and the offsets where each text begins."""
+    texts = [text.encode() for text in column.to_pylist()]
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum([len(text) for text in texts], out=offsets[1:])
+    return np.frombuffer(b"".join(texts), np.uint8), offsets
 
 
 def decode_text(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> pa.Array:
-    """Arrow text from UTF-8 bytes and offsets.
+    """The inverse of :func:`encode_text`.
 
     Raises:
         InputError: the offsets do not fit the bytes, or these are not UTF-8.
@@ -221,12 +270,36 @@ def empty_column(kind: str) -> pa.Array:
     return pa.array([], _COLUMN_TYPES[kind])
 
 
-# ---- commit records ---------------------------------------------------------------------------------------------------
+# ---- root and commit records -----------------------------------------------------------------------------------------
 
 
-def crc32c(data: bytes) -> int:
-    """Checksum of whole files and commit records."""
-    return int(google_crc32c.value(data))
+def check_fingerprint(fingerprint: dict[str, Any]) -> None:
+    """Raise InputError unless a fingerprint says what the layout depends on."""
+    for field in ("checkpoints", "dtype", "boundaries", "row_selection", "width"):
+        if field not in fingerprint:
+            raise InputError(f"the fingerprint has no {field!r}")
+    checkpoints, boundaries = fingerprint["checkpoints"], fingerprint["boundaries"]
+    if not isinstance(checkpoints, dict) or not checkpoints:
+        raise InputError(f"the fingerprint's checkpoints are {checkpoints!r}, expected an object with a label each")
+    for label in checkpoints:
+        check_name(label, "checkpoint label")
+    if not set(fingerprint.get("pair", [])) <= set(checkpoints):
+        raise InputError(f"the fingerprint's pair is {fingerprint['pair']}, expected two of {', '.join(checkpoints)}")
+    if (
+        not isinstance(boundaries, list)
+        or not all(_is_count(b) for b in boundaries)
+        or len(set(boundaries)) < len(boundaries)
+    ):
+        raise InputError(f"the fingerprint's boundaries are {boundaries!r}, expected a list of distinct block indices")
+    if not _is_count(fingerprint["width"]) or not fingerprint["width"]:
+        raise InputError(f"the fingerprint's width is {fingerprint['width']!r}, expected a positive integer")
+    for field, known in (("dtype", tuple(STATE_DTYPES)), ("row_selection", ROW_SELECTIONS)):
+        if fingerprint[field] not in known:
+            raise InputError(f"the fingerprint's {field} is {fingerprint[field]!r}, expected one of {', '.join(known)}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
@@ -239,28 +312,103 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def encode_record(record: dict[str, Any]) -> bytes:
-    """A commit record as it lies on disk: one JSON object that ends in the CRC-32C of the rest of it."""
-    return json.dumps(record | {"crc32c": crc32c(canonical(record))}, sort_keys=True, indent=1).encode() + b"\n"
+def encode_json(value: Any) -> bytes:
+    """JSON as every file of a store has it."""
+    return canonical(value) + b"\n"
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """A commit record, its checksum and version checked.
+def encode_group(attributes: dict[str, Any]) -> bytes:
+    """The ``zarr.json`` of a group."""
+    return encode_json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
+
+
+def encode_root(fingerprint: dict[str, Any]) -> bytes:
+    """The ``zarr.json`` of a store: a group whose attributes hold the fingerprint and its digest."""
+    content = {
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint,
+        "fingerprint_sha256": fingerprint_digest(fingerprint),
+    }
+    return encode_group({"actcache": content})
+
+
+def read_root(path: Path) -> dict[str, Any]:
+    """The fingerprint in a store's root file, checked.
 
     Raises:
-        CorruptStoreError: not JSON, or the checksum does not match.
+        CorruptStoreError: not a root, or a byte of it is not as written.
         FormatVersionError: written by a newer version.
     """
     data = path.read_bytes()
     try:
-        record = json.loads(data)
+        content = json.loads(data)["attributes"]["actcache"]
+        check_version(content["format_version"], path)
+        fingerprint: dict[str, Any] = content["fingerprint"]
+        check_fingerprint(fingerprint)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{path}: not the root of a store ({error!r})") from error
+    if encode_root(fingerprint) != data:
+        raise CorruptStoreError(f"{path}: its bytes are not those written with the store")
+    return fingerprint
+
+
+def encode_record(record: dict[str, Any]) -> bytes:
+    """A commit record as it lies on disk: one JSON object with the CRC-32C of the rest of it."""
+    return encode_json(record | {"crc32c": crc32c(canonical(record))})
+
+
+def read_record(path: Path, digest: str) -> dict[str, Any]:
+    """A commit record, checked as far as it goes without the files that it names.
+
+    Args:
+        path: of the record.
+        digest: of the store's fingerprint.
+
+    Raises:
+        CorruptStoreError: not a commit record, a byte of it is not as written, or it is another segment's or store's.
+        FormatVersionError: written by a newer version.
+    """
+    data = path.read_bytes()
+    where = f"commit record {path.name}"
+    try:
+        record: dict[str, Any] = json.loads(data)
+        check_version(record["format_version"], path)
         checksum = record.pop("crc32c")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CorruptStoreError(f"commit record {path.name}: not a commit record ({error})") from error
+        raise CorruptStoreError(f"{where}: not a commit record ({error!r})") from error
     if checksum != crc32c(canonical(record)) or encode_record(record) != data:
-        raise CorruptStoreError(f"commit record {path.name}: its checksum does not match its content")
-    check_version(record["format_version"], path)
+        raise CorruptStoreError(f"{where}: its checksum does not match its content")
+    try:
+        _check_record(record)
+    except (InputError, KeyError, AttributeError, TypeError, ValueError) as error:
+        raise CorruptStoreError(
+            f"{where}: its checksum holds, but it is not as this format writes it ({error!r})"
+        ) from error
+    if record["segment"] != path.stem:
+        raise CorruptStoreError(f"{where} is that of segment {record['segment']!r}")
+    if record["fingerprint"] != digest:
+        raise CorruptStoreError(f"{where}: committed under another fingerprint than the store's")
     return record
+
+
+def _check_record(record: dict[str, Any]) -> None:
+    check_name(record["segment"], "segment name")
+    for field in ("n_sequences", "n_tokens", "n_events", "n_excluded"):
+        if not _is_count(record[field]):
+            raise InputError(f"{field} is {record[field]!r}, expected a count")
+    for table, columns in (("events", EVENT_COLUMNS), ("excluded", EXCLUDED_COLUMNS)):
+        schema = record["schema"][table]
+        for column, kind in schema.items():
+            check_name(column, "column")
+            if kind not in _COLUMN_TYPES or columns.get(column, kind) != kind:
+                raise InputError(f"column {column!r} of {table} is of type {kind!r}")
+        if not schema.keys() >= columns.keys():
+            raise InputError(f"the {table} table lacks {', '.join(sorted(columns.keys() - schema.keys()))}")
+    for file, (size, checksum) in record["files"].items():
+        if not _FILE.fullmatch(file):
+            raise InputError(f"file {file!r} does not lie in the segment")
+        if not _is_count(size) or not _is_count(checksum):
+            raise InputError(f"file {file!r} has size {size!r} and checksum {checksum!r}")
 
 
 def check_version(found: Any, path: Path) -> None:

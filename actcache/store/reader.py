@@ -1,15 +1,14 @@
 """Reading: committed segments only, every byte checked before it is believed.
 
-Opening reads the root and the commit records. An array is checked against its record when it is first touched (its
-metadata by checksum, its data file by presence and size); its chunks carry checksums of their own, which the codec
-checks at every read. A missing chunk, which Zarr would fill in silently, is therefore always an error.
+Opening reads the root and the commit records, which carry checksums. A record vouches for the metadata of each array,
+and that for each chunk: so a read trusts nothing but the chunks it decodes, and checks just those.
 """
 
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,11 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
-import zarr
-from zarr.storage import LocalStore
 
 from actcache.errors import CorruptStoreError, InputError
-from actcache.store import layout
+from actcache.files import draft_of
+from actcache.store import layout, shard
 
 Events = Sequence[int] | slice | None
 
@@ -44,42 +42,32 @@ def read_fingerprint(path: Path) -> dict[str, Any]:
     root = path / layout.ROOT
     if not root.is_file():
         raise InputError(f"{path} is not a store (no {layout.ROOT}); give the folder of a store, or of a run")
-    try:
-        attributes = json.loads(root.read_bytes())["attributes"]["actcache"]
-        version, fingerprint = attributes["format_version"], attributes["fingerprint"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptStoreError(f"{root}: not the root of a store ({error})") from error
-    layout.check_version(version, root)
-    return fingerprint
+    return layout.read_root(root)
 
 
-def read_commits(path: Path) -> dict[str, dict[str, Any]]:
-    """Commit records by segment name, in name order (errors as :func:`open_store`)."""
-    records = {}
-    for file in sorted((path / layout.COMMITS).glob("*.json")):
-        record = layout.read_record(file)
-        if record["segment"] != file.stem:
-            raise CorruptStoreError(f"commit record {file.name} is that of segment {record['segment']!r}")
-        records[file.stem] = record
-    return records
+def commit_files(path: Path) -> list[Path]:
+    """The commit records of the store at ``path``, in segment-name order."""
+    return sorted((path / layout.COMMITS).glob("*.json"), key=lambda file: file.stem)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Segment:
     """One committed segment.
 
     Attributes:
         name: of the segment.
+        path: its folder.
         events: its events, as indices of the whole store.
-        n_events, n_rows, n_sequences: counts.
         record: its commit record.
+        fingerprint: the store's.
     """
 
     name: str
     path: Path
     events: range
     record: dict[str, Any]
-    _checked: set[str] = field(default_factory=set, compare=False, repr=False)
+    fingerprint: dict[str, Any]
+    _open: dict[str, shard.StoredArray] = field(default_factory=dict, repr=False)
 
     @property
     def n_events(self) -> int:
@@ -89,7 +77,7 @@ class Segment:
     @property
     def n_rows(self) -> int:
         """N of this segment, for each checkpoint and boundary."""
-        return int(self.record["n_rows"])
+        return layout.n_rows(self.fingerprint, self.record["n_tokens"], self.n_events)
 
     @property
     def n_sequences(self) -> int:
@@ -97,28 +85,36 @@ class Segment:
         return int(self.record["n_sequences"])
 
     @cached_property
+    def arrays(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        """Path, shape and stored dtype of every array; None is a length that only the array itself knows."""
+        return layout.expected_arrays(self.record, self.fingerprint)
+
+    @cached_property
     def row_offsets(self) -> npt.NDArray[np.int64]:
         """``[S + 1]``, where each sequence begins."""
-        return self.read("sequence_offsets")
+        offsets = self.read("sequence_offsets")
+        with self._fitting("sequence_offsets"):
+            layout.check_offsets(offsets, self.record["n_tokens"])
+        return offsets
+
+    @cached_property
+    def event_rows(self) -> npt.NDArray[np.int64]:
+        """``[E, 2]``, first row of each event's sequence and the row just after its position."""
+        sequence, position = self.read("events/sequence"), self.read("events/position")
+        with self._fitting("events"):
+            layout.check_events(sequence, position, self.row_offsets)
+        start = self.row_offsets[sequence]
+        return np.stack([start, start + position + 1], axis=1)
 
     def read(self, array: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Rows ``start:stop`` of one of the segment's arrays.
+        """Rows ``start:stop`` of one of the segment's arrays, as stored (bfloat16 as uint16).
 
         Raises:
-            CorruptStoreError: names segment, array and rows.
+            InputError: the segment has no such array.
+            CorruptStoreError: stored bytes are not those committed; names segment, array and chunk.
         """
-        stored = self._open(array)
-        stop = stored.shape[0] if stop is None else stop
-        if stop <= start:
-            return np.empty((0, *stored.shape[1:]), stored.dtype)
-        try:
-            return np.asarray(stored[start:stop])
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # whatever a codec makes of damaged bytes
-            raise CorruptStoreError(
-                f"segment {self.name}, array {array}, rows {start}:{stop}: {error}; run 'actcache verify'"
-            ) from error
+        stored = self.open_array(array)
+        return stored.read(start, stored.shape[0] if stop is None else stop)
 
     def read_table(self, name: str) -> pa.Table:
         """The ``events`` or ``excluded`` table (errors as :meth:`read`)."""
@@ -126,38 +122,47 @@ class Segment:
         for column, kind in self.record["schema"][name].items():
             path = f"{name}/{column}"
             if kind == "string":
-                try:
-                    columns[column] = layout.decode_text(self.read(f"{path}/bytes"), self.read(f"{path}/offsets"))
-                except InputError as error:
-                    raise CorruptStoreError(f"segment {self.name}, column {path}: {error}") from error
+                data, offsets = self.read(f"{path}/bytes"), self.read(f"{path}/offsets")
+                with self._fitting(path):
+                    columns[column] = layout.decode_text(data, offsets)
             else:
                 columns[column] = pa.array(self.read(path))
         return pa.table(columns)
 
-    def _open(self, array: str) -> zarr.Array:
-        if array not in self._checked:
-            metadata = self._check_file(f"{array}/{layout.ROOT}", whole=True)
-            if int(np.prod(json.loads(metadata)["shape"], dtype=np.int64)):
-                for name in self.record["files"]:
-                    if name.startswith(f"{array}/c/"):
-                        self._check_file(name)
-            self._checked.add(array)
-        return zarr.open_array(LocalStore(self.path), path=array, mode="r", zarr_format=3)
+    def open_array(self, array: str) -> shard.StoredArray:
+        """One of the segment's arrays, its metadata checked against the commit record (errors as :meth:`read`)."""
+        if array not in self._open:
+            if array not in self.arrays:
+                raise InputError(f"segment {self.name} has no array {array!r}; it has {', '.join(self.arrays)}")
+            shape, dtype = self.arrays[array]
+            where = f"segment {self.name}, array {array}"
+            stored = shard.StoredArray(self.path / array, self._metadata(array, where), where)
+            fits = len(stored.shape) == len(shape) and all(
+                n in (None, m) for n, m in zip(shape, stored.shape, strict=True)
+            )
+            if not fits or stored.dtype != dtype:
+                raise CorruptStoreError(f"{where}: {stored.dtype} {stored.shape}, committed as {dtype} {shape}")
+            self._open[array] = stored
+        return self._open[array]
 
-    def _check_file(self, name: str, *, whole: bool = False) -> bytes:
-        """Presence and size of a file as committed; of its bytes too where it is small enough to read whole."""
-        where = f"segment {self.name}, file {name}"
-        if name not in self.record["files"]:
-            raise CorruptStoreError(f"{where}: the commit record does not name it")
-        size, checksum = self.record["files"][name]
-        path = self.path / name
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            state = "missing" if found is None else f"{found} bytes"
-            raise CorruptStoreError(f"{where}: {state}, committed with {size} bytes; run 'actcache verify'")
-        data = path.read_bytes() if whole else b""
-        if whole and layout.crc32c(data) != checksum:
-            raise CorruptStoreError(f"{where}: its bytes are not those committed; run 'actcache verify'")
+    @contextmanager
+    def _fitting(self, what: str) -> Iterator[None]:
+        """Content that was no one's mistake to give, as when it was written, but is damage when it is read."""
+        try:
+            yield
+        except InputError as error:
+            raise CorruptStoreError(f"segment {self.name}, {what}: {error}{shard.ADVICE}") from error
+
+    def _metadata(self, array: str, where: str) -> bytes:
+        file = f"{array}/{layout.ROOT}"
+        if file not in self.record["files"]:
+            raise CorruptStoreError(f"{where}: the commit record does not name its {layout.ROOT}")
+        try:
+            data = (self.path / file).read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptStoreError(f"{where}: its {layout.ROOT} is missing{shard.ADVICE}") from error
+        if [len(data), shard.crc32c(data)] != self.record["files"][file]:
+            raise CorruptStoreError(f"{where}: its {layout.ROOT} is not the one committed{shard.ADVICE}")
         return data
 
 
@@ -172,12 +177,12 @@ class Store:
         self.fingerprint: dict[str, Any] = read_fingerprint(path)
         digest = layout.fingerprint_digest(self.fingerprint)
         self.segments: list[Segment] = []
-        for name, record in read_commits(path).items():
-            if record["fingerprint"] != digest:
-                raise CorruptStoreError(f"segment {name} was committed under another fingerprint than the store's")
+        for file in commit_files(path):
+            record = layout.read_record(file, digest)
             start = self.segments[-1].events.stop if self.segments else 0
-            folder = path / layout.SEGMENTS / record["folder"]
-            self.segments.append(Segment(name, folder, range(start, start + record["n_events"]), record))
+            events = range(start, start + record["n_events"])
+            folder = path / layout.SEGMENTS / file.stem
+            self.segments.append(Segment(file.stem, folder, events, record, self.fingerprint))
 
     def __len__(self) -> int:
         """E, the number of events."""
@@ -206,9 +211,20 @@ class Store:
 
     @property
     def uncommitted(self) -> list[str]:
-        """Folders that no commit record names: being written now, or left by a writer that died."""
-        committed = {segment.path.name for segment in self.segments}
-        return sorted(p.name for p in (self.path / layout.SEGMENTS).iterdir() if p.name not in committed)
+        """Paths, from the store, that no commit record names *now*: being written, or left by a writer that died.
+
+        Nothing reads them. The next writer of that segment clears them; a person may delete them once no writer runs.
+        """
+        drafts = [
+            self.path / draft_of(Path(layout.ROOT)),
+            *(self.path / layout.COMMITS).glob(draft_of(Path("*.json")).name),
+        ]
+        folders = [folder for folder in (self.path / layout.SEGMENTS).glob("*") if folder.name != layout.ROOT]
+        committed = {file.stem for file in commit_files(self.path)}  # listed last: a segment committed meanwhile is one
+        left = [folder for folder in folders if folder.name not in committed] + [
+            file for file in drafts if file.exists()
+        ]
+        return sorted(path.relative_to(self.path).as_posix() for path in left)
 
     @cached_property
     def events(self) -> pa.Table:
@@ -244,18 +260,19 @@ class Store:
         self._check_label(label)
         if boundary not in self.boundaries:
             raise InputError(f"boundary {boundary} is not in the store; it has {', '.join(map(str, self.boundaries))}")
-        indices = self._indices(events)
-        spans = self._prefix_spans if self.fingerprint["row_selection"] == "prefix" else self._event_spans
-        return self._gather(layout.state_path(label, boundary), indices, spans)
+        spans = _prefix_spans if self.fingerprint["row_selection"] == "prefix" else _event_spans
+        rows, offsets = self._rows(layout.state_path(label, boundary), self._indices(events), spans)
+        return layout.to_torch(rows, self.dtype), offsets
 
     def final(self, label: str, events: Events = None) -> torch.Tensor:
         """Last block's output, before the final norm, at each event's position: ``[n, D]`` (errors as states)."""
         self._check_label(label)
-        return self._gather(f"final/{label}", self._indices(events), self._event_spans)[0]
+        rows, _ = self._rows(layout.final_path(label), self._indices(events), _event_spans)
+        return layout.to_torch(rows, self.dtype)
 
     def token_ids(self, events: Events = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids of positions 0..p of each event, ``[T]`` int64, and offsets ``[n + 1]``."""
-        ids, offsets = self._ragged("token_ids", self._indices(events), self._prefix_spans)
+        """Token ids of positions 0..p of each event, ``[T]`` int64, and offsets ``[n + 1]`` (errors as states)."""
+        ids, offsets = self._rows("token_ids", self._indices(events), _prefix_spans)
         return torch.from_numpy(ids.astype(np.int64)), offsets
 
     def summary(self) -> dict[str, Any]:
@@ -275,7 +292,7 @@ class Store:
             "events": _counts(self.events["kind"]) | {"total": len(self)},
             "excluded_prompts": _counts(self.excluded["reason"]) | {"total": self.excluded.num_rows},
             "sequences": sum(record["n_sequences"] for record in records),
-            "rows": sum(record["n_rows"] for record in records) * len(self.checkpoints) * len(self.boundaries),
+            "rows": sum(segment.n_rows for segment in self.segments) * len(self.checkpoints) * len(self.boundaries),
             "state_bytes": {"raw": raw, "stored": stored, "ratio": round(raw / stored, 3) if raw else None},
             "stored_bytes": sum(record["stored_bytes"] for record in records),
             "uncommitted": self.uncommitted,
@@ -287,56 +304,52 @@ class Store:
     def _indices(self, events: Events) -> npt.NDArray[np.int64]:
         if events is None or isinstance(events, slice):
             return np.arange(len(self), dtype=np.int64)[events if events is not None else slice(None)]
-        indices = np.asarray(events, dtype=np.int64).reshape(-1)
-        wrong = indices[(indices < 0) | (indices >= len(self))]
+        given = np.asarray(events).reshape(-1)
+        if len(given) and given.dtype.kind not in "iu":  # a mask or fractions would become other events than meant
+            raise InputError(f"events are {given.dtype}, expected integers: the numbers of the events wanted")
+        wrong = given[(given < 0) | (given >= len(self))]
         if len(wrong):
             raise InputError(f"event {wrong[0]} is not in the store; it has {len(self)} events, counted from 0")
-        return indices
+        return given.astype(np.int64)
 
     def _check_label(self, label: str) -> None:
         if label not in self.fingerprint["checkpoints"]:
             raise InputError(f"checkpoint {label!r} is not in the store; it has {', '.join(self.checkpoints)}")
 
-    @cached_property
-    def _event_places(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        return self.events["sequence"].to_numpy(), self.events["position"].to_numpy()
-
-    def _prefix_spans(self, segment: Segment, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        sequence, position = (column[indices] for column in self._event_places)
-        start = segment.row_offsets[sequence]
-        return np.stack([start, start + position + 1], axis=1)
-
-    def _event_spans(self, segment: Segment, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        start = indices - segment.events.start
-        return np.stack([start, start + 1], axis=1)
-
-    def _gather(self, array: str, indices: npt.NDArray[np.int64], spans: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, offsets = self._ragged(array, indices, spans)
-        if not len(indices):
-            numpy_dtype = layout.to_numpy(torch.empty(0, dtype=self.dtype))[0].dtype
-            rows = np.empty((0, self.width), numpy_dtype)
-        return layout.to_torch(rows, self.dtype), offsets
-
-    def _ragged(self, array: str, indices: npt.NDArray[np.int64], spans: Any) -> tuple[npt.NDArray[Any], torch.Tensor]:
-        """Rows of the events' spans, in the order asked, read in as few pieces as lie close together."""
-        parts: list[npt.NDArray[Any]] = [np.empty(0, np.int32)] * len(indices)
-        for segment, where in self._by_segment(indices):
-            wanted = spans(segment, indices[where])
-            for start, stop, members in _merge(wanted):
-                piece = segment.read(array, start, stop)
-                for member in members:
-                    parts[where[member]] = piece[wanted[member, 0] - start : wanted[member, 1] - start]
-        offsets = torch.zeros(len(indices) + 1, dtype=torch.int64)
-        if parts:
-            torch.cumsum(torch.tensor([len(part) for part in parts]), 0, out=offsets[1:])
-        return np.concatenate(parts) if parts else np.empty(0, np.int32), offsets
+    def _rows(
+        self, array: str, indices: npt.NDArray[np.int64], spans_of: SpansOf
+    ) -> tuple[npt.NDArray[Any], torch.Tensor]:
+        """Rows of the events' spans, in the order asked; each chunk that they lie in is decoded once."""
+        owned = list(self._by_segment(indices))
+        spans = np.empty((len(indices), 2), np.int64)
+        for segment, asked in owned:
+            spans[asked] = spans_of(segment, indices[asked] - segment.events.start)
+        offsets = np.zeros(len(indices) + 1, np.int64)
+        np.cumsum(spans[:, 1] - spans[:, 0], out=offsets[1:])
+        if array == "token_ids":
+            out = np.empty(offsets[-1], np.int32)
+        else:
+            out = np.empty((offsets[-1], self.width), layout.stored_dtype(self.fingerprint["dtype"]))
+        for segment, asked in owned:
+            stored = segment.open_array(array)
+            for start, stop, members in _pieces(spans[asked], stored.chunk_rows):
+                stop = min(stop, stored.shape[0])
+                piece = stored.read(start, stop)
+                for event in asked[members].tolist():
+                    first, last = spans[event] - start
+                    out[offsets[event] : offsets[event + 1]] = piece[first:last]
+        return out, torch.from_numpy(offsets)
 
     def _by_segment(self, indices: npt.NDArray[np.int64]) -> Iterator[tuple[Segment, npt.NDArray[np.int64]]]:
-        starts = [segment.events.start for segment in self.segments if segment.n_events]
-        filled = [segment for segment in self.segments if segment.n_events]
-        owner = np.array([bisect_right(starts, index) - 1 for index in indices.tolist()], dtype=np.int64)
-        for number in np.unique(owner):
-            yield filled[number], np.flatnonzero(owner == number)
+        """Segments that own some of the events, each with where in ``indices`` they stand."""
+        if not len(indices):
+            return
+        stops = np.array([segment.events.stop for segment in self.segments], np.int64)
+        owner = np.searchsorted(stops, indices, side="right")
+        order = np.argsort(owner, kind="stable")
+        numbers, starts = np.unique(owner[order], return_index=True)
+        for number, asked in zip(numbers, np.split(order, starts[1:]), strict=True):
+            yield self.segments[number], asked
 
     def _table(self, name: str) -> pa.Table:
         columns = layout.EVENT_COLUMNS if name == "events" else layout.EXCLUDED_COLUMNS
@@ -347,24 +360,40 @@ class Store:
             names += [segment.name] * tables[-1].num_rows
         whole = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         carried = [json.loads(text) for text in whole["carried"].to_pylist()]
-        whole = whole.drop_columns(["carried"]).append_column("segment", pa.array(names, pa.string()))
+        whole = whole.drop_columns(["carried"]).append_column(layout.SEGMENT_COLUMN, pa.array(names, pa.string()))
         for key in dict.fromkeys(key for record in carried for key in record):
+            if key in whole.column_names:
+                raise CorruptStoreError(f"the {name} table has a column and a carried key {key!r}")
             whole = whole.append_column(key, _natural([record.get(key) for record in carried]))
         return whole
 
 
-def _merge(spans: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, list[int]]]:
-    """Group spans into (start, stop, members) so that spans which touch or overlap are read once."""
+SpansOf = Callable[[Segment, npt.NDArray[np.int64]], npt.NDArray[np.int64]]
+
+
+def _prefix_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Rows of positions 0..p, ``[n, 2]``."""
+    return segment.event_rows[events]
+
+
+def _event_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The one row of each event in an array that has one an event, ``[n, 2]``."""
+    return np.stack([events, events + 1], axis=1)
+
+
+def _pieces(spans: npt.NDArray[np.int64], chunk_rows: int) -> Iterator[tuple[int, int, list[int]]]:
+    """What to read for these spans: (start, stop, members), whole chunks, those that touch as one piece."""
+    starts = spans[:, 0] // chunk_rows * chunk_rows
+    stops = -(-spans[:, 1] // chunk_rows) * chunk_rows
     members: list[int] = []
     start = stop = 0
-    for index in np.argsort(spans[:, 0], kind="stable").tolist():
-        a, b = int(spans[index, 0]), int(spans[index, 1])
-        if members and a <= stop:
-            stop = max(stop, b)
-        else:
-            if members:
-                yield start, stop, members
-            start, stop, members = a, b, []
+    for index in np.argsort(starts, kind="stable").tolist():
+        if members and starts[index] > stop:
+            yield start, stop, members
+            members = []
+        if not members:
+            start, stop = int(starts[index]), int(stops[index])
+        stop = max(stop, int(stops[index]))
         members.append(index)
     if members:
         yield start, stop, members
@@ -375,7 +404,7 @@ def _natural(values: list[Any]) -> pa.Array:
     if kinds <= {str} or kinds <= {bool} or kinds <= {int} or kinds <= {int, float}:
         try:
             return pa.array(values)
-        except (pa.ArrowInvalid, OverflowError):  # an integer beyond 64 bits, or too large to be a float exactly
+        except (ValueError, OverflowError):  # an integer beyond 64 bits or inexact as a float; a lone surrogate
             pass
     return pa.array([None if value is None else json.dumps(value, sort_keys=True) for value in values], pa.string())
 

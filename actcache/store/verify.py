@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from actcache.errors import ActcacheError, CorruptStoreError, InputError
-from actcache.store import layout
-from actcache.store.reader import Segment, read_fingerprint
+from actcache.errors import CorruptStoreError
+from actcache.store import layout, shard
+from actcache.store.reader import Segment, commit_files, read_fingerprint
 
 RECAPTURE = "delete its commit record and run the capture again: it writes this segment anew"
+_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -53,83 +52,76 @@ def verify(path: str | Path) -> list[Problem]:
         advice = "the root cannot be rebuilt: capture into a new folder"
         return [Problem(layout.ROOT, layout.ROOT, str(error), "the store's fingerprint", advice)]
     digest = layout.fingerprint_digest(fingerprint)
-    return [problem for file in sorted((path / layout.COMMITS).glob("*.json")) for problem in _check(path, file, digest)]
+    problems = []
+    for file in commit_files(path):
+        name = file.stem
+        try:
+            record = layout.read_record(file, digest)
+        except CorruptStoreError as error:
+            where = f"{layout.COMMITS}/{file.name}"
+            problems.append(Problem(name, where, str(error), "the record that was committed", RECAPTURE))
+        else:
+            folder = path / layout.SEGMENTS / name
+            problems += _check_segment(Segment(name, folder, range(record["n_events"]), record, fingerprint))
+    return problems
 
 
-def _check(path: Path, file: Path, digest: str) -> Iterator[Problem]:
-    name = file.stem
-    try:
-        record = layout.read_record(file)
-    except CorruptStoreError as error:
-        yield Problem(name, f"{layout.COMMITS}/{file.name}", str(error), "a whole commit record", RECAPTURE)
-        return
-    for what, found, expected in (
-        ("segment name", record["segment"], name),
-        ("fingerprint", record["fingerprint"], digest),
-    ):
+def _check_segment(segment: Segment) -> list[Problem]:
+    problems = [*_check_files(segment), *_check_chunks(segment)]
+    return problems or [*_check_content(segment)]
+
+
+def _check_files(segment: Segment) -> Iterator[Problem]:
+    """Every file against the record, which names all there should be."""
+    committed = segment.record["files"]
+    for file, expected in committed.items():
+        found = _size_and_checksum(segment.path / file)
         if found != expected:
-            yield Problem(name, f"{layout.COMMITS}/{file.name}: {what}", found, expected, RECAPTURE)
-            return
-    folder = path / layout.SEGMENTS / record["folder"]
-    files = record["files"]
-    damaged = set()
-    for relative, (size, checksum) in files.items():
-        problem = _check_file(name, folder, relative, size, checksum)
-        if problem is not None:
-            damaged.add(relative)
-            yield problem
-    for extra in layout.files_below(folder):
-        relative = extra.relative_to(folder).as_posix()
-        if relative not in files:
-            yield Problem(name, relative, "a file", "no such file", "delete it: nothing reads it")
-    segment = Segment(name, folder, range(record["n_events"]), record)
-    if not damaged:
-        yield from _check_content(segment)
-        return
-    for relative in sorted(damaged):
-        if "/c/" in relative:  # the file differs: say which of its chunks do
-            yield from _check_chunks(segment, relative.partition("/c/")[0])
+            yield Problem(segment.name, file, _said(found), _said(expected), RECAPTURE)
+    for path in layout.files_below(segment.path):
+        file = path.relative_to(segment.path).as_posix()
+        if file not in committed:
+            yield Problem(segment.name, file, "a file", "no such file", "delete it: nothing reads it")
 
 
-def _check_file(name: str, folder: Path, relative: str, size: int, checksum: int) -> Problem | None:
-    file = folder / relative
-    if not file.is_file():
-        return Problem(name, relative, "no file", f"{size} bytes", RECAPTURE)
-    data = file.read_bytes()
-    if len(data) != size:
-        return Problem(name, relative, f"{len(data)} bytes", f"{size} bytes", RECAPTURE)
-    found = layout.crc32c(data)
-    if found != checksum:
-        return Problem(name, relative, f"crc32c {found:08x}", f"{checksum:08x}", RECAPTURE)
-    return None
+def _check_chunks(segment: Segment) -> Iterator[Problem]:
+    """Every chunk, alone: which of a damaged file's chunks are lost, and that those of a sound one decode."""
+    for array in segment.arrays:
+        try:
+            stored = segment.open_array(array)
+        except CorruptStoreError as error:
+            yield Problem(segment.name, f"array {array}", _said_of(error, segment), "the array committed", RECAPTURE)
+            continue
+        for chunk, damage in stored.damaged_chunks():
+            found = _said_of(damage, segment)
+            yield Problem(segment.name, f"array {array}, chunk {chunk}", found, "the chunk written", RECAPTURE)
 
 
 def _check_content(segment: Segment) -> Iterator[Problem]:
-    for relative in segment.record["files"]:
-        if relative.endswith(f"/{layout.ROOT}") and f"{relative[: -len(layout.ROOT)]}c" in _parents(segment):
-            yield from _check_chunks(segment, relative.removesuffix(f"/{layout.ROOT}"))
+    """That tables and offsets fit each other: nothing that damage can cause, as every byte is as committed."""
     try:
-        offsets = segment.row_offsets
-        layout.check_offsets(offsets, len(segment.read("token_ids")))
-        layout.check_events(segment.read_table("events"), offsets)
-        segment.read_table("excluded")
-    except ActcacheError as error:
-        yield Problem(segment.name, "content", str(error), "offsets and events that fit each other", RECAPTURE)
+        _ = segment.event_rows
+        for table in ("events", "excluded"):
+            segment.read_table(table)
+    except CorruptStoreError as error:
+        yield Problem(
+            segment.name, "content", _said_of(error, segment), "offsets and events that fit each other", RECAPTURE
+        )
 
 
-def _parents(segment: Segment) -> set[str]:
-    return {f"{file.partition('/c/')[0]}/c" for file in segment.record["files"] if "/c/" in file}
+def _said_of(error: CorruptStoreError, segment: Segment) -> str:
+    return str(error).removeprefix(f"segment {segment.name}, ").removesuffix(shard.ADVICE)
 
 
-def _check_chunks(segment: Segment, array: str) -> Iterator[Problem]:
-    try:
-        stored = segment._open(array)
-    except (CorruptStoreError, InputError):
-        return  # the file itself is already named
-    rows = stored.chunks[0]
-    for start in range(0, stored.shape[0], rows):
-        try:
-            np.asarray(segment.read(array, start, min(start + rows, stored.shape[0])))
-        except CorruptStoreError as error:
-            where = f"array {array}, chunk {start // rows}"
-            yield Problem(segment.name, where, str(error.__cause__), "a chunk whose checksum matches", RECAPTURE)
+def _size_and_checksum(file: Path) -> list[int] | None:
+    if not file.is_file():
+        return None
+    size = checksum = 0
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK_BYTES):
+            size, checksum = size + len(block), shard.crc32c(block, checksum)
+    return [size, checksum]
+
+
+def _said(found: list[int] | None) -> str:
+    return "no file" if found is None else f"{found[0]} bytes with crc32c {found[1]:08x}"

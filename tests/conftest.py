@@ -1,0 +1,68 @@
+"""Runs of tiny pairs that several test files look at; each is made once a session."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiny
+import torch
+
+import actcache
+from actcache.cli import main
+
+MAX_NEW = 24
+BOUNDARY = 3  # round(0.6 * tiny.N_BLOCKS)
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """One run of the command line over a tiny pair."""
+
+    pt: Path
+    it: Path
+    prompts: Path
+    out: Path
+    dtype: torch.dtype
+
+    @property
+    def store(self) -> actcache.Store:
+        return actcache.open_store(self.out / "store")
+
+    @property
+    def cells(self) -> pa.Table:
+        return pq.read_table(self.out / "cells.parquet")
+
+    @property
+    def effects(self) -> dict[str, Any]:
+        return json.loads((self.out / "effects.json").read_text())
+
+    def arguments(self, verb: str = "run") -> list[str]:
+        """The command line that made it."""
+        given = {"--pt": self.pt, "--it": self.it, "--prompts": self.prompts, "--out": self.out, "--max-new": MAX_NEW}
+        words = [str(word) for item in given.items() for word in item]
+        return [verb, *words, "--dtype", str(self.dtype).removeprefix("torch.")]
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]:
+    """``tiny_run(arch, dtype, *more_arguments, change="all", **pair)``: run, or hand out the run made before."""
+    runs: dict[Any, TinyRun] = {}
+
+    def run(arch: str, dtype: torch.dtype, *more: str, change: str = "all", **pair: Any) -> TinyRun:
+        key = (arch, dtype, more, change, tuple(sorted(pair.items())))
+        if key not in runs:
+            folder = tmp_path_factory.mktemp(f"{arch}-")
+            pt, it = tiny.make_pair(folder, arch, dtype=dtype, change=change, boundary=BOUNDARY, **pair)
+            made = TinyRun(pt, it, tiny.write_prompts(folder / "prompts.jsonl"), folder / "run", dtype)
+            assert main([*made.arguments(), *more]) == 0
+            runs[key] = made
+        return runs[key]
+
+    return run
