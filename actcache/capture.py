@@ -8,6 +8,7 @@ from what it chose, or the prompt is excluded with the reason recorded.
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
@@ -260,10 +261,7 @@ class _Capture:
             for search, start, stop in zip(pack, bounds[:-1], bounds[1:], strict=True)
         ]
         prefix = self.settings.row_selection == "prefix"
-        kept = [
-            range(start, stop) if prefix else range(stop - 1, stop)
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
+        kept = [range(start, stop) if prefix else range(stop - 1, stop) for start, stop in itertools.pairwise(bounds)]
         states: dict[tuple[str, int], torch.Tensor] = {}
         final: dict[str, torch.Tensor] = {}
         for label, trunk in self.trunks.items():
@@ -417,7 +415,7 @@ def _concatenated(rows: Sequence[range]) -> torch.Tensor:
 def _consecutive(lengths: Sequence[int]) -> list[range]:
     """Where parts of these lengths lie when they are put one after another."""
     bounds = offsets_of(lengths).tolist()
-    return [range(start, stop) for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def _carried(prompt: Prompt) -> str:

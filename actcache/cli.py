@@ -155,7 +155,7 @@ def _positive(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    lineup = _capture(args)
+    lineup = _capture_lineup(args)
     folder = RunFolder(args.out)
     _score(folder, lineup, _grid_settings(args, None), args.device)
     effects = _write_effects(folder)
@@ -163,7 +163,11 @@ def _run(args: argparse.Namespace) -> None:
     _print_answer(folder, effects)
 
 
-def _capture(args: argparse.Namespace) -> Lineup:
+def _capture(args: argparse.Namespace) -> None:
+    _capture_lineup(args)
+
+
+def _capture_lineup(args: argparse.Namespace) -> Lineup:
     _quiet_libraries()
     from actcache.capture import CaptureSettings, capture, parse_boundaries
     from actcache.lineup import Lineup

@@ -120,7 +120,7 @@ def _lockstep(
     for row, ids in enumerate(sequences):
         tokens[row, longest - len(ids) :] = torch.tensor(ids)
         mask[row, longest - len(ids) :] = 1
-    caches = [DynamicCache(config=trunk.decoder.config) for trunk in trunks]
+    caches = [DynamicCache(config=trunk.config) for trunk in trunks]
     active = list(range(len(sequences)))
     while active:
         choices = [_choose(trunk, tokens, mask, cache) for trunk, cache in zip(trunks, caches, strict=True)]

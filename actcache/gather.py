@@ -42,7 +42,7 @@ def describe_engines() -> list[str]:
             why += f", up to {torch.get_num_threads()} threads"
         elif module is not None:
             try:
-                why += f", {module.device_count()} devices"
+                why += f", devices: {module.device_count()}"
             except RuntimeError as error:
                 why += f", no usable device: {error}"
         lines.append(f"{kind}: {engine(kind)} ({why})")
@@ -128,7 +128,7 @@ def _call(module: ModuleType, source: torch.Tensor, row_ids: torch.Tensor, targe
     geometry = (source.data_ptr(), *source.shape, size, *strides, row_ids.data_ptr(), len(row_ids), target.data_ptr())
     try:
         module.gather_rows(*geometry, how)
-    except ValueError as error:
+    except (ValueError, IndexError) as error:
         raise InputError(str(error)) from error
     except RuntimeError as error:
         raise KernelError(f"{error}; ACTCACHE_ENGINE=torch gathers without this kernel") from error

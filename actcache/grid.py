@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -185,13 +186,12 @@ class _Group:
                 rows, offsets = self._rows(states, upstream, late_label)
                 replayed = late.run(rows, offsets, strict=self.settings.strict, max_tokens=self.settings.max_tokens)
                 for name, readout in self._readouts_for(late_label, lates):
-                    margins, top1, noop = _score(readout, replayed, pair_ids), None, None
+                    scores, noop = _score(readout, replayed, pair_ids), None
                     if upstream == late_label:
                         native = _score(readout, final[late_label], pair_ids)
-                        noop = margins.margin - native.margin
+                        noop = scores.margin - native.margin
                         self._check_noop(events, late_label, name, native, noop)
-                        margins = native
-                    top1 = margins.top1
+                        scores = native
                     columns.append(
                         {
                             "boundary": self.boundary,
@@ -200,8 +200,8 @@ class _Group:
                             "late": late_label,
                             "readout": name,
                             "variant": "none",
-                            "margin": margins.margin,
-                            "top1_id": top1,
+                            "margin": scores.margin,
+                            "top1_id": scores.top1,
                             "noop_delta": noop,
                         }
                     )
@@ -256,20 +256,23 @@ def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]]) -> pa.Table
         name for name in events.column_names if name not in _NOT_CARRIED and not name.startswith(_PER_CHECKPOINT)
     ]
     n_events, n_columns = events.num_rows, len(columns)
-    per_event = [event for event in range(n_events) for _ in range(n_columns)]
-    out: dict[str, pa.Array | pa.ChunkedArray] = {}
-    for name in _EVENT_COLUMNS:
-        out[name] = events[name].take(pa.array(per_event, pa.int64()))
+    repeated = pa.array(np.repeat(np.arange(n_events), n_columns))
+    out: dict[str, pa.Array | pa.ChunkedArray] = {name: events[name].take(repeated) for name in _EVENT_COLUMNS}
     for name, kind in _CELL_FIELDS:
-        cells: list[Any] = []
-        for event in range(n_events):
-            for column in columns:
-                value = column[name]
-                cells.append(value[event].item() if isinstance(value, torch.Tensor) else value)
-        out[name] = pa.array(cells, kind)
+        out[name] = _interleaved([column[name] for column in columns], n_events, kind)
     for name in carried:
-        out[name] = events[name].take(pa.array(per_event, pa.int64()))
+        out[name] = events[name].take(repeated)
     return pa.table(out)
+
+
+def _interleaved(values: list[Any], n_events: int, kind: pa.DataType) -> pa.Array:
+    """One value an event and cell, event by event; each of ``values`` is a tensor over events, or the same for all."""
+    if not any(isinstance(value, torch.Tensor) for value in values):
+        return pa.array(values * n_events, kind)
+    dtype = kind.to_pandas_dtype()
+    missing = np.array([value is None for value in values] * n_events)
+    columns = [np.zeros(n_events, dtype) if value is None else value.numpy().astype(dtype) for value in values]
+    return pa.array(np.stack(columns, axis=1).reshape(-1), kind, mask=missing)
 
 
 _PER_CHECKPOINT = ("gap_", "margin_")

@@ -74,7 +74,7 @@ class Checkpoint:
     @cached_property
     def model_class(self) -> type[PreTrainedModel]:
         """The causal LM class that transformers has for this config."""
-        mapping = AutoModelForCausalLM._model_mapping
+        mapping: Any = AutoModelForCausalLM._model_mapping
         if type(self.config) not in mapping:
             raise UnsupportedModelError(f"{self.path}: {self.config.model_type!r} has no causal language model")
         return mapping[type(self.config)]
@@ -126,9 +126,8 @@ def load_weights(model_class: type[PreTrainedModel], path: Path, dtype: torch.dt
     Raises:
         InputError: a parameter has no weight in the files (it would be random) or one of another shape.
     """
-    model, info = model_class.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True
-    )
+    load: Any = model_class.from_pretrained  # typed without the report that output_loading_info adds
+    model, info = load(path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True)
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise InputError(f"{path}: {len(missing)} parameters of the model have no weights in the files: {missing[0]}")

@@ -129,6 +129,9 @@ class _NormedState(nn.Module):
 class _Float32Head(nn.Module):
     """The head's weights, multiplied in float32 (all tokens) or float64 (chosen tokens of each row)."""
 
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
         # Plain attributes, not parameters: the weights stay the model's.

@@ -85,7 +85,7 @@ class LateStack:
         check_boundary(boundary, checkpoint.config.num_hidden_layers)
         cut: list[StateSource] = []
 
-        class Late(checkpoint.model_class):  # type: ignore[misc,name-defined]
+        class Late(checkpoint.model_class):  # type: ignore[name-defined]
             _keys_to_ignore_on_load_unexpected = (r".",)  # the upstream weights in the files
 
             def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -95,6 +95,11 @@ class LateStack:
         Late.__name__ = Late.__qualname__ = checkpoint.model_class.__name__
         model = load_weights(Late, checkpoint.path, dtype or "auto").to(device)  # type: ignore[arg-type]
         return cls(model, cut[-1], boundary)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The late blocks themselves."""
+        return list(self._trunk.blocks)[self.boundary :]
 
     @property
     def device(self) -> torch.device:

@@ -34,6 +34,7 @@ class Trunk:
         n_blocks, width: L and D.
         dtype: of the weights and the residual stream.
         max_positions: longest sequence, or None.
+        config: the model's.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -47,7 +48,7 @@ class Trunk:
         self.n_blocks, self.width = anatomy.n_blocks, anatomy.width
         self.dtype: torch.dtype = model.dtype
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        self._config = model.config
+        self.config = model.config
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +67,7 @@ class Trunk:
         """
         if len(bounds) == 2:
             return self.decoder(**inputs, use_cache=False).last_hidden_state[0]
-        with packed_attention(self._config, bounds):
+        with packed_attention(self.config, bounds):
             positions = restarting_positions(bounds, self.device)
             return self.decoder(**inputs, position_ids=positions, use_cache=False).last_hidden_state[0]
 

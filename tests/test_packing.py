@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_packs_are_all_sequences_in_order_within_the_budget(lengths, max_tokens)
     assert [index for pack in packs for index in pack] == list(range(len(lengths)))
     for pack in packs:
         assert len(pack) == 1 or sum(lengths[i] for i in pack) <= max_tokens
-    for first, second in zip(packs, packs[1:], strict=False):  # greedy: the next sequence did not fit
+    for first, second in itertools.pairwise(packs):  # greedy: the next sequence did not fit
         assert sum(lengths[i] for i in first) + lengths[second.start] > max_tokens
 
 

@@ -22,6 +22,7 @@ from actcache.replay import LateStack
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
 ARCHS = pytest.mark.parametrize("arch", tiny.ALL_ARCHS)
+NEAR_TIE = 0.125  # logits; what the report calls one
 READOUTS = {"native": None, "common_it": "it", "common_pt": "pt"}
 
 
@@ -42,6 +43,23 @@ def expected_events(run):
         )
         for prompt in prompts
     }
+
+
+def smallest_gap(run, prompt_id):
+    """The nearest tie of either checkpoint along the reference's way to its event or end."""
+    models, tokenizer = lineup_of(run), AutoTokenizer.from_pretrained(run.pt)
+    (text,) = (p["prompt"] for p in map(json.loads, run.prompts.read_text().splitlines()) if p["id"] == prompt_id)
+    ids, gaps = tokenizer(text)["input_ids"], []
+    for _ in range(MAX_NEW):
+        best = {
+            label: reference.readout(model, reference.final_hidden(model, ids)[-1]) for label, model in models.items()
+        }
+        gaps += [float(logits.topk(2).values.diff().abs()) for logits in best.values()]
+        tokens = {int(logits.argmax()) for logits in best.values()}
+        if len(tokens) == 2 or tokens == {models["pt"].config.eos_token_id}:
+            break
+        ids = [*ids, *tokens]
+    return min(gaps)
 
 
 def found_events(store):
@@ -80,21 +98,20 @@ def test_events_equal_the_reference(tiny_run, arch, dtype):
     tolerance = 1e-4 if dtype == FLOAT32 else 0.25
     decided_by_rounding = 0
     for prompt_id, want in expected.items():
-        if isinstance(want, str):
-            assert excluded.get(prompt_id) == want
-            continue
-        got = found[prompt_id]
-        if dtype == BFLOAT16 and got["ids"] != want["ids"]:
-            # A bfloat16 argmax may depend on the shape of the batch: only where the two best tokens nearly tie.
-            shorter = min(got, want, key=lambda event: len(event["ids"]))
-            assert min(shorter["gap_pt"], shorter["gap_it"]) < tolerance
+        got = found.get(prompt_id) or excluded[prompt_id]
+        if isinstance(want, str) or isinstance(got, str):
+            same = got == want
+        else:
+            same = all(got[key] == want[key] for key in ("ids", "position", "step", "y_pt", "y_it"))
+        if same and not isinstance(want, str):
+            assert got["gap_pt"] == pytest.approx(want["gap_pt"], abs=tolerance)
+            assert got["gap_it"] == pytest.approx(want["gap_it"], abs=tolerance)
+        if not same:
+            # A bfloat16 argmax may depend on the shape of the batch, but only where the two best tokens nearly tie.
+            assert dtype == BFLOAT16, (prompt_id, got, want)
+            assert smallest_gap(run, prompt_id) < NEAR_TIE, (prompt_id, got, want)
             decided_by_rounding += 1
-            continue
-        for key in ("ids", "position", "step", "y_pt", "y_it"):
-            assert got[key] == want[key], (prompt_id, key)
-        assert got["gap_pt"] == pytest.approx(want["gap_pt"], abs=tolerance)
-        assert got["gap_it"] == pytest.approx(want["gap_it"], abs=tolerance)
-    assert decided_by_rounding <= 2
+    assert decided_by_rounding <= 3
 
 
 @DTYPES
@@ -227,13 +244,10 @@ def test_identical_checkpoints_have_no_events(tiny_run, capsys):
 def test_carried_columns_reach_the_cells(tiny_run):
     run = tiny_run("llama", FLOAT32)
     assert set(run.cells["category"].to_pylist()) <= {"prose", "question", "code"}
-    assert (
-        run.cells.column_names[:16]
-        == (
-            "event_id prompt_id kind step position y_pt y_it boundary scope upstream late readout variant margin top1_id "
-            "noop_delta"
-        ).split()
-    )
+    assert run.cells.column_names[:16] == [
+        *("event_id", "prompt_id", "kind", "step", "position", "y_pt", "y_it", "boundary", "scope", "upstream", "late"),
+        *("readout", "variant", "margin", "top1_id", "noop_delta"),
+    ]
 
 
 @ARCHS

@@ -88,6 +88,25 @@ class TestEveryArchitecture:
                 assert float(first - second) == event[gap] > 0
             assert event["position"] == len(event["ids"]) - 1
 
+    def test_step_counts_the_shared_greedy_tokens(self, make, arch, dtype):
+        pair = make(arch, dtype)
+        found = [
+            (pair.ids(prompt), event)
+            for prompt, event in zip(tiny.PROMPTS[:7], pair.outcomes(7), strict=True)
+            if isinstance(event, dict)
+        ]
+        for prompt_ids, event in found:
+            assert event["ids"][: len(prompt_ids)] == prompt_ids
+            assert event["step"] == len(event["ids"]) - len(prompt_ids)
+        # One event in full: both models choose every shared token, and max_new counts the choices compared.
+        prompt_ids, event = next((ids, event) for ids, event in found if event["step"] > 0)
+        for length in range(len(prompt_ids), len(event["ids"])):
+            for model in (pair.pt, pair.it):
+                assert int(plain_logits(model, event["ids"][:length]).argmax()) == event["ids"][length]
+        step = event["step"]
+        assert reference.first_divergence(pair.pt, pair.it, prompt_ids, step, [tiny.EOS_ID]) == "no_divergence"
+        assert reference.first_divergence(pair.pt, pair.it, prompt_ids, step + 1, [tiny.EOS_ID]) == event
+
     def test_readout_agrees_with_the_models_own_logits(self, make, arch, dtype):
         pair = make(arch, dtype)
         ids = pair.events()[0]["ids"]
@@ -117,7 +136,7 @@ class TestEveryArchitecture:
 
     def test_native_diagonal_has_the_signs_of_the_event(self, make, arch, dtype):
         pair = make(arch, dtype)
-        for event in pair.events()[:2]:
+        for event in pair.events():
             prefix = reference.grid(pair.lineup, event, BOUNDARY)
             assert set(prefix) == {("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")}
             assert prefix["pt", "pt"].margin < 0 < prefix["it", "it"].margin

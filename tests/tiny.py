@@ -207,12 +207,15 @@ def _perturb(model: PreTrainedModel, generator: torch.Generator, eps: float, cha
 def _build(arch: str, seed: int, tie: bool | None, overrides: dict[str, Any]) -> PreTrainedModel:
     config_class, model_class, settings, tied_by_default = _ARCH[arch]
     config = config_class(
-        vocab_size=VOCAB_SIZE,
-        tie_word_embeddings=tied_by_default if tie is None else tie,
-        bos_token_id=None,
-        eos_token_id=EOS_ID,
-        pad_token_id=PAD_ID,
-        **{**settings, **overrides},
+        **{
+            "vocab_size": VOCAB_SIZE,
+            "tie_word_embeddings": tied_by_default if tie is None else tie,
+            "bos_token_id": None,
+            "eos_token_id": EOS_ID,
+            "pad_token_id": PAD_ID,
+            **settings,
+            **overrides,
+        }
     )
     model = model_class(config)
     _randomise(model, torch.Generator().manual_seed(seed))

@@ -407,7 +407,7 @@ def _check_record(record: dict[str, Any]) -> None:
     for file, (size, checksum) in record["files"].items():
         if not _FILE.fullmatch(file):
             raise InputError(f"file {file!r} does not lie in the segment")
-        if not _is_count(size) or not _is_count(checksum):
+        if not _is_count(size) or not (checksum is None or _is_count(checksum)):
             raise InputError(f"file {file!r} has size {size!r} and checksum {checksum!r}")
 
 

@@ -110,7 +110,7 @@ class Segment:
         """Rows ``start:stop`` of one of the segment's arrays, as stored (bfloat16 as uint16).
 
         Raises:
-            InputError: the segment has no such array.
+            InputError: the segment has no such array, or the array no such rows.
             CorruptStoreError: stored bytes are not those committed; names segment, array and chunk.
         """
         stored = self.open_array(array)

@@ -9,6 +9,7 @@ opening an array costs microseconds, which a store of many small columns needs. 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ import numcodecs.blosc as blosc
 import numpy as np
 import numpy.typing as npt
 
-from actcache.errors import CorruptStoreError
+from actcache.errors import CorruptStoreError, InputError
 
 # One chunk before compression: small enough that one event of some tens of rows reads little it does not need, large
 # enough for the codec to work at speed and for the index and the checksums to stay small.
@@ -31,12 +32,13 @@ ADVICE = "; run 'actcache verify'"  # how a message about damage ends
 CHECKSUMS = "chunk_crc32c"
 DTYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32")
 _CRC_BYTES = 4
+_WORTH_THREADS_BYTES = 4 * CHUNK_BYTES  # starting threads costs as much as decoding some chunks
 _INDEX_ENTRY_BYTES = 16  # offset and length of a chunk, uint64 each
 
 
-def crc32c(data: bytes, so_far: int = 0) -> int:
-    """CRC-32C of bytes, or of ``so_far``'s bytes followed by these."""
-    return int(google_crc32c.extend(so_far, data))
+def crc32c(data: bytes) -> int:
+    """CRC-32C of bytes."""
+    return int(google_crc32c.value(data))
 
 
 def metadata(shape: tuple[int, ...], dtype: str, chunk_rows: int, attributes: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def encode(
         the metadata, and the parts of the shard in order, or None where the array has no rows and so no shard.
     """
     array = np.ascontiguousarray(array)
-    row_bytes = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+    row_bytes = array.itemsize * math.prod(array.shape[1:])
     chunk_rows = max(1, min(len(array), CHUNK_BYTES // row_bytes))
 
     def encode_chunk(start: int) -> bytes:
@@ -135,16 +137,15 @@ class StoredArray:
             sharding = found["codecs"][0]["configuration"]
             self.chunk_rows: int = sharding["chunk_shape"][0]
             self._checksums: list[int] = found["attributes"][CHECKSUMS]
-            self.dtype = np.dtype(found["data_type"])
+            self.dtype = np.dtype(DTYPES[DTYPES.index(found["data_type"])])
             n_chunks = -(-self.shape[0] // self.chunk_rows)
             as_written = found == metadata(self.shape, found["data_type"], self.chunk_rows, found["attributes"])
         except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
             raise CorruptStoreError(f"{where}: its metadata is not that of a stored array ({error!r})") from error
-        if (
-            not as_written
-            or found["data_type"] not in DTYPES
-            or len(self._checksums) != n_chunks
-            or min(self.shape) < 0
+        self._chunk_bytes = self.chunk_rows * math.prod(self.shape[1:]) * self.dtype.itemsize
+        counts = all(type(n) is int and n >= 0 for n in (*self.shape, self.chunk_rows, *self._checksums))
+        if not (
+            counts and as_written and n_chunks == len(self._checksums) and self._chunk_bytes <= blosc.MAX_BUFFERSIZE
         ):
             raise CorruptStoreError(f"{where}: its metadata is not as this format writes it")
         self._file = folder / data_file(len(self.shape))
@@ -159,10 +160,11 @@ class StoredArray:
         """Rows ``start:stop``, bit for bit as encoded.
 
         Raises:
-            CorruptStoreError: the range lies outside the array, or a chunk is not as written; names it.
+            InputError: the range lies outside the array.
+            CorruptStoreError: a chunk is not as written; names it.
         """
         if not 0 <= start <= stop <= self.shape[0]:
-            raise CorruptStoreError(f"{self.where}: rows {start}:{stop} asked of {self.shape[0]}")
+            raise InputError(f"{self.where}: rows {start}:{stop} asked, it has {self.shape[0]}")
         if start == stop:
             return np.empty((0, *self.shape[1:]), self.dtype)
         out = np.empty((stop - start, *self.shape[1:]), self.dtype)
@@ -176,8 +178,9 @@ class StoredArray:
                 out[lo - start : hi - start] = self._chunk(handle, index, number)[lo - first : hi - first]
 
             numbers = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
-            if len(numbers) == 1:
-                copy(numbers[0])
+            if out.nbytes < _WORTH_THREADS_BYTES:
+                for number in numbers:
+                    copy(number)
             else:
                 with ThreadPoolExecutor(min(len(numbers), os.cpu_count() or 1)) as pool:
                     deque(pool.map(copy, numbers), maxlen=0)
@@ -186,7 +189,17 @@ class StoredArray:
         return out
 
     def damaged_chunks(self) -> Iterator[tuple[int, CorruptStoreError]]:
-        """Number and error of every chunk that cannot be read."""
+        """Number and error of every chunk that cannot be read.
+
+        Raises:
+            CorruptStoreError: none can: the file is missing, or its index is damaged.
+        """
+        if self.n_chunks:
+            handle = self._open()
+            try:
+                self._index_of(handle)
+            finally:
+                os.close(handle)
         for number in range(self.n_chunks):
             try:
                 first = number * self.chunk_rows
@@ -224,13 +237,12 @@ class StoredArray:
         if not found == _stored_crc(data) == expected:
             raise CorruptStoreError(f"{where}: crc32c {found:08x}, written {expected:08x}{ADVICE}")
         shape = (self.chunk_rows, *self.shape[1:])
-        n_bytes = int(np.prod(shape, dtype=np.int64)) * self.dtype.itemsize
         try:
             raw = blosc.decompress(payload)
         except RuntimeError as error:
             raise CorruptStoreError(f"{where}: {error}{ADVICE}") from error
-        if len(raw) != n_bytes:
-            raise CorruptStoreError(f"{where}: {len(raw)} bytes, expected {n_bytes}{ADVICE}")
+        if len(raw) != self._chunk_bytes:
+            raise CorruptStoreError(f"{where}: {len(raw)} bytes, expected {self._chunk_bytes}{ADVICE}")
         return np.frombuffer(raw, self.dtype).reshape(shape)
 
 

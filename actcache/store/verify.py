@@ -11,7 +11,6 @@ from actcache.store import layout, shard
 from actcache.store.reader import Segment, commit_files, read_fingerprint
 
 RECAPTURE = "delete its commit record and run the capture again: it writes this segment anew"
-_BLOCK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,14 @@ def _check_segment(segment: Segment) -> list[Problem]:
 def _check_files(segment: Segment) -> Iterator[Problem]:
     """Every file against the record, which names all there should be."""
     committed = segment.record["files"]
-    for file, expected in committed.items():
-        found = _size_and_checksum(segment.path / file)
-        if found != expected:
-            yield Problem(segment.name, file, _said(found), _said(expected), RECAPTURE)
+    for file, (size, checksum) in committed.items():
+        path = segment.path / file
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            said = "no file" if found is None else f"{found} bytes"
+            yield Problem(segment.name, file, said, f"{size} bytes", RECAPTURE)
+        elif checksum is not None and (crc := shard.crc32c(path.read_bytes())) != checksum:
+            yield Problem(segment.name, file, f"crc32c {crc:08x}", f"{checksum:08x}", RECAPTURE)
     for path in layout.files_below(segment.path):
         file = path.relative_to(segment.path).as_posix()
         if file not in committed:
@@ -85,16 +88,14 @@ def _check_files(segment: Segment) -> Iterator[Problem]:
 
 
 def _check_chunks(segment: Segment) -> Iterator[Problem]:
-    """Every chunk, alone: which of a damaged file's chunks are lost, and that those of a sound one decode."""
+    """Every chunk of every array."""
     for array in segment.arrays:
         try:
-            stored = segment.open_array(array)
+            for chunk, damage in segment.open_array(array).damaged_chunks():
+                found = _said_of(damage, segment)
+                yield Problem(segment.name, f"array {array}, chunk {chunk}", found, "the chunk written", RECAPTURE)
         except CorruptStoreError as error:
             yield Problem(segment.name, f"array {array}", _said_of(error, segment), "the array committed", RECAPTURE)
-            continue
-        for chunk, damage in stored.damaged_chunks():
-            found = _said_of(damage, segment)
-            yield Problem(segment.name, f"array {array}, chunk {chunk}", found, "the chunk written", RECAPTURE)
 
 
 def _check_content(segment: Segment) -> Iterator[Problem]:
@@ -111,17 +112,3 @@ def _check_content(segment: Segment) -> Iterator[Problem]:
 
 def _said_of(error: CorruptStoreError, segment: Segment) -> str:
     return str(error).removeprefix(f"segment {segment.name}, ").removesuffix(shard.ADVICE)
-
-
-def _size_and_checksum(file: Path) -> list[int] | None:
-    if not file.is_file():
-        return None
-    size = checksum = 0
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK_BYTES):
-            size, checksum = size + len(block), shard.crc32c(block, checksum)
-    return [size, checksum]
-
-
-def _said(found: list[int] | None) -> str:
-    return "no file" if found is None else f"{found[0]} bytes with crc32c {found[1]:08x}"

@@ -108,7 +108,7 @@ class StoreWriter:
             if rows.dtype != dtype or tuple(rows.shape) != (n, width):
                 raise InputError(f"{what}: {rows.dtype} {tuple(rows.shape)}, expected {dtype} {(n, width)}")
 
-    def _record(self, name: str, segment: SegmentData, files: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    def _record(self, name: str, segment: SegmentData, files: dict[str, tuple[int, int | None]]) -> dict[str, Any]:
         return {
             "format_version": layout.FORMAT_VERSION,
             "segment": name,
@@ -125,31 +125,37 @@ class StoreWriter:
         }
 
 
-def _write_folder(folder: Path, segment: SegmentData) -> dict[str, tuple[int, int]]:
-    """Write every file of a segment, durably, in place of whatever is there; returns their sizes and CRC-32C."""
+def _write_folder(folder: Path, segment: SegmentData) -> dict[str, tuple[int, int | None]]:
+    """Write every file of a segment, durably, in place of whatever is there.
+
+    Returns:
+        by path, the size of each file and the CRC-32C of metadata. Shards have none: their arrays' metadata has that of
+        every chunk, and the CRC-32C of bytes that end in their own CRC-32C is the same whatever the bytes are.
+    """
     if folder.exists():  # left by a writer that died
         shutil.rmtree(folder)
-    files: dict[str, tuple[int, int]] = {}
+    files: dict[str, tuple[int, int | None]] = {}
 
-    def write(path: str, *parts: bytes) -> None:
+    def write(path: str, parts: list[bytes], checksum: int | None) -> None:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        checksum = 0
         with open(folder / path, "wb") as stream:
             for part in parts:
                 stream.write(part)
-                checksum = shard.crc32c(part, checksum)
         files[path] = (sum(map(len, parts)), checksum)
+
+    def write_metadata(path: PurePosixPath, encoded: bytes) -> None:
+        write(str(path / layout.ROOT), [encoded], shard.crc32c(encoded))
 
     groups = {PurePosixPath(".")}
     with ThreadPoolExecutor() as pool:
         for path, array, attributes in layout.arrays_of(segment):
             metadata, parts = shard.encode(array, attributes, pool)
             if parts is not None:
-                write(f"{path}/{shard.data_file(array.ndim)}", *parts)
-            write(f"{path}/{layout.ROOT}", layout.encode_json(metadata))
+                write(f"{path}/{shard.data_file(array.ndim)}", parts, None)
+            write_metadata(PurePosixPath(path), layout.encode_json(metadata))
             groups.update(PurePosixPath(path).parents)
     for group in sorted(groups):
-        write(str(group / layout.ROOT), layout.encode_group({}))
+        write_metadata(group, layout.encode_group({}))
     fsync_tree(folder)
     fsync(folder.parent)
     return files

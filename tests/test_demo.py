@@ -1,0 +1,59 @@
+"""The shipped pair: small, really trained, and the demo says what it found."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+import actcache
+from actcache.cli import main
+
+DEMO = Path(str(files("actcache") / "demo"))
+SCRIPT = Path(__file__).parent.parent / "scripts" / "train_demo_pair.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "run"
+    assert main(["demo", "--out", str(out)]) == 0
+    return out
+
+
+def test_the_pair_is_small_and_holds_no_code_and_no_pickles():
+    held = [path for path in DEMO.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in held) <= 6_000_000
+    assert {path.suffix for path in held} <= {".json", ".jsonl", ".safetensors"}
+
+
+def test_most_prompts_diverge_and_not_at_once(run):
+    store = actcache.open_store(run / "store")
+    n_prompts = len((DEMO / "prompts.jsonl").read_text().splitlines())
+    assert len(store) >= 0.7 * n_prompts
+    assert len(set(store.events["step"].to_pylist())) >= 5
+
+
+def test_the_interaction_is_not_zero(run):
+    groups = json.loads((run / "effects.json").read_text())["groups"]
+    (group,) = (group for group in groups if group["readout"] == "common_it")
+    assert group["interaction"]["low"] > 0 or group["interaction"]["high"] < 0
+
+
+def test_the_demo_ends_in_words(run, capsys):
+    assert main(["demo", "--out", str(run)]) == 0
+    said = capsys.readouterr().out
+    for words in ("Asked:", "upstream PT", "late effect from IT upstream", "interaction", f"Report: {run}/report.html"):
+        assert words in said
+
+
+def test_the_training_script_makes_loadable_folders(tmp_path):
+    out = tmp_path / "demo"
+    made = subprocess.run([sys.executable, SCRIPT, "--smoke", "--out", out], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    json.loads(made.stdout.splitlines()[-1])
+    words = ["--pt", out / "pt", "--it", out / "it", "--prompts", out / "prompts.jsonl", "--limit", 4, "--max-new", 8]
+    assert main([str(word) for word in ["run", *words, "--out", tmp_path / "run"]]) == 0

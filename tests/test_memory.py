@@ -1,0 +1,64 @@
+"""Replay holds late blocks and readout, never the upstream weights: seen in the module tree and in the process."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+
+from actcache.replay import LateStack
+
+PEAK = """
+import re, sys, torch
+from pathlib import Path
+from actcache.replay import LateStack
+from actcache.lineup import Checkpoint
+what, folder = sys.argv[1:]
+if what == "model":
+    model = Checkpoint.open("x", folder).load(torch.float32)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 8, dtype=torch.int64))
+elif what == "late":
+    late = LateStack.load(folder, 22)
+    late.readout.top2(late.run(torch.zeros(8, late.width), [0, 8]))
+print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+"""
+
+
+@pytest.mark.parametrize("shards", [False, True], ids=["one file", "sharded"])
+@pytest.mark.parametrize("tie", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("arch", tiny.ALL_ARCHS)
+def test_a_late_stack_holds_no_upstream_parameters(tmp_path, arch, tie, shards):
+    folder = tiny.make_checkpoint(tmp_path, arch, tie=tie, shards=shards)
+    late = LateStack.load(folder, 3)
+    held = {name for name, _ in late._trunk.decoder.named_parameters()}
+    assert any(re.search(r"\.?(3|4)\.", name) for name in held)
+    assert not [name for name in held if re.search(r"(layers|h)\.[012]\.", name)]
+    embeddings = [name for name in held if re.search(r"embed_tokens|wte", name)]
+    assert bool(embeddings) == tie, "token embeddings are kept for the head alone"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_is_converted_on_load(tmp_path, dtype):
+    folder = tiny.make_checkpoint(tmp_path, "llama")
+    late = LateStack.load(folder, 3, dtype=dtype)
+    assert late.dtype == dtype
+    assert late.run(torch.zeros(4, late.width, dtype=dtype), [0, 4]).dtype == dtype
+
+
+def test_peak_memory_is_that_of_the_late_blocks(tmp_path):
+    folder = tiny.make_checkpoint(
+        tmp_path, "llama", num_hidden_layers=24, hidden_size=512, intermediate_size=1536, num_attention_heads=8
+    )
+    weights = (folder / "model.safetensors").stat().st_size
+    peak = {
+        what: int(subprocess.run([sys.executable, "-c", PEAK, what, folder], check=True, capture_output=True).stdout)
+        * 1024
+        for what in ("imports", "model", "late")
+    }
+    assert peak["model"] - peak["imports"] > 0.7 * weights, "the measure would see the upstream weights"
+    assert peak["late"] - peak["imports"] < 0.4 * weights

@@ -1,0 +1,836 @@
+"""The store against an obvious twin in memory, against plain Zarr, and against every kind of damage."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from zarr.codecs import BloscCodec, Crc32cCodec
+
+from actcache.errors import ActcacheError, CorruptStoreError, FormatVersionError, IncompatibleError, InputError
+from actcache.store import SegmentData, Store, StoreWriter, layout, open_store, shard, verify
+
+INT_OF = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """These tests crash nothing (test_store_crash.py does); without fsync they run many times faster."""
+    with mock.patch.object(os, "fsync"):
+        yield
+
+
+# ---- content -------------------------------------------------------------------------------------------------------
+
+
+def make_fingerprint(**changes: Any) -> dict[str, Any]:
+    given = {
+        "checkpoints": {"pt": {"weights": "a1"}, "it": {"weights": "b2"}},
+        "pair": ["pt", "it"],
+        "dtype": "float32",
+        "boundaries": [1, 2],
+        "row_selection": "prefix",
+        "width": 3,
+        "seed": 0,
+    }
+    return given | changes
+
+
+def make_rows(n: int, fingerprint: dict[str, Any], kind: str, rng: np.random.Generator) -> torch.Tensor:
+    """Any bit pattern at all: NaNs with payloads, infinities, subnormals; or all zeros, or all negative zeros."""
+    dtype = layout.STATE_DTYPES[fingerprint["dtype"]]
+    if kind != "any bits":
+        return torch.full((n, fingerprint["width"]), -0.0 if kind == "-0" else 0.0, dtype=dtype)
+    info = torch.iinfo(INT_OF[dtype])
+    words = rng.integers(info.min, info.max, (n, fingerprint["width"]), endpoint=True)
+    return torch.from_numpy(words).to(INT_OF[dtype]).view(dtype)
+
+
+def make_table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> pa.Table:
+    types = {name: layout.empty_column(kind).type for name, kind in columns.items()}
+    return pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()})
+
+
+def make_segment(
+    fingerprint: dict[str, Any],
+    lengths: Sequence[int],
+    places: Sequence[tuple[int, int]],
+    *,
+    name: str = "s",
+    kinds: Sequence[str] = ("any bits",),
+    carried: Sequence[dict[str, Any]] | None = None,
+    n_excluded: int = 1,
+    seed: int = 0,
+) -> SegmentData:
+    """A segment of sequences of these lengths with events at these (sequence, position) places."""
+    rng = np.random.default_rng(seed)
+    n_rows = sum(lengths) if fingerprint["row_selection"] == "prefix" else len(places)
+    keys = [(label, b) for label in fingerprint["checkpoints"] for b in fingerprint["boundaries"]]
+    events = [
+        {
+            "event_id": f"{name}-{i}",
+            "prompt_id": f"prompt é {i}\x00\n",
+            "kind": "first_divergence" if i % 3 else "later",
+            "step": i,
+            "sequence": sequence,
+            "position": position,
+            "y_pt": 2**40 + i,
+            "y_it": i,
+            "carried": json.dumps(carried[i] if carried else {}),
+            "gap_pt": i / 3,
+        }
+        for i, (sequence, position) in enumerate(places)
+    ]
+    excluded = [{"prompt_id": f"{name}-x{i}", "reason": "no divergence", "carried": "{}"} for i in range(n_excluded)]
+    return SegmentData(
+        token_ids=rng.integers(0, 2**31 - 1, sum(lengths), dtype=np.int32),
+        sequence_offsets=np.cumsum([0, *lengths], dtype=np.int64),
+        states={key: make_rows(n_rows, fingerprint, kinds[i % len(kinds)], rng) for i, key in enumerate(keys)},
+        final={label: make_rows(len(places), fingerprint, kinds[0], rng) for label in fingerprint["checkpoints"]},
+        events=make_table(events, layout.EVENT_COLUMNS | {"gap_pt": "float32"}),
+        excluded=make_table(excluded, layout.EXCLUDED_COLUMNS),
+    )
+
+
+def write_store(path: Path, fingerprint: dict[str, Any], segments: dict[str, SegmentData]) -> Path:
+    writer = StoreWriter(path, fingerprint)
+    for name, segment in segments.items():
+        writer.append(name, segment)
+    return path
+
+
+def bits(rows: torch.Tensor) -> tuple[Any, ...]:
+    return rows.dtype, tuple(rows.shape), rows.contiguous().view(INT_OF.get(rows.dtype, rows.dtype)).numpy().tobytes()
+
+
+@dataclass
+class Twin:
+    """What a store must answer, by loops over what was appended."""
+
+    fingerprint: dict[str, Any]
+    segments: dict[str, SegmentData]
+
+    def events(self) -> list[tuple[str, dict[str, Any]]]:
+        return [(name, row) for name in sorted(self.segments) for row in self.segments[name].events.to_pylist()]
+
+    def rows(self, of: Callable[[SegmentData], Any], selection: str, events: Sequence[int]) -> list[torch.Tensor]:
+        """For each event, the rows of ``of(segment)`` that are its own."""
+        found = []
+        for number in events:
+            name, event = self.events()[number]
+            segment = self.segments[name]
+            if selection == "prefix":
+                first = int(segment.sequence_offsets[event["sequence"]])
+                found.append(of(segment)[first : first + event["position"] + 1])
+            else:
+                within = [row["event_id"] for row in segment.events.to_pylist()].index(event["event_id"])
+                found.append(of(segment)[within : within + 1])
+        return found
+
+    def check(self, store: Store, events: Sequence[int]) -> None:
+        """Every answer of ``store`` about these events, bit for bit."""
+        width, dtype = self.fingerprint["width"], layout.STATE_DTYPES[self.fingerprint["dtype"]]
+        nothing = torch.empty((0, width), dtype=dtype)
+        for label in self.fingerprint["checkpoints"]:
+            for boundary in self.fingerprint["boundaries"]:
+                key = (label, boundary)
+                want = self.rows(lambda s, key=key: s.states[key], self.fingerprint["row_selection"], events)
+                rows, offsets = store.states(label, boundary, events)
+                assert offsets.dtype == torch.int64
+                assert offsets.tolist() == np.cumsum([0, *map(len, want)]).tolist()
+                assert bits(rows) == bits(torch.cat([nothing, *want]))
+            want = self.rows(lambda s, label=label: s.final[label], "divergence", events)
+            assert bits(store.final(label, events)) == bits(torch.cat([nothing, *want]))
+        ids = self.rows(lambda s: torch.from_numpy(s.token_ids), "prefix", events)
+        found, offsets = store.token_ids(events)
+        assert found.dtype == torch.int64
+        assert found.tolist() == [token for one in ids for token in one.tolist()]
+        assert offsets.tolist() == np.cumsum([0, *map(len, ids)]).tolist()
+
+    def check_tables(self, store: Store) -> None:
+        rows = [row | {"segment": name} for name, row in self.events()]
+        carried = [json.loads(row.pop("carried")) for row in rows]
+        keys = {key for one in carried for key in one}
+        assert (
+            store.events.to_pylist()
+            == [row | {key: one.get(key) for key in keys} for row, one in zip(rows, carried, strict=True)]
+            or not rows
+        )
+        assert store.events.num_rows == len(store) == len(rows)
+        excluded = [(name, row) for name in sorted(self.segments) for row in self.segments[name].excluded.to_pylist()]
+        assert [(row["segment"], row["prompt_id"], row["reason"]) for row in store.excluded.to_pylist()] == [
+            (name, row["prompt_id"], row["reason"]) for name, row in excluded
+        ]
+
+
+# ---- round trips ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def twins(draw: st.DrawFn) -> Twin:
+    fingerprint = make_fingerprint(
+        dtype=draw(st.sampled_from(sorted(layout.STATE_DTYPES))),
+        width=draw(st.sampled_from([1, 2, 3, 7, 32, 65])),
+        boundaries=draw(st.lists(st.integers(1, 1200), max_size=3, unique=True)),
+        row_selection=draw(st.sampled_from(layout.ROW_SELECTIONS)),
+        checkpoints={label: {} for label in ["pt", "it", "DPO-2", "s_ft"][: draw(st.integers(2, 4))]},
+    )
+    segments = {}
+    for name in draw(st.lists(st.sampled_from(["a", "a-1", "B", "10", "9"]), max_size=3, unique=True)):
+        lengths = draw(st.lists(st.integers(0, 12), max_size=4))
+        places = [(sequence, position) for sequence, length in enumerate(lengths) for position in range(length)]
+        segments[name] = make_segment(
+            fingerprint,
+            lengths,
+            draw(st.lists(st.sampled_from(places), max_size=6)) if places else [],
+            name=name,
+            kinds=draw(st.lists(st.sampled_from(["any bits", "0", "-0"]), min_size=1, max_size=3)),
+            n_excluded=draw(st.integers(0, 2)),
+            seed=draw(st.integers(0, 2**32)),
+        )
+    return Twin(fingerprint, segments)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(twins(), st.data(), st.sampled_from([1, 40, 300, shard.CHUNK_BYTES]))
+def test_a_store_answers_as_its_twin(twin, data, chunk_bytes):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(shard, "CHUNK_BYTES", chunk_bytes):
+        store = open_store(write_store(Path(folder) / "store", twin.fingerprint, twin.segments))
+        assert (store.uncommitted, verify(store.path)) == ([], [])
+        twin.check(store, range(len(store)))
+        twin.check_tables(store)
+        if len(store):
+            twin.check(store, data.draw(st.lists(st.integers(0, len(store) - 1), max_size=8), label="events"))
+
+
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+@given(twins(), st.sampled_from([40, shard.CHUNK_BYTES]))
+def test_plain_zarr_sees_the_same_bits(twin, chunk_bytes):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(shard, "CHUNK_BYTES", chunk_bytes):
+        check_plain_zarr(write_store(Path(folder) / "store", twin.fingerprint, twin.segments), twin)
+
+
+def check_plain_zarr(path: Path, twin: Twin) -> None:
+    """zarr-python, with default settings, sees the same bits."""
+    root = zarr.open_group(path, mode="r")
+    assert root.attrs["actcache"]["fingerprint"] == twin.fingerprint
+    assert set(root["segments"].group_keys()) == set(twin.segments)
+    for name, segment in twin.segments.items():
+        group = root["segments"][name]
+        assert {path for path, node in group.members(max_depth=None) if isinstance(node, zarr.Array)} == set(
+            open_segment(path, name).arrays
+        )
+        for (label, boundary), rows in segment.states.items():
+            array = group[f"states/{label}/b{boundary:03d}"]
+            assert array.attrs["dtype"] == twin.fingerprint["dtype"]
+            assert array[...].tobytes() == rows.view(INT_OF[rows.dtype]).numpy().tobytes()
+        for label, rows in segment.final.items():
+            assert group[f"final/{label}"][...].tobytes() == rows.view(INT_OF[rows.dtype]).numpy().tobytes()
+        assert group["token_ids"][...].tolist() == segment.token_ids.tolist()
+        assert group["sequence_offsets"][...].tolist() == segment.sequence_offsets.tolist()
+        assert group["events/position"][...].tolist() == segment.events["position"].to_pylist()
+        texts, offsets = group["events/prompt_id/bytes"][...].tobytes(), group["events/prompt_id/offsets"][...].tolist()
+        prompt_ids = [texts[a:b].decode() for a, b in itertools.pairwise(offsets)]
+        assert prompt_ids == segment.events["prompt_id"].to_pylist()
+
+
+def open_segment(path: Path, name: str) -> Any:
+    return next(segment for segment in open_store(path).segments if segment.name == name)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (1,), (7,), (300, 1024), (5, 70_000)])
+@pytest.mark.parametrize("dtype", shard.DTYPES)
+def test_an_array_has_the_metadata_that_zarr_itself_would_write(dtype, shape, tmp_path):
+    with ThreadPoolExecutor() as pool:
+        ours, parts = shard.encode(np.zeros(shape, dtype), {"a": 1}, pool)
+    assert (parts is None) == (shape[0] == 0)
+    grid = ours["chunk_grid"]["configuration"]["chunk_shape"]
+    blosc = BloscCodec(typesize=np.dtype(dtype).itemsize, cname="lz4", clevel=5, shuffle="bitshuffle")
+    zarr.create_array(
+        tmp_path / "array",
+        shape=shape,
+        dtype=dtype,
+        chunks=tuple(ours["codecs"][0]["configuration"]["chunk_shape"]),
+        shards=tuple(grid),
+        compressors=[blosc, Crc32cCodec()],
+        filters=None,
+        fill_value=0,
+        attributes=ours["attributes"],
+    )
+    theirs = json.loads((tmp_path / "array" / "zarr.json").read_bytes())
+    assert ours == theirs
+    rows = grid[0] // max(1, len(ours["attributes"][shard.CHECKSUMS]))
+    assert rows == 1 or rows * np.prod(shape[1:], dtype=int) * np.dtype(dtype).itemsize <= shard.CHUNK_BYTES
+
+
+def test_equal_arrays_have_equal_bytes(tmp_path):
+    fingerprint = make_fingerprint(width=700)
+    segment = make_segment(fingerprint, [900], [(0, 3)])
+    trees = [read_tree(write_store(tmp_path / name, fingerprint, {"s": segment})) for name in "ab"]
+    assert trees[0] == trees[1]
+
+
+def read_tree(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+# ---- what is asked -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def twin() -> Twin:
+    fingerprint = make_fingerprint()
+    return Twin(
+        fingerprint,
+        {
+            "s-0": make_segment(fingerprint, [5, 9, 1], [(1, 8), (0, 2), (1, 8), (2, 0)], name="s0", seed=1),
+            "s-1": make_segment(fingerprint, [], [], name="s1", seed=2),
+            "s-2": make_segment(fingerprint, [4, 6], [(1, 3)], name="s2", seed=3),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def pristine(twin, tmp_path_factory) -> Path:
+    with mock.patch.object(shard, "CHUNK_BYTES", 48):  # four rows: several chunks an array
+        return write_store(tmp_path_factory.mktemp("pristine") / "store", twin.fingerprint, twin.segments)
+
+
+@pytest.fixture
+def path(pristine, tmp_path) -> Path:
+    """A copy to damage."""
+    return shutil.copytree(pristine, tmp_path / "store")
+
+
+def test_events_are_asked_for_in_many_ways(pristine, twin):
+    store = open_store(pristine)
+    for given_events, numbers in [
+        (None, range(5)),
+        (slice(1, None, 2), [1, 3]),
+        (slice(-2, None), [3, 4]),
+        (range(3), [0, 1, 2]),
+        (np.array([4, 4, 0], np.uint8), [4, 4, 0]),
+        (torch.tensor([2]), [2]),
+        ((), []),
+    ]:
+        want = twin.rows(lambda s: s.states["it", 2], "prefix", numbers)
+        rows, offsets = store.states("it", 2, given_events)
+        assert bits(rows) == bits(torch.cat([torch.empty(0, 3), *want]))
+        assert offsets.tolist() == np.cumsum([0, *map(len, want)]).tolist()
+
+
+@pytest.mark.parametrize(
+    ("label", "boundary", "events", "said"),
+    [
+        ("sft", 1, None, "checkpoint 'sft' is not in the store; it has pt, it"),
+        ("pt", 3, None, "boundary 3 is not in the store; it has 1, 2"),
+        ("pt", 1, [0, 5], "event 5 is not in the store; it has 5 events, counted from 0"),
+        ("pt", 1, [-1], "event -1 is not in the store"),
+        ("pt", 1, np.array([2**63], np.uint64), "is not in the store"),
+        ("pt", 1, [True, False, True, True, False], "events are bool, expected integers"),
+        ("pt", 1, [0.5], "events are float64, expected integers"),
+    ],
+)
+def test_what_the_store_has_not_is_named(label, boundary, events, said, pristine):
+    with pytest.raises(InputError, match=said):
+        open_store(pristine).states(label, boundary, events)
+
+
+def test_results_are_the_callers_own(pristine, twin):
+    store = open_store(pristine)
+    store.states("pt", 1)[0].zero_()
+    store.token_ids()[0].zero_()
+    store.final("pt").zero_()
+    twin.check(store, range(5))
+
+
+def test_summary_counts(pristine):
+    summary = open_store(pristine).summary()
+    assert summary["checkpoints"] == {"pt": {"weights": "a1"}, "it": {"weights": "b2"}}
+    assert list(summary["checkpoints"]) == ["pt", "it"]
+    assert (summary["segments"], summary["sequences"], summary["rows"]) == (3, 5, 25 * 4)
+    assert summary["events"] == {"later": 3, "first_divergence": 2, "total": 5}
+    assert summary["excluded_prompts"] == {"no divergence": 3, "total": 3}
+    assert summary["state_bytes"]["raw"] == 25 * 4 * 3 * 4
+    assert summary["stored_bytes"] == sum(
+        len(data) for name, data in read_tree(pristine / "segments").items() if "/" in name
+    )
+
+
+def test_no_store_there(tmp_path):
+    for act in (open_store, verify):
+        with pytest.raises(InputError, match="is not a store"):
+            act(tmp_path)
+
+
+# ---- carried keys --------------------------------------------------------------------------------------------------
+
+
+def test_carried_keys_become_columns_of_their_natural_type(tmp_path):
+    carried = [
+        {
+            "category": "math",
+            "level": 3,
+            "ratio": 1,
+            "hard": True,
+            "mixed": 1,
+            "tags": ["a"],
+            "big": 2**70,
+            "odd": "\ud800",
+        },
+        {"category": "code", "level": -1, "ratio": 0.5, "hard": False, "mixed": "one", "tags": {"b": None}, "big": 1},
+        {"category": None, "level": 0, "ratio": float("inf"), "mixed": True, "né": "x", "huge": 2**53 + 1},
+        {"huge": 0.5},
+    ]
+    fingerprint = make_fingerprint()
+    segments = {
+        "a": make_segment(fingerprint, [3], [(0, 0), (0, 1)], carried=carried[:2]),
+        "b": make_segment(fingerprint, [3], [(0, 0), (0, 1)], carried=carried[2:]),
+    }
+    events = open_store(write_store(tmp_path / "store", fingerprint, segments)).events
+    columns = {
+        "category": (pa.string(), ["math", "code", None, None]),
+        "level": (pa.int64(), [3, -1, 0, None]),
+        "ratio": (pa.float64(), [1.0, 0.5, float("inf"), None]),
+        "hard": (pa.bool_(), [True, False, None, None]),
+        "mixed": (pa.string(), ["1", '"one"', "true", None]),
+        "tags": (pa.string(), ['["a"]', '{"b": null}', None, None]),
+        "big": (pa.string(), [str(2**70), "1", None, None]),
+        "odd": (pa.string(), ['"\\ud800"', None, None, None]),
+        "né": (pa.string(), [None, None, "x", None]),
+        "huge": (pa.string(), [None, None, str(2**53 + 1), "0.5"]),
+    }
+    assert events.column_names[-len(columns) :] == list(columns)
+    for name, (kind, values) in columns.items():
+        assert (events.schema.field(name).type, events[name].to_pylist()) == (kind, values), name
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"position": 1}', '{"gap_pt": 1}', '{"segment": 1}', '{"\\ud800": 1}'])
+def test_a_carried_key_that_cannot_be_a_column_is_refused(text):
+    segment = make_segment(make_fingerprint(), [3], [(0, 0)])
+    events = segment.events.set_column(8, "carried", pa.array([text]))
+    with pytest.raises(InputError, match="carried"):
+        SegmentData(
+            segment.token_ids, segment.sequence_offsets, segment.states, segment.final, events, segment.excluded
+        )
+
+
+# ---- what is given -------------------------------------------------------------------------------------------------
+
+
+def changed(segment: SegmentData, **fields: Any) -> SegmentData:
+    return SegmentData(**({name: getattr(segment, name) for name in SegmentData.__dataclass_fields__} | fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda s: {"token_ids": s.token_ids.astype(np.int64)}, "token_ids are int64"),
+        (lambda s: {"sequence_offsets": np.array([0, 2], np.int64)}, "run from 0 to 3"),
+        (lambda s: {"sequence_offsets": np.array([0, 3, 2, 3], np.int64)}, "never down"),
+        (lambda s: {"events": s.events.drop_columns(["y_pt"])}, "needs a column 'y_pt' of type int64"),
+        (lambda s: {"events": s.events.append_column("x", pa.array([1.0]))}, "column 'x' is double"),
+        (lambda s: {"events": s.events.append_column("../x", pa.array(["a"]))}, "column '../x' is not made of"),
+        (lambda s: {"events": s.events.append_column("x", pa.array([None], pa.string()))}, "has 1 nulls"),
+        (lambda s: {"events": s.events.set_column(4, "sequence", pa.array([1]))}, "outside 0..0"),
+        (lambda s: {"events": s.events.set_column(5, "position", pa.array([3]))}, "outside its sequence"),
+        (lambda s: {"events": s.events.set_column(5, "position", pa.array([-1]))}, "outside its sequence"),
+        (lambda s: {"final": {"pt": torch.zeros(2, 3), "it": torch.zeros(1, 3)}}, "final states of pt"),
+        (lambda s: {"final": {"pt": torch.zeros(1, 3)}}, "final states of"),
+        (lambda s: {"states": s.states | {("pt", 9): torch.zeros(3, 3)}}, "states of"),
+        (lambda s: {"states": s.states | {("pt", 1): torch.zeros(3, 4)}}, "expected torch.float32"),
+        (lambda s: {"states": s.states | {("pt", 1): torch.zeros(3, 3, dtype=torch.float64)}}, "torch.float64"),
+    ],
+)
+def test_content_that_does_not_fit_is_refused(change, said, tmp_path):
+    fingerprint = make_fingerprint()
+    segment = make_segment(fingerprint, [3], [(0, 0)])
+    writer = StoreWriter(tmp_path / "store", fingerprint)
+    before = read_tree(writer.path)
+    with pytest.raises(InputError, match=said):
+        writer.append("a", changed(segment, **change(segment)))
+    assert read_tree(writer.path) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "float64"}, "dtype is 'float64'"),
+        ({"row_selection": "all"}, "row_selection is 'all'"),
+        ({"width": 0}, "width is 0"),
+        ({"width": 3.0}, "width is 3.0"),
+        ({"boundaries": [1, 1]}, "boundaries"),
+        ({"boundaries": ["1"]}, "boundaries"),
+        ({"checkpoints": {}}, "checkpoints"),
+        ({"checkpoints": {"../pt": {}}, "pair": []}, "label '../pt'"),
+        ({"pair": ["pt", "sft"]}, "pair"),
+    ],
+)
+def test_a_fingerprint_that_is_none_is_refused(change, said, tmp_path):
+    with pytest.raises(InputError, match=said):
+        StoreWriter(tmp_path / "store", make_fingerprint(**change))
+    assert not (tmp_path / "store").exists()
+    for field in ("checkpoints", "dtype", "boundaries", "row_selection", "width"):
+        lacking = {name: value for name, value in make_fingerprint().items() if name != field}
+        with pytest.raises(InputError, match=f"no '{field}'"):
+            StoreWriter(tmp_path / "store", lacking)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"dtype": "bfloat16"}, "dtype"),
+        ({"checkpoints": {"pt": {"weights": "a1"}, "it": {"weights": "c3"}}}, "checkpoints.it.weights"),
+        ({"checkpoints": {"pt": {"weights": "a1"}, "it": {}}}, "checkpoints.it.weights"),
+        ({"seed": False}, "seed"),
+        ({"more": None}, "more"),
+    ],
+)
+def test_a_store_of_another_run_names_the_field(change, field, path):
+    before = read_tree(path)
+    with pytest.raises(IncompatibleError, match=f"its {field} is") as caught:
+        StoreWriter(path, make_fingerprint(**change))
+    assert caught.value.field == field
+    assert read_tree(path) == before
+
+
+def test_segments_are_immutable_and_names_are_folder_names(path, twin):
+    writer = StoreWriter(path, twin.fingerprint)
+    assert writer.committed == {"s-0", "s-1", "s-2"}
+    before = read_tree(path)
+    with pytest.raises(InputError, match="'s-0' is committed already"):
+        writer.append("s-0", twin.segments["s-1"])
+    for name in ("", ".", "..", "a/b", "../a", "a.b", "é", "-a", "a\n"):
+        with pytest.raises(InputError, match="segment name"):
+            writer.append(name, twin.segments["s-1"])
+    assert read_tree(path) == before
+
+
+def test_a_store_is_made_only_where_nothing_is(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis.tex").write_text("")
+    for name in ("file", "folder"):
+        with pytest.raises(InputError, match="not empty and not a store"):
+            StoreWriter(tmp_path / name, make_fingerprint())
+    assert os.listdir(tmp_path / "folder") == ["thesis.tex"]
+
+
+def test_records_without_their_root_are_not_adopted(path, twin):
+    (path / "zarr.json").unlink()
+    with pytest.raises(InputError, match="not a store"):
+        open_store(path)
+    with pytest.raises(InputError, match="not empty"):
+        StoreWriter(path, twin.fingerprint)
+
+
+# ---- damage --------------------------------------------------------------------------------------------------------
+
+
+def flip(file: Path, at: int, mask: int = 1) -> None:
+    data = bytearray(file.read_bytes())
+    data[at] ^= mask
+    file.write_bytes(data)
+
+
+def read_all(path: Path) -> Store:
+    """Touch everything that a store can be asked."""
+    store = open_store(path)
+    assert store.events.num_rows == len(store)
+    assert store.excluded.num_rows == 3
+    for label in store.checkpoints:
+        for boundary in store.boundaries:
+            store.states(label, boundary)
+        store.final(label)
+    store.token_ids()
+    return store
+
+
+DATA = "segments/s-0/states/pt/b001/c/0/0"
+METADATA = "segments/s-0/states/pt/b001/zarr.json"
+RECORD = "commits/s-0.json"
+
+
+def test_damage_has_a_name_and_a_place(path):
+    def error_of(act: Callable[[Path], Any]) -> str:
+        with pytest.raises(CorruptStoreError) as caught:
+            act(path)
+        return str(caught.value)
+
+    def restored(file: str) -> Path:
+        (path / file).write_bytes(whole[file])
+        return path / file
+
+    whole = read_tree(path)
+    (path / DATA).unlink()
+    assert "segment s-0, array states/pt/b001: its data file is missing" in error_of(read_all)
+    assert next((p.segment, p.where, p.found) for p in verify(path)) == ("s-0", DATA[13:], "no file")
+    flip(restored(DATA), 3)
+    assert "segment s-0, array states/pt/b001, chunk 0: crc32c" in error_of(read_all)
+    assert [p.where for p in verify(path)] == ["array states/pt/b001, chunk 0"]
+    restored(DATA).write_bytes(whole[DATA][:-1])
+    assert "array states/pt/b001: the index of its chunks is damaged" in error_of(read_all)
+    restored(DATA)
+    (path / METADATA).unlink()
+    assert "array states/pt/b001: its zarr.json is missing" in error_of(read_all)
+    flip(restored(METADATA), 20)
+    assert "array states/pt/b001: its zarr.json is not the one committed" in error_of(read_all)
+    assert [p.where for p in verify(path)] == [METADATA[13:], "array states/pt/b001"]
+    restored(METADATA)
+    flip(path / RECORD, 40)
+    assert "commit record s-0.json" in error_of(open_store)
+    assert [(p.segment, p.where) for p in verify(path)] == [("s-0", RECORD)]
+    restored(RECORD)
+    flip(path / "zarr.json", 40)
+    assert "zarr.json" in error_of(open_store)
+    assert [p.where for p in verify(path)] == ["zarr.json"]
+    restored("zarr.json")
+    (path / "segments/s-0/token_ids/notes.txt").write_text("hello")
+    assert [(p.segment, p.where, p.found) for p in verify(path)] == [("s-0", "token_ids/notes.txt", "a file")]
+    read_all(path)
+    (path / "segments/s-0/token_ids/notes.txt").unlink()
+    (path / "commits/s-0.json").rename(path / "commits/s-9.json")
+    assert "s-9.json is that of segment 's-0'" in error_of(open_store)
+    (path / "commits/s-9.json").rename(path / "commits/s-0.json")
+    shutil.rmtree(path / "segments/s-0")
+    assert "is missing" in error_of(read_all)
+    assert {p.segment for p in verify(path)} == {"s-0"}
+
+
+def test_no_flipped_byte_goes_unnoticed(path, twin):
+    """A byte of every file, at its start, middle or end: an error, or (where nothing reads it) the right answer."""
+    files = [file for file in sorted(read_tree(path)) if file == layout.ROOT or "s-0" in file]
+    for turn, file in enumerate(files):
+        data = (path / file).read_bytes()
+        flip(path / file, [0, len(data) // 2, len(data) - 1][turn % 3], 0x20)
+        with contextlib.suppress(CorruptStoreError):
+            twin.check(read_all(path), range(5))
+        problem = verify(path)[0]
+        assert file in {problem.where, f"segments/{problem.segment}/{problem.where}"} or (
+            "/c/" in file and problem.where.startswith(f"array {file.split('/c/')[0].split('/', 2)[2]}")
+        )
+        (path / file).write_bytes(data)
+    assert verify(path) == []
+
+
+@pytest.mark.parametrize("file", [DATA, METADATA, RECORD, "zarr.json"])
+def test_truncation_at_every_length_is_one_named_error(file, path):
+    store = open_store(path)
+    read: Callable[[], Any] = {
+        RECORD: lambda: layout.read_record(path / RECORD, layout.fingerprint_digest(store.fingerprint)),
+        "zarr.json": lambda: layout.read_root(path / "zarr.json"),
+    }.get(file, lambda: replace(store.segments[0], _open={}).read("states/pt/b001"))
+    for n_bytes in reversed(range((path / file).stat().st_size)):
+        os.truncate(path / file, n_bytes)
+        with pytest.raises(CorruptStoreError):
+            read()
+
+
+def test_no_swap_of_two_files_goes_unnoticed(path, twin):
+    """Also of whole and valid files of one size, whose chunks are sound in themselves."""
+    files = {name: data for name, data in read_tree(path).items() if "/c/" in name and "s-0" in name}
+    pairs = [(a, b) for a in files for b in files if a < b and len(files[a]) == len(files[b]) and files[a] != files[b]]
+    assert any("states" in a and "states" in b for a, b in pairs)
+    for a, b in pairs:
+        (path / a).write_bytes(files[b])
+        (path / b).write_bytes(files[a])
+        with pytest.raises(CorruptStoreError):
+            read_all(path)
+        arrays = {f"array {file.split('/', 2)[2].split('/c/')[0]}" for file in (a, b)}
+        assert arrays == {problem.where.split(",")[0] for problem in verify(path)}
+        (path / a).write_bytes(files[a])
+        (path / b).write_bytes(files[b])
+    shutil.copytree(path / "segments/s-0/states/pt", path / "swap")
+    for of, to in (("segments/s-0/states/it", "segments/s-0/states/pt"), ("swap", "segments/s-0/states/it")):
+        shutil.copytree(path / of, path / to, dirs_exist_ok=True)
+    with pytest.raises(CorruptStoreError, match=r"array states/pt/b001: its zarr.json is not the one committed"):
+        open_store(path).states("pt", 1)
+    assert twin.fingerprint["row_selection"] == "prefix"
+
+
+def test_swapped_commit_records_and_foreign_segments(path, tmp_path):
+    records = [path / "commits/s-0.json", path / "commits/s-2.json"]
+    contents = [record.read_bytes() for record in records]
+    for record, content in zip(records, reversed(contents), strict=True):
+        record.write_bytes(content)
+    with pytest.raises(CorruptStoreError, match=r"s-0.json is that of segment 's-2'"):
+        open_store(path)
+    assert [problem.segment for problem in verify(path)] == ["s-0", "s-2"]
+    for record, content in zip(records, contents, strict=True):
+        record.write_bytes(content)
+    other = make_fingerprint(seed=1)
+    write_store(tmp_path / "other", other, {"z": make_segment(other, [2], [(0, 1)])})
+    shutil.copytree(tmp_path / "other/segments/z", path / "segments/z")
+    shutil.copy(tmp_path / "other/commits/z.json", path / "commits/z.json")
+    with pytest.raises(CorruptStoreError, match=r"z.json: committed under another fingerprint"):
+        open_store(path)
+    assert [(problem.segment, problem.where) for problem in verify(path)] == [("z", "commits/z.json")]
+
+
+def test_the_advice_of_verify_helps(path, twin):
+    """Delete the commit record and append again."""
+    flip(path / DATA, 0)
+    assert all("delete its commit record" in str(problem) for problem in verify(path))
+    (path / RECORD).unlink()
+    assert open_store(path).uncommitted == ["segments/s-0"]
+    StoreWriter(path, twin.fingerprint).append("s-0", twin.segments["s-0"])
+    assert verify(path) == []
+    twin.check(open_store(path), range(5))
+
+
+def test_a_newer_format_is_said_to_be_newer(path):
+    newer = layout.FORMAT_VERSION + 1
+    record = json.loads((path / RECORD).read_bytes())
+    root = json.loads((path / "zarr.json").read_bytes())
+    root["attributes"]["actcache"]["format_version"] = newer
+    for file, content in ((RECORD, record | {"format_version": newer}), ("zarr.json", root)):
+        (path / file).write_text(json.dumps(content))
+        for act in (open_store, verify):
+            with pytest.raises(FormatVersionError, match=f"format version {newer}; this version of actcache reads"):
+                act(path)
+    with pytest.raises(FormatVersionError):
+        StoreWriter(path, make_fingerprint())
+
+
+# ---- attacks: records and metadata that are whole, and lie ---------------------------------------------------------
+
+
+def forge(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change a commit record and give it a checksum that fits."""
+    record = json.loads((path / RECORD).read_bytes())
+    del record["crc32c"]
+    change(record)
+    (path / RECORD).write_bytes(layout.encode_record(record))
+
+
+def forge_array(path: Path, array: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change an array's metadata, and the commit record so that it vouches for it."""
+    file = f"{array}/zarr.json"
+    metadata = json.loads((path / "segments/s-0" / file).read_bytes())
+    change(metadata)
+    data = layout.encode_json(metadata)
+    (path / "segments/s-0" / file).write_bytes(data)
+    forge(path, lambda record: record["files"].update({file: [len(data), shard.crc32c(data)]}))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r: r["files"].update({"../../../secret": [1, 2]}),
+        lambda r: r["files"].update({"/etc/hostname": [1, 2]}),
+        lambda r: r["files"].update({"states/../../s-2/zarr.json": [1, 2]}),
+        lambda r: r["files"].update({"c/0": [-1, 2]}),
+        lambda r: r["files"].update({"c/0": None}),
+        lambda r: r.update(files=[]),
+        lambda r: r.update(segment="../s-0"),
+        lambda r: r.update(n_events=-1),
+        lambda r: r.update(n_events="4"),
+        lambda r: r.update(n_tokens=1.0),
+        lambda r: r.pop("n_sequences"),
+        lambda r: r.pop("schema"),
+        lambda r: r["schema"]["events"].pop("position"),
+        lambda r: r["schema"]["events"].update({"../../x": "int64"}),
+        lambda r: r["schema"]["events"].update({"x": "object"}),
+        lambda r: r["schema"]["events"].update({"position": "string"}),
+    ],
+)
+def test_a_record_that_lies_in_its_form_is_refused(change, path):
+    forge(path, change)
+    with pytest.raises(CorruptStoreError, match=r"commit record s-0.json"):
+        open_store(path)
+    assert [problem.where for problem in verify(path)] == [RECORD]
+
+
+@pytest.mark.parametrize("n", [0, 3, 5, 2**40, 2**62])
+@pytest.mark.parametrize("field", ["n_events", "n_tokens", "n_sequences", "n_excluded"])
+def test_a_record_that_lies_about_a_count_is_noticed(field, n, path):
+    forge(path, lambda record: record.update({field: n}) if record[field] != n else record.update({field: n + 1}))
+    with pytest.raises(
+        CorruptStoreError, match=r"segment s-0, (array .* committed as|sequence_offsets: offsets must run)"
+    ):
+        read_all(path)
+    assert {problem.segment for problem in verify(path)} == {"s-0"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(shape=[2**60, 3]),
+        lambda m: m.update(shape=[15, 2**60]),
+        lambda m: m.update(shape=[-15, 3]),
+        lambda m: m.update(shape=[15.0, 3]),
+        lambda m: m.update(shape=[15]),
+        lambda m: m.update(shape=[]),
+        lambda m: m.update(shape="15"),
+        lambda m: m.update(data_type="uint32"),
+        lambda m: m.update(data_type="object"),
+        lambda m: m.update(fill_value=1.0),
+        lambda m: m.update(codecs=[]),
+        lambda m: m["codecs"][0]["configuration"].update(chunk_shape=[0, 3]),
+        lambda m: m["codecs"][0]["configuration"].update(chunk_shape=[2**60, 3]),
+        lambda m: m["attributes"].pop(shard.CHECKSUMS),
+        lambda m: m["attributes"].update({shard.CHECKSUMS: []}),
+        lambda m: m["attributes"].update({shard.CHECKSUMS: ["x"] * 4}),
+    ],
+)
+def test_metadata_that_lies_is_noticed_before_anything_is_allocated(change, path):
+    forge_array(path, "states/pt/b001", change)
+    with pytest.raises(CorruptStoreError, match=r"segment s-0, array states/pt/b001"):
+        open_store(path).states("pt", 1)
+    assert any("states/pt/b001" in problem.where for problem in verify(path))
+
+
+@pytest.mark.parametrize(
+    ("array", "values"),
+    [
+        ("events/position", [8, 2, 8, 2**62]),
+        ("events/position", [8, -3, 8, 0]),
+        ("events/sequence", [1, 0, 1, 2**62]),
+        ("events/sequence", [1, -1, 1, 2]),
+        ("sequence_offsets", [0, 5, 2**62, 15]),
+        ("sequence_offsets", [0, 14, 5, 15]),
+        ("events/prompt_id/offsets", [0, 2**62, 5, 9, 9]),
+    ],
+)
+def test_indices_that_lie_are_noticed(array, values, path):
+    with ThreadPoolExecutor() as pool:
+        metadata, parts = shard.encode(np.array(values, np.int64), {}, pool)
+    assert parts is not None
+    file = path / "segments/s-0" / array / "c/0"
+    file.write_bytes(b"".join(parts))
+    forge_array(path, array, lambda m: m.update(metadata))
+    name = f"{array}/c/0"
+    forge(path, lambda record: record["files"].update({name: [file.stat().st_size, None]}))
+    with pytest.raises(CorruptStoreError, match=f"segment s-0, {array.split('/')[0]}"):
+        read_all(path).states("pt", 1)
+    assert [problem.where for problem in verify(path)] == ["content"]
+
+
+def test_every_error_is_the_librarys_own(path):
+    """Random bytes in place of any file."""
+    rng = np.random.default_rng(0)
+    for turn, file in enumerate([RECORD, layout.ROOT] * 6 + sorted(read_tree(path / "segments/s-0"))):
+        file = file if turn < 12 else f"segments/s-0/{file}"
+        data = (path / file).read_bytes()
+        (path / file).write_bytes([b"", b"{}", b"[]", b"null", b"\xff\xfe", rng.bytes(len(data))][turn // 2 % 6])
+        for act in (read_all, verify):
+            with contextlib.suppress(ActcacheError):
+                act(path)
+        (path / file).write_bytes(data)
