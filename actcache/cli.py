@@ -155,6 +155,10 @@ def _positive(text: str) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
+    if args.rows != "prefix":
+        raise InputError(
+            "a run scores the grid, which needs prefix rows; 'actcache capture --rows divergence' keeps the events' alone"
+        )
     lineup = _capture_lineup(args)
     folder = RunFolder(args.out)
     _score(folder, lineup, _grid_settings(args, None), args.device)

@@ -12,7 +12,8 @@ talks in plain English. Out of it come two checkpoints of one Llama architecture
 The amount of tuning was chosen so that the demo has a clear interaction: an example, not a finding. The prompts come
 from the generator that the tuning data come from; some of them are in it.
 
-Weights are saved as bfloat16, and OUT/it starts from the saved OUT/pt. Everything runs on one CPU thread in float32.
+Weights are saved as bfloat16, and OUT/it starts from the saved OUT/pt. Everything runs on one CPU thread in float32, so
+the same torch build on the same kind of CPU gives the same bytes (two runs did).
 
 Run::
 

@@ -192,6 +192,7 @@ def test_a_store_of_event_rows_has_no_grid(pair, refused, tmp_path):
     assert offsets.tolist() == list(range(len(store) + 1))
     assert len(rows) == len(store) > 0
     refused("the grid needs prefix rows", "grid", out)
+    refused("which needs prefix rows", *command(*pair, tmp_path / "other", "--rows", "divergence"))
 
 
 def test_a_read_only_place(pair, refused, tmp_path, monkeypatch):
