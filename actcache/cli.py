@@ -157,7 +157,8 @@ def _positive(text: str) -> int:
 def _run(args: argparse.Namespace) -> None:
     if args.rows != "prefix":
         raise InputError(
-            "a run scores the grid, which needs prefix rows; 'actcache capture --rows divergence' keeps the events' alone"
+            f"--rows {args.rows}: a run scores the grid, which needs prefix rows; "
+            "'actcache capture --rows divergence' keeps the events' own rows alone"
         )
     lineup = _capture_lineup(args)
     folder = RunFolder(args.out)
