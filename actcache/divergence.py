@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import torch
 from transformers import DynamicCache
@@ -153,10 +154,12 @@ def _lockstep(
 def _choose(trunk: Trunk, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> list[int]:
     """Greedy next tokens after ``tokens [B, t]``, the newest columns of a left-padded batch with ``mask [B, T]``."""
     device = trunk.device
-    inputs = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
-    if "position_ids" in inspect.signature(trunk.decoder.forward).parameters:
+    taken = inspect.signature(trunk.decoder.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+    inputs["cache" if "cache" in taken else "past_key_values"] = cache  # renamed in transformers 5.24
+    if "position_ids" in taken:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs["position_ids"] = positions.to(device)
-    hidden = trunk.decoder(**inputs, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
+    hidden = trunk.decoder(**inputs, use_cache=True).last_hidden_state[:, -1]
     ids, _ = trunk.readout.top2(hidden)
     return ids[:, 0].tolist()

@@ -7,6 +7,7 @@ block b is overwritten with the other's: four passes an event, the fewest that g
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,8 @@ def search(
     for _ in range(max_new):
         choice = {}
         for label, model in models.items():
-            logits = model(input_ids=step, past_key_values=caches[label], use_cache=True, logits_to_keep=1).logits
+            name = "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
+            logits = model(input_ids=step, use_cache=True, logits_to_keep=1, **{name: caches[label]}).logits
             choice[label] = int(logits[0, -1].float().argmax())
         if choice["pt"] != choice["it"]:
             return HookEvent([*ids, *shared], choice["pt"], choice["it"])
