@@ -14,7 +14,6 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from actcache.gather import gather_rows
 from actcache.lineup import DTYPES, Lineup, as_fingerprint
 from actcache.packing import offsets_of, plan_packs
 from actcache.prompts import Prompt
-from actcache.store import SegmentData, StoreWriter
+from actcache.store import BackgroundWriter, Place, SegmentData, StoreWriter
 from actcache.trunk import Trunk
 
 PAIR = ("pt", "it")
@@ -85,9 +84,10 @@ def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
 def capture(
     lineup: Lineup,
     prompts: Sequence[Prompt],
-    store_path: str | Path,
+    store: Place,
     settings: CaptureSettings,
     *,
+    part: tuple[int, int] = (0, 1),
     load: Callable[[str], Trunk] | None = None,
     on_prompts: Callable[[int], None] = lambda n: None,
     say: Callable[[str], None] = lambda line: None,
@@ -97,31 +97,43 @@ def capture(
     Args:
         lineup: the checkpoints; events are defined on ``pt`` and ``it``.
         prompts: validated prompts.
-        store_path: folder of the store, new or left by an earlier run of the same capture.
+        store: where the store is or shall be, as in ``open_store``; new, or left by an earlier run of the same capture.
         settings: what to compute.
+        part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
         load: gives the trunk of a checkpoint by label; by default it is loaded from its folder.
         on_prompts: called with the number of prompts finished (or found committed).
         say: told, in one line, what a person should know (packing not possible, for example).
 
     Raises:
         InputError: see :meth:`Lineup.encode`, or a boundary out of range.
-        IncompatibleError: the store at ``store_path`` belongs to another run; names the field.
-        OSError: the disk refuses; nothing half-written stays.
+        IncompatibleError: the store belongs to another run; names the field.
+        OSError: the disk refuses; nothing half-written stays. Writing goes on beside the forwards, up to two segments
+            behind; its failure stops them before the next one.
     """
     for boundary in settings.boundaries:
         check_boundary(boundary, lineup.n_blocks)
     prompt_ids = lineup.encode(prompts)
-    writer = StoreWriter(store_path, fingerprint(lineup, prompts, settings))
-    shards = list(_shards(len(prompts), settings.shard_prompts))
-    on_prompts(sum(len(shard) for name, shard in shards if name in writer.committed))
-    left = [(name, shard) for name, shard in shards if name not in writer.committed]
+    writer = StoreWriter(store, fingerprint(lineup, prompts, settings))
+    shards = list(_shards(len(prompts), settings.shard_prompts))[part[0] :: part[1]]
+    committed = writer.committed
+    on_prompts(sum(len(shard) for name, shard in shards if name in committed))
+    left = [(name, shard) for name, shard in shards if name not in committed]
     if not left:
         return
     load = load or (lambda label: Trunk(lineup.checkpoints[label].load(DTYPES[settings.dtype], settings.device)))
     job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, say)
-    for name, shard in left:
-        writer.append(name, job.shard([prompts[i] for i in shard], [prompt_ids[i] for i in shard]))
-        on_prompts(len(shard))
+    n_prompts = {name: len(shard) for name, shard in left}
+
+    def done(name: str) -> None:
+        on_prompts(n_prompts[name])
+
+    with BackgroundWriter(writer, on_committed=done, on_lost=done) as background:
+        for name, shard in left:
+            if name in writer.committed:  # by another process meanwhile
+                done(name)
+                continue
+            segment = job.shard([prompts[i] for i in shard], [prompt_ids[i] for i in shard], background.check)
+            background.append(name, segment)
 
 
 def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> dict[str, Any]:
@@ -208,8 +220,10 @@ class _Capture:
         else:
             self.pack_tokens = 0
 
-    def shard(self, prompts: Sequence[Prompt], prompt_ids: Sequence[list[int]]) -> SegmentData:
-        """Everything that one segment holds."""
+    def shard(
+        self, prompts: Sequence[Prompt], prompt_ids: Sequence[list[int]], between: Callable[[], None]
+    ) -> SegmentData:
+        """Everything that one segment holds; calls ``between`` before each forward, which may raise."""
         searches = [_Search(i, p, ids, []) for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))]
         captured: list[_Captured] = []
         excluded: dict[int, str] = {}
@@ -217,6 +231,7 @@ class _Capture:
             proposed = self._propose(searches, excluded)
             searches = []
             for pack in plan_packs([len(search.sequence) for search in proposed], self.pack_tokens):
+                between()
                 for search, result in self._run_pack([proposed[i] for i in pack]):
                     if isinstance(result, _Captured):
                         captured.append(result)

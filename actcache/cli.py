@@ -71,6 +71,9 @@ def build_parser() -> argparse.ArgumentParser:
     capture = verb("capture", _capture, "find the events of a pair and store the states that their replay needs")
     _add_capture_arguments(capture)
     _add_strict_and_pack(capture)
+    capture.add_argument(
+        "--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th segment from the I-th (from 1) on only"
+    )
 
     grid = verb("grid", _grid, "score the cells of a captured run by replaying its late stacks")
     grid.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
@@ -89,12 +92,23 @@ def build_parser() -> argparse.ArgumentParser:
     report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
 
     inspect = verb("inspect", _inspect, "what a store holds, or which engine gathers rows here")
-    inspect.add_argument("store", type=Path, nargs="?", metavar="STORE", help="a store, or the folder of a run")
+    inspect.add_argument("store", nargs="?", metavar="STORE", help="a store (folder or URL), or the folder of a run")
     inspect.add_argument("--engine", action="store_true", help="say which engine gathers rows on each device")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     verify = verb("verify", _verify, "re-read a whole store and name everything that is not as committed")
-    verify.add_argument("store", type=Path, metavar="STORE", help="a store, or the folder of a run")
+    verify.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
+    verify.add_argument(
+        "--repair",
+        action="store_true",
+        help="set damaged segments aside, so that the rest reads and they can be redone",
+    )
+
+    compact = verb("compact", _compact, "merge small segments of a store into larger ones, while readers go on")
+    compact.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
+    compact.add_argument(
+        "--max-mb", type=_positive, default=1024, help="states of a merged segment, uncompressed (default %(default)s)"
+    )
     return parser
 
 
@@ -105,6 +119,9 @@ def _add_capture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--it", type=Path, required=True, metavar="DIR", help="model folder of its tuned descendant")
     parser.add_argument("--prompts", type=Path, required=True, metavar="P.jsonl", help="one JSON object a line")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument(
+        "--store", metavar="URL", help="where the store goes (default RUN/store), s3://bucket/prefix say"
+    )
     parser.add_argument(
         "--boundary", default="0.6", help="first late block: 18, a fraction of the depth, a list, or all (default 0.6)"
     )
@@ -154,6 +171,13 @@ def _positive(text: str) -> int:
     return value
 
 
+def _part(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with 1 <= I <= N")
+    return int(i) - 1, int(n)
+
+
 def _run(args: argparse.Namespace) -> None:
     if args.rows != "prefix":
         raise InputError(
@@ -197,9 +221,16 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
         prompts=str(args.prompts.resolve()),
         device=args.device,
         command=shlex.join(["actcache", *sys.argv[1:]]),
+        store=args.store,
     )
-    with folder.being_captured(record), _progress("capture", "prompt", len(prompts)) as bar:
-        capture(lineup, prompts, folder.store, settings, on_prompts=bar.update, say=_say)
+    part = getattr(args, "part", (0, 1))
+    firsts = range(0, len(prompts), settings.shard_prompts)[part[0] :: part[1]]
+    n_prompts = sum(len(prompts[first : first + settings.shard_prompts]) for first in firsts)
+    with (
+        folder.being_captured(record, alone=part[1] == 1),
+        _progress("capture", "prompt", n_prompts) as bar,
+    ):
+        capture(lineup, prompts, folder.store, settings, part=part, on_prompts=bar.update, say=_say)
     _say_excluded(folder)
     return lineup
 
@@ -236,6 +267,7 @@ def _score(folder: RunFolder, lineup: Lineup, settings_for: Callable[[Store], Gr
     from actcache.store import open_store
 
     store = open_store(folder.store)
+    _check_complete(store)
     settings = settings_for(store)
     check_settings(store, settings)
     _check_same_checkpoints(store, lineup)
@@ -247,6 +279,16 @@ def _score(folder: RunFolder, lineup: Lineup, settings_for: Callable[[Store], Gr
     with _progress("grid", "replay", total) as bar:
         cells = run_grid(store, load_late, folder.cell_groups, settings, on_cells=bar.update, say=_say)
     _write_parquet(folder.cells, cells)
+
+
+def _check_complete(store: Store) -> None:
+    """Fewer prompts than were asked for would give other means, and nobody would see why."""
+    found = len({*store.events["prompt_id"].to_pylist(), *store.excluded["prompt_id"].to_pylist()})
+    asked = store.fingerprint["n_prompts"]
+    if found != asked:
+        raise InputError(
+            f"{store.path} holds {found} of {asked} prompts: give the capture command again until all are captured"
+        )
 
 
 def _check_same_checkpoints(store: Store, lineup: Lineup) -> None:
@@ -361,7 +403,7 @@ def _inspect(args: argparse.Namespace) -> None:
         if not args.engine:
             raise InputError("give a store or the folder of a run, or --engine")
         return
-    summary = open_store(_store_path(args.store)).summary()
+    summary = open_store(_store_place(args.store)).summary()
     if args.json:
         print(json.dumps(summary, indent=1))
         return
@@ -380,22 +422,37 @@ def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from actcache.store import verify
+    from actcache.store import repair, verify
 
-    path = _store_path(args.store)
-    problems = verify(path)
+    place = _store_place(args.store)
+    problems = repair(place) if args.repair else verify(place)
     for problem in problems:
         print(problem)
+    if args.repair:
+        left = verify(place)
+        dropped = sorted({problem.segment for problem in problems} - {problem.segment for problem in left})
+        if dropped:
+            print(f"set aside: {', '.join(dropped)}; give the same capture command to write them anew")
+        problems = left
     if problems:
-        print(f"{path}: {len(problems)} problems", file=sys.stderr)
+        print(f"{place}: {len(problems)} problems", file=sys.stderr)
         return 1
-    print(f"{path}: every committed byte is as written")
+    print(f"{place}: every committed byte is as written")
     return 0
 
 
-def _store_path(path: Path) -> Path:
-    run = RunFolder(path)
-    return run.store if run.record_path.is_file() else path
+def _compact(args: argparse.Namespace) -> None:
+    from actcache.store import compact, open_store
+
+    place = _store_place(args.store)
+    with _progress("compact", "segment", len(open_store(place).segments)) as bar:
+        before, after = compact(place, args.max_mb * 2**20, on_segments=bar.update)
+    print(f"{place}: {before} segments before, {after} now")
+
+
+def _store_place(given: str) -> str | Path:
+    run = RunFolder(given)
+    return run.store if "://" not in given and run.record_path.is_file() else given
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -15,6 +15,10 @@ class InputError(ActcacheError, ValueError):
     """The caller's argument or file is wrong: the message says what was found, what was expected and what to do."""
 
 
+class AlreadyCommittedError(InputError):
+    """A segment of this name is committed; it is immutable, and the one that was given has not been written."""
+
+
 class IncompatibleError(ActcacheError):
     """Two things that must agree do not: checkpoints of a lineup, or a store and the model, dtype or prompts given.
 

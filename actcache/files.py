@@ -70,6 +70,11 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.tmp")
 
 
+def is_draft(path: Path) -> bool:
+    """Whether a file's name is one that :func:`draft_of` gives."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
 @contextmanager
 def sole_creator(path: Path) -> Iterator[Callable[[bytes], None]]:
     """The sole right to create ``path``, for as long as the block lasts; the block looks whether it exists already.

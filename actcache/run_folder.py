@@ -1,7 +1,7 @@
 """RUN: the folder that one study of one pair fills, stage by stage. Knows names of files, nothing of their content.
 
 RUN/run.json         where the checkpoints and prompts are, and the command that made it
-RUN/store/           captured states and events
+RUN/store/           captured states and events, unless they are kept elsewhere
 RUN/cells/           finished cell groups
 RUN/cells.parquet    all of them as one table
 RUN/effects.json     contrasts with intervals
@@ -30,12 +30,14 @@ class RunRecord:
         prompts: the prompts file.
         device: where capture ran; later stages use it unless told otherwise.
         command: the command line, for the report.
+        store: where the store is, if not in the run's folder.
     """
 
     checkpoints: dict[str, str]
     prompts: str
     device: str
     command: str
+    store: str | None = None
 
 
 class RunFolder:
@@ -44,28 +46,37 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.record_path = self.path / "run.json"
-        self.store = self.path / "store"
         self.cell_groups = self.path / "cells"
         self.cells = self.path / "cells.parquet"
         self.effects = self.path / "effects.json"
         self.report = self.path / "report.html"
 
+    @property
+    def store(self) -> str | Path:
+        """Where the store is: ``RUN/store``, unless the run's record says otherwise."""
+        elsewhere = self.record().store if self.record_path.is_file() else None
+        return elsewhere or self.path / "store"
+
     @contextmanager
-    def being_captured(self, record: RunRecord) -> Iterator[None]:
+    def being_captured(self, record: RunRecord, *, alone: bool = True) -> Iterator[None]:
         """Create the folder (or go on in an earlier run's) for the time of a capture.
 
-        If the capture fails before anything was committed, whatever it created is removed again.
+        If the capture fails before anything was committed, whatever it created is removed again, unless others may
+        capture into it at the same time.
 
         Raises:
-            InputError: the path is a file, or a folder with files in it that is not a run's.
+            InputError: the path is a file, or a folder with files in it that is not a run's; or the run's store is
+                elsewhere than this record says.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; give a folder for the run")
-        existing = self.path.is_dir() and any(self.path.iterdir())
+        existing = self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir())
         if existing and not self.record_path.is_file():
             raise InputError(f"{self.path} is not empty and holds no run; give a new folder")
         made_folder = not self.path.exists()
         if existing:
+            if record.store != self.record().store:
+                raise InputError(f"{self.path} has its store at {self.store}; give the same --store, or a new folder")
             yield
             return
         try:
@@ -73,7 +84,7 @@ class RunFolder:
             write_atomically(self.record_path, json.dumps(asdict(record), indent=1).encode() + b"\n")
             yield
         except BaseException:
-            if not self._has_commits():
+            if alone and record.store is None and not self._has_commits():
                 self._clear(made_folder)
             raise
 
@@ -91,10 +102,10 @@ class RunFolder:
             raise InputError(f"{self.record_path} is not a run record: {error}") from error
 
     def _has_commits(self) -> bool:
-        return any(self.store.glob("commits/*.json"))
+        return any((self.path / "store").glob("commits/*.json"))
 
     def _clear(self, made_folder: bool) -> None:
-        shutil.rmtree(self.store, ignore_errors=True)
+        shutil.rmtree(self.path / "store", ignore_errors=True)
         self.record_path.unlink(missing_ok=True)
         if made_folder and self.path.is_dir():
             self.path.rmdir()

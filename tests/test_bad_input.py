@@ -211,7 +211,7 @@ def test_a_full_disk(pair, refused, tmp_path, monkeypatch, where):
     if where == "record":
         monkeypatch.setattr(files, "write_durably", refuse)
     else:
-        monkeypatch.setattr(shard, "encode", refuse)
+        monkeypatch.setattr(shard, "EncodedArray", refuse)
     refused("No space left on device", *command(*pair, tmp_path / "run"))
     monkeypatch.undo()
     assert main([str(word) for word in command(*pair, tmp_path / "run")]) == 0

@@ -27,7 +27,7 @@ from test_store import Twin, make_fingerprint, make_segment, read_tree, write_st
 from actcache import files
 from actcache.errors import IncompatibleError, InputError
 from actcache.files import sole_creator, write_atomically
-from actcache.store import StoreWriter, open_store, verify, writer
+from actcache.store import StoreWriter, open_store, storage, verify
 
 FINGERPRINT = make_fingerprint(checkpoints={"pt": {}, "it": {}}, boundaries=[1])
 SEGMENTS = {
@@ -98,9 +98,10 @@ def acting_at(step: int, act: Callable[[], None], *, acts: tuple[str, ...] = ACT
         def __exit__(self, *_: object) -> None:
             self.stream.close()
 
-        def write(self, data: Any) -> None:
+        def write(self, data: Any) -> int:
             take(lambda: self.stream.write(memoryview(data)[: len(data) // 2]))
             assert self.stream.write(data) == len(data)
+            return len(data)
 
     with mock.patch.multiple(os, **{name: counted(getattr(os, name)) for name in acts}), opening_by(Stream):
         yield count
@@ -111,7 +112,7 @@ def opening_by(opener: Callable[..., Any]) -> Iterator[None]:
     """Files that the store writes are opened by ``opener(path, mode)``."""
     with (
         mock.patch.object(files, "open", opener, create=True),
-        mock.patch.object(writer, "open", opener, create=True),
+        mock.patch.object(storage, "open", opener, create=True),
     ):
         yield
 

@@ -7,7 +7,6 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,11 +22,13 @@ FORMAT_VERSION = 1
 ROOT = "zarr.json"
 SEGMENTS = "segments"
 COMMITS = "commits"
+DROPPED = "dropped"
 
 STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _COLUMN_TYPES = {"int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32(), "string": pa.string()}
 ROW_SELECTIONS = ("prefix", "divergence")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+_FOLDER = re.compile(rf"{_NAME.pattern}(\.[0-9a-f]+)?")
 _FILE = re.compile(rf"({_NAME.pattern}/)*(zarr\.json|[0-9]+)")
 
 # Columns that every events table has; more may stand beside them.
@@ -166,6 +167,22 @@ def final_path(label: str) -> str:
 def stored_dtype(dtype: str) -> str:
     """The Zarr data type that holds states of this dtype: bfloat16, which core Zarr lacks, as its uint16 words."""
     return "uint16" if dtype == "bfloat16" else dtype
+
+
+def dimension_names(array: str) -> list[str]:
+    """What the axes of an array are called; readers that align arrays by name (xarray) go by these."""
+    if array in _NAMES_OF:
+        return _NAMES_OF[array]
+    top, _, *rest = array.split("/")
+    if top in ("states", "final"):
+        return ["row" if top == "states" else "event", "width"]
+    if rest == ["bytes"]:
+        return ["byte"]
+    return [f"{_ROW_OF[top]}_offset" if rest else _ROW_OF[top]]
+
+
+_NAMES_OF = {"token_ids": ["token"], "sequence_offsets": ["sequence_offset"]}
+_ROW_OF = {"events": "event", "excluded": "prompt"}
 
 
 def expected_arrays(
@@ -332,23 +349,27 @@ def encode_root(fingerprint: dict[str, Any]) -> bytes:
     return encode_group({"actcache": content})
 
 
-def read_root(path: Path) -> dict[str, Any]:
-    """The fingerprint in a store's root file, checked.
+def commit_key(segment: str) -> str:
+    """Where the commit record of a segment lies."""
+    return f"{COMMITS}/{segment}.json"
+
+
+def decode_root(data: bytes, where: str) -> dict[str, Any]:
+    """The fingerprint in the root file of the store that a person calls ``where``, checked.
 
     Raises:
         CorruptStoreError: not a root, or a byte of it is not as written.
         FormatVersionError: written by a newer version.
     """
-    data = path.read_bytes()
     try:
-        content = json.loads(data)["attributes"]["actcache"]
-        check_version(content["format_version"], path)
+        content = decode_json(data)["attributes"]["actcache"]
+        check_version(content["format_version"], where)
         fingerprint: dict[str, Any] = content["fingerprint"]
         check_fingerprint(fingerprint)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CorruptStoreError(f"{path}: not the root of a store ({error!r})") from error
+    except (InputError, KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{where}/{ROOT}: not the root of a store ({error})") from error
     if encode_root(fingerprint) != data:
-        raise CorruptStoreError(f"{path}: its bytes are not those written with the store")
+        raise CorruptStoreError(f"{where}/{ROOT}: its bytes are not those written with the store")
     return fingerprint
 
 
@@ -357,24 +378,24 @@ def encode_record(record: dict[str, Any]) -> bytes:
     return encode_json(record | {"crc32c": crc32c(canonical(record))})
 
 
-def read_record(path: Path, digest: str) -> dict[str, Any]:
+def decode_record(data: bytes, segment: str, digest: str) -> dict[str, Any]:
     """A commit record, checked as far as it goes without the files that it names.
 
     Args:
-        path: of the record.
+        data: of the file.
+        segment: the one that the file's name stands for.
         digest: of the store's fingerprint.
 
     Raises:
         CorruptStoreError: not a commit record, a byte of it is not as written, or it is another segment's or store's.
         FormatVersionError: written by a newer version.
     """
-    data = path.read_bytes()
-    where = f"commit record {path.name}"
+    where = f"commit record {segment}.json"
     try:
-        record: dict[str, Any] = json.loads(data)
-        check_version(record["format_version"], path)
+        record: dict[str, Any] = decode_json(data)
+        check_version(record["format_version"], where)
         checksum = record.pop("crc32c")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except (InputError, KeyError, TypeError, AttributeError) as error:
         raise CorruptStoreError(f"{where}: not a commit record ({error!r})") from error
     if checksum != crc32c(canonical(record)) or encode_record(record) != data:
         raise CorruptStoreError(f"{where}: its checksum does not match its content")
@@ -384,7 +405,7 @@ def read_record(path: Path, digest: str) -> dict[str, Any]:
         raise CorruptStoreError(
             f"{where}: its checksum holds, but it is not as this format writes it ({error!r})"
         ) from error
-    if record["segment"] != path.stem:
+    if record["segment"] != segment:
         raise CorruptStoreError(f"{where} is that of segment {record['segment']!r}")
     if record["fingerprint"] != digest:
         raise CorruptStoreError(f"{where}: committed under another fingerprint than the store's")
@@ -393,6 +414,14 @@ def read_record(path: Path, digest: str) -> dict[str, Any]:
 
 def _check_record(record: dict[str, Any]) -> None:
     check_name(record["segment"], "segment name")
+    if not (isinstance(record["folder"], str) and _FOLDER.fullmatch(record["folder"])):
+        raise InputError(f"folder {record['folder']!r} is not one below {SEGMENTS}/")
+    if not isinstance(record["replaces"], list) or record["replaces"] != sorted(set(record["replaces"])):
+        raise InputError(f"replaces is {record['replaces']!r}, expected distinct segment names in order")
+    for name in record["replaces"]:
+        check_name(name, "replaced segment")
+    if record["segment"] in record["replaces"]:
+        raise InputError(f"segment {record['segment']!r} replaces itself")
     for field in ("n_sequences", "n_tokens", "n_events", "n_excluded"):
         if not _is_count(record[field]):
             raise InputError(f"{field} is {record[field]!r}, expected a count")
@@ -411,12 +440,15 @@ def _check_record(record: dict[str, Any]) -> None:
             raise InputError(f"file {file!r} has size {size!r} and checksum {checksum!r}")
 
 
-def check_version(found: Any, path: Path) -> None:
+def decode_json(data: bytes) -> Any:
+    """JSON, or InputError: also for what Python's parser takes but cannot hold (nesting, numbers of many digits)."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {str(error)[:200]}") from error
+
+
+def check_version(found: Any, where: str) -> None:
     """Raise FormatVersionError unless ``found`` is a version that this code reads."""
     if found != FORMAT_VERSION:
-        raise FormatVersionError(f"{path}: format version {found}; this version of actcache reads {FORMAT_VERSION}")
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """Every file below a folder, in a fixed order."""
-    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+        raise FormatVersionError(f"{where}: format version {found}; this version of actcache reads {FORMAT_VERSION}")

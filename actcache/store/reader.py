@@ -11,8 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,34 +19,69 @@ import pyarrow as pa
 import torch
 
 from actcache.errors import CorruptStoreError, InputError
-from actcache.files import draft_of
 from actcache.store import layout, shard
+from actcache.store.storage import Place, Storage, open_storage
 
 Events = Sequence[int] | slice | None
+T = TypeVar("T")
+
+_LISTINGS = 8  # a compaction may remove records between two of them, but not without end
 
 
-def open_store(path: str | Path) -> Store:
+def open_store(place: Place) -> Store:
     """Open a store for reading; needs neither models nor prompts.
 
+    Args:
+        place: a local folder, the URL of one on an object store (``s3://bucket/prefix``), or an obstore store.
+
     Raises:
-        InputError: there is no store at ``path``.
+        InputError: there is no store at ``place``, or obstore, which a URL needs, is not installed.
         CorruptStoreError: the root or a commit record is damaged.
         FormatVersionError: written by a newer version.
     """
-    return Store(Path(path))
+    return Store(open_storage(place))
 
 
-def read_fingerprint(path: Path) -> dict[str, Any]:
-    """The fingerprint of the store at ``path`` (errors as :func:`open_store`)."""
-    root = path / layout.ROOT
-    if not root.is_file():
-        raise InputError(f"{path} is not a store (no {layout.ROOT}); give the folder of a store, or of a run")
-    return layout.read_root(root)
+def read_fingerprint(storage: Storage) -> dict[str, Any]:
+    """The fingerprint of a store (errors as :func:`open_store`)."""
+    try:
+        data = storage.read(layout.ROOT)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{storage} is not a store (no {layout.ROOT}); give the folder of a store, or of a run"
+        ) from error
+    return layout.decode_root(data, str(storage))
 
 
-def commit_files(path: Path) -> list[Path]:
-    """The commit records of the store at ``path``, in segment-name order."""
-    return sorted((path / layout.COMMITS).glob("*.json"), key=lambda file: file.stem)
+def committed_names(storage: Storage) -> list[str]:
+    """Names of the segments that have a commit record, in order."""
+    names = (name for name in storage.names(layout.COMMITS) if name.endswith(".json") and not name.startswith("."))
+    return sorted(name.removesuffix(".json") for name in names)
+
+
+def read_record(storage: Storage, name: str, digest: str) -> dict[str, Any]:
+    """The commit record of a segment (errors as ``layout.decode_record``; FileNotFoundError where it is gone)."""
+    return layout.decode_record(storage.read(layout.commit_key(name)), name, digest)
+
+
+def without_replaced(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that count, in the order of the store: those that no other one replaces.
+
+    Raises:
+        CorruptStoreError: two that count claim to replace the same segment.
+    """
+    replaced: dict[str, str] = {}
+    for record in sorted(records, key=lambda record: -len(record["replaces"])):
+        if record["segment"] in replaced:
+            continue
+        for name in record["replaces"]:
+            if name in replaced:
+                raise CorruptStoreError(
+                    f"segments {replaced[name]!r} and {record['segment']!r} both replace {name!r}{shard.ADVICE}"
+                )
+            replaced[name] = record["segment"]
+    live = [record for record in records if record["segment"] not in replaced]
+    return sorted(live, key=lambda record: min([record["segment"], *record["replaces"]]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,19 +89,32 @@ class Segment:
     """One committed segment.
 
     Attributes:
-        name: of the segment.
-        path: its folder.
+        storage: that holds it.
         events: its events, as indices of the whole store.
         record: its commit record.
         fingerprint: the store's.
     """
 
-    name: str
-    path: Path
+    storage: Storage
     events: range
     record: dict[str, Any]
     fingerprint: dict[str, Any]
     _open: dict[str, shard.StoredArray] = field(default_factory=dict, repr=False)
+
+    @property
+    def name(self) -> str:
+        """The segment's name."""
+        return str(self.record["segment"])
+
+    @property
+    def covers(self) -> set[str]:
+        """Its name and those of the segments that it replaces."""
+        return {self.name, *self.record["replaces"]}
+
+    @property
+    def folder(self) -> str:
+        """Key of the folder that holds its arrays."""
+        return f"{layout.SEGMENTS}/{self.record['folder']}"
 
     @property
     def n_events(self) -> int:
@@ -136,7 +183,9 @@ class Segment:
                 raise InputError(f"segment {self.name} has no array {array!r}; it has {', '.join(self.arrays)}")
             shape, dtype = self.arrays[array]
             where = f"segment {self.name}, array {array}"
-            stored = shard.StoredArray(self.path / array, self._metadata(array, where), where)
+            data_file, _ = self.record["files"].get(f"{array}/{shard.data_file(len(shape))}", (None, None))
+            metadata = self._metadata(array, where)
+            stored = shard.StoredArray(self.storage, f"{self.folder}/{array}", metadata, data_file, where)
             fits = len(stored.shape) == len(shape) and all(
                 n in (None, m) for n, m in zip(shape, stored.shape, strict=True)
             )
@@ -158,8 +207,8 @@ class Segment:
         if file not in self.record["files"]:
             raise CorruptStoreError(f"{where}: the commit record does not name its {layout.ROOT}")
         try:
-            data = (self.path / file).read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
+            data = self.storage.read(f"{self.folder}/{file}")
+        except FileNotFoundError as error:
             raise CorruptStoreError(f"{where}: its {layout.ROOT} is missing{shard.ADVICE}") from error
         if [len(data), shard.crc32c(data)] != self.record["files"][file]:
             raise CorruptStoreError(f"{where}: its {layout.ROOT} is not the one committed{shard.ADVICE}")
@@ -172,17 +221,20 @@ class Store:
     Events are numbered 0..E-1 through all segments, in segment-name order.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.fingerprint: dict[str, Any] = read_fingerprint(path)
-        digest = layout.fingerprint_digest(self.fingerprint)
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self.fingerprint: dict[str, Any] = read_fingerprint(storage)
+        self._digest = layout.fingerprint_digest(self.fingerprint)
         self.segments: list[Segment] = []
-        for file in commit_files(path):
-            record = layout.read_record(file, digest)
+        for record in without_replaced(self._records()):
             start = self.segments[-1].events.stop if self.segments else 0
             events = range(start, start + record["n_events"])
-            folder = path / layout.SEGMENTS / file.stem
-            self.segments.append(Segment(file.stem, folder, events, record, self.fingerprint))
+            self.segments.append(Segment(storage, events, record, self.fingerprint))
+
+    @property
+    def path(self) -> str:
+        """Where it lies: a folder, or a URL."""
+        return str(self.storage)
 
     def __len__(self) -> int:
         """E, the number of events."""
@@ -215,16 +267,11 @@ class Store:
 
         Nothing reads them. The next writer of that segment clears them; a person may delete them once no writer runs.
         """
-        drafts = [
-            self.path / draft_of(Path(layout.ROOT)),
-            *(self.path / layout.COMMITS).glob(draft_of(Path("*.json")).name),
-        ]
-        folders = [folder for folder in (self.path / layout.SEGMENTS).glob("*") if folder.name != layout.ROOT]
-        committed = {file.stem for file in commit_files(self.path)}  # listed last: a segment committed meanwhile is one
-        left = [folder for folder in folders if folder.name not in committed] + [
-            file for file in drafts if file.exists()
-        ]
-        return sorted(path.relative_to(self.path).as_posix() for path in left)
+        drafts = self.storage.describe_drafts()
+        folders = [name for name in self.storage.names(layout.SEGMENTS) if name != layout.ROOT]
+        # Listed last: a segment committed meanwhile is one.
+        live = {record["folder"] for record in without_replaced(self._records())}
+        return sorted([*(f"{layout.SEGMENTS}/{name}" for name in folders if name not in live), *drafts])
 
     @cached_property
     def events(self) -> pa.Table:
@@ -233,12 +280,12 @@ class Store:
         A carried key becomes a column of its natural type, null where a prompt lacks it; values of mixed types, and
         nested ones, become their JSON text.
         """
-        return self._table("events")
+        return self._reading(lambda: self._table("events"))
 
     @cached_property
     def excluded(self) -> pa.Table:
         """One row a prompt without an event: prompt_id, reason, carried keys, segment."""
-        return self._table("excluded")
+        return self._reading(lambda: self._table("excluded"))
 
     def states(self, label: str, boundary: int, events: Events = None) -> tuple[torch.Tensor, torch.Tensor]:
         """States at a boundary, in the order asked; repeats are allowed.
@@ -281,7 +328,7 @@ class Store:
         raw = sum(record["raw_state_bytes"] for record in records)
         stored = sum(record["stored_state_bytes"] for record in records)
         return {
-            "path": str(self.path),
+            "path": self.path,
             "format_version": layout.FORMAT_VERSION,
             "checkpoints": {label: self.fingerprint["checkpoints"][label] for label in self.checkpoints},
             "dtype": self.fingerprint["dtype"],
@@ -320,25 +367,61 @@ class Store:
         self, array: str, indices: npt.NDArray[np.int64], spans_of: SpansOf
     ) -> tuple[npt.NDArray[Any], torch.Tensor]:
         """Rows of the events' spans, in the order asked; each chunk that they lie in is decoded once."""
+        return self._reading(lambda: self._rows_now(array, indices, spans_of))
+
+    def _rows_now(
+        self, array: str, indices: npt.NDArray[np.int64], spans_of: SpansOf
+    ) -> tuple[npt.NDArray[Any], torch.Tensor]:
         owned = list(self._by_segment(indices))
         spans = np.empty((len(indices), 2), np.int64)
         for segment, asked in owned:
             spans[asked] = spans_of(segment, indices[asked] - segment.events.start)
         offsets = np.zeros(len(indices) + 1, np.int64)
         np.cumsum(spans[:, 1] - spans[:, 0], out=offsets[1:])
-        if array == "token_ids":
-            out = np.empty(offsets[-1], np.int32)
-        else:
-            out = np.empty((offsets[-1], self.width), layout.stored_dtype(self.fingerprint["dtype"]))
-        for segment, asked in owned:
-            stored = segment.open_array(array)
-            for start, stop, members in _pieces(spans[asked], stored.chunk_rows):
-                stop = min(stop, stored.shape[0])
-                piece = stored.read(start, stop)
-                for event in asked[members].tolist():
-                    first, last = spans[event] - start
-                    out[offsets[event] : offsets[event + 1]] = piece[first:last]
-        return out, torch.from_numpy(offsets)
+        requests = [(segment.open_array(array), spans[asked], offsets[:-1][asked]) for segment, asked in owned]
+        row_shape: tuple[int, ...] = () if array == "token_ids" else (self.width,)
+        dtype = "int32" if array == "token_ids" else layout.stored_dtype(self.fingerprint["dtype"])
+        return shard.read_spans(requests, int(offsets[-1]), row_shape, dtype), torch.from_numpy(offsets)
+
+    def _reading(self, read: Callable[[], T]) -> T:
+        """The result of a read, which is made again where a compaction has moved what it reads."""
+        while True:
+            try:
+                return read()
+            except CorruptStoreError:
+                if not self._follow_compaction():
+                    raise
+
+    def _follow_compaction(self) -> bool:
+        """Take the segments that have replaced this store's, if any have: their events have the same numbers."""
+        known = {name for segment in self.segments for name in segment.covers}
+        moved = []
+        for record in without_replaced(self._records()):
+            covers = {record["segment"], *record["replaces"]}
+            if covers & known:
+                # Names of what a compaction made, and of what it replaced, beyond those known here: fine where they
+                # hold the same events, which their number tells.
+                moved.append(record)
+        if [record["segment"] for record in moved] == [segment.name for segment in self.segments]:
+            return False
+        segments: list[Segment] = []
+        for record in moved:
+            start = segments[-1].events.stop if segments else 0
+            segments.append(Segment(self.storage, range(start, start + record["n_events"]), record, self.fingerprint))
+        if sum(segment.n_events for segment in segments) != len(self):
+            raise InputError(f"{self.storage} has been compacted together with newer segments: open it again")
+        self.segments = segments
+        return True
+
+    def _records(self) -> list[dict[str, Any]]:
+        """All commit records; one that is removed while they are read has been replaced by another."""
+        for _ in range(_LISTINGS):
+            names = committed_names(self.storage)
+            try:
+                return [read_record(self.storage, name, self._digest) for name in names]
+            except FileNotFoundError:
+                continue
+        raise CorruptStoreError(f"{self.storage}: commit records vanish while they are read{shard.ADVICE}")
 
     def _by_segment(self, indices: npt.NDArray[np.int64]) -> Iterator[tuple[Segment, npt.NDArray[np.int64]]]:
         """Segments that own some of the events, each with where in ``indices`` they stand."""
@@ -379,24 +462,6 @@ def _prefix_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArra
 def _event_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The one row of each event in an array that has one an event, ``[n, 2]``."""
     return np.stack([events, events + 1], axis=1)
-
-
-def _pieces(spans: npt.NDArray[np.int64], chunk_rows: int) -> Iterator[tuple[int, int, list[int]]]:
-    """What to read for these spans: (start, stop, members), whole chunks, those that touch as one piece."""
-    starts = spans[:, 0] // chunk_rows * chunk_rows
-    stops = -(-spans[:, 1] // chunk_rows) * chunk_rows
-    members: list[int] = []
-    start = stop = 0
-    for index in np.argsort(starts, kind="stable").tolist():
-        if members and starts[index] > stop:
-            yield start, stop, members
-            members = []
-        if not members:
-            start, stop = int(starts[index]), int(stops[index])
-        stop = max(stop, int(stops[index]))
-        members.append(index)
-    if members:
-        yield start, stop, members
 
 
 def _natural(values: list[Any]) -> pa.Array:

@@ -1,9 +1,10 @@
-"""One array on disk: a folder with Zarr v3 metadata and, unless it is empty, one shard of checksummed chunks.
+"""One array on disk: Zarr v3 metadata and, unless it is empty, one shard of checksummed chunks.
 
 Any Zarr v3 reader takes it for an ordinary array. This module encodes and decodes the same bytes itself, for what a
 general reader does not do: a chunk that is missing is an error, never a fill value; every chunk's checksum also
 stands in the metadata, so that a chunk of another array in its place is noticed though it is whole in itself; and
-opening an array costs microseconds, which a store of many small columns needs. Knows arrays; knows no segments.
+ragged spans of many arrays are read by one pool of threads, each chunk decoded once and straight to where it belongs.
+Knows arrays; knows no segments.
 """
 
 from __future__ import annotations
@@ -12,9 +13,8 @@ import json
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import CorruptStoreError, InputError
+from actcache.store.storage import Storage
 
 # One chunk before compression: small enough that one event of some tens of rows reads little it does not need, large
 # enough for the codec to work at speed and for the index and the checksums to stay small.
@@ -32,8 +33,16 @@ ADVICE = "; run 'actcache verify'"  # how a message about damage ends
 CHECKSUMS = "chunk_crc32c"
 DTYPES = ("uint8", "uint16", "int32", "int64", "float16", "float32")
 _CRC_BYTES = 4
+_CRC_OF_CHECKED = 0x48674BC7  # CRC-32C of any bytes followed by their own CRC-32C
 _WORTH_THREADS_BYTES = 4 * CHUNK_BYTES  # starting threads costs as much as decoding some chunks
+_BATCH_BYTES = 2**20  # compressed, of neighbouring chunks that are fetched with one call
 _INDEX_ENTRY_BYTES = 16  # offset and length of a chunk, uint64 each
+_BLOSC_HEADER_BYTES = 16
+# lz4 makes at most 255 bytes out of one. What claims more is not what was written: so nobody is made to set aside more
+# than 256 times the bytes that are really there.
+_MOST_EXPANSION = 256
+
+Spans = npt.NDArray[np.int64]
 
 
 def crc32c(data: bytes) -> int:
@@ -41,7 +50,9 @@ def crc32c(data: bytes) -> int:
     return int(google_crc32c.value(data))
 
 
-def metadata(shape: tuple[int, ...], dtype: str, chunk_rows: int, attributes: dict[str, Any]) -> dict[str, Any]:
+def metadata(
+    shape: tuple[int, ...], dtype: str, chunk_rows: int, dimensions: Sequence[str], attributes: dict[str, Any]
+) -> dict[str, Any]:
     """The ``zarr.json`` of an array, as zarr-python writes it: whole rows in a chunk, all chunks in one shard."""
     little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
     typesize = np.dtype(dtype).itemsize
@@ -67,6 +78,7 @@ def metadata(shape: tuple[int, ...], dtype: str, chunk_rows: int, attributes: di
         "fill_value": 0.0 if dtype.startswith("float") else 0,
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "attributes": attributes,
+        "dimension_names": list(dimensions),
         "storage_transformers": [],
     }
 
@@ -76,38 +88,50 @@ def data_file(n_dimensions: int) -> str:
     return "/".join(["c", *["0"] * n_dimensions])
 
 
-def encode(
-    array: npt.NDArray[Any], attributes: dict[str, Any], pool: Executor
-) -> tuple[dict[str, Any], list[bytes] | None]:
-    """An array ``[n]`` or ``[n, D]`` of one of ``DTYPES`` as its metadata and the parts of its shard.
+class EncodedArray:
+    """An array ``[n]`` or ``[n, D]`` of one of ``DTYPES`` on its way to disk: first its parts, then its metadata.
 
     Chunks are compressed on the pool's threads, never on the caller's: on the main thread Blosc would use threads of
     its own, which lay blocks down as they finish, and equal arrays would not have equal bytes.
-
-    Returns:
-        the metadata, and the parts of the shard in order, or None where the array has no rows and so no shard.
     """
-    array = np.ascontiguousarray(array)
-    row_bytes = array.itemsize * math.prod(array.shape[1:])
-    chunk_rows = max(1, min(len(array), CHUNK_BYTES // row_bytes))
 
-    def encode_chunk(start: int) -> bytes:
-        rows = array[start : start + chunk_rows]
-        if len(rows) < chunk_rows:  # Zarr's chunks are all of one shape
-            rows = np.concatenate([rows, np.zeros((chunk_rows - len(rows), *rows.shape[1:]), rows.dtype)])
-        data = blosc.compress(rows.reshape(-1), b"lz4", 5, blosc.BITSHUFFLE, 0, array.itemsize)
-        return data + crc32c(data).to_bytes(_CRC_BYTES, "little")
+    def __init__(
+        self, array: npt.NDArray[Any], dimensions: Sequence[str], attributes: dict[str, Any], pool: Executor
+    ) -> None:
+        self._array = np.ascontiguousarray(array)
+        self._dimensions, self._attributes = dimensions, attributes
+        row_bytes = array.itemsize * math.prod(array.shape[1:])
+        self._chunk_rows = max(1, min(len(array), CHUNK_BYTES // row_bytes))
+        self._checksums: list[int] = []
+        self._chunks = pool.map(self._encode_chunk, range(0, len(array), self._chunk_rows))
 
-    chunks = list(pool.map(encode_chunk, range(0, len(array), chunk_rows)))
-    checksums = [_stored_crc(chunk) for chunk in chunks]
-    described = metadata(array.shape, array.dtype.name, chunk_rows, attributes | {CHECKSUMS: checksums})
-    if not chunks:
-        return described, None
-    index = np.empty((len(chunks), 2), "<u8")
-    index[:, 1] = [len(chunk) for chunk in chunks]
-    index[:, 0] = np.cumsum(index[:, 1]) - index[:, 1]
-    tail = index.tobytes()
-    return described, [*chunks, tail, crc32c(tail).to_bytes(_CRC_BYTES, "little")]
+    def parts(self) -> Iterator[bytes]:
+        """The bytes of the shard, in order, as they get ready; none where the array has no rows and so no shard."""
+        lengths = []
+        for chunk, checksum in self._chunks:
+            yield chunk
+            yield checksum.to_bytes(_CRC_BYTES, "little")
+            self._checksums.append(checksum)
+            lengths.append(len(chunk) + _CRC_BYTES)
+        if lengths:
+            index = np.empty((len(lengths), 2), "<u8")
+            index[:, 1] = lengths
+            index[:, 0] = np.cumsum(index[:, 1]) - index[:, 1]
+            tail = index.tobytes()
+            yield tail
+            yield crc32c(tail).to_bytes(_CRC_BYTES, "little")
+
+    def metadata(self) -> dict[str, Any]:
+        """The ``zarr.json``; to be asked for when the last part has been taken."""
+        attributes = self._attributes | {CHECKSUMS: self._checksums}
+        return metadata(self._array.shape, self._array.dtype.name, self._chunk_rows, self._dimensions, attributes)
+
+    def _encode_chunk(self, start: int) -> tuple[bytes, int]:
+        rows = self._array[start : start + self._chunk_rows]
+        if len(rows) < self._chunk_rows:  # Zarr's chunks are all of one shape
+            rows = np.concatenate([rows, np.zeros((self._chunk_rows - len(rows), *rows.shape[1:]), rows.dtype)])
+        data = blosc.compress(rows.reshape(-1), b"lz4", 5, blosc.BITSHUFFLE, 0, rows.itemsize)
+        return data, crc32c(data)
 
 
 class StoredArray:
@@ -117,20 +141,24 @@ class StoredArray:
         shape: ``(n,)`` or ``(n, D)``.
         dtype: as stored.
         chunk_rows: rows of one chunk.
+        where: what errors call the array.
     """
 
-    def __init__(self, folder: Path, encoded: bytes, where: str) -> None:
+    def __init__(self, storage: Storage, folder: str, encoded: bytes, file_bytes: int | None, where: str) -> None:
         """Take the array in ``folder`` for what its metadata says.
 
         Args:
-            folder: of the array.
+            storage: that holds the array.
+            folder: of the array, a key.
             encoded: the content of its ``zarr.json``.
+            file_bytes: size of its shard, None where there is none.
             where: what errors call the array.
 
         Raises:
             CorruptStoreError: the metadata is not as this format writes it.
         """
         self.where = where
+        self.storage = storage
         try:
             found = json.loads(encoded)
             self.shape = tuple(found["shape"])
@@ -139,8 +167,10 @@ class StoredArray:
             self._checksums: list[int] = found["attributes"][CHECKSUMS]
             self.dtype = np.dtype(DTYPES[DTYPES.index(found["data_type"])])
             n_chunks = -(-self.shape[0] // self.chunk_rows)
-            as_written = found == metadata(self.shape, found["data_type"], self.chunk_rows, found["attributes"])
-        except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError) as error:
+            as_written = found == metadata(
+                self.shape, found["data_type"], self.chunk_rows, found["dimension_names"], found["attributes"]
+            )
+        except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RecursionError, OverflowError) as error:
             raise CorruptStoreError(f"{where}: its metadata is not that of a stored array ({error!r})") from error
         self._chunk_bytes = self.chunk_rows * math.prod(self.shape[1:]) * self.dtype.itemsize
         counts = all(type(n) is int and n >= 0 for n in (*self.shape, self.chunk_rows, *self._checksums))
@@ -148,7 +178,10 @@ class StoredArray:
             counts and as_written and n_chunks == len(self._checksums) and self._chunk_bytes <= blosc.MAX_BUFFERSIZE
         ):
             raise CorruptStoreError(f"{where}: its metadata is not as this format writes it")
-        self._file = folder / data_file(len(self.shape))
+        if (file_bytes is None) != (n_chunks == 0):
+            raise CorruptStoreError(f"{where}: {n_chunks} chunks, committed with a data file of {file_bytes} bytes")
+        self._file = f"{folder}/{data_file(len(self.shape))}"
+        self._file_bytes = file_bytes or 0
         self._index: npt.NDArray[np.uint64] | None = None
 
     @property
@@ -165,28 +198,8 @@ class StoredArray:
         """
         if not 0 <= start <= stop <= self.shape[0]:
             raise InputError(f"{self.where}: rows {start}:{stop} asked, it has {self.shape[0]}")
-        if start == stop:
-            return np.empty((0, *self.shape[1:]), self.dtype)
-        out = np.empty((stop - start, *self.shape[1:]), self.dtype)
-        handle = self._open()
-        try:
-            index = self._index_of(handle)
-
-            def copy(number: int) -> None:
-                first = number * self.chunk_rows
-                lo, hi = max(start, first), min(stop, first + self.chunk_rows)
-                out[lo - start : hi - start] = self._chunk(handle, index, number)[lo - first : hi - first]
-
-            numbers = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
-            if out.nbytes < _WORTH_THREADS_BYTES:
-                for number in numbers:
-                    copy(number)
-            else:
-                with ThreadPoolExecutor(min(len(numbers), os.cpu_count() or 1)) as pool:
-                    deque(pool.map(copy, numbers), maxlen=0)
-        finally:
-            os.close(handle)
-        return out
+        whole = (self, np.array([[start, stop]], np.int64), np.zeros(1, np.int64))
+        return read_spans([whole], stop - start, self.shape[1:], self.dtype)
 
     def damaged_chunks(self) -> Iterator[tuple[int, CorruptStoreError]]:
         """Number and error of every chunk that cannot be read.
@@ -194,12 +207,7 @@ class StoredArray:
         Raises:
             CorruptStoreError: none can: the file is missing, or its index is damaged.
         """
-        if self.n_chunks:
-            handle = self._open()
-            try:
-                self._index_of(handle)
-            finally:
-                os.close(handle)
+        self.index()
         for number in range(self.n_chunks):
             try:
                 first = number * self.chunk_rows
@@ -207,44 +215,142 @@ class StoredArray:
             except CorruptStoreError as error:
                 yield number, error
 
-    def _open(self) -> int:
-        try:
-            return os.open(self._file, os.O_RDONLY)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise CorruptStoreError(f"{self.where}: its data file is missing{ADVICE}") from error
+    def index(self) -> npt.NDArray[np.uint64]:
+        """Offset and length of each chunk, ``[n_chunks, 2]``; read once.
 
-    def _index_of(self, handle: int) -> npt.NDArray[np.uint64]:
-        """Offset and length of each chunk, ``[n_chunks, 2]``; read once."""
+        Raises:
+            CorruptStoreError: the file is missing or of another size, or its index is damaged.
+        """
         if self._index is None:
-            n_bytes = self.n_chunks * _INDEX_ENTRY_BYTES
-            at = os.fstat(handle).st_size - n_bytes - _CRC_BYTES
-            tail = os.pread(handle, n_bytes + _CRC_BYTES, max(at, 0))
-            if at < 0 or _stored_crc(tail) != crc32c(tail[:n_bytes]):
-                raise CorruptStoreError(f"{self.where}: the index of its chunks is damaged{ADVICE}")
-            index = np.frombuffer(tail[:n_bytes], "<u8").reshape(-1, 2)
-            ends = np.cumsum(index[:, 1], dtype=np.uint64)
-            if (index[:, 0] != ends - index[:, 1]).any() or ends[-1] != at:
-                raise CorruptStoreError(f"{self.where}: its chunks do not lie one after another{ADVICE}")
-            self._index = index
+            self._index = self._read_index() if self.n_chunks else np.empty((0, 2), np.uint64)
         return self._index
 
-    def _chunk(self, handle: int, index: npt.NDArray[np.uint64], number: int) -> npt.NDArray[Any]:
-        offset, length = index[number].tolist()
-        data = os.pread(handle, length, offset)
-        payload = data[:-_CRC_BYTES]
-        found, expected = crc32c(payload), self._checksums[number]
-        where = f"{self.where}, chunk {number}"
-        if not found == _stored_crc(data) == expected:
-            raise CorruptStoreError(f"{where}: crc32c {found:08x}, written {expected:08x}{ADVICE}")
-        shape = (self.chunk_rows, *self.shape[1:])
+    def _read_index(self) -> npt.NDArray[np.uint64]:
+        n_bytes = self.n_chunks * _INDEX_ENTRY_BYTES
+        at = self._file_bytes - n_bytes - _CRC_BYTES
+        (tail,) = self._fetch([(max(at, 0), n_bytes + _CRC_BYTES + 1)])  # one byte more: the file may be too long
+        if at < 0 or len(tail) != n_bytes + _CRC_BYTES or crc32c(tail) != _CRC_OF_CHECKED:
+            raise CorruptStoreError(f"{self.where}: the index of its chunks is damaged{ADVICE}")
+        index = np.frombuffer(tail[:n_bytes], "<u8").reshape(-1, 2)
+        ends = np.cumsum(index[:, 1], dtype=np.uint64)
+        if (index[:, 0] != ends - index[:, 1]).any() or ends[-1] != at:
+            raise CorruptStoreError(f"{self.where}: its chunks do not lie one after another{ADVICE}")
+        if self._chunk_bytes > _MOST_EXPANSION * int(index[:, 1].min()):
+            raise CorruptStoreError(f"{self.where}: its chunks are too short for what they should hold{ADVICE}")
+        return index
+
+    def _fetch(self, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
         try:
-            raw = blosc.decompress(payload)
-        except RuntimeError as error:
-            raise CorruptStoreError(f"{where}: {error}{ADVICE}") from error
-        if len(raw) != self._chunk_bytes:
-            raise CorruptStoreError(f"{where}: {len(raw)} bytes, expected {self._chunk_bytes}{ADVICE}")
-        return np.frombuffer(raw, self.dtype).reshape(shape)
+            return self.storage.read_ranges(self._file, ranges)
+        except FileNotFoundError as error:
+            raise CorruptStoreError(f"{self.where}: its data file is missing{ADVICE}") from error
+
+    def _check_chunk(self, number: int, data: bytes) -> None:
+        expected = self._checksums[number]
+        where = f"{self.where}, chunk {number}"
+        if crc32c(data) != _CRC_OF_CHECKED or int.from_bytes(data[-_CRC_BYTES:], "little") != expected:
+            found = crc32c(data[:-_CRC_BYTES])
+            raise CorruptStoreError(f"{where}: crc32c {found:08x}, written {expected:08x}{ADVICE}")
+        n_raw, n_coded = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
+        if len(data) < _BLOSC_HEADER_BYTES + _CRC_BYTES or n_coded != len(data) - _CRC_BYTES:
+            raise CorruptStoreError(f"{where}: its Blosc header does not fit its {len(data)} bytes{ADVICE}")
+        if n_raw != self._chunk_bytes:
+            raise CorruptStoreError(f"{where}: {n_raw} bytes, expected {self._chunk_bytes}{ADVICE}")
+
+    def decode(self, number: int, data: bytes, pieces: Spans, out: npt.NDArray[Any]) -> None:
+        """Put rows of a chunk where they belong.
+
+        Args:
+            number: of the chunk.
+            data: its bytes in the shard.
+            pieces: ``[n, 3]``: rows ``lo:hi`` of the chunk go to ``out[at:]``.
+            out: of this array's dtype and row shape.
+
+        Raises:
+            CorruptStoreError: the chunk is not as written.
+        """
+        self._check_chunk(number, data)
+        lo, hi, at = pieces[0].tolist()
+        straight = len(pieces) == 1 and hi - lo == self.chunk_rows
+        rows = out[at : at + hi - lo] if straight else np.empty((self.chunk_rows, *self.shape[1:]), self.dtype)
+        try:
+            blosc.decompress(data, rows)
+        except (RuntimeError, ValueError) as error:
+            raise CorruptStoreError(f"{self.where}, chunk {number}: {error}{ADVICE}") from error
+        if not straight:
+            for lo, hi, at in pieces.tolist():
+                out[at : at + hi - lo] = rows[lo:hi]
+
+    def tasks(self, spans: Spans, at: npt.NDArray[np.int64], out: npt.NDArray[Any]) -> Iterator[Callable[[], None]]:
+        """The work of reading spans ``[n, 2]`` to where they begin in ``out``, ``[n]``; each chunk is decoded once."""
+        numbers, pieces = _pieces(spans, at, self.chunk_rows)
+        wanted, starts = np.unique(numbers, return_index=True)
+        grouped = np.split(pieces, starts[1:])
+        index = self.index()[wanted].astype(np.int64)
+
+        def task(lo: int, hi: int) -> None:
+            parts = self._fetch([(offset, length) for offset, length in index[lo:hi].tolist()])
+            for i, data in zip(range(lo, hi), parts, strict=True):
+                self.decode(int(wanted[i]), data, grouped[i], out)
+
+        lo = n_bytes = 0
+        for i, length in enumerate(index[:, 1].tolist()):
+            n_bytes += length
+            if n_bytes >= _BATCH_BYTES or i + 1 == len(wanted):
+                yield lambda lo=lo, hi=i + 1: task(lo, hi)  # type: ignore[misc]
+                lo, n_bytes = i + 1, 0
 
 
-def _stored_crc(data: bytes) -> int:
-    return int.from_bytes(data[-_CRC_BYTES:], "little")
+Request = tuple[StoredArray, Spans, npt.NDArray[np.int64]]  # what to read of an array, and where it goes
+
+
+def read_spans(
+    requests: Sequence[Request], n_rows: int, row_shape: tuple[int, ...], dtype: npt.DTypeLike
+) -> npt.NDArray[Any]:
+    """Spans of rows of several arrays of one storage, as one array ``[n_rows, *row_shape]``.
+
+    Args:
+        requests: arrays, each with the spans to read of it, ``[n, 2]``, and where in the result they begin, ``[n]``;
+            together they fill the result.
+        n_rows: of the result.
+        row_shape: of every array.
+        dtype: of every array.
+
+    Raises:
+        CorruptStoreError: a chunk is not as written; names it. Nothing is set aside for the result before it is clear
+            that the bytes which it would come from are there.
+    """
+    if not requests:
+        return np.empty((n_rows, *row_shape), dtype)
+    storage = requests[0][0].storage
+    remote = storage.parallel_reads > (os.cpu_count() or 1)
+
+    def run(tasks: list[Callable[[], Any]], worthwhile: bool) -> None:
+        if len(tasks) < 2 or not (worthwhile or remote):
+            for task in tasks:
+                task()
+            return
+        with ThreadPoolExecutor(min(len(tasks), storage.parallel_reads)) as pool:
+            deque(pool.map(lambda task: task(), tasks), maxlen=0)
+
+    run([array.index for array, _, _ in requests], worthwhile=False)
+    out = np.empty((n_rows, *row_shape), dtype)
+    tasks = [task for array, spans, at in requests for task in array.tasks(spans, at, out)]
+    run(tasks, worthwhile=out.nbytes >= _WORTH_THREADS_BYTES)
+    return out
+
+
+def _pieces(spans: Spans, at: npt.NDArray[np.int64], chunk_rows: int) -> tuple[npt.NDArray[np.int64], Spans]:
+    """Spans cut at chunk limits: chunk numbers ``[m]`` in order, and ``[m, 3]``: lo, hi within the chunk, where to."""
+    full = spans[:, 1] > spans[:, 0]
+    spans, at = spans[full], at[full]
+    first, last = spans[:, 0] // chunk_rows, (spans[:, 1] - 1) // chunk_rows
+    counts = last - first + 1
+    owner = np.repeat(np.arange(len(spans)), counts)
+    numbers = np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts) + first[owner]
+    lo = np.maximum(spans[owner, 0], numbers * chunk_rows)
+    hi = np.minimum(spans[owner, 1], (numbers + 1) * chunk_rows)
+    to = at[owner] + lo - spans[owner, 0]
+    order = np.argsort(numbers, kind="stable")
+    start = numbers * chunk_rows
+    return numbers[order], np.stack([lo - start, hi - start, to], axis=1)[order]

@@ -1,16 +1,23 @@
-"""Verify: re-read a whole store and name everything that is not as committed, and what to do about it."""
+"""Verify: re-read a whole store, name everything that is not as committed, and drop what cannot be read."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from actcache.errors import CorruptStoreError
 from actcache.store import layout, shard
-from actcache.store.reader import Segment, commit_files, read_fingerprint
+from actcache.store.reader import (
+    Segment,
+    committed_names,
+    read_fingerprint,
+    read_record,
+    without_replaced,
+)
+from actcache.store.storage import Place, open_storage
 
-RECAPTURE = "delete its commit record and run the capture again: it writes this segment anew"
+RECAPTURE = "'actcache verify --repair' drops this segment; the same capture command then writes it anew"
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class Problem:
         return f"{self.segment}: {self.where}: found {self.found}, expected {self.expected}; {self.advice}"
 
 
-def verify(path: str | Path) -> list[Problem]:
+def verify(place: Place) -> list[Problem]:
     """Check root, commit records, every file's size and bytes, every chunk, all offsets, events and texts.
 
     Returns:
@@ -44,25 +51,59 @@ def verify(path: str | Path) -> list[Problem]:
     Raises:
         InputError, FormatVersionError: as ``open_store``.
     """
-    path = Path(path)
+    storage = open_storage(place)
     try:
-        fingerprint = read_fingerprint(path)
+        fingerprint = read_fingerprint(storage)
     except CorruptStoreError as error:
         advice = "the root cannot be rebuilt: capture into a new folder"
         return [Problem(layout.ROOT, layout.ROOT, str(error), "the store's fingerprint", advice)]
     digest = layout.fingerprint_digest(fingerprint)
-    problems = []
-    for file in commit_files(path):
-        name = file.stem
+    problems: list[Problem] = []
+    records = []
+    for name in committed_names(storage):
         try:
-            record = layout.read_record(file, digest)
+            records.append(read_record(storage, name, digest))
         except CorruptStoreError as error:
-            where = f"{layout.COMMITS}/{file.name}"
-            problems.append(Problem(name, where, str(error), "the record that was committed", RECAPTURE))
-        else:
-            folder = path / layout.SEGMENTS / name
-            problems += _check_segment(Segment(name, folder, range(record["n_events"]), record, fingerprint))
+            problems.append(_record_problem(name, str(error)))
+        except FileNotFoundError:
+            continue  # replaced meanwhile by a compaction
+    try:
+        records = without_replaced(records)
+    except CorruptStoreError as error:
+        problems.append(Problem(layout.COMMITS, layout.COMMITS, str(error), "one record a segment", RECAPTURE))
+    for record in records:
+        problems += _check_segment(Segment(storage, range(record["n_events"]), record, fingerprint))
     return problems
+
+
+def repair(place: Place) -> list[Problem]:
+    """Drop each segment that :func:`verify` finds damaged: its commit record moves to ``dropped/``, nothing is deleted.
+
+    What is left reads without errors; the same capture command writes the dropped segments anew. Files that no record
+    names are left alone: nothing reads them.
+
+    Returns:
+        the problems found, in whose segments nothing is read any more.
+
+    Raises:
+        CorruptStoreError: the root is damaged, without which nothing else can be believed.
+        InputError, FormatVersionError: as ``open_store``.
+    """
+    storage = open_storage(place)
+    read_fingerprint(storage)
+    problems = verify(storage)
+    damaged = {problem.segment for problem in problems if problem.advice == RECAPTURE}
+    for name in sorted(damaged & set(committed_names(storage))):
+        key = layout.commit_key(name)
+        taken = set(storage.names(layout.DROPPED))
+        free = next(i for i in itertools.count(1) if f"{name}.{i}.json" not in taken)
+        storage.put(f"{layout.DROPPED}/{name}.{free}.json", storage.read(key))
+        storage.remove(key)
+    return problems
+
+
+def _record_problem(name: str, found: str) -> Problem:
+    return Problem(name, layout.commit_key(name), found, "the record that was committed", RECAPTURE)
 
 
 def _check_segment(segment: Segment) -> list[Problem]:
@@ -73,18 +114,17 @@ def _check_segment(segment: Segment) -> list[Problem]:
 def _check_files(segment: Segment) -> Iterator[Problem]:
     """Every file against the record, which names all there should be."""
     committed = segment.record["files"]
+    found = segment.storage.sizes(segment.folder)
     for file, (size, checksum) in committed.items():
-        path = segment.path / file
-        found = path.stat().st_size if path.is_file() else None
-        if found != size:
-            said = "no file" if found is None else f"{found} bytes"
+        if found.get(file) != size:
+            said = f"{found[file]} bytes" if file in found else "no file"
             yield Problem(segment.name, file, said, f"{size} bytes", RECAPTURE)
-        elif checksum is not None and (crc := shard.crc32c(path.read_bytes())) != checksum:
-            yield Problem(segment.name, file, f"crc32c {crc:08x}", f"{checksum:08x}", RECAPTURE)
-    for path in layout.files_below(segment.path):
-        file = path.relative_to(segment.path).as_posix()
-        if file not in committed:
-            yield Problem(segment.name, file, "a file", "no such file", "delete it: nothing reads it")
+        elif checksum is not None:
+            crc = shard.crc32c(segment.storage.read(f"{segment.folder}/{file}"))
+            if crc != checksum:
+                yield Problem(segment.name, file, f"crc32c {crc:08x}", f"{checksum:08x}", RECAPTURE)
+    for file in sorted(found.keys() - committed.keys()):
+        yield Problem(segment.name, file, "a file", "no such file", "delete it: nothing reads it")
 
 
 def _check_chunks(segment: Segment) -> Iterator[Problem]:

@@ -1,97 +1,148 @@
 """Writing: segments are made whole in a folder of their own, then named by one small commit record.
 
-Order on disk: every file of the segment, fsync of each and of each folder, then the commit record (a draft, fsync,
-rename to its final name, fsync of its folder). A reader sees a segment only through its record, so a writer that dies
-at any step loses at most the segment it was writing. The draft is also the lock: whoever holds it is the only one to
-touch this segment's folder, and what a dead writer left there is cleared by the next one.
+Order: every file of the segment, made durable, then the commit record, which appears whole or not at all. A reader sees
+a segment only through its record, so a writer that dies at any step loses at most the segment it was writing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-import shutil
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
-from actcache.errors import IncompatibleError, InputError
-from actcache.files import fsync, fsync_tree, make_folder, sole_creator, write_durably
+from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
 from actcache.store import layout, shard
 from actcache.store.layout import SegmentData
-from actcache.store.reader import read_fingerprint
+from actcache.store.reader import committed_names, read_fingerprint, read_record
+from actcache.store.storage import Place, Storage, open_storage
+
+Files = dict[str, tuple[int, int | None]]
 
 
 class StoreWriter:
     """Appends segments to a store.
 
-    Several writers, in one process or many, may append to one store at once: they share nothing but the folder.
+    Several writers, in one process, many, or on many machines, may append to one store at once: they share nothing but
+    the store.
 
     Attributes:
-        path: the store.
+        storage: of the store.
         fingerprint: what identifies its content.
     """
 
-    def __init__(self, path: str | Path, fingerprint: dict[str, Any]) -> None:
+    def __init__(self, place: Place, fingerprint: dict[str, Any]) -> None:
         """Create the store, or open one with the same fingerprint.
 
+        Args:
+            place: as in ``open_store``.
+            fingerprint: JSON values; see FORMAT.md for the fields that the layout depends on.
+
         Raises:
-            InputError: the path is not a store and not empty, or the fingerprint lacks what the layout needs.
+            InputError: the place is not a store and not empty, or the fingerprint lacks what the layout needs.
             IncompatibleError: the store has another fingerprint; names the first field that differs.
             CorruptStoreError, FormatVersionError: as ``open_store``, of the store's root.
-            OSError: the disk refuses.
+            OSError: the disk or the net refuses.
         """
-        self.path = Path(path)
+        self.storage: Storage = open_storage(place)
         self.fingerprint = json.loads(layout.canonical(fingerprint))
         layout.check_fingerprint(self.fingerprint)
-        if not (self.path / layout.ROOT).is_file():
+        if self.storage.size(layout.ROOT) is None:
             self._create()
-        _check_same(self.fingerprint, read_fingerprint(self.path))
+        _check_same(self.fingerprint, read_fingerprint(self.storage))
         self._digest = layout.fingerprint_digest(self.fingerprint)
+        self._replaced: dict[str, list[str]] = {}  # what each record seen so far replaces: records never change
 
     @property
     def committed(self) -> set[str]:
-        """Names of the segments that are complete. One listing of a folder; no record is read."""
-        return {file.stem for file in (self.path / layout.COMMITS).glob("*.json")}
+        """Names of the segments that are complete, those included that a compaction has merged into others."""
+        names = committed_names(self.storage)
+        for name in names:
+            if name not in self._replaced:
+                self._replaced[name] = read_record(self.storage, name, self._digest)["replaces"]
+        return {*names, *(old for name in names for old in self._replaced[name])}
 
-    def append(self, name: str, segment: SegmentData) -> None:
+    def append(self, name: str, segment: SegmentData, *, replaces: Sequence[str] = ()) -> None:
         """Write a segment and commit it; durable when this returns.
 
-        Waits while another process or thread appends a segment of this name.
+        On a local disk, waits while another process or thread appends a segment of this name.
 
         Args:
             name: unique in the store; letters, digits, ``-`` and ``_``.
             segment: its content; dtype, width, checkpoints and boundaries must be the fingerprint's.
+            replaces: names of committed segments whose content this one holds, and that no longer count.
 
         Raises:
-            InputError: the name is committed already, or the content does not fit the fingerprint.
-            OSError: the disk refuses. The files of this segment are removed; the store is as it was.
+            AlreadyCommittedError: a segment of this name is committed, or was while this one was being written; the
+                committed one is as it was.
+            InputError: the content does not fit the fingerprint, or the name is none.
+            OSError: the disk or the net refuses. The files of this segment are removed; the store is as it was.
         """
         layout.check_name(name, "segment name")
         self._check_fits(segment)
-        committed = self.path / layout.COMMITS / f"{name}.json"
-        with sole_creator(committed) as publish:
-            if committed.exists():
-                raise InputError(f"segment {name!r} is committed already; segments are immutable")
-            folder = self.path / layout.SEGMENTS / name
+        try:
+            self._append(name, segment, replaces)
+        except FileNotFoundError as error:
+            if self.storage.size(layout.ROOT) is None:
+                gone = "the store has been removed; give the command again to make it anew"
+                raise FileNotFoundError(errno.ENOENT, gone, str(self.storage)) from error
+            raise
+
+    def _append(self, name: str, segment: SegmentData, replaces: Sequence[str]) -> None:
+        with self.storage.creating(layout.commit_key(name)) as publish:
+            if name in self.committed:
+                raise AlreadyCommittedError(f"segment {name!r} is committed already; segments are immutable")
+            folder = self.storage.folder_for(name)
+            record = {
+                "format_version": layout.FORMAT_VERSION,
+                "segment": name,
+                "folder": folder,
+                "replaces": sorted(replaces),
+                "fingerprint": self._digest,
+                "n_sequences": segment.n_sequences,
+                "n_tokens": len(segment.token_ids),
+                "n_events": segment.events.num_rows,
+                "n_excluded": segment.excluded.num_rows,
+                "schema": {"events": layout.schema_of(segment.events), "excluded": layout.schema_of(segment.excluded)},
+            }
             try:
-                files = _write_folder(folder, segment)
-                publish(layout.encode_record(self._record(name, segment, files)))
+                files = _write_files(self.storage, f"{layout.SEGMENTS}/{folder}", segment)
+                publish(layout.encode_record(record | _describe_files(files, segment)))
+            except FileExistsError as error:
+                self.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")
+                raise AlreadyCommittedError(f"segment {name!r} was committed by another writer meanwhile") from error
             except BaseException:
-                if not committed.exists():  # it may have been interrupted just after it was published
-                    shutil.rmtree(folder, ignore_errors=True)
+                if not self._published(name, folder):  # it may have been interrupted just after it was
+                    self.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")
                 raise
 
+    def _published(self, name: str, folder: str) -> bool:
+        try:
+            return bool(read_record(self.storage, name, self._digest)["folder"] == folder)
+        except FileNotFoundError:
+            return False
+
     def _create(self) -> None:
-        root = self.path / layout.ROOT
-        if self.path.exists() and not (self.path.is_dir() and _is_unborn(self.path)):
-            raise InputError(f"{self.path} is not empty and not a store; give a new folder")
-        for folder in (self.path, self.path / layout.SEGMENTS, self.path / layout.COMMITS):
-            make_folder(folder)
-        with sole_creator(root) as publish:
-            if not root.exists():
-                write_durably(self.path / layout.SEGMENTS / layout.ROOT, layout.encode_group({}))
-                fsync(self.path / layout.SEGMENTS)
-                publish(layout.encode_root(self.fingerprint))
+        self._check_unborn()
+        self.storage.prepare((layout.SEGMENTS, layout.COMMITS))
+        with self.storage.creating(layout.ROOT) as publish:
+            if self.storage.size(layout.ROOT) is None:
+                self.storage.put(f"{layout.SEGMENTS}/{layout.ROOT}", layout.encode_group({}))
+                with contextlib.suppress(FileExistsError):  # another was first; with which fingerprint is seen next
+                    publish(layout.encode_root(self.fingerprint))
+
+    def _check_unborn(self) -> None:
+        """That the place holds nothing but what a writer leaves that died before it wrote the root."""
+        try:
+            names = {name for name in self.storage.names("") if not name.startswith(".")}
+        except NotADirectoryError:
+            names = {"a file"}
+        unborn = names <= {layout.SEGMENTS, layout.COMMITS} and not committed_names(self.storage)
+        if not unborn and self.storage.size(layout.ROOT) is None:  # another writer may have made it just now
+            raise InputError(f"{self.storage} is not empty and not a store; give a new folder")
 
     def _check_fits(self, segment: SegmentData) -> None:
         labels, width = set(self.fingerprint["checkpoints"]), self.fingerprint["width"]
@@ -108,63 +159,42 @@ class StoreWriter:
             if rows.dtype != dtype or tuple(rows.shape) != (n, width):
                 raise InputError(f"{what}: {rows.dtype} {tuple(rows.shape)}, expected {dtype} {(n, width)}")
 
-    def _record(self, name: str, segment: SegmentData, files: dict[str, tuple[int, int | None]]) -> dict[str, Any]:
-        return {
-            "format_version": layout.FORMAT_VERSION,
-            "segment": name,
-            "fingerprint": self._digest,
-            "n_sequences": segment.n_sequences,
-            "n_tokens": len(segment.token_ids),
-            "n_events": segment.events.num_rows,
-            "n_excluded": segment.excluded.num_rows,
-            "schema": {"events": layout.schema_of(segment.events), "excluded": layout.schema_of(segment.excluded)},
-            "raw_state_bytes": sum(rows.numel() * rows.element_size() for rows in segment.states.values()),
-            "stored_state_bytes": sum(size for path, (size, _) in files.items() if path.startswith("states/")),
-            "stored_bytes": sum(size for size, _ in files.values()),
-            "files": files,
-        }
 
-
-def _write_folder(folder: Path, segment: SegmentData) -> dict[str, tuple[int, int | None]]:
-    """Write every file of a segment, durably, in place of whatever is there.
+def _write_files(storage: Storage, folder: str, segment: SegmentData) -> Files:
+    """Write every file of a segment, durably.
 
     Returns:
         by path, the size of each file and the CRC-32C of metadata. Shards have none: their arrays' metadata has that of
         every chunk, and the CRC-32C of bytes that end in their own CRC-32C is the same whatever the bytes are.
     """
-    if folder.exists():  # left by a writer that died
-        shutil.rmtree(folder)
-    files: dict[str, tuple[int, int | None]] = {}
-
-    def write(path: str, parts: list[bytes], checksum: int | None) -> None:
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        with open(folder / path, "wb") as stream:
-            for part in parts:
-                stream.write(part)
-        files[path] = (sum(map(len, parts)), checksum)
-
-    def write_metadata(path: PurePosixPath, encoded: bytes) -> None:
-        write(str(path / layout.ROOT), [encoded], shard.crc32c(encoded))
-
+    files: Files = {}
     groups = {PurePosixPath(".")}
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor() as pool, storage.new_folder(folder) as write:
+
+        def write_metadata(path: PurePosixPath, content: bytes) -> None:
+            file = str(path / layout.ROOT)
+            files[file] = (write(file, [content]), shard.crc32c(content))
+
         for path, array, attributes in layout.arrays_of(segment):
-            metadata, parts = shard.encode(array, attributes, pool)
-            if parts is not None:
-                write(f"{path}/{shard.data_file(array.ndim)}", parts, None)
-            write_metadata(PurePosixPath(path), layout.encode_json(metadata))
+            encoded = shard.EncodedArray(array, layout.dimension_names(path), attributes, pool)
+            if len(array):
+                file = f"{path}/{shard.data_file(array.ndim)}"
+                files[file] = (write(file, encoded.parts()), None)
+            write_metadata(PurePosixPath(path), layout.encode_json(encoded.metadata()))
             groups.update(PurePosixPath(path).parents)
-    for group in sorted(groups):
-        write_metadata(group, layout.encode_group({}))
-    fsync_tree(folder)
-    fsync(folder.parent)
+        for group in sorted(groups):
+            write_metadata(group, layout.encode_group({}))
     return files
 
 
-def _is_unborn(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a writer leaves that died before it wrote the root."""
-    names = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")}
-    return names <= {layout.SEGMENTS, layout.COMMITS} and not any((folder / layout.COMMITS).glob("*.json"))
+def _describe_files(files: Files, segment: SegmentData) -> dict[str, Any]:
+    """What a commit record says of the segment's bytes."""
+    return {
+        "raw_state_bytes": sum(rows.numel() * rows.element_size() for rows in segment.states.values()),
+        "stored_state_bytes": sum(size for path, (size, _) in files.items() if path.startswith("states/")),
+        "stored_bytes": sum(size for size, _ in files.values()),
+        "files": files,
+    }
 
 
 def _check_same(given: dict[str, Any], stored: dict[str, Any], prefix: str = "") -> None:

@@ -1,0 +1,125 @@
+"""Compact: merge small neighbouring segments into larger ones while readers go on reading.
+
+A merged segment's commit record names those that it replaces; from that moment they no longer count, and their records
+and files are deleted. A reader that has them open finds the same events, under the same numbers, in the merged one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from actcache.store import layout
+from actcache.store.layout import SegmentData
+from actcache.store.reader import Segment, Store, committed_names, open_store
+from actcache.store.storage import Place
+from actcache.store.writer import StoreWriter
+
+_LOCK = f"{layout.COMMITS}/.compaction"
+
+
+def compact(
+    place: Place, max_bytes: int = 2**30, on_segments: Callable[[int], object] = lambda n: None
+) -> tuple[int, int]:
+    """Merge runs of neighbouring segments whose states together take at most ``max_bytes`` before compression.
+
+    Events, rows and their order stay as they are, bit for bit. Needs memory for one merged segment. Every byte that is
+    merged is checked as it is read. Run by one process at a time; what an interrupted one leaves, the next one clears.
+
+    Args:
+        place: as in ``open_store``.
+        max_bytes: of a merged segment.
+        on_segments: called with the number of segments just merged.
+
+    Returns:
+        how many segments there were, and how many there are.
+
+    Raises:
+        InputError: another compaction is under way, or died; says what to do.
+        CorruptStoreError: a segment is damaged; it and what is not merged yet stay as they are.
+    """
+    store = open_store(place)
+    storage = store.storage
+    with storage.exclusively(_LOCK):
+        writer = StoreWriter(storage, store.fingerprint)
+        n_before = len(store.segments)
+        _clear_replaced(store)
+        for group in _groups(store.segments, max_bytes):
+            replaces = sorted(name for segment in group for name in segment.covers)
+            name = f"{replaces[0]}--{replaces[-1]}"
+            writer.append(name, merge([read_segment(segment) for segment in group]), replaces=replaces)
+            store = open_store(storage)
+            _clear_replaced(store)
+            on_segments(len(group))
+        return n_before, len(store.segments)
+
+
+def read_segment(segment: Segment) -> SegmentData:
+    """All of a committed segment, as it was appended."""
+    fingerprint = segment.fingerprint
+    dtype = layout.STATE_DTYPES[fingerprint["dtype"]]
+    labels = fingerprint["checkpoints"]
+
+    def rows(array: str) -> torch.Tensor:
+        return layout.to_torch(segment.read(array), dtype)
+
+    return SegmentData(
+        token_ids=segment.read("token_ids"),
+        sequence_offsets=segment.row_offsets,
+        states={(label, b): rows(layout.state_path(label, b)) for label in labels for b in fingerprint["boundaries"]},
+        final={label: rows(layout.final_path(label)) for label in labels},
+        events=segment.read_table("events"),
+        excluded=segment.read_table("excluded"),
+    )
+
+
+def merge(parts: Sequence[SegmentData]) -> SegmentData:
+    """Several segments as one, their events in the same order."""
+    n_sequences = np.cumsum([0, *(part.n_sequences for part in parts)])
+    n_tokens = np.cumsum([0, *(len(part.token_ids) for part in parts)])
+    offsets: list[npt.NDArray[np.int64]] = [np.zeros(1, np.int64)]
+    offsets += [part.sequence_offsets[1:] + start for part, start in zip(parts, n_tokens[:-1], strict=True)]
+    events = []
+    for part, start in zip(parts, n_sequences[:-1].tolist(), strict=True):
+        column = part.events.column_names.index("sequence")
+        moved = pa.array(part.events["sequence"].to_numpy() + start, pa.int64())
+        events.append(part.events.set_column(column, "sequence", moved))
+    return SegmentData(
+        token_ids=np.concatenate([part.token_ids for part in parts]),
+        sequence_offsets=np.concatenate(offsets),
+        states={key: torch.cat([part.states[key] for part in parts]) for key in parts[0].states},
+        final={key: torch.cat([part.final[key] for part in parts]) for key in parts[0].final},
+        events=pa.concat_tables(events),
+        excluded=pa.concat_tables([part.excluded for part in parts]),
+    )
+
+
+def _groups(segments: Sequence[Segment], max_bytes: int) -> Iterator[list[Segment]]:
+    """Neighbours worth merging: two or more, of the same columns, within the limit."""
+    group: list[Segment] = []
+    n_bytes = 0
+    for segment in segments:
+        size = int(segment.record["raw_state_bytes"])
+        if group and (n_bytes + size > max_bytes or segment.record["schema"] != group[0].record["schema"]):
+            if len(group) > 1:
+                yield group
+            group, n_bytes = [], 0
+        group.append(segment)
+        n_bytes += size
+    if len(group) > 1:
+        yield group
+
+
+def _clear_replaced(store: Store) -> None:
+    """Delete records and files of segments that a committed one replaces: records first, as readers go by them."""
+    live = {segment.name for segment in store.segments}
+    replaced = {name for segment in store.segments for name in segment.record["replaces"]}
+    for name in sorted(replaced & set(committed_names(store.storage)) - live):
+        store.storage.remove(layout.commit_key(name))
+    for folder in store.storage.names(layout.SEGMENTS):
+        if folder.partition(".")[0] in replaced and folder != layout.ROOT:
+            store.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")

@@ -1,0 +1,390 @@
+"""Storage: where the files of a store lie, a local folder or a prefix of an object store. Knows bytes and keys.
+
+A key is the path of a file from the store's root, with slashes. Both kinds give the same promise, on which the commit
+protocol stands (see FORMAT.md): a file that appears under its key is whole, and of several writers that create the same
+key at once, one succeeds. They differ in how two writers of one segment are kept apart. On a local disk the one that
+holds the lock of its commit record writes, and clears what a dead one left. An object store has no locks, so each
+writer fills a folder of its own, and creating the commit record, which names that folder, decides which one counts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import stat
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+from actcache.errors import CorruptStoreError, InputError
+from actcache.files import fsync, fsync_tree, is_draft, make_folder, sole_creator, write_durably
+
+if TYPE_CHECKING:
+    import obstore.store
+
+Ranges = Sequence[tuple[int, int]]  # (offset, length) in bytes
+Write = Callable[[str, Iterable[bytes]], int]
+Publish = Callable[[bytes], None]
+Place: TypeAlias = "str | Path | Storage | obstore.store.ObjectStore"  # what names a store
+
+# JSON that a reader takes into memory before it can check it; a record names some hundred bytes a file.
+MAX_JSON_BYTES = 64 * 2**20
+
+_PUTS_AT_ONCE = 16
+_PENDING_BYTES = 256 * 2**20  # of puts that have not returned
+
+
+class Storage(Protocol):
+    """The files of one store. FileNotFoundError where a key is missing, OSError where the disk or the net refuses."""
+
+    parallel_reads: int
+    """How many reads are worth having under way at once."""
+
+    def read(self, key: str) -> bytes:
+        """A whole file; CorruptStoreError if it is larger than ``MAX_JSON_BYTES``."""
+
+    def read_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
+        """Ranges of a file; one that goes past its end comes back short."""
+
+    def size(self, key: str) -> int | None:
+        """Bytes of a file, or None where there is none."""
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files and folders that lie directly in a folder, sorted; none where there is no such folder.
+
+        Raises:
+            NotADirectoryError: it is a file.
+        """
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Every file below a folder, by path from it, and its bytes."""
+
+    def prepare(self, folders: Iterable[str]) -> None:
+        """Make the store's own folder and these below it, where folders exist at all."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small file, durably, in place of what may be there; one that dies may leave it half."""
+
+    def creating(self, key: str) -> AbstractContextManager[Publish]:
+        """A context that yields ``publish(data)``, which creates the file ``key``, whole and durable.
+
+        ``publish`` raises FileExistsError where another writer was first. The block itself looks whether the file was
+        there before.
+        """
+
+    def exclusively(self, key: str) -> AbstractContextManager[object]:
+        """A context that one process at a time is in; waits for the others on a local disk.
+
+        Raises:
+            InputError: on an object store, another is in it, or died there; says what to do.
+        """
+
+    def new_folder(self, folder: str) -> AbstractContextManager[Write]:
+        """A context that yields ``write(path, parts) -> bytes written``; when it ends, all is durable."""
+
+    def folder_for(self, segment: str) -> str:
+        """The name of the folder that a writer of this segment may fill."""
+
+    def remove_folder(self, folder: str) -> None:
+        """Delete all that lies below a folder, and it; no error where it is not there."""
+
+    def remove(self, key: str) -> None:
+        """Delete a file, durably; no error where it is not there."""
+
+    def describe_drafts(self) -> list[str]:
+        """Files that writers hold, or that died with them, while they create a key."""
+
+    def __str__(self) -> str:
+        """What a person calls it."""
+
+
+def open_storage(place: Place) -> Storage:
+    """The storage at a local path, a URL (``s3://bucket/prefix``, ``gs://``, ``az://``...) or an obstore store.
+
+    Raises:
+        InputError: a URL that obstore does not take, or obstore is not installed.
+    """
+    if isinstance(place, LocalStorage | ObjectStorage):
+        return place
+    if isinstance(place, Path) or (isinstance(place, str) and "://" not in place):
+        return LocalStorage(Path(place))
+    try:
+        from obstore.store import from_url
+    except ModuleNotFoundError as error:
+        raise InputError(f"{place}: object stores need obstore; pip install 'actcache[s3]'") from error
+    if not isinstance(place, str):
+        return ObjectStorage(place, str(place))  # type: ignore[arg-type]
+    try:
+        return ObjectStorage(from_url(place), place.rstrip("/"))
+    except Exception as error:
+        raise InputError(f"{place}: not an address of an object store ({_first_line(error)})") from error
+
+
+class LocalStorage:
+    """A folder on a file system with POSIX rename and ``flock``."""
+
+    parallel_reads = os.cpu_count() or 1
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def read(self, key: str) -> bytes:
+        with self._open(key) as handle:
+            size = os.fstat(handle).st_size
+            if size > MAX_JSON_BYTES:
+                raise CorruptStoreError(f"{key}: {size} bytes, expected at most {MAX_JSON_BYTES}")
+            return os.pread(handle, size, 0)
+
+    def read_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
+        with self._open(key) as handle:
+            return [os.pread(handle, length, offset) for offset, length in ranges]
+
+    def size(self, key: str) -> int | None:
+        path = self.root / key
+        return path.stat().st_size if path.is_file() else None
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            return sorted(os.listdir(self.root / folder))
+        except FileNotFoundError:
+            return []
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        top = self.root / folder
+        files = (path for path in sorted(top.rglob("*")) if not path.is_dir())
+        return {path.relative_to(top).as_posix(): path.lstat().st_size for path in files}
+
+    def prepare(self, folders: Iterable[str]) -> None:
+        for folder in ("", *folders):
+            make_folder(self.root / folder)
+
+    def put(self, key: str, data: bytes) -> None:
+        make_folder((self.root / key).parent)
+        write_durably(self.root / key, data)
+        fsync((self.root / key).parent)
+
+    def creating(self, key: str) -> AbstractContextManager[Publish]:
+        return sole_creator(self.root / key)
+
+    exclusively = creating  # of a key that nobody creates
+
+    @contextmanager
+    def new_folder(self, folder: str) -> Iterator[Write]:
+        top = self.root / folder
+        if top.exists():  # left by a writer that died
+            shutil.rmtree(top)
+
+        def write(path: str, parts: Iterable[bytes]) -> int:
+            (top / path).parent.mkdir(parents=True, exist_ok=True)
+            with open(top / path, "wb") as stream:
+                return sum(stream.write(part) for part in parts)
+
+        yield write
+        fsync_tree(top)
+        fsync(top.parent)
+
+    def folder_for(self, segment: str) -> str:
+        return segment
+
+    def remove_folder(self, folder: str) -> None:
+        shutil.rmtree(self.root / folder, ignore_errors=True)
+
+    def remove(self, key: str) -> None:
+        (self.root / key).unlink(missing_ok=True)
+        fsync((self.root / key).parent)
+
+    def describe_drafts(self) -> list[str]:
+        found = [path for folder in ("", "commits") for path in (self.root / folder).glob(".*") if is_draft(path)]
+        return [path.relative_to(self.root).as_posix() for path in found]
+
+    @contextmanager
+    def _open(self, key: str) -> Iterator[int]:
+        try:
+            # Without waiting: a pipe in a file's place would keep a reader for ever.
+            handle = os.open(self.root / key, os.O_RDONLY | os.O_NONBLOCK)
+        except NotADirectoryError as error:
+            raise FileNotFoundError(error.errno, os.strerror(errno.ENOENT), str(self.root / key)) from error
+        try:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise FileNotFoundError(errno.ENOENT, "not an ordinary file", str(self.root / key))
+            yield handle
+        finally:
+            os.close(handle)
+
+
+class ObjectStorage:
+    """A prefix of an object store that can create an object only if it is not there (S3, Google, Azure...)."""
+
+    parallel_reads = 16
+
+    def __init__(self, objects: obstore.store.ObjectStore, where: str) -> None:
+        self.objects = objects
+        self.where = where
+
+    def __str__(self) -> str:
+        return self.where
+
+    def read(self, key: str) -> bytes:
+        import obstore
+
+        with _as_oserror(key):
+            found = obstore.get(self.objects, key)
+            if found.meta["size"] > MAX_JSON_BYTES:
+                raise CorruptStoreError(f"{key}: {found.meta['size']} bytes, expected at most {MAX_JSON_BYTES}")
+            return bytes(found.bytes())
+
+    def read_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
+        import obstore
+
+        with _as_oserror(key):
+            starts, lengths = zip(*ranges, strict=True)
+            return [bytes(part) for part in obstore.get_ranges(self.objects, key, starts=starts, lengths=lengths)]
+
+    def size(self, key: str) -> int | None:
+        import obstore
+
+        try:
+            with _as_oserror(key):
+                return int(obstore.head(self.objects, key)["size"])
+        except FileNotFoundError:
+            return None
+
+    def names(self, folder: str) -> list[str]:
+        import obstore
+
+        with _as_oserror(folder):
+            found = obstore.list_with_delimiter(self.objects, folder)
+            paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+            return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        import obstore
+
+        with _as_oserror(folder):
+            entries = obstore.list(self.objects, folder).collect()
+            return {entry["path"].removeprefix(f"{folder}/"): entry["size"] for entry in sorted(entries, key=_path_of)}
+
+    def prepare(self, folders: Iterable[str]) -> None:
+        pass
+
+    def put(self, key: str, data: bytes) -> None:
+        import obstore
+
+        with _as_oserror(key):
+            obstore.put(self.objects, key, data)
+
+    @contextmanager
+    def creating(self, key: str) -> Iterator[Publish]:
+        def publish(data: bytes) -> None:
+            import obstore
+
+            try:
+                with _as_oserror(key):
+                    obstore.put(self.objects, key, data, mode="create", use_multipart=False)
+            except FileExistsError:
+                # A put that is sent again after a lost answer finds its own object.
+                if self.read(key) != data:
+                    raise
+
+        yield publish
+
+    @contextmanager
+    def exclusively(self, key: str) -> Iterator[None]:
+        import obstore
+
+        try:
+            with _as_oserror(key):
+                obstore.put(self.objects, key, b"", mode="create", use_multipart=False)
+        except FileExistsError as error:
+            raise InputError(
+                f"{self.where}: {key} is held by another process; wait for it, or delete that object if it died"
+            ) from error
+        try:
+            yield
+        finally:
+            self.remove(key)
+
+    @contextmanager
+    def new_folder(self, folder: str) -> Iterator[Write]:
+        import obstore
+
+        puts: list[Future[None]] = []
+        room = threading.Semaphore(_PENDING_BYTES // 2**20)
+
+        def put(path: str, data: bytes, taken: int) -> None:
+            try:
+                with _as_oserror(path):
+                    obstore.put(self.objects, f"{folder}/{path}", data)
+            finally:
+                room.release(taken)
+
+        with ThreadPoolExecutor(_PUTS_AT_ONCE) as pool:
+
+            def write(path: str, parts: Iterable[bytes]) -> int:
+                data = b"".join(parts)
+                taken = min(-(-len(data) // 2**20) or 1, _PENDING_BYTES // 2**20)
+                for _ in range(taken):
+                    room.acquire()
+                for done in [future for future in puts if future.done()]:
+                    done.result()
+                    puts.remove(done)
+                puts.append(pool.submit(put, path, data, taken))
+                return len(data)
+
+            try:
+                yield write
+                for future in puts:
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def folder_for(self, segment: str) -> str:
+        return f"{segment}.{secrets.token_hex(6)}"
+
+    def remove_folder(self, folder: str) -> None:
+        import obstore
+
+        with _as_oserror(folder):
+            for entries in obstore.list(self.objects, folder):
+                obstore.delete(self.objects, [entry["path"] for entry in entries])
+
+    def remove(self, key: str) -> None:
+        import obstore
+
+        with _as_oserror(key):
+            obstore.delete(self.objects, key)
+
+    def describe_drafts(self) -> list[str]:
+        return []
+
+
+def _path_of(entry: Any) -> str:
+    return str(entry["path"])
+
+
+@contextmanager
+def _as_oserror(key: str) -> Iterator[None]:
+    """obstore's errors as what they would be on a disk."""
+    from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
+
+    try:
+        yield
+    except AlreadyExistsError as error:
+        raise FileExistsError(errno.EEXIST, _first_line(error), key) from error
+    except PermissionDeniedError as error:
+        raise PermissionError(errno.EACCES, _first_line(error), key) from error
+    except BaseError as error:
+        raise OSError(errno.EIO, _first_line(error), key) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).partition("\n")[0][:200]
