@@ -1,7 +1,7 @@
 """Builds the native core with CMake and ninja; everything else about the package is in pyproject.toml.
 
 ACTCACHE_CUDA=0            build without CUDA even where nvcc is found
-ACTCACHE_REQUIRE_NATIVE=1  fail where the toolchain is incomplete (otherwise the package installs, and torch gathers)
+ACTCACHE_REQUIRE_NATIVE=1  fail where the toolchain is incomplete (otherwise torch and NumPy do its work)
 """
 
 from __future__ import annotations

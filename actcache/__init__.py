@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actcache.errors import ActcacheError as ActcacheError
+    from actcache.feed import ActivationBuffer as ActivationBuffer
+    from actcache.feed import RowFeed as RowFeed
     from actcache.replay import LateStack as LateStack
     from actcache.store import Store as Store
     from actcache.store import open_store as open_store
@@ -20,11 +22,13 @@ if TYPE_CHECKING:
 # Resolved on first use: importing the package costs nothing, and reading a store never imports transformers.
 _HOME = {
     "ActcacheError": "actcache.errors",
+    "ActivationBuffer": "actcache.feed",
     "LateStack": "actcache.replay",
+    "RowFeed": "actcache.feed",
     "Store": "actcache.store",
     "open_store": "actcache.store",
 }
-__all__ = ["ActcacheError", "LateStack", "Store", "open_store"]
+__all__ = ["ActcacheError", "ActivationBuffer", "LateStack", "RowFeed", "Store", "open_store"]
 
 
 def __getattr__(name: str) -> Any:

@@ -104,6 +104,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="set damaged segments aside, so that the rest reads and they can be redone",
     )
 
+    export = verb("export", _export, "states, token ids and events as files that other tools read")
+    export.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
+    export.add_argument("--to", required=True, choices=["safetensors", "npy", "arrow"], help="format of the files")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    export.add_argument("--checkpoint", action="append", metavar="LABEL", help="one of the store's; repeat for more")
+    export.add_argument("--boundary", type=_numbers, metavar="5,10", help="of those stored (default: all)")
+    export.add_argument("--events", metavar="0,5,9|100:200", help="numbers, or a range of them (default: all)")
+
     compact = verb("compact", _compact, "merge small segments of a store into larger ones, while readers go on")
     compact.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
     compact.add_argument(
@@ -169,6 +177,12 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is less than 1")
     return value
+
+
+def _numbers(text: str) -> list[int] | None:
+    if text == "all":
+        return None
+    return [int(part) for part in text.split(",")]
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -427,7 +441,7 @@ def _verify(args: argparse.Namespace) -> int:
     place = _store_place(args.store)
     problems = repair(place) if args.repair else verify(place)
     for problem in problems:
-        print(problem)
+        print(_printable(str(problem)))
     if args.repair:
         left = verify(place)
         dropped = sorted({problem.segment for problem in problems} - {problem.segment for problem in left})
@@ -439,6 +453,30 @@ def _verify(args: argparse.Namespace) -> int:
         return 1
     print(f"{place}: every committed byte is as written")
     return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    from actcache.export import export, parse_events
+    from actcache.store import open_store
+
+    store = open_store(_store_place(args.store))
+    events = None if args.events is None else parse_events(args.events)
+    with _progress("export", "event", 0) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        export(
+            store,
+            args.out,
+            args.to,
+            checkpoints=args.checkpoint,
+            boundaries=args.boundary,
+            events=events,
+            on_progress=show,
+        )
+    print(args.out)
 
 
 def _compact(args: argparse.Namespace) -> None:
@@ -548,7 +586,12 @@ def _say(line: str) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return _printable(" ".join(str(error).split()))
+
+
+def _printable(text: str) -> str:
+    """Text in which a file's name neither steers the terminal nor fails to be written."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 if __name__ == "__main__":

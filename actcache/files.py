@@ -8,14 +8,10 @@ from __future__ import annotations
 import fcntl
 import os
 import secrets
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-_FSYNCS_AT_ONCE = 16
 
 
 def write_atomically(path: str | Path, data: Any) -> None:
@@ -57,12 +53,6 @@ def fsync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def fsync_tree(folder: Path) -> None:
-    """:func:`fsync` of a folder and all below it: at once, which a disk merges and one after another it cannot."""
-    with ThreadPoolExecutor(_FSYNCS_AT_ONCE) as pool:
-        deque(pool.map(fsync, [folder, *folder.rglob("*")]), maxlen=0)
 
 
 def draft_of(path: Path) -> Path:

@@ -1,25 +1,25 @@
-"""Gather: rows of a hidden state into a contiguous tensor, by the native core where it is built.
+"""Gather and scatter: rows of a hidden state into a contiguous tensor and back, by the native core where it is built.
 
-Engines: ``cpu`` (actcache._core, C++ threads), ``cuda`` (actcache._cuda, a kernel), ``torch`` (index_select, where the
-native module is not built, and on every other device). The engine of a device is chosen once a process, by what is
-installed; no engine stands in for another that failed. ``ACTCACHE_ENGINE=torch`` chooses torch everywhere.
-Knows tensors and the native core.
+Engines: ``cpu`` (actcache._core, C++ threads), ``cuda`` (actcache._cuda, kernels), ``torch`` (index_select and
+index_copy_, where the native module is not built, and on every other device). The engine of a device is chosen once a
+process, by what is installed; no engine stands in for another that failed. ``ACTCACHE_ENGINE=torch`` chooses torch
+everywhere. Knows tensors and the native core.
 """
 
 from __future__ import annotations
 
-import importlib
-import os
-from functools import cache
-from types import ModuleType
+import queue
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 from actcache.errors import InputError, KernelError
+from actcache.native import MODULES, native
 
-_MODULES = {"cpu": "actcache._core", "cuda": "actcache._cuda"}
 # Engines move bits: any dtype is gathered as the integer of its size, so no NaN payload meets an arithmetic unit.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_WORDS = (torch.bfloat16, torch.int16, torch.uint16)
 
 
 def engine(device: torch.device | str) -> str:
@@ -30,14 +30,14 @@ def engine(device: torch.device | str) -> str:
         KernelError: the native module is there but does not load.
     """
     kind = torch.device(device).type
-    return "torch" if _native(kind)[0] is None else kind
+    return "torch" if native(kind)[0] is None else kind
 
 
 def describe_engines() -> list[str]:
     """One line for the CPU and one for CUDA: the device, its engine, and why that one. Raises as `engine` does."""
     lines = []
-    for kind in _MODULES:
-        module, why = _native(kind)
+    for kind in MODULES:
+        module, why = native(kind)
         if module is not None and kind == "cpu":
             why += f", up to {torch.get_num_threads()} threads"
         elif module is not None:
@@ -50,7 +50,7 @@ def describe_engines() -> list[str]:
 
 
 def gather_rows(src: torch.Tensor, row_ids: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-    """``out[i, :] = src[row_ids[i], :]``, bit for bit, outside autograd.
+    """``out[i, :] = src[row_ids[i], :]``, bit for bit, outside autograd. With repeated ids it expands rows.
 
     Args:
         src: ``[T, D]``, any dtype of 1, 2, 4 or 8 bytes but complex, any strides.
@@ -66,93 +66,260 @@ def gather_rows(src: torch.Tensor, row_ids: torch.Tensor, out: torch.Tensor | No
         InputError: shape, dtype, layout or device does not fit, or an id is out of range; nothing was written then.
         KernelError: the CUDA kernel could not be launched, or a native module does not load.
     """
-    if src.ndim != 2 or src.layout != torch.strided:
-        raise InputError(f"src is {src.layout} of shape {tuple(src.shape)}, expected a strided [T, D]")
-    if src.dtype.itemsize not in _BITS or src.is_complex():
-        raise InputError(f"src is {src.dtype}, expected real elements of 1, 2, 4 or 8 bytes")
-    if row_ids.ndim != 1 or row_ids.dtype != torch.int64 or row_ids.device.type != "cpu":
-        found = f"{row_ids.dtype} {tuple(row_ids.shape)} on {row_ids.device}"
-        raise InputError(f"row_ids are {found}, expected int64 [n] on cpu")
-    row_ids = row_ids.contiguous()
+    src, row_ids = _checked_table("src", src), _checked_form(row_ids)
     # A negation that torch keeps as a flag (the imaginary part of a conjugate) is not in the bits yet.
     src = src.detach().resolve_neg()
     shape = (len(row_ids), src.shape[1])
     if out is None:
         out = torch.empty(shape, dtype=src.dtype, device=src.device)
     else:
-        _check_out(out, shape, src, row_ids)
-    _check_ids(row_ids, len(src))
+        _check_packed("out", out, shape, src.dtype, src, "src", row_ids)
+    _check_range(row_ids, len(src))
 
-    bits = _BITS[src.dtype.itemsize]
-    source, target = src.view(bits), out.detach().view(bits)
-    module, _ = _native(src.device.type)
-    if module is None:
-        _gather_by_torch(source, row_ids, target)
-    elif src.device.type == "cpu":
-        _call(module, source, row_ids, target, torch.get_num_threads())
-    else:
-        with torch.cuda.device(src.device):
-            # A copy of our own: the caller may change row_ids before the stream gets to reading them.
-            pinned = torch.empty(len(row_ids), dtype=torch.int64, pin_memory=True).copy_(row_ids)
-            device_ids = pinned.to(src.device, non_blocking=True)
-            _call(module, source, device_ids, target, torch.cuda.current_stream().cuda_stream)
-    return out
-
-
-@cache
-def _native(kind: str) -> tuple[ModuleType | None, str]:
-    """The native module of a device kind and what it is, or None and the reason why torch serves instead."""
-    wanted = os.environ.get("ACTCACHE_ENGINE", "")
-    if wanted not in ("", "torch"):
-        raise InputError(f"ACTCACHE_ENGINE is {wanted!r}, expected torch, or unset it to use the native core")
-    if wanted == "torch":
-        return None, "ACTCACHE_ENGINE=torch"
-    if kind not in _MODULES:
-        return None, f"no native core for {kind}"
-    name = _MODULES[kind]
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        return None, f"{name} is not built: {error}"
-    except ImportError as error:
-        raise KernelError(
-            f"{name} does not load ({error}): reinstall actcache, or set ACTCACHE_ENGINE=torch"
-        ) from error
-    return module, f"{name} {module.version()}"
-
-
-def _call(module: ModuleType, source: torch.Tensor, row_ids: torch.Tensor, target: torch.Tensor, how: int) -> None:
-    """The native call; `how` is the number of threads or the stream."""
-    size = source.element_size()
-    strides = [stride * size for stride in source.stride()]
-    geometry = (source.data_ptr(), *source.shape, size, *strides, row_ids.data_ptr(), len(row_ids), target.data_ptr())
-    try:
-        module.gather_rows(*geometry, how)
-    except (ValueError, IndexError) as error:
-        raise InputError(str(error)) from error
-    except RuntimeError as error:
-        raise KernelError(f"{error}; ACTCACHE_ENGINE=torch gathers without this kernel") from error
-
-
-def _gather_by_torch(source: torch.Tensor, row_ids: torch.Tensor, target: torch.Tensor) -> None:
+    source, target = _bits(src), _bits(out.detach())
+    if native(src.device.type)[0] is not None:
+        _call("gather_rows", source, row_ids, target)
+        return out
     ids = row_ids.to(source.device)
     if target.device == source.device:
         torch.index_select(source, 0, ids, out=target)
     else:
         target.copy_(source.index_select(0, ids), non_blocking=True)
+    return out
 
 
-def _check_out(out: torch.Tensor, shape: tuple[int, int], src: torch.Tensor, row_ids: torch.Tensor) -> None:
-    page_locked = src.is_cuda and out.device.type == "cpu" and out.is_pinned()
-    fits = tuple(out.shape) == shape and out.dtype == src.dtype and (out.device == src.device or page_locked)
-    if not fits or not out.is_contiguous() or out.is_neg():
-        found = f"{'contiguous' if out.is_contiguous() else 'strided'} {out.dtype} {tuple(out.shape)} on {out.device}"
-        where = f"{src.device} or page-locked" if src.is_cuda else str(src.device)
-        raise InputError(f"out is {found}, expected contiguous {src.dtype} {shape} on {where}")
-    for name, other in (("src", src), ("row_ids", row_ids)):
-        (start, stop), (other_start, other_stop) = _span(out), _span(other)
-        if out.device == other.device and start < other_stop and other_start < stop:
-            raise InputError(f"out shares memory with {name}, expected memory of its own")
+def scatter_rows(src: torch.Tensor, row_ids: torch.Tensor, dst: torch.Tensor) -> torch.Tensor:
+    """``dst[row_ids[i], :] = src[i, :]``, bit for bit, outside autograd: the way back of ``gather_rows``.
+
+    Args:
+        src: ``[n, D]`` contiguous, of dst's dtype, on dst's device. Where dst is on CUDA it may also be page-locked
+            host memory.
+        row_ids: ``[n]`` int64 on the CPU, in any order, all different, each in 0..T-1.
+        dst: ``[T, D]``, any dtype of 1, 2, 4 or 8 bytes but complex, any strides that give each element a place of its
+            own, sharing no memory with src or row_ids.
+
+    Returns:
+        ``dst``; rows that no id names are left as they are. To CUDA, the copy is queued on dst's current stream: a
+        page-locked ``src`` must be kept unchanged until the stream got there. ``row_ids`` may be changed at once.
+
+    Raises:
+        InputError: shape, dtype, layout or device does not fit, or an id is out of range or there twice; nothing was
+            written then.
+        KernelError: the CUDA kernel could not be launched, or a native module does not load.
+    """
+    _checked_table("dst", dst)
+    row_ids = _checked_form(row_ids)
+    if dst.is_neg() or _overlaps_itself(dst):
+        found = "a negated view" if dst.is_neg() else f"strides {dst.stride()} for shape {tuple(dst.shape)}"
+        raise InputError(f"dst has {found}, expected a place of its own for each element")
+    _check_packed("src", src, (len(row_ids), dst.shape[1]), dst.dtype, dst, "dst", row_ids)
+    _check_range(row_ids, len(dst))
+    in_order, places = row_ids.sort(stable=True)
+    twice = places[1:][in_order[1:] == in_order[:-1]]
+    if len(twice):
+        at = int(twice.min())
+        raise InputError(f"row_ids[{at}] is {int(row_ids[at])} again, expected ids that are all different")
+
+    source, target = _bits(src.detach()), _bits(dst.detach())
+    if native(dst.device.type)[0] is not None:
+        _call("scatter_rows", target, row_ids, source)
+    else:
+        target.index_copy_(0, row_ids.to(target.device), source.to(target.device))
+    return dst
+
+
+def gather_planes(
+    src: torch.Tensor, row_ids: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``gather_rows`` of bf16 words that splits each word on the way, for ``planes.encode_planes``.
+
+    Args:
+        src: ``[T, D]`` bfloat16 (or its words as int16 or uint16), any strides.
+        row_ids: as in ``gather_rows``.
+        out: two uint8 ``[n, D]``, each as ``out`` in ``gather_rows``, apart from one another.
+
+    Returns:
+        exponents, bits 7 to 14 of each word, and rests, bit 15 above bits 0 to 6. From CUDA as ``gather_rows``.
+
+    Raises:
+        InputError, KernelError: as ``gather_rows``.
+    """
+    src, row_ids = _checked_table("src", src), _checked_form(row_ids)
+    if src.dtype not in _WORDS:
+        raise InputError(f"src is {src.dtype}, expected words of bfloat16")
+    src = src.detach().resolve_neg()
+    shape = (len(row_ids), src.shape[1])
+    if out is None:
+        out = tuple(torch.empty(shape, dtype=torch.uint8, device=src.device) for _ in range(2))  # type: ignore[assignment]
+    else:
+        for plane in out:
+            _check_packed("out", plane, shape, torch.uint8, src, "src", row_ids)
+        _check_apart("out[0]", out[0], "out[1]", out[1])
+    assert out is not None
+    _check_range(row_ids, len(src))
+
+    words = _bits(src)
+    if native(src.device.type)[0] is not None:
+        _call("gather_planes", words, row_ids, *out)
+        return out
+    rows = words.index_select(0, row_ids.to(words.device)).to(torch.int32)  # wide, for shifts bring the sign along
+    out[0].copy_(rows >> 7 & 0xFF, non_blocking=True)
+    out[1].copy_(rows >> 8 & 0x80 | rows & 0x7F, non_blocking=True)
+    return out
+
+
+class PinnedGather:
+    """A few page-locked host buffers that rows are gathered into, so that queueing a gather waits for no device.
+
+    One thread puts, such as the one that runs a model's hooks; another iterates, such as the one that writes a store::
+
+        pinned = PinnedGather("cuda", slot_bytes)
+        pinned.put(hidden, row_ids, "b018")      # in the hook, as often as it fires; then pinned.close()
+        for tag, rows in pinned: ...             # meanwhile in the other thread
+
+    ``put`` queues the gather and an event behind it on the current stream and returns; no stream is ever synchronised.
+    The iterating thread waits for that event alone. ``put`` waits only while every slot is still in the other's hands.
+    Rows come in the order in which they were put.
+    """
+
+    def __init__(self, device: torch.device | str, slot_bytes: int, n_slots: int = 2) -> None:
+        """Take the memory of all slots, as page-locking is slow and waits for the device.
+
+        Args:
+            device: that rows come from. On the CPU slots are ordinary memory and there is nothing to wait for.
+            slot_bytes: the most bytes of one gather.
+            n_slots: gathers under way or in use at once, 2 or more.
+
+        Raises:
+            InputError: slot_bytes below 1 or n_slots below 2.
+        """
+        if slot_bytes < 1 or n_slots < 2:
+            raise InputError(f"slot_bytes {slot_bytes}, n_slots {n_slots}: expected 1 or more, 2 or more")
+        self._on_cuda = torch.device(device).type == "cuda"
+        self._slot_bytes = slot_bytes
+        self._free: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
+        self._ready: queue.SimpleQueue[tuple[Any, torch.Tensor, torch.Tensor, Any] | None] = queue.SimpleQueue()
+        self._closed = False
+        for _ in range(n_slots):
+            self._free.put(torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=self._on_cuda))
+
+    def put(self, src: torch.Tensor, row_ids: torch.Tensor, tag: Any = None) -> None:
+        """Queue ``gather_rows(src, row_ids)`` into the next free slot. ``src`` and ``row_ids`` may be dropped at once.
+
+        Raises:
+            InputError: as ``gather_rows``; the rows are larger than a slot; or the other side has ended, or this one.
+            KernelError: as ``gather_rows``. After any error the slot is free again.
+        """
+        shape = (len(row_ids), src.shape[-1])
+        n_bytes = shape[0] * shape[1] * src.element_size()
+        if n_bytes > self._slot_bytes:
+            raise InputError(f"rows {shape} of {src.dtype} take {n_bytes} bytes, a slot has {self._slot_bytes}")
+        slot = None if self._closed else self._free.get()
+        if slot is None:
+            self._free.put(None)  # for the next call
+            raise InputError("put into a PinnedGather that is closed, or that nobody takes from any more")
+        try:
+            rows = gather_rows(src, row_ids, slot[:n_bytes].view(src.dtype).view(shape))
+            event = None
+            if self._on_cuda:
+                event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps instead of polling
+                event.record(torch.cuda.current_stream(src.device))
+        except BaseException:
+            self._free.put(slot)
+            raise
+        self._ready.put((tag, rows, slot, event))
+
+    def close(self) -> None:
+        """Nothing more will be put: iteration ends behind what was."""
+        self._closed = True
+        self._ready.put(None)
+
+    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
+        """``tag, rows`` of each put. Rows are host memory, whole, and valid until the next is asked for."""
+        try:
+            while (item := self._ready.get()) is not None:
+                tag, rows, slot, event = item
+                if event is not None:
+                    event.synchronize()
+                yield tag, rows
+                self._free.put(slot)
+        finally:
+            self._free.put(None)  # or a put would wait for ever
+
+
+def _call(function: str, table: torch.Tensor, row_ids: torch.Tensor, *packed: torch.Tensor) -> None:
+    """The native function of the table's device; ``packed`` are the contiguous rows on the other side."""
+    module, _ = native(table.device.type)
+    size = table.element_size()
+    strides = [stride * size for stride in table.stride()]
+    call: Callable[..., None] = getattr(module, function)
+
+    def run(ids: torch.Tensor, how: int) -> None:
+        pointers = [rows.data_ptr() for rows in packed]
+        call(table.data_ptr(), *table.shape, size, *strides, ids.data_ptr(), len(ids), *pointers, how)
+
+    try:
+        if table.device.type == "cpu":
+            run(row_ids, torch.get_num_threads())
+        else:
+            with torch.cuda.device(table.device):
+                # A copy of our own: the caller may change row_ids before the stream gets to reading them.
+                pinned = torch.empty(len(row_ids), dtype=torch.int64, pin_memory=True).copy_(row_ids)
+                device_ids = pinned.to(table.device, non_blocking=True)
+                run(device_ids, torch.cuda.current_stream().cuda_stream)
+    except (ValueError, IndexError) as error:
+        raise InputError(str(error)) from error
+    except RuntimeError as error:
+        raise KernelError(f"{error}; ACTCACHE_ENGINE=torch does without this kernel") from error
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(_BITS[tensor.element_size()])
+
+
+def _checked_table(name: str, table: torch.Tensor) -> torch.Tensor:
+    """The side whose rows are chosen."""
+    if table.ndim != 2 or table.layout != torch.strided:
+        raise InputError(f"{name} is {table.layout} of shape {tuple(table.shape)}, expected a strided [T, D]")
+    if table.dtype.itemsize not in _BITS or table.is_complex():
+        raise InputError(f"{name} is {table.dtype}, expected real elements of 1, 2, 4 or 8 bytes")
+    return table
+
+
+def _checked_form(row_ids: torch.Tensor) -> torch.Tensor:
+    if row_ids.ndim != 1 or row_ids.dtype != torch.int64 or row_ids.device.type != "cpu":
+        found = f"{row_ids.dtype} {tuple(row_ids.shape)} on {row_ids.device}"
+        raise InputError(f"row_ids are {found}, expected int64 [n] on cpu")
+    return row_ids.contiguous()
+
+
+def _check_packed(
+    name: str,
+    rows: torch.Tensor,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    table: torch.Tensor,
+    table_name: str,
+    row_ids: torch.Tensor,
+) -> None:
+    """The contiguous side: on the table's device, or page-locked beside a table on CUDA, and apart from the rest."""
+    page_locked = table.is_cuda and rows.device.type == "cpu" and rows.is_pinned()
+    fits = tuple(rows.shape) == shape and rows.dtype == dtype and (rows.device == table.device or page_locked)
+    if not fits or not rows.is_contiguous() or rows.is_neg():
+        form = "negated" if rows.is_neg() else "contiguous" if rows.is_contiguous() else "strided"
+        where = f"{table.device} or page-locked" if table.is_cuda else str(table.device)
+        raise InputError(
+            f"{name} is {form} {rows.dtype} {tuple(rows.shape)} on {rows.device}, "
+            f"expected contiguous {dtype} {shape} on {where}"
+        )
+    _check_apart(name, rows, table_name, table)
+    _check_apart(name, rows, "row_ids", row_ids)
+
+
+def _check_apart(name: str, tensor: torch.Tensor, other_name: str, other: torch.Tensor) -> None:
+    (start, stop), (other_start, other_stop) = _span(tensor), _span(other)
+    if tensor.device == other.device and start < other_stop and other_start < stop:
+        raise InputError(f"{name} shares memory with {other_name}, expected memory of its own")
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
@@ -164,7 +331,20 @@ def _span(tensor: torch.Tensor) -> tuple[int, int]:
     return start, start + (steps + 1) * tensor.element_size()
 
 
-def _check_ids(row_ids: torch.Tensor, n_rows: int) -> None:
+def _overlaps_itself(tensor: torch.Tensor) -> bool:
+    """Whether two elements may lie in one place; interleaved axes that happen not to collide count as if they did."""
+    if tensor.numel() == 0:
+        return False
+    reach = 0
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda axis: axis[1]):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def _check_range(row_ids: torch.Tensor, n_rows: int) -> None:
     if len(row_ids) and (int(row_ids.min()) < 0 or int(row_ids.max()) >= n_rows):
         wrong = int(torch.nonzero((row_ids < 0) | (row_ids >= n_rows))[0])
         raise InputError(f"row_ids[{wrong}] is {int(row_ids[wrong])}, expected 0 <= id < {n_rows}")

@@ -45,7 +45,7 @@ def search(
     for _ in range(max_new):
         choice = {}
         for label, model in models.items():
-            name = "cache" if "cache" in inspect.signature(model.model.forward).parameters else "past_key_values"
+            name = "cache" if "cache" in inspect.signature(model.base_model.forward).parameters else "past_key_values"
             logits = model(input_ids=step, use_cache=True, logits_to_keep=1, **{name: caches[label]}).logits
             choice[label] = int(logits[0, -1].float().argmax())
         if choice["pt"] != choice["it"]:

@@ -13,6 +13,15 @@ import tiny
 BENCHES = Path(__file__).parent.parent / "benches"
 
 
+@pytest.mark.parametrize("name", ["codec", "feed", "gather", "store"])
+def test_a_bench_at_a_small_size(name):
+    """Each compares what it times first, bit for bit, and exits otherwise."""
+    ran = subprocess.run([sys.executable, BENCHES / f"bench_{name}.py", "--smoke"], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert (result["bench"], result["cpus"] > 0) == (name, True)
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_bench_run(tmp_path, arch):
     pt, it = tiny.make_pair(tmp_path, arch)

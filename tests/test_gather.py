@@ -16,9 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache import gather
 from actcache.errors import InputError, KernelError
 from actcache.gather import describe_engines, engine, gather_rows
+from actcache.native import native
 
 DTYPES = (
     torch.uint8,
@@ -53,9 +53,9 @@ def using(name: str) -> Iterator[None]:
         patch.delenv("ACTCACHE_ENGINE", raising=False)
         if name == "torch":
             patch.setenv("ACTCACHE_ENGINE", "torch")
-        gather._native.cache_clear()
+        native.cache_clear()
         yield
-    gather._native.cache_clear()
+    native.cache_clear()
 
 
 def rows_ref(src: torch.Tensor, row_ids: Sequence[int]) -> np.ndarray:
@@ -378,6 +378,6 @@ def test_a_core_that_does_not_load_is_no_reason_to_serve_with_torch(monkeypatch:
         raise ImportError(f"{name}.so: undefined symbol: memcpy")
 
     with using("native"):
-        monkeypatch.setattr("actcache.gather.importlib.import_module", broken)
+        monkeypatch.setattr("actcache.native.importlib.import_module", broken)
         with pytest.raises(KernelError, match=r"actcache\._core does not load \(.*undefined symbol"):
             gather_rows(torch.eye(3), torch.tensor([2]))

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +22,7 @@ from test_gather import DTYPES, VIEWS, random_bits, raw, rows_ref, using
 
 from actcache import gather
 from actcache.errors import InputError, KernelError
-from actcache.gather import engine, gather_rows
+from actcache.gather import engine, gather_planes, gather_rows, scatter_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL = "actcache_gather_rows"
@@ -57,17 +58,16 @@ def ptx(request: pytest.FixtureRequest, ptxsim: ModuleType) -> str:
 
 
 @pytest.fixture(scope="module")
-def edited(ptxsim: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Any]:
+def edited(ptxsim: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """``edited(file, old, new)``: the kernel, compiled from sources in which one thing was changed."""
 
-    def build(file: str, old: str, new: str) -> Any:
-        folder = tmp_path_factory.mktemp("csrc")
-        for name in ("gather.h", "gather_cuda.cu"):
-            shutil.copy(ROOT / "csrc" / name, folder)
+    def build(file: str, old: str, new: str, kernel: str = "gather_cuda.cu") -> Any:
+        folder = tmp_path_factory.mktemp("edited") / "csrc"
+        shutil.copytree(ROOT / "csrc", folder)
         text = (folder / file).read_text()
         assert text.count(old) == 1
         (folder / file).write_text(text.replace(old, new))
-        return ptxsim.PTX(ptxsim.compile_cu(str(folder / "gather_cuda.cu"), "sm_80"))
+        return ptxsim.PTX(ptxsim.compile_cu(str(folder / kernel), "sm_80"))
 
     return build
 
@@ -119,7 +119,7 @@ class Launch:
         )
         src = module.Buf(flat, "in", align_off=align_off[0])
         params = (np.array(fields, PARAMS)[()], src, 0, module.In(ids), 8, out, 16)
-        self.stats = sim.launch(KERNEL, n_blocks, block, [params], race_global=True, **options)
+        self.stats = sim.launch(KERNEL, n_blocks, block, [params], racecheck=True, race_global=True, **options)
         self.n_unwritten = len(out.unwritten)
 
     def check(self) -> None:
@@ -192,7 +192,7 @@ def test_aligned_rows_move_in_16_bytes(ptxsim: ModuleType, ptx: str) -> None:
 
 
 @pytest.mark.parametrize("strides", [(-64, 1), (64, -1), (-130, -2), (-1, -9)], ids=str)
-def test_negative_strides(ptxsim: ModuleType, edited: Callable[[str, str, str], Any], strides: tuple[int, int]) -> None:
+def test_negative_strides(ptxsim: ModuleType, edited: Callable[..., Any], strides: tuple[int, int]) -> None:
     # A simulated pointer is the start of a buffer; with negative strides the first element lies inside one, as many
     # bytes in as is said by the one parameter that the kernel does not read.
     head = "actcache_gather_rows(const GatherParams p) {"
@@ -220,13 +220,13 @@ def test_the_simulator_catches_a_row_left_out(ptxsim: ModuleType, ptx: str) -> N
     ("file", "old", "new", "fault"),
     [
         ("gather.h", "p.dst + i * row_bytes(p)", "p.dst + i * (row_bytes(p) / 32) * 16", "race|different values"),
-        ("gather_cuda.cu", "switch (access_bytes(from, to))", "switch (kWidestAccess)", "misaligned"),
-        ("gather_cuda.cu", "n_bytes / size;", "(n_bytes + size - 1) / size;", "out-of-bounds|race|different values"),
+        ("row_kernel.cuh", "switch (access_bytes(from, to))", "switch (kWidestAccess)", "misaligned"),
+        ("row_kernel.cuh", "n_bytes / size;", "(n_bytes + size - 1) / size;", "out-of-bounds|race|different values"),
     ],
     ids=["rows overlap", "alignment is ignored", "the tail is rounded up"],
 )
 def test_the_simulator_catches_planted_faults(
-    ptxsim: ModuleType, edited: Callable[[str, str, str], Any], file: str, old: str, new: str, fault: str
+    ptxsim: ModuleType, edited: Callable[..., Any], file: str, old: str, new: str, fault: str
 ) -> None:
     with pytest.raises(ptxsim.PTXError, match=fault):
         Launch(ptxsim, edited(file, old, new), n_cols=100, block=(32, 4), n_blocks=5)
@@ -237,6 +237,17 @@ def native_cuda() -> ModuleType:
     return pytest.importorskip("actcache._cuda", reason="actcache._cuda is not built", exc_type=ImportError)
 
 
+@pytest.mark.parametrize("kernel", ["gather", "scatter", "planes"])
+def test_every_generation_compiles_without_a_warning(tmp_path: Path, kernel: str) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on the PATH")
+    strict = ["-Werror=all-warnings", "-Xcompiler=-Wall,-Wextra,-Wconversion,-Werror", "-std=c++17"]
+    targets = [f"-gencode=arch=compute_{sm},code=sm_{sm}" for sm in (80, 86, 89, 90, 100)]
+    source, built = ROOT / "csrc" / f"{kernel}_cuda.cu", tmp_path / "kernel.o"
+    ran = subprocess.run(["nvcc", "-c", *strict, *targets, source, "-o", built], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+
+
 def has_device() -> bool:
     try:
         return native_cuda().device_count() > 0
@@ -244,15 +255,20 @@ def has_device() -> bool:
         return False
 
 
-def test_without_a_device_the_module_says_what_is_missing() -> None:
+def test_without_a_device_the_module_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     module = native_cuda()
     if has_device():
         pytest.skip("there is a CUDA device")
     with pytest.raises(RuntimeError, match=r"device_count: CUDA error \d+ \(cudaError\w+\): "):
         module.device_count()
-    src, ids, out = torch.zeros(5, 3), torch.tensor([1]), torch.zeros(1, 3)
-    with pytest.raises(KernelError, match=rf"{KERNEL}: CUDA error \d+ \(cudaError\w+\): .*ACTCACHE_ENGINE=torch"):
-        gather._call(module, src, ids, out, 0)
+    monkeypatch.setattr(gather, "native", lambda kind: (module, ""))
+    src, ids, says = torch.zeros(5, 3), torch.tensor([1]), r": CUDA error \d+ \(cudaError\w+\): .*ACTCACHE_ENGINE=torch"
+    with pytest.raises(KernelError, match=f"{KERNEL}{says}"):
+        gather_rows(src, ids)
+    with pytest.raises(KernelError, match=f"actcache_scatter_rows{says}"):
+        scatter_rows(torch.zeros(1, 3), ids, src)
+    with pytest.raises(KernelError, match=f"actcache_gather_planes{says}"):
+        gather_planes(src.bfloat16(), ids)
 
 
 @pytest.mark.parametrize(("n_rows", "n_cols"), [(0, 3), (1, 0), (0, 0)])

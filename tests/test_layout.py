@@ -17,7 +17,20 @@ PACKAGE = Path(actcache.__file__).parent
 README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
 # A module imports only from modules to its left.
 FLOW = [
-    *("errors", "files", "prompts", "lineup", "blocks", "packing", "readout", "trunk", "divergence", "gather", "store"),
+    *(
+        "errors",
+        "files",
+        "native",
+        "planes",
+        "zarr_codec",
+        "prompts",
+        "lineup",
+        "blocks",
+        "packing",
+        "readout",
+        "trunk",
+    ),
+    *("divergence", "gather", "store", "export", "rows", "feed"),
     *("capture", "replay", "grid", "effects", "report", "run_folder", "cli"),
 ]
 

@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -258,10 +257,9 @@ def open_segment(path: Path, name: str) -> Any:
 @pytest.mark.parametrize("shape", [(0,), (0, 5), (1,), (7,), (300, 1024), (5, 70_000)])
 @pytest.mark.parametrize("dtype", shard.DTYPES)
 def test_an_array_has_the_metadata_that_zarr_itself_would_write(dtype, shape, tmp_path):
-    with ThreadPoolExecutor() as pool:
-        encoded = shard.EncodedArray(np.zeros(shape, dtype), ["n", "width"][: len(shape)], {"a": 1}, pool)
-        assert (b"".join(encoded.parts()) == b"") == (shape[0] == 0)
-        ours = encoded.metadata()
+    encoded = shard.EncodedArray(np.zeros(shape, dtype), ["n", "width"][: len(shape)], {"a": 1})
+    assert (b"".join(encoded.parts()) == b"") == (shape[0] == 0)
+    ours = encoded.metadata()
     grid = ours["chunk_grid"]["configuration"]["chunk_shape"]
     blosc = BloscCodec(typesize=np.dtype(dtype).itemsize, cname="lz4", clevel=5, shuffle="bitshuffle")
     zarr.create_array(
@@ -721,6 +719,10 @@ def forge(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     record = json.loads((path / RECORD).read_bytes())
     del record["crc32c"]
     change(record)
+    with contextlib.suppress(TypeError, ValueError, AttributeError):  # where the forgery is of the files themselves
+        sizes = {file: size for file, (size, _) in record["files"].items()}
+        record["stored_bytes"] = sum(sizes.values())
+        record["stored_state_bytes"] = sum(sizes[file] for file in sizes if file.startswith("states/"))
     (path / RECORD).write_bytes(layout.encode_record(record))
 
 
@@ -762,7 +764,7 @@ def test_a_record_that_lies_in_its_form_is_refused(change, path):
     assert [problem.where for problem in verify(path)] == [RECORD]
 
 
-@pytest.mark.parametrize("n", [0, 3, 5, 2**40, 2**62])
+@pytest.mark.parametrize("n", [0, 3, 5, 2**40, 2**47])
 @pytest.mark.parametrize("field", ["n_events", "n_tokens", "n_sequences", "n_excluded"])
 def test_a_record_that_lies_about_a_count_is_noticed(field, n, path):
     forge(path, lambda record: record.update({field: n}) if record[field] != n else record.update({field: n + 1}))
@@ -814,11 +816,9 @@ def test_metadata_that_lies_is_noticed_before_anything_is_allocated(change, path
     ],
 )
 def test_indices_that_lie_are_noticed(array, values, path):
-    with ThreadPoolExecutor() as pool:
-        encoded = shard.EncodedArray(np.array(values, np.int64), layout.dimension_names(array), {}, pool)
-        parts = [*encoded.parts()]
-        metadata = encoded.metadata()
-    assert parts is not None
+    encoded = shard.EncodedArray(np.array(values, np.int64), layout.dimension_names(array), {})
+    parts = [*encoded.parts()]
+    metadata = encoded.metadata()
     file = path / "segments/s-0" / array / "c/0"
     file.write_bytes(b"".join(parts))
     forge_array(path, array, lambda m: m.update(metadata))

@@ -148,19 +148,15 @@ def test_a_writer_killed_anywhere_loses_only_its_open_segment(tmp_path, uninterr
     path = write_store(tmp_path / "store", FINGERPRINT, {"a": SEGMENTS["a"]})
     store_writer = StoreWriter(path, FINGERPRINT)
     committed_before = read_tree(path)
-    with acting_at(-1, kill_self) as count:
-        store_writer.append("b", SEGMENTS["b"])
-    n_steps = next(count)
-    remove_b(path)
-    assert n_steps > 200
     left: set[str] = set()
-    for step in range(n_steps):
+    for step in itertools.count():
 
         def append_b(step: int = step) -> None:
             with acting_at(step, kill_self):
                 store_writer.append("b", SEGMENTS["b"])
 
-        assert end(start(append_b)) == -signal.SIGKILL
+        if end(start(append_b)) == DONE:
+            break
         found = read_tree(path)
         assert found.items() >= committed_before.items()
         store = open_store(path)
@@ -170,11 +166,12 @@ def test_a_writer_killed_anywhere_loses_only_its_open_segment(tmp_path, uninterr
             names = {name for name in found if name not in committed_before}
             assert all(name.startswith(tuple(store.uncommitted)) for name in names)
             left.update(store.uncommitted)
-        if step % 8 == 0 or step > n_steps - 9:  # all the steps of the commit
+        if step % 8 == 0 or step > 180:  # all the steps of the commit
             append_missing(path)
             assert read_tree(path) == uninterrupted
             assert open_store(path).uncommitted == []
         remove_b(path)
+    assert step > 200
     assert left == {"segments/b", "commits/.b.json.tmp"}
 
 

@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from actcache.errors import CorruptStoreError, FormatVersionError, InputError
-from actcache.store.shard import crc32c
+from actcache.store.shard import canonical, crc32c, decode_json, encode_json
 
 FORMAT_VERSION = 1
 
@@ -25,6 +25,11 @@ COMMITS = "commits"
 DROPPED = "dropped"
 
 STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MAX_NAME = 200  # characters; file systems take 255 bytes
+MAX_COUNT = 2**48  # rows, tokens, bytes: beyond any disk, and sums of them stay within 64 bits
+MAX_BLOCKS = 10_000
+MAX_CARRIED_KEYS = 1000  # each is a column of a table
+MAX_CARRIED_LEVELS = 64
 _COLUMN_TYPES = {"int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32(), "string": pa.string()}
 ROW_SELECTIONS = ("prefix", "divergence")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -85,7 +90,7 @@ class SegmentData:
                     raise InputError(f"the {name} table needs a column {column!r} of type {kind}")
             for column in table.column_names:
                 column_type(table, column)
-            _check_carried(table, name)
+            check_carried(table, name)
         check_events(self.events["sequence"].to_numpy(), self.events["position"].to_numpy(), self.sequence_offsets)
         for label, rows in self.final.items():
             if len(rows) != self.events.num_rows:
@@ -121,20 +126,32 @@ def n_rows(fingerprint: dict[str, Any], n_tokens: int, n_events: int) -> int:
     return n_tokens if fingerprint["row_selection"] == "prefix" else n_events
 
 
-def _check_carried(table: pa.Table, name: str) -> None:
+def check_carried(table: pa.Table, name: str) -> None:
+    """Raise InputError unless ``carried`` of every row is a JSON object whose keys can be further columns."""
     taken = {*table.column_names, *(EVENT_COLUMNS if name == "events" else EXCLUDED_COLUMNS), SEGMENT_COLUMN}
+    keys: set[str] = set()
     for text in set(table["carried"].to_pylist()):
         try:
             carried = json.loads(text)
-        except ValueError as error:
-            raise InputError(f"the {name} table's carried {text[:40]!r} is not JSON: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"the {name} table's carried {text[:40]!r} is not JSON: {str(error)[:200]}") from error
         if not isinstance(carried, dict):
             raise InputError(f"the {name} table's carried {text[:40]!r} is not a JSON object")
+        if not _is_shallow(carried, MAX_CARRIED_LEVELS):
+            raise InputError(f"the {name} table's carried {text[:40]!r} has more than {MAX_CARRIED_LEVELS} levels")
+        keys.update(carried)
+        if len(keys) > MAX_CARRIED_KEYS:
+            raise InputError(f"the {name} table's carried has more than {MAX_CARRIED_KEYS} distinct keys")
         for key in carried:
             if key in taken or "\0" in key or not _is_text(key):
                 raise InputError(
                     f"carried key {key!r} cannot be a column of the {name} table: it is one already, or not text"
                 )
+
+
+def _is_shallow(value: Any, n_levels: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return n_levels > 0 and all(_is_shallow(one, n_levels - 1) for one in inner)
 
 
 def _is_text(value: str) -> bool:
@@ -147,8 +164,8 @@ def _is_text(value: str) -> bool:
 
 def check_name(name: str, what: str) -> None:
     """Raise InputError unless ``name`` can be a folder name everywhere: letters, digits, dash, underscore."""
-    if not _NAME.fullmatch(name):
-        raise InputError(f"{what} {name!r} is not made of letters, digits, '-' and '_'")
+    if not _NAME.fullmatch(name) or len(name) > MAX_NAME:
+        raise InputError(f"{what} {name[:MAX_NAME]!r} is not made of letters, digits, '-' and '_', at most {MAX_NAME}")
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------------------
@@ -249,6 +266,8 @@ def schema_of(table: pa.Table) -> dict[str, str]:
 def column_type(table: pa.Table, column: str) -> str:
     """The name of a column's type; InputError where a store cannot hold it."""
     check_name(column, "column")
+    if column == SEGMENT_COLUMN:
+        raise InputError(f"a column cannot be called {column!r}: the reader adds one of that name")
     for name, kind in _COLUMN_TYPES.items():
         if table.schema.field(column).type == kind:
             if table[column].null_count:
@@ -304,7 +323,7 @@ def check_fingerprint(fingerprint: dict[str, Any]) -> None:
         raise InputError(f"the fingerprint's pair is {fingerprint['pair']}, expected two of {', '.join(checkpoints)}")
     if (
         not isinstance(boundaries, list)
-        or not all(_is_count(b) for b in boundaries)
+        or not all(_is_count(b) and b < MAX_BLOCKS for b in boundaries)
         or len(set(boundaries)) < len(boundaries)
     ):
         raise InputError(f"the fingerprint's boundaries are {boundaries!r}, expected a list of distinct block indices")
@@ -316,22 +335,12 @@ def check_fingerprint(fingerprint: dict[str, Any]) -> None:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < MAX_COUNT
 
 
 def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
     """SHA-256 of the canonical JSON of a fingerprint."""
     return hashlib.sha256(canonical(fingerprint)).hexdigest()
-
-
-def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces: equal values, equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def encode_json(value: Any) -> bytes:
-    """JSON as every file of a store has it."""
-    return canonical(value) + b"\n"
 
 
 def encode_group(attributes: dict[str, Any]) -> bytes:
@@ -366,9 +375,10 @@ def decode_root(data: bytes, where: str) -> dict[str, Any]:
         check_version(content["format_version"], where)
         fingerprint: dict[str, Any] = content["fingerprint"]
         check_fingerprint(fingerprint)
+        is_as_written = encode_root(fingerprint) == data
     except (InputError, KeyError, TypeError) as error:
         raise CorruptStoreError(f"{where}/{ROOT}: not the root of a store ({error})") from error
-    if encode_root(fingerprint) != data:
+    if not is_as_written:
         raise CorruptStoreError(f"{where}/{ROOT}: its bytes are not those written with the store")
     return fingerprint
 
@@ -395,9 +405,10 @@ def decode_record(data: bytes, segment: str, digest: str) -> dict[str, Any]:
         record: dict[str, Any] = decode_json(data)
         check_version(record["format_version"], where)
         checksum = record.pop("crc32c")
+        is_as_written = checksum == crc32c(canonical(record)) and encode_record(record) == data
     except (InputError, KeyError, TypeError, AttributeError) as error:
         raise CorruptStoreError(f"{where}: not a commit record ({error!r})") from error
-    if checksum != crc32c(canonical(record)) or encode_record(record) != data:
+    if not is_as_written:
         raise CorruptStoreError(f"{where}: its checksum does not match its content")
     try:
         _check_record(record)
@@ -416,6 +427,8 @@ def _check_record(record: dict[str, Any]) -> None:
     check_name(record["segment"], "segment name")
     if not (isinstance(record["folder"], str) and _FOLDER.fullmatch(record["folder"])):
         raise InputError(f"folder {record['folder']!r} is not one below {SEGMENTS}/")
+    if record["folder"].partition(".")[0] != record["segment"] or len(record["folder"]) > 2 * MAX_NAME:
+        raise InputError(f"folder {record['folder'][:MAX_NAME]!r} is not that of segment {record['segment']!r}")
     if not isinstance(record["replaces"], list) or record["replaces"] != sorted(set(record["replaces"])):
         raise InputError(f"replaces is {record['replaces']!r}, expected distinct segment names in order")
     for name in record["replaces"]:
@@ -429,6 +442,8 @@ def _check_record(record: dict[str, Any]) -> None:
         schema = record["schema"][table]
         for column, kind in schema.items():
             check_name(column, "column")
+            if column == SEGMENT_COLUMN:
+                raise InputError(f"column {column!r} of {table} is the reader's own")
             if kind not in _COLUMN_TYPES or columns.get(column, kind) != kind:
                 raise InputError(f"column {column!r} of {table} is of type {kind!r}")
         if not schema.keys() >= columns.keys():
@@ -438,14 +453,12 @@ def _check_record(record: dict[str, Any]) -> None:
             raise InputError(f"file {file!r} does not lie in the segment")
         if not _is_count(size) or not (checksum is None or _is_count(checksum)):
             raise InputError(f"file {file!r} has size {size!r} and checksum {checksum!r}")
-
-
-def decode_json(data: bytes) -> Any:
-    """JSON, or InputError: also for what Python's parser takes but cannot hold (nesting, numbers of many digits)."""
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON: {str(error)[:200]}") from error
+    sizes = {file: size for file, (size, _) in record["files"].items()}
+    stored = sum(size for file, size in sizes.items() if file.startswith("states/"))
+    if (record["stored_bytes"], record["stored_state_bytes"]) != (sum(sizes.values()), stored):
+        raise InputError("stored_bytes or stored_state_bytes is not the sum of the files' sizes")
+    if not _is_count(record["raw_state_bytes"]) or (record["raw_state_bytes"] and not stored):
+        raise InputError(f"raw_state_bytes is {record['raw_state_bytes']!r}, stored in {stored}")
 
 
 def check_version(found: Any, where: str) -> None:

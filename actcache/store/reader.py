@@ -55,7 +55,11 @@ def read_fingerprint(storage: Storage) -> dict[str, Any]:
 
 def committed_names(storage: Storage) -> list[str]:
     """Names of the segments that have a commit record, in order."""
-    names = (name for name in storage.names(layout.COMMITS) if name.endswith(".json") and not name.startswith("."))
+    try:
+        listed = storage.names(layout.COMMITS)
+    except NotADirectoryError as error:
+        raise CorruptStoreError(f"{storage}: {layout.COMMITS} is not a folder") from error
+    names = (name for name in listed if name.endswith(".json") and not name.startswith("."))
     return sorted(name.removesuffix(".json") for name in names)
 
 
@@ -68,8 +72,13 @@ def without_replaced(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The records that count, in the order of the store: those that no other one replaces.
 
     Raises:
-        CorruptStoreError: two that count claim to replace the same segment.
+        CorruptStoreError: two that count claim to replace the same segment, or segments replace each other.
     """
+    replaced_by = {record["segment"]: record["replaces"] for record in records}
+    for name, older in replaced_by.items():
+        # What a segment replaces, it holds whole: so it names all that those replaced, and never what replaces it.
+        if any(not set(replaced_by.get(other, ())) <= set(older) for other in older):
+            raise CorruptStoreError(f"segment {name!r} replaces one that replaces others than it does{shard.ADVICE}")
     replaced: dict[str, str] = {}
     for record in sorted(records, key=lambda record: -len(record["replaces"])):
         if record["segment"] in replaced:
@@ -82,6 +91,20 @@ def without_replaced(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             replaced[name] = record["segment"]
     live = [record for record in records if record["segment"] not in replaced]
     return sorted(live, key=lambda record: min([record["segment"], *record["replaces"]]))
+
+
+def check_schemas(records: Sequence[dict[str, Any]]) -> None:
+    """Raise CorruptStoreError where a column is of two types in two segments, whose tables then do not join."""
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for record in records:
+        for table in ("events", "excluded"):
+            for column, kind in record["schema"][table].items():
+                first, expected = seen.setdefault((table, column), (record["segment"], kind))
+                if kind != expected:
+                    raise CorruptStoreError(
+                        f"column {column!r} of {table} is {kind} in segment {record['segment']!r} and {expected} in "
+                        f"{first!r}{shard.ADVICE}"
+                    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +197,10 @@ class Segment:
                     columns[column] = layout.decode_text(data, offsets)
             else:
                 columns[column] = pa.array(self.read(path))
-        return pa.table(columns)
+        table = pa.table(columns)
+        with self._fitting(name):
+            layout.check_carried(table, name)
+        return table
 
     def open_array(self, array: str) -> shard.StoredArray:
         """One of the segment's arrays, its metadata checked against the commit record (errors as :meth:`read`)."""
@@ -436,6 +462,7 @@ class Store:
 
     def _table(self, name: str) -> pa.Table:
         columns = layout.EVENT_COLUMNS if name == "events" else layout.EXCLUDED_COLUMNS
+        check_schemas([segment.record for segment in self.segments])
         tables = [pa.table({column: layout.empty_column(kind) for column, kind in columns.items()})]
         names: list[str] = []
         for segment in self.segments:
@@ -444,7 +471,10 @@ class Store:
         whole = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         carried = [json.loads(text) for text in whole["carried"].to_pylist()]
         whole = whole.drop_columns(["carried"]).append_column(layout.SEGMENT_COLUMN, pa.array(names, pa.string()))
-        for key in dict.fromkeys(key for record in carried for key in record):
+        keys = dict.fromkeys(key for record in carried for key in record)
+        if len(keys) > layout.MAX_CARRIED_KEYS:
+            raise CorruptStoreError(f"the {name} tables carry more than {layout.MAX_CARRIED_KEYS} distinct keys")
+        for key in keys:
             if key in whole.column_names:
                 raise CorruptStoreError(f"the {name} table has a column and a carried key {key!r}")
             whole = whole.append_column(key, _natural([record.get(key) for record in carried]))

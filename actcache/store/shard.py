@@ -14,7 +14,8 @@ import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from typing import Any
 
 import google_crc32c
@@ -48,6 +49,27 @@ Spans = npt.NDArray[np.int64]
 def crc32c(data: bytes) -> int:
     """CRC-32C of bytes."""
     return int(google_crc32c.value(data))
+
+
+def canonical(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces: equal values, equal bytes. InputError for what is no JSON, as NaN."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not a JSON value: {error}") from error
+
+
+def encode_json(value: Any) -> bytes:
+    """JSON as every file of a store has it."""
+    return canonical(value) + b"\n"
+
+
+def decode_json(data: bytes) -> Any:
+    """JSON, or InputError: also for what Python's parser takes but cannot hold (nesting, numbers of many digits)."""
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {str(error)[:200]}") from error
 
 
 def metadata(
@@ -88,22 +110,34 @@ def data_file(n_dimensions: int) -> str:
     return "/".join(["c", *["0"] * n_dimensions])
 
 
+def coders() -> ThreadPoolExecutor:
+    """The threads on which chunks are encoded and decoded, as many as there are processors.
+
+    They stay: starting them anew for every read costs as much as a chunk or two, and the memory that each of them then
+    touches for the first time more than that. A forked child, which has none of its parent's, gets its own.
+    """
+    return _coders_of(os.getpid())
+
+
+@cache
+def _coders_of(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="actcache-coder")
+
+
 class EncodedArray:
     """An array ``[n]`` or ``[n, D]`` of one of ``DTYPES`` on its way to disk: first its parts, then its metadata.
 
-    Chunks are compressed on the pool's threads, never on the caller's: on the main thread Blosc would use threads of
-    its own, which lay blocks down as they finish, and equal arrays would not have equal bytes.
+    Chunks are compressed on the threads of :func:`coders`, never on the caller's: on the main thread Blosc would use
+    threads of its own, which lay blocks down as they finish, and equal arrays would not have equal bytes.
     """
 
-    def __init__(
-        self, array: npt.NDArray[Any], dimensions: Sequence[str], attributes: dict[str, Any], pool: Executor
-    ) -> None:
+    def __init__(self, array: npt.NDArray[Any], dimensions: Sequence[str], attributes: dict[str, Any]) -> None:
         self._array = np.ascontiguousarray(array)
         self._dimensions, self._attributes = dimensions, attributes
         row_bytes = array.itemsize * math.prod(array.shape[1:])
         self._chunk_rows = max(1, min(len(array), CHUNK_BYTES // row_bytes))
         self._checksums: list[int] = []
-        self._chunks = pool.map(self._encode_chunk, range(0, len(array), self._chunk_rows))
+        self._chunks = coders().map(self._encode_chunk, range(0, len(array), self._chunk_rows))
 
     def parts(self) -> Iterator[bytes]:
         """The bytes of the shard, in order, as they get ready; none where the array has no rows and so no shard."""
@@ -160,24 +194,29 @@ class StoredArray:
         self.where = where
         self.storage = storage
         try:
-            found = json.loads(encoded)
+            found = decode_json(encoded)
             self.shape = tuple(found["shape"])
             sharding = found["codecs"][0]["configuration"]
             self.chunk_rows: int = sharding["chunk_shape"][0]
             self._checksums: list[int] = found["attributes"][CHECKSUMS]
             self.dtype = np.dtype(DTYPES[DTYPES.index(found["data_type"])])
             n_chunks = -(-self.shape[0] // self.chunk_rows)
-            as_written = found == metadata(
+            as_written = metadata(
                 self.shape, found["data_type"], self.chunk_rows, found["dimension_names"], found["attributes"]
             )
+            # As bytes: a key that stands twice, or True for 1, would be another array to another reader.
+            is_as_written = encode_json(as_written) == encoded
         except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RecursionError, OverflowError) as error:
             raise CorruptStoreError(f"{where}: its metadata is not that of a stored array ({error!r})") from error
-        self._chunk_bytes = self.chunk_rows * math.prod(self.shape[1:]) * self.dtype.itemsize
+        # Numbers first: a width that is a text, times many rows, is a text of many bytes.
         counts = all(type(n) is int and n >= 0 for n in (*self.shape, self.chunk_rows, *self._checksums))
-        if not (
-            counts and as_written and n_chunks == len(self._checksums) and self._chunk_bytes <= blosc.MAX_BUFFERSIZE
-        ):
+        if not (counts and is_as_written and n_chunks == len(self._checksums)):
             raise CorruptStoreError(f"{where}: its metadata is not as this format writes it")
+        row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
+        self._chunk_bytes = self.chunk_rows * row_bytes
+        most_rows = max(1, min(self.shape[0], CHUNK_BYTES // max(1, row_bytes)))
+        if self.chunk_rows > most_rows or self._chunk_bytes > blosc.MAX_BUFFERSIZE:
+            raise CorruptStoreError(f"{where}: chunks of {self.chunk_rows} rows, {self._chunk_bytes} bytes")
         if (file_bytes is None) != (n_chunks == 0):
             raise CorruptStoreError(f"{where}: {n_chunks} chunks, committed with a data file of {file_bytes} bytes")
         self._file = f"{folder}/{data_file(len(self.shape))}"
@@ -232,6 +271,9 @@ class StoredArray:
         if at < 0 or len(tail) != n_bytes + _CRC_BYTES or crc32c(tail) != _CRC_OF_CHECKED:
             raise CorruptStoreError(f"{self.where}: the index of its chunks is damaged{ADVICE}")
         index = np.frombuffer(tail[:n_bytes], "<u8").reshape(-1, 2)
+        # No longer than Blosc makes them: so that their sum cannot wrap around, nor one claim a hole in the file.
+        if (index[:, 1] > self._chunk_bytes + _BLOSC_HEADER_BYTES + _CRC_BYTES).any():
+            raise CorruptStoreError(f"{self.where}: its chunks are longer than what they should hold{ADVICE}")
         ends = np.cumsum(index[:, 1], dtype=np.uint64)
         if (index[:, 0] != ends - index[:, 1]).any() or ends[-1] != at:
             raise CorruptStoreError(f"{self.where}: its chunks do not lie one after another{ADVICE}")
@@ -329,6 +371,9 @@ def read_spans(
         if len(tasks) < 2 or not (worthwhile or remote):
             for task in tasks:
                 task()
+            return
+        if not remote:
+            deque(coders().map(lambda task: task(), tasks), maxlen=0)
             return
         with ThreadPoolExecutor(min(len(tasks), storage.parallel_reads)) as pool:
             deque(pool.map(lambda task: task(), tasks), maxlen=0)

@@ -14,7 +14,6 @@ import os
 import secrets
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from actcache.errors import CorruptStoreError, InputError
-from actcache.files import fsync, fsync_tree, is_draft, make_folder, sole_creator, write_durably
+from actcache.files import fsync, is_draft, make_folder, sole_creator, write_durably
 
 if TYPE_CHECKING:
     import obstore.store
@@ -33,10 +32,7 @@ Publish = Callable[[bytes], None]
 Place: TypeAlias = "str | Path | Storage | obstore.store.ObjectStore"  # what names a store
 
 # JSON that a reader takes into memory before it can check it; a record names some hundred bytes a file.
-MAX_JSON_BYTES = 64 * 2**20
-
-_PUTS_AT_ONCE = 16
-_PENDING_BYTES = 256 * 2**20  # of puts that have not returned
+MAX_JSON_BYTES = 16 * 2**20
 
 
 class Storage(Protocol):
@@ -44,6 +40,9 @@ class Storage(Protocol):
 
     parallel_reads: int
     """How many reads are worth having under way at once."""
+
+    parallel_writes: int
+    """How many files are worth being made durable at once: a disk merges what waits for it, a net has far to go."""
 
     def read(self, key: str) -> bytes:
         """A whole file; CorruptStoreError if it is larger than ``MAX_JSON_BYTES``."""
@@ -85,7 +84,7 @@ class Storage(Protocol):
         """
 
     def new_folder(self, folder: str) -> AbstractContextManager[Write]:
-        """A context that yields ``write(path, parts) -> bytes written``; when it ends, all is durable."""
+        """A context that yields ``write(path, parts) -> bytes``, for any thread; when it ends, all is durable."""
 
     def folder_for(self, segment: str) -> str:
         """The name of the folder that a writer of this segment may fill."""
@@ -129,6 +128,7 @@ class LocalStorage:
     """A folder on a file system with POSIX rename and ``flock``."""
 
     parallel_reads = os.cpu_count() or 1
+    parallel_writes = 8
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -182,13 +182,24 @@ class LocalStorage:
         if top.exists():  # left by a writer that died
             shutil.rmtree(top)
 
-        def write(path: str, parts: Iterable[bytes]) -> int:
-            (top / path).parent.mkdir(parents=True, exist_ok=True)
-            with open(top / path, "wb") as stream:
-                return sum(stream.write(part) for part in parts)
+        folders: set[Path] = set()  # that are there
 
-        yield write
-        fsync_tree(top)
+        def write(path: str, parts: Iterable[bytes]) -> int:
+            file = top / path
+            if file.parent not in folders:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                folders.update(folder for folder in file.parents if folder.is_relative_to(top))
+            with open(file, "wb") as stream:
+                n_bytes = sum(stream.write(part) for part in parts)
+            durable.append(pool.submit(fsync, file))
+            return n_bytes
+
+        with ThreadPoolExecutor(self.parallel_writes) as pool:
+            durable: list[Future[None]] = []
+            yield write
+            durable += [pool.submit(fsync, folder) for folder in folders]
+            for done in durable:
+                done.result()
         fsync(top.parent)
 
     def folder_for(self, segment: str) -> str:
@@ -210,8 +221,10 @@ class LocalStorage:
         try:
             # Without waiting: a pipe in a file's place would keep a reader for ever.
             handle = os.open(self.root / key, os.O_RDONLY | os.O_NONBLOCK)
-        except NotADirectoryError as error:
-            raise FileNotFoundError(error.errno, os.strerror(errno.ENOENT), str(self.root / key)) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
+                raise
+            raise FileNotFoundError(errno.ENOENT, "not an ordinary file", str(self.root / key)) from error
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise FileNotFoundError(errno.ENOENT, "not an ordinary file", str(self.root / key))
@@ -224,6 +237,7 @@ class ObjectStorage:
     """A prefix of an object store that can create an object only if it is not there (S3, Google, Azure...)."""
 
     parallel_reads = 16
+    parallel_writes = 16
 
     def __init__(self, objects: obstore.store.ObjectStore, where: str) -> None:
         self.objects = objects
@@ -316,36 +330,20 @@ class ObjectStorage:
     def new_folder(self, folder: str) -> Iterator[Write]:
         import obstore
 
-        puts: list[Future[None]] = []
-        room = threading.Semaphore(_PENDING_BYTES // 2**20)
+        def put(path: str, data: bytes) -> None:
+            with _as_oserror(path):
+                obstore.put(self.objects, f"{folder}/{path}", data)
 
-        def put(path: str, data: bytes, taken: int) -> None:
-            try:
-                with _as_oserror(path):
-                    obstore.put(self.objects, f"{folder}/{path}", data)
-            finally:
-                room.release(taken)
+        def write(path: str, parts: Iterable[bytes]) -> int:
+            data = b"".join(parts)
+            durable.append(pool.submit(put, path, data))
+            return len(data)
 
-        with ThreadPoolExecutor(_PUTS_AT_ONCE) as pool:
-
-            def write(path: str, parts: Iterable[bytes]) -> int:
-                data = b"".join(parts)
-                taken = min(-(-len(data) // 2**20) or 1, _PENDING_BYTES // 2**20)
-                for _ in range(taken):
-                    room.acquire()
-                for done in [future for future in puts if future.done()]:
-                    done.result()
-                    puts.remove(done)
-                puts.append(pool.submit(put, path, data, taken))
-                return len(data)
-
-            try:
-                yield write
-                for future in puts:
-                    future.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
+        with ThreadPoolExecutor(self.parallel_writes) as pool:
+            durable: list[Future[None]] = []
+            yield write
+            for done in durable:
+                done.result()
 
     def folder_for(self, segment: str) -> str:
         return f"{segment}.{secrets.token_hex(6)}"

@@ -10,6 +10,7 @@ from actcache.errors import CorruptStoreError
 from actcache.store import layout, shard
 from actcache.store.reader import (
     Segment,
+    check_schemas,
     committed_names,
     read_fingerprint,
     read_record,
@@ -60,15 +61,21 @@ def verify(place: Place) -> list[Problem]:
     digest = layout.fingerprint_digest(fingerprint)
     problems: list[Problem] = []
     records = []
-    for name in committed_names(storage):
+    try:
+        names = committed_names(storage)
+    except CorruptStoreError as error:
+        return [Problem(layout.COMMITS, layout.COMMITS, str(error), "the folder of the commit records", RECAPTURE)]
+    for name in names:
         try:
             records.append(read_record(storage, name, digest))
         except CorruptStoreError as error:
             problems.append(_record_problem(name, str(error)))
         except FileNotFoundError:
-            continue  # replaced meanwhile by a compaction
+            if name in committed_names(storage):  # else replaced meanwhile by a compaction
+                problems.append(_record_problem(name, "not an ordinary file"))
     try:
         records = without_replaced(records)
+        check_schemas(records)
     except CorruptStoreError as error:
         problems.append(Problem(layout.COMMITS, layout.COMMITS, str(error), "one record a segment", RECAPTURE))
     for record in records:

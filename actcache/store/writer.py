@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePosixPath
 from typing import Any
+
+import numpy.typing as npt
 
 from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
 from actcache.store import layout, shard
@@ -21,6 +24,8 @@ from actcache.store.reader import committed_names, read_fingerprint, read_record
 from actcache.store.storage import Place, Storage, open_storage
 
 Files = dict[str, tuple[int, int | None]]
+
+_ARRAYS_AT_ONCE = 4  # many are small, and then it is opening and closing files that takes the time
 
 
 class StoreWriter:
@@ -54,6 +59,7 @@ class StoreWriter:
             self._create()
         _check_same(self.fingerprint, read_fingerprint(self.storage))
         self._digest = layout.fingerprint_digest(self.fingerprint)
+        self._encoding = threading.Lock()
         self._replaced: dict[str, list[str]] = {}  # what each record seen so far replaces: records never change
 
     @property
@@ -109,7 +115,7 @@ class StoreWriter:
                 "schema": {"events": layout.schema_of(segment.events), "excluded": layout.schema_of(segment.excluded)},
             }
             try:
-                files = _write_files(self.storage, f"{layout.SEGMENTS}/{folder}", segment)
+                files = _write_files(self.storage, f"{layout.SEGMENTS}/{folder}", segment, self._encoding)
                 publish(layout.encode_record(record | _describe_files(files, segment)))
             except FileExistsError as error:
                 self.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")
@@ -160,30 +166,35 @@ class StoreWriter:
                 raise InputError(f"{what}: {rows.dtype} {tuple(rows.shape)}, expected {dtype} {(n, width)}")
 
 
-def _write_files(storage: Storage, folder: str, segment: SegmentData) -> Files:
-    """Write every file of a segment, durably.
+def _write_files(storage: Storage, folder: str, segment: SegmentData, encoding: threading.Lock) -> Files:
+    """Write every file of a segment, durably; holds ``encoding`` while it uses the processor, not while it waits.
 
     Returns:
         by path, the size of each file and the CRC-32C of metadata. Shards have none: their arrays' metadata has that of
         every chunk, and the CRC-32C of bytes that end in their own CRC-32C is the same whatever the bytes are.
     """
+    # The largest first: the small ones, which cost opening and closing files, fill the gaps beside it.
+    arrays = sorted(layout.arrays_of(segment), key=lambda array: -array[1].nbytes)
+    groups = sorted({parent for path, _, _ in arrays for parent in PurePosixPath(path).parents})
     files: Files = {}
-    groups = {PurePosixPath(".")}
-    with ThreadPoolExecutor() as pool, storage.new_folder(folder) as write:
+    with storage.new_folder(folder) as write:
 
-        def write_metadata(path: PurePosixPath, content: bytes) -> None:
+        def write_metadata(path: PurePosixPath, content: bytes) -> Files:
             file = str(path / layout.ROOT)
-            files[file] = (write(file, [content]), shard.crc32c(content))
+            return {file: (write(file, [content]), shard.crc32c(content))}
 
-        for path, array, attributes in layout.arrays_of(segment):
-            encoded = shard.EncodedArray(array, layout.dimension_names(path), attributes, pool)
-            if len(array):
-                file = f"{path}/{shard.data_file(array.ndim)}"
-                files[file] = (write(file, encoded.parts()), None)
-            write_metadata(PurePosixPath(path), layout.encode_json(encoded.metadata()))
-            groups.update(PurePosixPath(path).parents)
-        for group in sorted(groups):
-            write_metadata(group, layout.encode_group({}))
+        def write_array(given: tuple[str, npt.NDArray[Any], dict[str, Any]]) -> Files:
+            path, array, attributes = given
+            encoded = shard.EncodedArray(array, layout.dimension_names(path), attributes)
+            file = f"{path}/{shard.data_file(array.ndim)}"
+            files: Files = {file: (write(file, encoded.parts()), None)} if len(array) else {}
+            return files | write_metadata(PurePosixPath(path), layout.encode_json(encoded.metadata()))
+
+        with encoding, ThreadPoolExecutor(_ARRAYS_AT_ONCE) as pool:
+            for written in pool.map(write_array, arrays):
+                files |= written
+        for group in groups:
+            files |= write_metadata(group, layout.encode_group({}))
     return files
 
 

@@ -1,0 +1,414 @@
+"""Feeding other analyses: a store's rows as shuffled batches, aligned across checkpoints and boundaries.
+
+For trainers of SAEs, crosscoders and probes. Knows stores; knows no models and no trainer.
+
+**The shuffle.** An epoch has an order of all chosen rows, through all segments, that depends on (seed, epoch) alone.
+Ranks and their workers take parts of it and cut those into *rounds* of as many rows as memory holds. A round is read in
+storage order, each chunk decoded once, and its rows are handed out in uniformly random order. What decides the quality
+is which rows meet in a round:
+
+- ``blocks`` (the default): the order permutes *blocks*, the chosen rows of one stored chunk (256 KiB an array), or
+  of less where a round would hold fewer than 64 of them. So an epoch decodes each chunk once, those at a round's edges
+  twice. Any two rows of the store can meet in a batch. What is left of the stored order: a block's rows, neighbours in
+  a text, all come within one round, so a batch of B rows holds about ``B * block_rows / pool_rows`` of one block, at
+  most B / 64, which is more than in a uniform permutation.
+- ``rows``: the order permutes rows: exactly a uniform permutation of them all. Without a second copy of the store on
+  disk this has a price: every round takes rows of nearly every chunk, so an epoch decodes each chunk up to
+  ``min(n_rounds, rows of a chunk)`` times.
+
+Where all rows fit into one round, both are the uniform permutation, at the same cost. Memory beside the pool: 8 bytes a
+row (``rows``; 16 while it is made) or a block (``blocks``), and 8 a chosen row where not all are chosen.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from actcache.errors import IncompatibleError, InputError
+from actcache.rows import Ints, Positions, RowPlaces, StoreRows
+from actcache.store import Segment, Store, layout
+
+SHUFFLES = ("blocks", "rows", "none")
+_ROUND_BLOCKS = 64  # at least: with few, a batch would be little else than some neighbourhoods of the store
+
+
+class RowBatch(NamedTuple):
+    """Rows of all checkpoints and boundaries asked for.
+
+    Attributes:
+        states: ``[B, K, n_boundaries, D]`` in the captured dtype, on the CPU, bit for bit, the caller's own.
+        rows: ``[B]`` int64, which rows they are; :meth:`RowFeed.locate` says where those lie.
+    """
+
+    states: torch.Tensor
+    rows: torch.Tensor
+
+
+class RowFeed(IterableDataset[RowBatch]):
+    """Every chosen row of a store once an epoch, in batches, in an order that (seed, epoch, workers) decide.
+
+    Iterate over it, over :meth:`batches` (which starts worker processes), or give it to a ``DataLoader`` with
+    ``batch_size=None`` and any number of workers, forked or spawned. Each process opens the store for itself and has a
+    pool of its own. Segments committed after the feed was made are not part of it.
+
+    Attributes:
+        labels: the K checkpoints, in the order of the batch's axis.
+        boundaries: likewise.
+        chosen: the rows; ``chosen.n_rows`` is N, ``chosen.segments`` the segments' names.
+        row_bytes: of one row of a batch, all checkpoints and boundaries.
+        pool_rows: rows that one process holds at most.
+        block_rows: stored rows that a block spans.
+    """
+
+    def __init__(
+        self,
+        store: Store | str | Path,
+        *,
+        labels: Sequence[str] | None = None,
+        boundaries: Sequence[int] | None = None,
+        positions: Positions = "all",
+        batch_rows: int = 4096,
+        shuffle: bool | str = True,
+        seed: int = 0,
+        epoch: int = 0,
+        memory_bytes: int = 1 << 30,
+        drop_last: bool = False,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        """Choose rows; reads no states.
+
+        Args:
+            store: an open store or its path.
+            labels: of the checkpoints; None takes all, in lineup order.
+            boundaries: None takes all.
+            positions: which rows: ``all``, ``event``, a list or a function, as :class:`StoreRows` takes them.
+            batch_rows: B; one batch of each rank may have fewer.
+            shuffle: ``blocks`` (or True), ``rows``, or ``none`` (or False); see the module.
+            seed: of the order.
+            epoch: the first one; see :meth:`set_epoch`.
+            memory_bytes: of the pool of each process. One batch and some MB of compressed chunks come on top.
+            drop_last: leave out an incomplete batch, and what some ranks would have more batches than others for.
+            rank: which of ``world`` disjoint parts of each epoch's order, equal but for one row, to feed.
+            world: parts in all, one a process of a distributed job.
+
+        Raises:
+            InputError: a label, boundary or option that cannot be, nothing chosen, or memory for less than a batch.
+            CorruptStoreError: stored offsets, events or token ids are not those committed.
+        """
+        self.shuffle = ("none", "blocks")[shuffle] if isinstance(shuffle, bool) else shuffle
+        if self.shuffle not in SHUFFLES:
+            raise InputError(f"shuffle is {shuffle!r}, expected one of {', '.join(SHUFFLES)}, or a bool")
+        if batch_rows < 1 or min(seed, epoch) < 0 or not 0 <= rank < world:
+            raise InputError(
+                f"batch_rows {batch_rows}, seed {seed}, epoch {epoch}, rank {rank}, world {world}: expected at least "
+                f"one row a batch, nothing negative, and a rank below world"
+            )
+        self.batch_rows, self.seed, self.drop_last, self.rank, self.world = batch_rows, seed, drop_last, rank, world
+        self.chosen = StoreRows(store, positions)
+        opened = self.chosen.store
+        self.labels = _known("checkpoint", opened.checkpoints, labels)
+        self.boundaries = _known("boundary", opened.boundaries, boundaries)
+        self.dtype = opened.dtype
+        self._row_shape = (len(self.labels), len(self.boundaries), opened.width)
+        self.row_bytes = int(np.prod(self._row_shape)) * self.dtype.itemsize
+        needed = min(batch_rows, self.chosen.n_rows) * self.row_bytes
+        if memory_bytes < needed:
+            raise InputError(f"memory_bytes is {memory_bytes}; one batch of {batch_rows} rows needs {needed}")
+        # Where nothing is shuffled a batch is a round: so any number of workers keep the stored order.
+        self._round_batches = 1 if self.shuffle == "none" else max(1, memory_bytes // self.row_bytes // batch_rows)
+        self.pool_rows = min(self._round_batches * batch_rows, self.chosen.n_rows)
+        self.block_rows = min(self.chosen.chunk_rows, max(1, self.pool_rows // _ROUND_BLOCKS))
+        self._cuts = self.chosen.cut(self.block_rows)
+        # In shared memory, so that workers that live through several epochs see it change.
+        self._epoch = torch.tensor(epoch).share_memory_()
+        # Everything that an epoch's batches depend on, as plain values.
+        names = ("labels", "boundaries", "shuffle", "seed", "batch_rows", "drop_last", "rank", "world", "pool_rows")
+        self._identity = {"store": layout.fingerprint_digest(opened.fingerprint), "rows": self.chosen.digest()}
+        self._identity |= {name: getattr(self, name) for name in names}
+        self._order: tuple[int, Ints, Ints] | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._at = _position(epoch)
+
+    def __len__(self) -> int:
+        """Batches of an epoch on this rank, whatever the number of workers."""
+        if self.drop_last:
+            return self.chosen.n_rows // self.world // self.batch_rows
+        start, stop = self._share()
+        return -(-(stop - start) // self.batch_rows)
+
+    def locate(self, rows: torch.Tensor | npt.ArrayLike) -> RowPlaces:
+        """Segment, sequence, position and token of a batch's rows (InputError: the store has no such row)."""
+        return self.chosen.locate(rows)
+
+    # ---- epochs and state ----
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that the next iteration feeds."""
+        return int(self._epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and so the order, of the next iteration; another than the present one starts at its start.
+
+        Workers see it too, those that outlive an epoch included. Without it every iteration gives the same order.
+        """
+        if epoch < 0:
+            raise InputError(f"epoch {epoch} is negative")
+        if epoch != self.epoch:
+            self._epoch.fill_(epoch)
+            self._loaded, self._at = None, _position(epoch)
+
+    def state_dict(self, *, batches: int | None = None, workers: int = 0) -> dict[str, Any]:
+        """What :meth:`load_state_dict` needs to go on after the last batch handed out: a few plain values.
+
+        Right by itself after iterating over the feed or over :meth:`batches`, and in each worker of torchdata's
+        ``StatefulDataLoader``, which asks it there. A plain ``DataLoader`` with workers tells the feed nothing: then
+        give the ``batches`` that were consumed of this epoch, and its number of ``workers``.
+        """
+        at = self._at if batches is None else _position(self.epoch, batches, max(1, workers))
+        return {**at, "feed": dict(self._identity)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make the next iteration give exactly the batches that were left, bit for bit; reads one round at most again.
+
+        That iteration must have as many workers as the one that was left (none counts as one), or it raises InputError.
+        The workers of a plain ``DataLoader`` begin there in every iteration until :meth:`set_epoch` says another epoch.
+
+        Raises:
+            IncompatibleError: the state is that of a feed of other rows or options; names the first field.
+        """
+        for field, value in self._identity.items():
+            if state["feed"].get(field) != value:
+                raise IncompatibleError(
+                    f"this feed's {field} is {value!r}, that of the state {state['feed'].get(field)!r}", field=field
+                )
+        self._at = _position(*(state[name] for name in _position(0)))
+        self._loaded = dict(self._at)
+        self._epoch.fill_(state["epoch"])
+
+    # ---- batches ----
+
+    def batches(self, workers: int = 0, **options: Any) -> Iterator[RowBatch]:
+        """The epoch's batches, read ahead by ``workers`` processes; :meth:`state_dict` counts what is handed out.
+
+        Args:
+            workers: 0 reads in this process, when a batch is asked for.
+            options: of ``torch.utils.data.DataLoader``, such as ``prefetch_factor`` or ``multiprocessing_context``.
+        """
+        if not workers:
+            yield from self
+            return
+        if not self.chosen.is_local:  # an object store's client does not live through a fork
+            options = {"multiprocessing_context": "spawn"} | options
+        first = self._loaded["next"] if self._loaded else 0
+        loader = iter(DataLoader(self, batch_size=None, num_workers=workers, **options))
+        self._loaded = None  # the workers have it
+        self._at = _position(self.epoch, first, workers)
+        for number, batch in enumerate(loader, first + 1):
+            self._at["next"] = number
+            yield batch
+
+    def __iter__(self) -> Iterator[RowBatch]:
+        """This process's share of the epoch's batches: of w workers, batch t comes from worker ``t % w``.
+
+        Raises:
+            InputError: a loaded state is that of other workers.
+            CorruptStoreError: stored bytes are not those committed; no row is ever left out for it.
+        """
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        number, self._loaded, loaded = worker, None, self._loaded
+        if loaded:
+            if loaded["workers"] != workers or loaded["worker"] not in (None, worker):
+                raise InputError(f"the state is that of {loaded['workers']} workers; there are {workers}")
+            # A worker's state says which batch is its next one; the consumer's which is next of all, worker 0's.
+            number = loaded["next"] + (worker if loaded["worker"] is None else 0)
+        self._at = _position(self.epoch, number, workers, worker if info else None)
+        return self._run(self._at)
+
+    def _run(self, at: dict[str, Any]) -> Iterator[RowBatch]:
+        epoch, workers = at["epoch"], at["workers"]
+        index, share = divmod(at["next"], workers)
+        sizes = [len(range(worker, len(self), workers)) for worker in range(workers)]
+        first, stop = self._share()
+        n_rounds = -(-sizes[share] // self._round_batches)
+        ends = [sizes[share] * (number + 1) // n_rounds for number in range(n_rounds)]
+        pool: npt.NDArray[Any] | None = None
+        for start, end in zip([0, *ends], ends, strict=False):
+            if end <= index:
+                continue
+            before = start * workers + share if self.shuffle == "none" else sum(sizes[:share]) + start
+            lo = first + before * self.batch_rows
+            hi = min(stop, lo + (end - start) * self.batch_rows)
+            rows = self._rows(epoch, lo, hi)
+            if pool is None:  # as large as any round: memory that is not written to costs nothing
+                dtype = layout.stored_dtype(str(self.dtype).removeprefix("torch."))
+                pool = np.empty((*self._row_shape[:2], self.pool_rows, self._row_shape[2]), dtype)
+            self._fill(pool, rows)
+            order = np.arange(hi - lo) if self.shuffle == "none" else self._permutation(hi - lo, epoch, 2, lo)
+            for batch in range(max(start, index), end):
+                picked = order[(batch - start) * self.batch_rows : (batch + 1 - start) * self.batch_rows]
+                states = self._take(pool, picked)
+                at["next"] += workers
+                yield RowBatch(states, torch.from_numpy(rows[picked]))
+
+    def _fill(self, pool: npt.NDArray[Any], rows: Ints) -> None:
+        """Read rows, given in storage order, into the first of the pool's: each chunk once, straight to its place."""
+        segments, firsts = self.chosen.open_segments(), self.chosen.firsts
+        requests: list[tuple[Segment, str, Ints, Ints, npt.NDArray[Any]]] = []
+        for number, lo, hi in _runs(np.searchsorted(firsts, rows, side="right") - 1):
+            local = rows[lo:hi] - firsts[number]
+            cuts = np.flatnonzero(np.diff(local) != 1) + 1
+            starts, lasts = np.append(0, cuts), np.append(cuts, len(local)) - 1
+            spans = np.stack([local[starts], local[lasts] + 1], axis=1)
+            for (k, label), (j, boundary) in itertools.product(enumerate(self.labels), enumerate(self.boundaries)):
+                array = layout.state_path(label, boundary)
+                requests.append((segments[number], array, spans, lo + starts, pool[k, j]))
+        # Of a disk, worker processes take in full what it gives; a network's answers are worth waiting for at once.
+        alone = self.chosen.is_local and get_worker_info() is not None
+        with ThreadPoolExecutor(1 if alone else self.chosen.storage.parallel_reads) as threads:
+            tasks = itertools.chain.from_iterable(threads.map(_tasks, requests))
+            deque(threads.map(lambda task: task(), tasks), maxlen=0)
+
+    def _take(self, pool: npt.NDArray[Any], picked: Ints) -> torch.Tensor:
+        """Rows of the pool ``[K, n_boundaries, P, D]`` as a batch's states, in one copy."""
+        n_states, n_rows, width = pool.shape[0] * pool.shape[1], *pool.shape[2:]
+        places = picked[:, None] + np.arange(n_states) * n_rows
+        states = pool.reshape(-1, width).take(places, axis=0)
+        return layout.to_torch(states.reshape(len(picked), *self._row_shape), self.dtype)
+
+    # ---- order ----
+
+    def _share(self) -> tuple[int, int]:
+        """This rank's part of an epoch's order."""
+        return self.chosen.n_rows * self.rank // self.world, self.chosen.n_rows * (self.rank + 1) // self.world
+
+    def _permutation(self, n: int, *key: int) -> Ints:
+        # A generator's methods may change between versions of NumPy; its raw stream may not, and nor may an epoch.
+        return np.argsort(np.random.PCG64([self.seed, *key]).random_raw(n), kind="stable")
+
+    def _rows(self, epoch: int, start: int, stop: int) -> Ints:
+        """The rows at ``start:stop`` of an epoch's order, in storage order."""
+        cuts, chosen = self._cuts, self.chosen.chosen
+        if self.shuffle == "none":
+            wanted = np.arange(start, stop)
+        else:
+            if self._order is None or self._order[0] != epoch:
+                order = self._permutation(self.chosen.n_rows if self.shuffle == "rows" else len(cuts) - 1, epoch, 1)
+                self._order = epoch, order, np.cumsum(np.diff(cuts)[order]) if self.shuffle == "blocks" else order[:0]
+            _, order, ends = self._order
+            if self.shuffle == "rows":
+                wanted = np.sort(order[start:stop])
+            else:
+                a, b = np.searchsorted(ends, [start, stop - 1], side="right")
+                firsts, lasts = cuts[order[a : b + 1]], cuts[order[a : b + 1] + 1]
+                firsts[0] = lasts[0] - (ends[a] - start)  # of the blocks at the edges, the rounds beside have the rest
+                lasts[-1] -= ends[b] - stop
+                wanted = np.sort(np.concatenate([np.arange(*span) for span in zip(firsts, lasts, strict=True)]))
+        return wanted if chosen is None else chosen[wanted]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_order": None}
+
+
+class ActivationBuffer(Iterator[torch.Tensor]):
+    """An endless iterator over a feed's states, one epoch after another, as SAE and crosscoder trainers draw from.
+
+    It can be the ``data_provider`` of SAELens's ``SAETrainer`` and the ``data`` of dictionary_learning's ``trainSAE``.
+    Give the feed ``drop_last=True`` where every batch must have the same size.
+
+    Yields:
+        ``[B, K, n_boundaries, D]`` without the axes of one checkpoint or one boundary: ``[B, D]`` for an SAE,
+        ``[B, K, D]`` for a crosscoder; with ``flatten``, always ``[B, K * n_boundaries * D]``.
+    """
+
+    def __init__(
+        self,
+        feed: RowFeed,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = torch.float32,
+        flatten: bool = False,
+        workers: int = 0,
+    ) -> None:
+        """Draw from ``feed``, beginning where it stands.
+
+        Args:
+            feed: whose epoch the buffer advances.
+            device: where tensors are wanted.
+            dtype: None keeps the captured one.
+            flatten: one axis for checkpoints, boundaries and width.
+            workers: processes that read ahead.
+
+        Raises:
+            InputError: an epoch of the feed has no batch.
+        """
+        if not len(feed):
+            raise InputError(f"no batch in an epoch: {feed.chosen.n_rows} rows, {feed.batch_rows} a batch, drop_last")
+        self.feed, self.device, self.dtype, self.flatten, self.workers = feed, device, dtype, flatten, workers
+        self._batches = feed.batches(workers)
+
+    def __next__(self) -> torch.Tensor:
+        batch = next(self._batches, None)
+        while batch is None:
+            self.feed.set_epoch(self.feed.epoch + 1)
+            self._batches = self.feed.batches(self.workers)
+            batch = next(self._batches, None)
+        states = batch.states.to(self.device)
+        if self.dtype is not None:
+            states = states.to(self.dtype)
+        axes = [n for n in states.shape[1:3] if n > 1]
+        return states.flatten(1) if self.flatten else states.reshape(len(states), *axes, states.shape[3])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As :meth:`RowFeed.state_dict`."""
+        return self.feed.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As :meth:`RowFeed.load_state_dict`, with as many workers as before."""
+        self.feed.load_state_dict(state)
+        self._batches = self.feed.batches(self.workers)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the rows are, as plain values; dictionary_learning saves it beside the weights that it trains."""
+        return {"activations": "actcache", **self.feed.state_dict()["feed"]}
+
+
+def _position(epoch: int, following: int = 0, workers: int = 1, worker: int | None = None) -> dict[str, Any]:
+    """Where an iteration stands: which batch of the epoch is next, and of which workers."""
+    return {"epoch": epoch, "next": following, "workers": workers, "worker": worker}
+
+
+def _known(what: str, known: list[Any], asked: Sequence[Any] | None) -> list[Any]:
+    given = known if asked is None else list(asked)
+    for one in given:
+        if one not in known:
+            raise InputError(f"{what} {one!r} is not in the store; it has {', '.join(map(str, known))}")
+    if not given:
+        raise InputError(f"no {what} is chosen; the store has {', '.join(map(str, known)) or 'none'}")
+    return given
+
+
+def _tasks(request: tuple[Segment, str, Ints, Ints, npt.NDArray[Any]]) -> list[Callable[[], None]]:
+    """The work of reading spans of an array to where they belong."""
+    segment, array, spans, at, out = request
+    return list(segment.open_array(array).tasks(spans, at, out))
+
+
+def _runs(numbers: Ints) -> Iterator[tuple[int, int, int]]:
+    """Each run of equal numbers: the number, and where the run starts and stops."""
+    cuts = np.flatnonzero(np.diff(numbers)) + 1
+    for start, stop in itertools.pairwise([0, *cuts.tolist(), len(numbers)]):
+        yield int(numbers[start]), start, stop

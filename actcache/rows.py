@@ -1,0 +1,180 @@
+"""Which rows of a store, and where they lie: numbers through all segments, and back to sequence, position and token.
+
+A *row* here is one stored position with the states of all checkpoints and boundaries there; rows are numbered from 0
+through the segments in their order. Knows stores; reads no states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from actcache.errors import InputError
+from actcache.store import Segment, Store, open_store
+from actcache.store.storage import LocalStorage
+
+Ints = npt.NDArray[np.int64]
+
+_CHUNK_BYTES = 256 * 1024  # of one array, before compression: FORMAT.md
+
+
+class RowPlaces(NamedTuple):
+    """Where rows come from, each ``[n]`` int64: the number of the segment, the sequence in it, position and token."""
+
+    segment: Ints
+    sequence: Ints
+    position: Ints
+    token_id: Ints
+
+
+Positions = str | Sequence[int] | Callable[[RowPlaces], npt.NDArray[np.bool_]]
+
+
+class StoreRows:
+    """The chosen rows of the segments that a store has now; segments committed later are not part of it.
+
+    It may be pickled or forked: each process opens the store for itself.
+
+    Attributes:
+        storage: where the store lies.
+        segments: names of the segments.
+        firsts: ``[segments + 1]`` int64, the number of each segment's first row.
+        chosen: the numbers of the chosen rows, in order; None for all.
+        chunk_rows: rows of one stored chunk.
+        n_rows: N, the rows chosen.
+    """
+
+    def __init__(self, store: Store | str | Path, positions: Positions) -> None:
+        """Choose rows.
+
+        Args:
+            store: an open store or its path.
+            positions: ``all`` stored rows; ``event``, the rows at an event's position, each once however many events
+                share it; the positions wanted in every sequence, negative ones from its end; or a function of
+                :class:`RowPlaces` (called once a segment, here) that says with a boolean each which rows it wants.
+
+        Raises:
+            InputError: no store, positions that are none of these, or nothing chosen.
+            CorruptStoreError: stored offsets, events or token ids are not those committed.
+        """
+        self._store: Store | None = store if isinstance(store, Store) else open_store(store)
+        self._pid = os.getpid()
+        self.storage = self._store.storage
+        self.segments = tuple(segment.name for segment in self._store.segments)
+        self.firsts = np.cumsum([0, *(segment.n_rows for segment in self._store.segments)], dtype=np.int64)
+        self.chunk_rows = max(1, _CHUNK_BYTES // (self._store.width * self._store.dtype.itemsize))
+        self.chosen = self._choose(positions)
+        self.n_rows = int(self.firsts[-1]) if self.chosen is None else len(self.chosen)
+        if not self.n_rows:
+            raise InputError(
+                f"no row of {self.storage} is chosen; it has {self.firsts[-1]}, positions are {positions!r}"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the store lies on a file system."""
+        return isinstance(self.storage, LocalStorage)
+
+    @property
+    def store(self) -> Store:
+        """The store, opened by this process."""
+        if self._store is None or self._pid != os.getpid():
+            self._store, self._pid = open_store(self.storage), os.getpid()
+        return self._store
+
+    def open_segments(self) -> list[Segment]:
+        """The segments, opened by this process (InputError: one is no longer in the store)."""
+        of_name = {segment.name: segment for segment in self.store.segments}
+        gone = [name for name in self.segments if name not in of_name]
+        if gone:
+            raise InputError(f"segment {gone[0]} is no longer in {self.storage}; choose rows again")
+        return [of_name[name] for name in self.segments]
+
+    def locate(self, rows: torch.Tensor | npt.ArrayLike) -> RowPlaces:
+        """Segment, sequence, position and token of rows, in the order given (InputError: the store has no such row)."""
+        given = np.asarray(rows, np.int64).reshape(-1)
+        wrong = given[(given < 0) | (given >= self.firsts[-1])]
+        if len(wrong):
+            raise InputError(f"row {wrong[0]} is not in the store; it has {self.firsts[-1]}, counted from 0")
+        owner = np.searchsorted(self.firsts, given, side="right") - 1
+        places = RowPlaces(owner, *(np.empty_like(given) for _ in range(3)))
+        segments = self.open_segments()
+        for number in np.unique(owner).tolist():
+            here = owner == number
+            found = _places(segments[number], given[here] - self.firsts[number])
+            for column, values in zip(places[1:], found, strict=True):
+                column[here] = values
+        return places
+
+    def cut(self, block_rows: int) -> Ints:
+        """The chosen rows cut into blocks, each of those among ``block_rows`` stored ones that lie side by side.
+
+        Returns:
+            ``[n_blocks + 1]``, where each block begins among the chosen rows, and their number.
+        """
+        if self.chosen is None:
+            spans = itertools.pairwise(self.firsts.tolist())
+            return np.concatenate([*(np.arange(*span, block_rows) for span in spans), self.firsts[-1:]])
+        owner = np.searchsorted(self.firsts, self.chosen, side="right") - 1
+        block = (self.chosen - self.firsts[owner]) // block_rows
+        starts = np.flatnonzero((np.diff(owner, prepend=-1) != 0) | (np.diff(block, prepend=-1) != 0))
+        return np.append(starts, len(self.chosen))
+
+    def digest(self) -> str:
+        """SHA-256 of which rows these are."""
+        digest = hashlib.sha256(repr((self.segments, self.firsts.tolist())).encode())
+        digest.update(b"" if self.chosen is None else self.chosen.tobytes())
+        return digest.hexdigest()
+
+    def _choose(self, positions: Positions) -> Ints | None:
+        if isinstance(positions, str) and positions == "all":
+            return None
+        if isinstance(positions, str) and positions != "event":
+            raise InputError(f"positions is {positions!r}, expected 'all', 'event', a list of positions or a function")
+        chosen = [np.empty(0, np.int64)]
+        for number, segment in enumerate(self.open_segments()):
+            if isinstance(positions, str):
+                rows = np.arange(segment.n_rows) if _one_an_event(segment) else np.unique(segment.event_rows[:, 1] - 1)
+            else:
+                rows = np.flatnonzero(_wanted(positions, number, segment))
+            chosen.append(rows + self.firsts[number])
+        return np.concatenate(chosen)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_store": None}
+
+
+def _wanted(positions: Any, number: int, segment: Segment) -> npt.NDArray[np.bool_]:
+    """Which rows of a segment a list of positions, or a function, chooses."""
+    n = segment.n_rows
+    sequence, position, token_ids = _places(segment, np.arange(n))
+    if callable(positions):
+        wanted = np.asarray(positions(RowPlaces(np.full(n, number), sequence, position, token_ids)))
+        if wanted.shape != (n,) or wanted.dtype != bool:
+            raise InputError(f"positions(...) gave {wanted.dtype} {wanted.shape}, expected bool {(n,)}")
+        return wanted
+    listed = np.asarray(positions).reshape(-1)
+    if len(listed) and listed.dtype.kind not in "iu":  # a mask or fractions would become other positions than meant
+        raise InputError(f"positions are {listed.dtype}, expected integers")
+    return np.isin(position, listed) | np.isin(position - np.diff(segment.row_offsets)[sequence], listed)
+
+
+def _places(segment: Segment, local: Ints) -> tuple[Ints, Ints, Ints]:
+    """Sequence, position and token of rows of one segment, counted within it."""
+    token = segment.event_rows[local, 1] - 1 if _one_an_event(segment) else local
+    sequence = np.searchsorted(segment.row_offsets, token, side="right") - 1
+    first, stop = (int(token.min()), int(token.max()) + 1) if len(token) else (0, 0)
+    token_ids = segment.read("token_ids", first, stop)[token - first].astype(np.int64)
+    return sequence, token - segment.row_offsets[sequence], token_ids
+
+
+def _one_an_event(segment: Segment) -> bool:
+    return bool(segment.fingerprint["row_selection"] == "divergence")

@@ -1,0 +1,403 @@
+"""Writing and reading states: actcache beside TensorStore, zarrs and zarr-python with the same chunks and codec.
+
+    python benches/bench_store.py                   # --chunks: chunk sizes beside each other, --folder: on which disk
+
+All write the same states (normal in each coordinate, bfloat16, so that they compress about as real ones do) as Zarr v3
+arrays of the same shards, chunks, codec and checksums, one array a segment, and all make them durable: actcache as part
+of its commit, the others by an fsync of every file. All read the same spans, from the page cache: every event of a
+batch, picked at random through all segments, or each array whole. What is read is compared bit for bit first.
+
+    zarr-python    arr[lo:hi], an event at a time; the default pipeline
+    zarrs          the same through the zarrs pipeline
+    TensorStore    all writes, and all reads of a batch, at once, then their results
+    actcache       store.states(label, boundary, events)
+
+Ceilings of the same run: a copy in memory, and for writing also the disk's rate for one large file with fsync. The last
+line of stdout is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from measure import copy_rate, in_turn, median, print_result, timed
+
+from actcache.store import BackgroundWriter, SegmentData, Store, StoreWriter, layout, open_store, shard
+
+BOUNDARY = 5
+CHUNK_KIB = (64, 128, 256, 512, 1024)
+Words = npt.NDArray[np.uint16]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the bench; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="where to write (default: the system's temporary folder)")
+    parser.add_argument("--segments", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=16_384, help="of a segment")
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=256, help="events of a random read")
+    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--chunks", action="store_true", help="actcache alone, with chunks of several sizes")
+    parser.add_argument("--smoke", action="store_true", help="sizes of about a second")
+    args = parser.parse_args(argv)
+    if args.smoke:
+        args.segments, args.rows, args.width, args.batch, args.repeat = 2, 512, 64, 8, 1
+    with tempfile.TemporaryDirectory(dir=args.folder) as scratch:
+        data = Data(args)
+        compare = compare_chunks if args.chunks else compare_rivals
+        result = compare(Path(scratch), data, args)
+    sizes = {name: getattr(args, name) for name in ("segments", "rows", "width", "batch", "repeat")}
+    print_result("store_chunks" if args.chunks else "store", sizes | result)
+    return 0
+
+
+class Data:
+    """The states of every segment, the events over them, and the batches that are read."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        rng = np.random.default_rng(0)
+        self.words: list[Words] = []
+        self.lengths: list[list[int]] = []
+        for _ in range(args.segments):
+            rows = torch.from_numpy(rng.standard_normal((args.rows, args.width), dtype=np.float32)).bfloat16()
+            self.words.append(rows.view(torch.uint16).numpy())
+            lengths = rng.integers(20, 61, args.rows // 20)
+            lengths = lengths[: int(np.searchsorted(np.cumsum(lengths), args.rows - 60))]
+            self.lengths.append([*lengths.tolist(), args.rows - int(lengths.sum())])
+        # Event e of segment s reads rows lo:hi: its whole sequence.
+        self.spans = [
+            (s, int(lo), int(lo) + length)
+            for s, lengths in enumerate(self.lengths)
+            for lo, length in zip(np.cumsum([0, *lengths[:-1]]), lengths, strict=True)
+        ]
+        self.batches = [rng.permutation(len(self.spans))[: args.batch] for _ in range(args.repeat + 1)]
+        self.n_bytes = sum(words.nbytes for words in self.words)
+        self.batch_bytes = median([sum(self.span_bytes(e) for e in batch) for batch in self.batches])
+
+    def span_bytes(self, event: int) -> int:
+        """Bytes that an event reads."""
+        s, lo, hi = self.spans[event]
+        return (hi - lo) * self.words[s].shape[1] * 2
+
+    def batch(self, events: npt.NDArray[np.int64]) -> Words:
+        """What reading these events must give."""
+        return np.concatenate([self.words[s][lo:hi] for s, lo, hi in (self.spans[e] for e in events)])
+
+    def segment(self, s: int) -> SegmentData:
+        """Everything of one segment, as a capture would hand it over."""
+        lengths = self.lengths[s]
+        columns: dict[str, Any] = {
+            "event_id": [f"{s}-{i}" for i in range(len(lengths))],
+            "prompt_id": [f"{s}-{i}" for i in range(len(lengths))],
+            "kind": ["first_divergence"] * len(lengths),
+            "step": [0] * len(lengths),
+            "sequence": list(range(len(lengths))),
+            "position": [length - 1 for length in lengths],
+            "y_pt": [0] * len(lengths),
+            "y_it": [1] * len(lengths),
+            "carried": ["{}"] * len(lengths),
+        }
+        types = {name: layout.empty_column(kind).type for name, kind in layout.EVENT_COLUMNS.items()}
+        excluded = {name: layout.empty_column(kind) for name, kind in layout.EXCLUDED_COLUMNS.items()}
+        rows = torch.from_numpy(self.words[s]).view(torch.bfloat16)
+        return SegmentData(
+            token_ids=np.zeros(len(rows), np.int32),
+            sequence_offsets=np.cumsum([0, *lengths], dtype=np.int64),
+            states={("pt", BOUNDARY): rows},
+            final={"pt": rows[: len(lengths)]},
+            events=pa.table({name: pa.array(columns[name], kind) for name, kind in types.items()}),
+            excluded=pa.table(excluded),
+        )
+
+
+# ---- the four ------------------------------------------------------------------------------------------------------
+
+
+class Actcache:
+    """The store itself."""
+
+    def __init__(self, path: Path, data: Data) -> None:
+        self.path, self.data = path, data
+        self.segments = [data.segment(s) for s in range(len(data.words))]
+
+    def write(self) -> None:
+        """All segments, each durable."""
+        fingerprint = {
+            "checkpoints": {"pt": {}},
+            "dtype": "bfloat16",
+            "boundaries": [BOUNDARY],
+            "row_selection": "prefix",
+            "width": self.data.words[0].shape[1],
+        }
+        writer = StoreWriter(self.path, fingerprint)
+        with BackgroundWriter(writer) as background:  # as a capture does
+            for s, segment in enumerate(self.segments):
+                background.append(f"{s:04d}", segment)
+
+    def open(self) -> None:
+        """Before reading."""
+        self.store: Store = open_store(self.path)
+
+    def read_batch(self, events: npt.NDArray[np.int64]) -> Words:
+        """Rows of these events, one after another."""
+        return self.store.states("pt", BOUNDARY, events.tolist())[0].view(torch.uint16).numpy()
+
+    def read_all(self) -> list[Words]:
+        """Every segment's array, whole."""
+        array = layout.state_path("pt", BOUNDARY)
+        return [segment.read(array) for segment in self.store.segments]
+
+
+class _ZarrArrays:
+    """One Zarr array a segment, with the metadata of the store's own."""
+
+    def __init__(self, path: Path, data: Data, metadata: dict[str, Any]) -> None:
+        self.path, self.data, self.metadata = path, data, metadata
+
+    def folders(self) -> list[Path]:
+        return [self.path / f"{s:04d}" for s in range(len(self.data.words))]
+
+    def write(self) -> None:
+        """All arrays, and an fsync of every file."""
+        self.write_arrays()
+        for file in [path for path in self.path.rglob("*") if path.is_file()]:
+            handle = os.open(file, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+    def write_arrays(self) -> None:
+        """All arrays, durable or not."""
+        raise NotImplementedError
+
+
+class ZarrPython(_ZarrArrays):
+    """zarr-python, with its own pipeline or that of zarrs."""
+
+    pipeline = "zarr.core.codec_pipeline.BatchedCodecPipeline"
+
+    def _with_pipeline(self, run: Callable[[], Any]) -> Any:
+        import zarr
+
+        with zarr.config.set({"codec_pipeline.path": self.pipeline}):
+            return run()
+
+    def write_arrays(self) -> None:
+        """Create, and write with one assignment each."""
+        for folder, words in zip(self.folders(), self.data.words, strict=True):
+            self._with_pipeline(partial(self._write, folder, words))
+
+    def _write(self, folder: Path, words: Words) -> None:
+        import zarr
+        from zarr.codecs import BloscCodec, Crc32cCodec
+
+        blosc = BloscCodec(typesize=2, cname="lz4", clevel=5, shuffle="bitshuffle")
+        array = zarr.create_array(
+            folder,
+            shape=words.shape,
+            dtype=words.dtype,
+            chunks=tuple(self.metadata["codecs"][0]["configuration"]["chunk_shape"]),
+            shards=tuple(self.metadata["chunk_grid"]["configuration"]["chunk_shape"]),
+            compressors=[blosc, Crc32cCodec()],
+            fill_value=0,
+        )
+        array[:] = words
+
+    def open(self) -> None:
+        """Before reading."""
+        import zarr
+
+        self.arrays: list[Any] = self._with_pipeline(lambda: [zarr.open_array(f, mode="r") for f in self.folders()])
+
+    def read_batch(self, events: npt.NDArray[np.int64]) -> Words:
+        """Rows of these events, one after another."""
+        spans = [self.data.spans[e] for e in events]
+        return self._with_pipeline(lambda: np.concatenate([self.arrays[s][lo:hi] for s, lo, hi in spans]))
+
+    def read_all(self) -> list[Words]:
+        """Every array, whole."""
+        return self._with_pipeline(lambda: [array[:] for array in self.arrays])
+
+
+class Zarrs(ZarrPython):
+    """zarr-python's face, the pipeline in Rust."""
+
+    pipeline = "zarrs.ZarrsCodecPipeline"
+
+
+class TensorStore(_ZarrArrays):
+    """TensorStore's zarr3 driver."""
+
+    def _open(self, folder: Path, **options: Any) -> Any:
+        import tensorstore
+
+        return tensorstore.open(
+            {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder}/"}}, **options
+        ).result()
+
+    def write_arrays(self) -> None:
+        """Create all and write them at once."""
+        writes = [self._write(folder, words) for folder, words in zip(self.folders(), self.data.words, strict=True)]
+        for write in writes:
+            write.result()
+
+    def _write(self, folder: Path, words: Words) -> Any:
+        import tensorstore
+
+        kept = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": f"{folder}/"},
+            "metadata": {key: self.metadata[key] for key in kept},
+        }
+        return tensorstore.open(spec, create=True, delete_existing=True).result().write(words)
+
+    def open(self) -> None:
+        """Before reading; as many threads as the machine has, which is also its default."""
+        self.arrays = [self._open(folder, read=True) for folder in self.folders()]
+
+    def read_batch(self, events: npt.NDArray[np.int64]) -> Words:
+        """Rows of these events, one after another."""
+        spans = [self.data.spans[e] for e in events]
+        reads = [self.arrays[s][lo:hi].read() for s, lo, hi in spans]
+        return np.concatenate([read.result() for read in reads])
+
+    def read_all(self) -> list[Words]:
+        """Every array, whole."""
+        reads = [array.read() for array in self.arrays]
+        return [read.result() for read in reads]
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def compare_rivals(scratch: Path, data: Data, args: argparse.Namespace) -> dict[str, Any]:
+    """Rates of all that are installed, and the table."""
+    ours = Actcache(scratch / "actcache", data)
+    ours.write()
+    ours.open()
+    segment = ours.store.segments[0]
+    file = scratch / "actcache" / segment.folder / layout.state_path("pt", BOUNDARY) / layout.ROOT
+    metadata = layout.decode_json(file.read_bytes())
+    readers: dict[str, Any] = {"actcache": ours}
+    for name, kind, package in (
+        ("TensorStore", TensorStore, "tensorstore"),
+        ("zarrs", Zarrs, "zarrs"),
+        ("zarr-python", ZarrPython, "zarr"),
+    ):
+        try:
+            __import__(package)
+        except ModuleNotFoundError:
+            print(f"{name}: not installed (pip install 'actcache[bench]')", file=sys.stderr)
+            continue
+        readers[name] = kind(scratch / name, data, metadata)
+    for name, reader in readers.items():
+        remove(scratch / name)
+        reader.write()
+        reader.open()
+        check_equal(name, reader, data)
+    stored = {name: sum(f.stat().st_size for f in (scratch / name).rglob("*") if f.is_file()) for name in readers}
+    print(f"read back bit for bit by all; bytes stored: {stored}", file=sys.stderr)
+
+    rates: dict[str, dict[str, float]] = {name: {} for name in readers}
+    spreads: dict[str, dict[str, float]] = {name: {} for name in readers}
+    written = in_turn(
+        {name: reader.write for name, reader in readers.items()}, args.repeat, lambda name: remove(scratch / name)
+    )
+    for reader in readers.values():
+        reader.open()
+    whole = in_turn({name: reader.read_all for name, reader in readers.items()}, args.repeat)
+    random = in_turn({name: random_reads(reader, data) for name, reader in readers.items()}, args.repeat)
+    for what, seconds, n_bytes in (
+        ("write", written, data.n_bytes),
+        ("random", random, data.batch_bytes),
+        ("sequential", whole, data.n_bytes),
+    ):
+        for name, times in seconds.items():
+            rates[name][what] = n_bytes / median(times)
+            spreads[name][what] = (max(times) - min(times)) / median(times)
+    ceilings = {"copy": copy_rate(), "disk": disk_rate(scratch, data)}
+    print(f"\n{data.n_bytes / 2**20:.0f} MiB of bfloat16 states, {len(data.spans)} events; batches of {args.batch}\n")
+    print(f"{'GB/s':14}{'write':>10}{'random':>10}{'sequential':>12}    actcache is faster by")
+    for name, rate in rates.items():
+        ratios = [f"{rates['actcache'][what] / rate[what]:.2f}x" for what in rate] if name != "actcache" else []
+        speeds = f"{rate['write'] / 1e9:10.2f}{rate['random'] / 1e9:10.2f}{rate['sequential'] / 1e9:12.2f}"
+        print(f"{name:14}{speeds}    {'   '.join(ratios)}")
+    print(f"\nceilings: copy in memory {ceilings['copy'] / 1e9:.2f}, one file with fsync {ceilings['disk'] / 1e9:.2f}")
+    percent = {what: 100 * speed / ceilings["copy"] for what, speed in rates["actcache"].items()}
+    print("actcache, percent of the copy: " + ", ".join(f"{what} {value:.0f}" for what, value in percent.items()))
+    return {"bytes_per_s": rates, "spread": spreads, "ceilings": ceilings, "stored_bytes": stored}
+
+
+def compare_chunks(scratch: Path, data: Data, args: argparse.Namespace) -> dict[str, Any]:
+    """Rates of actcache with chunks of several sizes, and the table."""
+    default, found = shard.CHUNK_BYTES, {}
+    print(f"{'chunk KiB':>10}{'ratio':>8}{'write':>8}{'random':>8}{'sequential':>12}   GB/s")
+    for kib in CHUNK_KIB:
+        shard.CHUNK_BYTES = kib * 1024
+        folder = scratch / str(kib)
+        ours = Actcache(folder, data)
+        written = median(in_turn({str(kib): ours.write}, args.repeat, lambda name: remove(scratch / name))[str(kib)])
+        ours.open()
+        check_equal(f"chunks of {kib} KiB", ours, data)
+        seconds = in_turn({"random": random_reads(ours, data), "all": ours.read_all}, args.repeat)
+        summary = ours.store.summary()
+        found[kib] = {
+            "ratio": summary["state_bytes"]["ratio"],
+            "write": data.n_bytes / written,
+            "random": data.batch_bytes / median(seconds["random"]),
+            "sequential": data.n_bytes / median(seconds["all"]),
+        }
+        of = found[kib]
+        speeds = f"{of['write'] / 1e9:8.2f}{of['random'] / 1e9:8.2f}{of['sequential'] / 1e9:12.2f}"
+        print(f"{kib:10}{of['ratio']:8.3f}{speeds}")
+    shard.CHUNK_BYTES = default
+    return {"chunk_kib": found, "default_kib": default // 1024}
+
+
+def random_reads(reader: Any, data: Data) -> Callable[[], Any]:
+    """A call that reads the next batch of events."""
+    batches = iter(data.batches)
+    return lambda: reader.read_batch(next(batches))
+
+
+def remove(folder: Path) -> None:
+    """What an earlier turn wrote, and what the disk still owes for it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.sync()
+
+
+def check_equal(name: str, reader: Any, data: Data) -> None:
+    """Every bit, both ways of reading; exits otherwise."""
+    same = all(np.array_equal(a, b) for a, b in zip(reader.read_all(), data.words, strict=True))
+    if not same or not np.array_equal(reader.read_batch(data.batches[0]), data.batch(data.batches[0])):
+        sys.exit(f"{name} does not read back what was written")
+
+
+def disk_rate(scratch: Path, data: Data) -> float:
+    """Bytes a second of writing all of it to one file, uncompressed, with fsync; best of three."""
+
+    def write() -> None:
+        with open(scratch / "plain", "wb") as stream:
+            for words in data.words:
+                stream.write(words.data)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    return data.n_bytes / min(timed(write)[0] for _ in range(3))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
