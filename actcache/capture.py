@@ -50,6 +50,7 @@ class CaptureSettings:
         strict: one sequence a forward, with the model's own attention.
         max_tokens: tokens of one pack.
         shard_prompts: prompts of one segment, the unit that a killed run loses at most.
+        codec: of the stored states: ``blosc``, which any Zarr reader has, or ``actcache.bf16_planes`` for bfloat16.
     """
 
     boundaries: tuple[int, ...]
@@ -60,6 +61,7 @@ class CaptureSettings:
     strict: bool = False
     max_tokens: int = 4096
     shard_prompts: int = 64
+    codec: str = "blosc"
 
 
 def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
@@ -152,6 +154,7 @@ def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSett
         strict=settings.strict,
         max_tokens=settings.max_tokens,
         shard_prompts=settings.shard_prompts,
+        codec=settings.codec,
         device=settings.device,
         processor=platform.machine(),
         versions={name: version(name) for name in ("actcache", "torch", "transformers")},

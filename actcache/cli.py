@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from actcache.lineup import Lineup
     from actcache.store import Store
 
+BENCHES = ("gather", "codec", "store", "feed")
 _FAILED_CHECKS = (CheckError, CorruptStoreError, KernelError)
 
 
@@ -117,6 +120,13 @@ def build_parser() -> argparse.ArgumentParser:
     compact.add_argument(
         "--max-mb", type=_positive, default=1024, help="states of a merged segment, uncompressed (default %(default)s)"
     )
+    bench = verb("bench", _bench, "measure gather, codec, store and feed on this machine and disk, beside their rivals")
+    bench.add_argument(
+        "names", nargs="*", type=_bench_name, metavar="NAME", help=f"of {', '.join(BENCHES)}; default all"
+    )
+    bench.add_argument("--folder", type=Path, help="on which disk (default: the system's temporary folder)")
+    bench.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here, one object a bench")
+    bench.add_argument("--smoke", action="store_true", help="sizes of seconds, to see that everything runs")
     return parser
 
 
@@ -144,6 +154,13 @@ def _add_capture_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["prefix", "divergence"],
         default="prefix",
         help="keep every position's rows, as the grid needs, or the event's alone (default %(default)s)",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=["blosc", "actcache.bf16_planes"],
+        default="blosc",
+        help="of the stored states: any Zarr reader has blosc; the planes, for bfloat16, are smaller and faster "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--shard-prompts", type=_positive, default=64, help="prompts of a segment (default %(default)s)"
@@ -183,6 +200,12 @@ def _numbers(text: str) -> list[int] | None:
     if text == "all":
         return None
     return [int(part) for part in text.split(",")]
+
+
+def _bench_name(text: str) -> str:
+    if text not in BENCHES:
+        raise argparse.ArgumentTypeError(f"{text} is not one of {', '.join(BENCHES)}")
+    return text
 
 
 def _part(text: str) -> tuple[int, int]:
@@ -228,6 +251,7 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
         strict=args.strict,
         max_tokens=args.max_tokens,
         shard_prompts=args.shard_prompts,
+        codec=args.codec,
     )
     folder = RunFolder(args.out)
     record = RunRecord(
@@ -486,6 +510,34 @@ def _compact(args: argparse.Namespace) -> None:
     with _progress("compact", "segment", len(open_store(place).segments)) as bar:
         before, after = compact(place, args.max_mb * 2**20, on_segments=bar.update)
     print(f"{place}: {before} segments before, {after} now")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    here = Path(__file__).parent
+    # In a checkout the benches stand beside the package, in an installation inside it.
+    folder = next(path for path in (here / "benches", here.parent / "benches") if (path / "bench_store.py").is_file())
+    environment = os.environ | ({"TMPDIR": str(args.folder)} if args.folder else {})
+    if args.folder and not args.folder.is_dir():
+        raise InputError(f"--folder {args.folder} is not a folder")
+    results = []
+    for name in args.names or BENCHES:
+        print(f"\n== {name} ==", flush=True)
+        command = [sys.executable, str(folder / f"bench_{name}.py"), *(["--smoke"] if args.smoke else [])]
+        lines: list[str] = []
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as ran:
+            for line in ran.stdout or ():
+                lines.append(line)
+                if not line.startswith("{"):
+                    print(line, end="", flush=True)
+        if ran.returncode:
+            raise CheckError(f"bench {name} ended with exit code {ran.returncode}")
+        results.append(json.loads(lines[-1]))
+    if args.out:
+        write_atomically(args.out, json.dumps(results, indent=1).encode() + b"\n")
+    else:
+        print()
+        print(json.dumps(results))
+    return 0
 
 
 def _store_place(given: str) -> str | Path:

@@ -96,15 +96,26 @@ def decode(data: Buffer, n_bytes: int) -> Bytes:
     chunk = _bytes_of(data)
     header = _header(chunk, n_bytes)
     out = np.empty(n_bytes, np.uint8)
+    _decode_into(header, chunk, out)
+    return out
+
+
+def decode_into(data: Buffer, out: npt.NDArray[Any]) -> None:
+    """As ``decode``, to memory that is there: ``out`` is contiguous, of the words' size, and half filled on error."""
+    chunk = _bytes_of(data)
+    target = out.reshape(-1).view(np.uint8)
+    _decode_into(_header(chunk, len(target)), chunk, target)
+
+
+def _decode_into(header: _Header, chunk: Bytes, out: Bytes) -> None:
     module, _ = native("cpu")
     try:
         if module is None:
             _decode(header, chunk, out.view("<u2"))
         else:
-            module.decode_words(chunk.ctypes.data, len(chunk), n_bytes // 2, out.ctypes.data)
+            module.decode_words(chunk.ctypes.data, len(chunk), len(out) // 2, out.ctypes.data)
     except ValueError as error:
         raise _malformed(str(error)) from error
-    return out
 
 
 class _Header(NamedTuple):

@@ -11,6 +11,7 @@ batch, picked at random through all segments, or each array whole. What is read 
     zarrs          the same through the zarrs pipeline
     TensorStore    all writes, and all reads of a batch, at once, then their results
     actcache       store.states(label, boundary, events)
+    with planes    the same with the opt-in codec actcache.bf16_planes: other bytes, the same states
 
 Ceilings of the same run: a copy in memory, and for writing also the disk's rate for one large file with fsync. The last
 line of stdout is JSON.
@@ -35,6 +36,7 @@ import torch
 from measure import copy_rate, in_turn, median, print_result, timed
 
 from actcache.store import BackgroundWriter, SegmentData, Store, StoreWriter, layout, open_store, shard
+from actcache.store.storage import open_storage
 
 BOUNDARY = 5
 CHUNK_KIB = (64, 128, 256, 512, 1024)
@@ -51,6 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=256, help="events of a random read")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--chunks", action="store_true", help="actcache alone, with chunks of several sizes")
+    parser.add_argument(
+        "--url", help="with --chunks: a place on an object store, s3://bucket/prefix, instead of a folder"
+    )
     parser.add_argument("--smoke", action="store_true", help="sizes of about a second")
     args = parser.parse_args(argv)
     if args.smoke:
@@ -129,7 +134,9 @@ class Data:
 class Actcache:
     """The store itself."""
 
-    def __init__(self, path: Path, data: Data) -> None:
+    codec = "blosc"
+
+    def __init__(self, path: Path | str, data: Data) -> None:
         self.path, self.data = path, data
         self.segments = [data.segment(s) for s in range(len(data.words))]
 
@@ -141,6 +148,7 @@ class Actcache:
             "boundaries": [BOUNDARY],
             "row_selection": "prefix",
             "width": self.data.words[0].shape[1],
+            "codec": self.codec,
         }
         writer = StoreWriter(self.path, fingerprint)
         with BackgroundWriter(writer) as background:  # as a capture does
@@ -159,6 +167,12 @@ class Actcache:
         """Every segment's array, whole."""
         array = layout.state_path("pt", BOUNDARY)
         return [segment.read(array) for segment in self.store.segments]
+
+
+class Planes(Actcache):
+    """The store with the opt-in codec: not the rivals' bytes, but the same states."""
+
+    codec = "actcache.bf16_planes"
 
 
 class _ZarrArrays:
@@ -291,7 +305,7 @@ def compare_rivals(scratch: Path, data: Data, args: argparse.Namespace) -> dict[
     segment = ours.store.segments[0]
     file = scratch / "actcache" / segment.folder / layout.state_path("pt", BOUNDARY) / layout.ROOT
     metadata = layout.decode_json(file.read_bytes())
-    readers: dict[str, Any] = {"actcache": ours}
+    readers: dict[str, Any] = {"actcache": ours, "with planes": Planes(scratch / "with planes", data)}
     for name, kind, package in (
         ("TensorStore", TensorStore, "tensorstore"),
         ("zarrs", Zarrs, "zarrs"),
@@ -347,9 +361,9 @@ def compare_chunks(scratch: Path, data: Data, args: argparse.Namespace) -> dict[
     print(f"{'chunk KiB':>10}{'ratio':>8}{'write':>8}{'random':>8}{'sequential':>12}   GB/s")
     for kib in CHUNK_KIB:
         shard.CHUNK_BYTES = kib * 1024
-        folder = scratch / str(kib)
-        ours = Actcache(folder, data)
-        written = median(in_turn({str(kib): ours.write}, args.repeat, lambda name: remove(scratch / name))[str(kib)])
+        ours = Actcache(f"{args.url or scratch}/{kib}", data)
+        (times,) = in_turn({str(ours.path): ours.write}, args.repeat, remove_store).values()
+        written = median(times)
         ours.open()
         check_equal(f"chunks of {kib} KiB", ours, data)
         seconds = in_turn({"random": random_reads(ours, data), "all": ours.read_all}, args.repeat)
@@ -376,6 +390,12 @@ def random_reads(reader: Any, data: Data) -> Callable[[], Any]:
 def remove(folder: Path) -> None:
     """What an earlier turn wrote, and what the disk still owes for it."""
     shutil.rmtree(folder, ignore_errors=True)
+    os.sync()
+
+
+def remove_store(place: str) -> None:
+    """The same of a store anywhere."""
+    open_storage(place).remove_folder("")
     os.sync()
 
 

@@ -22,6 +22,16 @@ def test_a_bench_at_a_small_size(name):
     assert (result["bench"], result["cpus"] > 0) == (name, True)
 
 
+def test_the_verb_runs_them_and_keeps_the_figures(tmp_path):
+    out = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "actcache.cli", "bench", "gather", "store", "--smoke", "--out", str(out)]
+    ran = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert [result["bench"] for result in json.loads(out.read_text())] == ["gather", "store"]
+    assert "TensorStore" in ran.stdout
+    assert [*tmp_path.iterdir()] == [out]
+
+
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_bench_run(tmp_path, arch):
     pt, it = tiny.make_pair(tmp_path, arch)

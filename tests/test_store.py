@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,7 +25,10 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actcache.errors import ActcacheError, CorruptStoreError, FormatVersionError, IncompatibleError, InputError
-from actcache.store import SegmentData, Store, StoreWriter, layout, open_store, shard, verify
+from actcache.store import Problem, SegmentData, Store, StoreWriter, layout, open_store, shard, verify
+from actcache.store.chunks import BLOSC, CODECS
+from actcache.store.verify import _check_files
+from actcache.zarr_codec import Bf16Planes
 
 INT_OF = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 
@@ -191,6 +195,8 @@ def twins(draw: st.DrawFn) -> Twin:
         row_selection=draw(st.sampled_from(layout.ROW_SELECTIONS)),
         checkpoints={label: {} for label in ["pt", "it", "DPO-2", "s_ft"][: draw(st.integers(2, 4))]},
     )
+    if fingerprint["dtype"] == "bfloat16":
+        fingerprint["codec"] = draw(st.sampled_from(sorted(CODECS)))
     segments = {}
     for name in draw(st.lists(st.sampled_from(["a", "a-1", "B", "10", "9"]), max_size=3, unique=True)):
         lengths = draw(st.lists(st.integers(0, 12), max_size=4))
@@ -278,6 +284,52 @@ def test_an_array_has_the_metadata_that_zarr_itself_would_write(dtype, shape, tm
     assert ours == theirs
     rows = grid[0] // max(1, len(ours["attributes"][shard.CHECKSUMS]))
     assert rows == 1 or rows * np.prod(shape[1:], dtype=int) * np.dtype(dtype).itemsize <= shard.CHUNK_BYTES
+
+
+@pytest.mark.parametrize("n", [0, 1, 700])
+def test_planes_are_what_zarr_itself_would_write(n, tmp_path):
+    """Metadata and every byte of the shard; so is what zarr-python alone reads back."""
+    words = np.random.default_rng(0).standard_normal((n, 512), np.float32).view(np.uint16)[:, ::2].copy()
+    encoded = shard.EncodedArray(words, ["row", "width"], {}, CODECS["actcache.bf16_planes"])
+    parts, ours = b"".join(encoded.parts()), encoded.metadata()
+    array = zarr.create_array(
+        tmp_path / "array",
+        shape=words.shape,
+        dtype=words.dtype,
+        chunks=tuple(ours["codecs"][0]["configuration"]["chunk_shape"]),
+        shards=tuple(ours["chunk_grid"]["configuration"]["chunk_shape"]),
+        compressors=[Bf16Planes(), Crc32cCodec()],
+        filters=None,
+        fill_value=0,
+        attributes=ours["attributes"],
+        dimension_names=ours["dimension_names"],
+    )
+    array[:] = words
+    assert json.loads((tmp_path / "array" / "zarr.json").read_bytes()) == ours
+    if n:
+        (tmp_path / "array/c/0/0").write_bytes(parts)
+    assert (zarr.open_array(tmp_path / "array", mode="r")[:] == words).all()
+
+
+def test_the_codec_is_the_fingerprints(tmp_path):
+    """Every chunk of states is where the store says; a segment with others is not the one committed."""
+    planes = make_fingerprint(dtype="bfloat16", codec="actcache.bf16_planes", width=64)
+    plain = planes | {"codec": BLOSC.name}
+    segment = make_segment(planes, [40], [(0, 39)])
+    sizes = {}
+    for fingerprint in (planes, plain):
+        path = write_store(tmp_path / fingerprint["codec"], fingerprint, {"s": segment})
+        Twin(fingerprint, {"s": segment}).check(open_store(path), [0])
+        sizes[fingerprint["codec"]] = (path / "segments/s/states/pt/b001/c/0/0").stat().st_size
+        assert verify(path) == []
+        stored = open_store(path).segments[0]
+        assert stored.open_array("states/pt/b001").codec.name == fingerprint["codec"]
+        assert stored.open_array("token_ids").codec is BLOSC
+    assert len(set(sizes.values())) == 2
+    with pytest.raises(InputError, match="holds bfloat16 states, not float32"):
+        StoreWriter(tmp_path / "x", make_fingerprint(codec="actcache.bf16_planes"))
+    with pytest.raises(InputError, match="codec is 'zip'"):
+        StoreWriter(tmp_path / "x", make_fingerprint(codec="zip"))
 
 
 def test_equal_arrays_have_equal_bytes(tmp_path):
@@ -628,6 +680,42 @@ def test_no_flipped_byte_goes_unnoticed(path, twin):
         )
         (path / file).write_bytes(data)
     assert verify(path) == []
+
+
+def test_every_byte_flipped_in_turn_is_noticed(tmp_path):
+    """Each by the read that takes it in; the metadata of groups, which no read takes in, by verify."""
+    fingerprint = make_fingerprint(checkpoints={"pt": {}}, pair=["pt"], boundaries=[1])
+    path = write_store(tmp_path / "store", fingerprint, {"s": make_segment(fingerprint, [3], [(0, 2)])})
+    digest = layout.fingerprint_digest(fingerprint)
+    segment = open_store(path).segments[0]
+    n_flipped = 0
+    for file, data in read_tree(path).items():
+        inside = file.removeprefix("segments/s/")
+        array = inside.removesuffix("/zarr.json").split("/c/")[0]
+        look: Callable[[], Any]
+        if file == "zarr.json":
+            look = partial(open_store, path)
+        elif file.startswith("commits/"):
+            look = lambda: layout.decode_record((path / "commits/s.json").read_bytes(), "s", digest)  # noqa: E731
+        elif array in segment.arrays:
+            look = lambda array=array: replace(segment, _open={}).read(array)  # noqa: E731
+        elif file == "segments/zarr.json":
+            continue  # says only that it is a group, to other readers
+        else:
+            look = lambda: raise_first(_check_files(segment))  # noqa: E731
+        for at in range(len(data)):
+            flip(path / file, at, 1 << at % 8)
+            with pytest.raises((CorruptStoreError, FormatVersionError)):
+                look()
+            n_flipped += 1
+            (path / file).write_bytes(data)
+    assert n_flipped > 15_000
+    assert verify(path) == []
+
+
+def raise_first(problems: Iterator[Problem]) -> None:
+    for problem in problems:
+        raise CorruptStoreError(str(problem))
 
 
 @pytest.mark.parametrize("file", [DATA, METADATA, RECORD, "zarr.json"])

@@ -13,6 +13,7 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -305,6 +306,39 @@ def test_a_limit_on_file_size_stops_a_write_midway(tmp_path):
     assert read_tree(path) == before
     StoreWriter(path, FINGERPRINT).append("big", big)
     Twin(FINGERPRINT, SEGMENTS | {"big": big}).check(open_store(path), range(4))
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of two MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only a privileged user may mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_is_really_full(small_disk):
+    """Segments until one does not fit: that one is gone without a trace, and fits once there is room."""
+    path = small_disk / "store"
+    store_writer = StoreWriter(path, FINGERPRINT)
+    fitted: dict[str, Any] = {}
+    name, segment = "", SEGMENTS["a"]
+    with pytest.raises(OSError, match="No space left") as caught:  # noqa: PT012
+        for i in range(1000):
+            name, segment = f"s-{i:03d}", make_segment(FINGERPRINT, [2000], [(0, 5)], name=f"e{i}", seed=i)
+            store_writer.append(name, segment)
+            fitted[name] = segment
+    assert caught.value.errno == errno.ENOSPC
+    assert len(fitted) > 2
+    assert (verify(path), open_store(path).uncommitted) == ([], [])
+    Twin(FINGERPRINT, fitted).check(open_store(path), range(len(fitted)))
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    store_writer.append(name, segment)
+    fitted[name] = segment
+    Twin(FINGERPRINT, fitted).check(open_store(path), range(len(fitted)))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")

@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from actcache.errors import CorruptStoreError, FormatVersionError, InputError
+from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
 from actcache.store.shard import canonical, crc32c, decode_json, encode_json
 
 FORMAT_VERSION = 1
@@ -226,6 +227,11 @@ def expected_arrays(
     return arrays
 
 
+def codec_of(array: str, fingerprint: dict[str, Any]) -> ChunkCodec:
+    """The codec of an array's chunks: the fingerprint's for states and final states, Blosc for all else."""
+    return CODECS[fingerprint.get("codec", BLOSC.name)] if array.startswith(("states/", "final/")) else BLOSC
+
+
 def arrays_of(segment: SegmentData) -> Iterator[tuple[str, npt.NDArray[Any], dict[str, Any]]]:
     """Path, content and attributes of every array of a segment."""
     yield "token_ids", segment.token_ids, {}
@@ -332,6 +338,11 @@ def check_fingerprint(fingerprint: dict[str, Any]) -> None:
     for field, known in (("dtype", tuple(STATE_DTYPES)), ("row_selection", ROW_SELECTIONS)):
         if fingerprint[field] not in known:
             raise InputError(f"the fingerprint's {field} is {fingerprint[field]!r}, expected one of {', '.join(known)}")
+    codec = fingerprint.get("codec", BLOSC.name)
+    if not isinstance(codec, str) or codec not in CODECS:
+        raise InputError(f"the fingerprint's codec is {codec!r}, expected one of {', '.join(CODECS)}")
+    if codec != BLOSC.name and fingerprint["dtype"] != "bfloat16":
+        raise InputError(f"codec {codec} holds bfloat16 states, not {fingerprint['dtype']}; use {BLOSC.name}")
 
 
 def _is_count(value: Any) -> bool:

@@ -215,7 +215,7 @@ class Segment:
             fits = len(stored.shape) == len(shape) and all(
                 n in (None, m) for n, m in zip(shape, stored.shape, strict=True)
             )
-            if not fits or stored.dtype != dtype:
+            if not fits or stored.dtype != dtype or stored.codec is not layout.codec_of(array, self.fingerprint):
                 raise CorruptStoreError(f"{where}: {stored.dtype} {stored.shape}, committed as {dtype} {shape}")
             self._open[array] = stored
         return self._open[array]

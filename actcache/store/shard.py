@@ -19,11 +19,11 @@ from functools import cache
 from typing import Any
 
 import google_crc32c
-import numcodecs.blosc as blosc
 import numpy as np
 import numpy.typing as npt
 
 from actcache.errors import CorruptStoreError, InputError
+from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
 from actcache.store.storage import Storage
 
 # One chunk before compression: small enough that one event of some tens of rows reads little it does not need, large
@@ -38,10 +38,6 @@ _CRC_OF_CHECKED = 0x48674BC7  # CRC-32C of any bytes followed by their own CRC-3
 _WORTH_THREADS_BYTES = 4 * CHUNK_BYTES  # starting threads costs as much as decoding some chunks
 _BATCH_BYTES = 2**20  # compressed, of neighbouring chunks that are fetched with one call
 _INDEX_ENTRY_BYTES = 16  # offset and length of a chunk, uint64 each
-_BLOSC_HEADER_BYTES = 16
-# lz4 makes at most 255 bytes out of one. What claims more is not what was written: so nobody is made to set aside more
-# than 256 times the bytes that are really there.
-_MOST_EXPANSION = 256
 
 Spans = npt.NDArray[np.int64]
 
@@ -73,18 +69,22 @@ def decode_json(data: bytes) -> Any:
 
 
 def metadata(
-    shape: tuple[int, ...], dtype: str, chunk_rows: int, dimensions: Sequence[str], attributes: dict[str, Any]
+    shape: tuple[int, ...],
+    dtype: str,
+    chunk_rows: int,
+    dimensions: Sequence[str],
+    attributes: dict[str, Any],
+    codec: ChunkCodec = BLOSC,
 ) -> dict[str, Any]:
     """The ``zarr.json`` of an array, as zarr-python writes it: whole rows in a chunk, all chunks in one shard."""
     little: dict[str, Any] = {"name": "bytes", "configuration": {"endian": "little"}}
     typesize = np.dtype(dtype).itemsize
     shard_rows = max(1, -(-shape[0] // chunk_rows)) * chunk_rows
-    blosc_codec = {"typesize": typesize, "cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "blocksize": 0}
     sharding = {
         "chunk_shape": [chunk_rows, *shape[1:]],
         "codecs": [
             {"name": "bytes"} if typesize == 1 else little,
-            {"name": "blosc", "configuration": blosc_codec},
+            {"name": codec.name, "configuration": codec.configuration(dtype, shape[1:])},
             {"name": "crc32c"},
         ],
         "index_codecs": [little, {"name": "crc32c"}],
@@ -131,9 +131,15 @@ class EncodedArray:
     threads of its own, which lay blocks down as they finish, and equal arrays would not have equal bytes.
     """
 
-    def __init__(self, array: npt.NDArray[Any], dimensions: Sequence[str], attributes: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        array: npt.NDArray[Any],
+        dimensions: Sequence[str],
+        attributes: dict[str, Any],
+        codec: ChunkCodec = BLOSC,
+    ) -> None:
         self._array = np.ascontiguousarray(array)
-        self._dimensions, self._attributes = dimensions, attributes
+        self._dimensions, self._attributes, self._codec = dimensions, attributes, codec
         row_bytes = array.itemsize * math.prod(array.shape[1:])
         self._chunk_rows = max(1, min(len(array), CHUNK_BYTES // row_bytes))
         self._checksums: list[int] = []
@@ -158,13 +164,14 @@ class EncodedArray:
     def metadata(self) -> dict[str, Any]:
         """The ``zarr.json``; to be asked for when the last part has been taken."""
         attributes = self._attributes | {CHECKSUMS: self._checksums}
-        return metadata(self._array.shape, self._array.dtype.name, self._chunk_rows, self._dimensions, attributes)
+        shape, dtype = self._array.shape, self._array.dtype.name
+        return metadata(shape, dtype, self._chunk_rows, self._dimensions, attributes, self._codec)
 
     def _encode_chunk(self, start: int) -> tuple[bytes, int]:
         rows = self._array[start : start + self._chunk_rows]
         if len(rows) < self._chunk_rows:  # Zarr's chunks are all of one shape
             rows = np.concatenate([rows, np.zeros((self._chunk_rows - len(rows), *rows.shape[1:]), rows.dtype)])
-        data = blosc.compress(rows.reshape(-1), b"lz4", 5, blosc.BITSHUFFLE, 0, rows.itemsize)
+        data = self._codec.encode(rows)
         return data, crc32c(data)
 
 
@@ -175,6 +182,7 @@ class StoredArray:
         shape: ``(n,)`` or ``(n, D)``.
         dtype: as stored.
         chunk_rows: rows of one chunk.
+        codec: of its chunks.
         where: what errors call the array.
     """
 
@@ -198,12 +206,12 @@ class StoredArray:
             self.shape = tuple(found["shape"])
             sharding = found["codecs"][0]["configuration"]
             self.chunk_rows: int = sharding["chunk_shape"][0]
+            self.codec = CODECS[sharding["codecs"][1]["name"]]
             self._checksums: list[int] = found["attributes"][CHECKSUMS]
             self.dtype = np.dtype(DTYPES[DTYPES.index(found["data_type"])])
             n_chunks = -(-self.shape[0] // self.chunk_rows)
-            as_written = metadata(
-                self.shape, found["data_type"], self.chunk_rows, found["dimension_names"], found["attributes"]
-            )
+            names, attributes = found["dimension_names"], found["attributes"]
+            as_written = metadata(self.shape, self.dtype.name, self.chunk_rows, names, attributes, self.codec)
             # As bytes: a key that stands twice, or True for 1, would be another array to another reader.
             is_as_written = encode_json(as_written) == encoded
         except (ValueError, KeyError, TypeError, IndexError, ZeroDivisionError, RecursionError, OverflowError) as error:
@@ -215,7 +223,7 @@ class StoredArray:
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
         self._chunk_bytes = self.chunk_rows * row_bytes
         most_rows = max(1, min(self.shape[0], CHUNK_BYTES // max(1, row_bytes)))
-        if self.chunk_rows > most_rows or self._chunk_bytes > blosc.MAX_BUFFERSIZE:
+        if self.chunk_rows > most_rows or self._chunk_bytes > self.codec.most_bytes:
             raise CorruptStoreError(f"{where}: chunks of {self.chunk_rows} rows, {self._chunk_bytes} bytes")
         if (file_bytes is None) != (n_chunks == 0):
             raise CorruptStoreError(f"{where}: {n_chunks} chunks, committed with a data file of {file_bytes} bytes")
@@ -271,13 +279,13 @@ class StoredArray:
         if at < 0 or len(tail) != n_bytes + _CRC_BYTES or crc32c(tail) != _CRC_OF_CHECKED:
             raise CorruptStoreError(f"{self.where}: the index of its chunks is damaged{ADVICE}")
         index = np.frombuffer(tail[:n_bytes], "<u8").reshape(-1, 2)
-        # No longer than Blosc makes them: so that their sum cannot wrap around, nor one claim a hole in the file.
-        if (index[:, 1] > self._chunk_bytes + _BLOSC_HEADER_BYTES + _CRC_BYTES).any():
+        # No longer than the codec makes them: so that their sum cannot wrap around, nor one claim a hole in the file.
+        if (index[:, 1] > self._chunk_bytes + self.codec.overhead_bytes + _CRC_BYTES).any():
             raise CorruptStoreError(f"{self.where}: its chunks are longer than what they should hold{ADVICE}")
         ends = np.cumsum(index[:, 1], dtype=np.uint64)
         if (index[:, 0] != ends - index[:, 1]).any() or ends[-1] != at:
             raise CorruptStoreError(f"{self.where}: its chunks do not lie one after another{ADVICE}")
-        if self._chunk_bytes > _MOST_EXPANSION * int(index[:, 1].min()):
+        if self._chunk_bytes > self.codec.most_expansion * int(index[:, 1].min()):
             raise CorruptStoreError(f"{self.where}: its chunks are too short for what they should hold{ADVICE}")
         return index
 
@@ -293,11 +301,6 @@ class StoredArray:
         if crc32c(data) != _CRC_OF_CHECKED or int.from_bytes(data[-_CRC_BYTES:], "little") != expected:
             found = crc32c(data[:-_CRC_BYTES])
             raise CorruptStoreError(f"{where}: crc32c {found:08x}, written {expected:08x}{ADVICE}")
-        n_raw, n_coded = (int.from_bytes(data[at : at + 4], "little") for at in (4, 12))
-        if len(data) < _BLOSC_HEADER_BYTES + _CRC_BYTES or n_coded != len(data) - _CRC_BYTES:
-            raise CorruptStoreError(f"{where}: its Blosc header does not fit its {len(data)} bytes{ADVICE}")
-        if n_raw != self._chunk_bytes:
-            raise CorruptStoreError(f"{where}: {n_raw} bytes, expected {self._chunk_bytes}{ADVICE}")
 
     def decode(self, number: int, data: bytes, pieces: Spans, out: npt.NDArray[Any]) -> None:
         """Put rows of a chunk where they belong.
@@ -316,8 +319,8 @@ class StoredArray:
         straight = len(pieces) == 1 and hi - lo == self.chunk_rows
         rows = out[at : at + hi - lo] if straight else np.empty((self.chunk_rows, *self.shape[1:]), self.dtype)
         try:
-            blosc.decompress(data, rows)
-        except (RuntimeError, ValueError) as error:
+            self.codec.decode(data, len(data) - _CRC_BYTES, rows)
+        except InputError as error:
             raise CorruptStoreError(f"{self.where}, chunk {number}: {error}{ADVICE}") from error
         if not straight:
             for lo, hi, at in pieces.tolist():

@@ -10,8 +10,9 @@ import contextlib
 import errno
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -19,11 +20,13 @@ import numpy.typing as npt
 
 from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
 from actcache.store import layout, shard
+from actcache.store.chunks import ChunkCodec
 from actcache.store.layout import SegmentData
 from actcache.store.reader import committed_names, read_fingerprint, read_record
 from actcache.store.storage import Place, Storage, open_storage
 
 Files = dict[str, tuple[int, int | None]]
+CodecOf = Callable[[str], ChunkCodec]
 
 _ARRAYS_AT_ONCE = 4  # many are small, and then it is opening and closing files that takes the time
 
@@ -102,6 +105,7 @@ class StoreWriter:
             if name in self.committed:
                 raise AlreadyCommittedError(f"segment {name!r} is committed already; segments are immutable")
             folder = self.storage.folder_for(name)
+            codecs = partial(layout.codec_of, fingerprint=self.fingerprint)
             record = {
                 "format_version": layout.FORMAT_VERSION,
                 "segment": name,
@@ -115,7 +119,7 @@ class StoreWriter:
                 "schema": {"events": layout.schema_of(segment.events), "excluded": layout.schema_of(segment.excluded)},
             }
             try:
-                files = _write_files(self.storage, f"{layout.SEGMENTS}/{folder}", segment, self._encoding)
+                files = _write_files(self.storage, f"{layout.SEGMENTS}/{folder}", segment, codecs, self._encoding)
                 publish(layout.encode_record(record | _describe_files(files, segment)))
             except FileExistsError as error:
                 self.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")
@@ -166,7 +170,9 @@ class StoreWriter:
                 raise InputError(f"{what}: {rows.dtype} {tuple(rows.shape)}, expected {dtype} {(n, width)}")
 
 
-def _write_files(storage: Storage, folder: str, segment: SegmentData, encoding: threading.Lock) -> Files:
+def _write_files(
+    storage: Storage, folder: str, segment: SegmentData, codecs: CodecOf, encoding: threading.Lock
+) -> Files:
     """Write every file of a segment, durably; holds ``encoding`` while it uses the processor, not while it waits.
 
     Returns:
@@ -185,7 +191,7 @@ def _write_files(storage: Storage, folder: str, segment: SegmentData, encoding: 
 
         def write_array(given: tuple[str, npt.NDArray[Any], dict[str, Any]]) -> Files:
             path, array, attributes = given
-            encoded = shard.EncodedArray(array, layout.dimension_names(path), attributes)
+            encoded = shard.EncodedArray(array, layout.dimension_names(path), attributes, codecs(path))
             file = f"{path}/{shard.data_file(array.ndim)}"
             files: Files = {file: (write(file, encoded.parts()), None)} if len(array) else {}
             return files | write_metadata(PurePosixPath(path), layout.encode_json(encoded.metadata()))
