@@ -2,10 +2,11 @@
 
     python benches/bench_store.py                   # --chunks: chunk sizes beside each other, --folder: on which disk
 
-All write the same states (normal in each coordinate, bfloat16, so that they compress about as real ones do) as Zarr v3
-arrays of the same shards, chunks, codec and checksums, one array a segment, and all make them durable: actcache as part
-of its commit, the others by an fsync of every file. All read the same spans, from the page cache: every event of a
-batch, picked at random through all segments, or each array whole. What is read is compared bit for bit first.
+All write the same arrays, those of a store's segments (states normal in each coordinate, bfloat16, so that they
+compress about as real ones do; token ids, final states, columns of events), with the same shards, chunks, codec and
+checksums, and all make them durable: actcache as part of its commits, the others by an fsync of every file. All read the
+same spans, from the page cache: every event of a batch, picked at random through all segments, or each segment's states
+whole. What is read is compared bit for bit first.
 
     zarr-python    arr[lo:hi], an event at a time; the default pipeline
     zarrs          the same through the zarrs pipeline
@@ -24,7 +25,9 @@ import os
 import shutil
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ import pyarrow as pa
 import torch
 from measure import copy_rate, in_turn, median, print_result, timed
 
+from actcache.files import fsync
 from actcache.store import BackgroundWriter, SegmentData, Store, StoreWriter, layout, open_store, shard
 from actcache.store.storage import open_storage
 
@@ -176,21 +180,25 @@ class Planes(Actcache):
 
 
 class _ZarrArrays:
-    """One Zarr array a segment, with the metadata of the store's own."""
+    """The arrays of every segment, with the metadata that the store gives them."""
 
-    def __init__(self, path: Path, data: Data, metadata: dict[str, Any]) -> None:
-        self.path, self.data, self.metadata = path, data, metadata
+    def __init__(self, path: Path, data: Data, ours: Actcache) -> None:
+        self.path, self.data = path, data
+        self.arrays: list[tuple[Path, npt.NDArray[Any], dict[str, Any]]] = []
+        for stored, segment in zip(ours.store.segments, ours.segments, strict=True):
+            for array, content, _ in layout.arrays_of(segment):
+                metadata = layout.decode_json(stored.storage.read(f"{stored.folder}/{array}/{layout.ROOT}"))
+                self.arrays.append((path / stored.name / array, content, metadata))
 
-    def folders(self) -> list[Path]:
-        return [self.path / f"{s:04d}" for s in range(len(self.data.words))]
+    def states(self) -> list[Path]:
+        """The folder of each segment's states."""
+        return [self.path / f"{s:04d}" / layout.state_path("pt", BOUNDARY) for s in range(len(self.data.words))]
 
     def write(self) -> None:
         """All arrays, and an fsync of every file."""
         self.write_arrays()
-        for file in [path for path in self.path.rglob("*") if path.is_file()]:
-            handle = os.open(file, os.O_RDONLY)
-            os.fsync(handle)
-            os.close(handle)
+        with ThreadPoolExecutor(8) as pool:  # as many at once as actcache has
+            deque(pool.map(fsync, [path for path in self.path.rglob("*") if path.is_file()]), maxlen=0)
 
     def write_arrays(self) -> None:
         """All arrays, durable or not."""
@@ -210,39 +218,40 @@ class ZarrPython(_ZarrArrays):
 
     def write_arrays(self) -> None:
         """Create, and write with one assignment each."""
-        for folder, words in zip(self.folders(), self.data.words, strict=True):
-            self._with_pipeline(partial(self._write, folder, words))
+        for folder, content, metadata in self.arrays:
+            self._with_pipeline(partial(self._write, folder, content, metadata))
 
-    def _write(self, folder: Path, words: Words) -> None:
+    def _write(self, folder: Path, content: npt.NDArray[Any], metadata: dict[str, Any]) -> None:
         import zarr
         from zarr.codecs import BloscCodec, Crc32cCodec
 
-        blosc = BloscCodec(typesize=2, cname="lz4", clevel=5, shuffle="bitshuffle")
+        blosc = BloscCodec(typesize=content.itemsize, cname="lz4", clevel=5, shuffle="bitshuffle")
         array = zarr.create_array(
             folder,
-            shape=words.shape,
-            dtype=words.dtype,
-            chunks=tuple(self.metadata["codecs"][0]["configuration"]["chunk_shape"]),
-            shards=tuple(self.metadata["chunk_grid"]["configuration"]["chunk_shape"]),
+            shape=content.shape,
+            dtype=content.dtype,
+            chunks=tuple(metadata["codecs"][0]["configuration"]["chunk_shape"]),
+            shards=tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"]),
             compressors=[blosc, Crc32cCodec()],
             fill_value=0,
         )
-        array[:] = words
+        if len(content):
+            array[:] = content
 
     def open(self) -> None:
         """Before reading."""
         import zarr
 
-        self.arrays: list[Any] = self._with_pipeline(lambda: [zarr.open_array(f, mode="r") for f in self.folders()])
+        self.opened: list[Any] = self._with_pipeline(lambda: [zarr.open_array(f, mode="r") for f in self.states()])
 
     def read_batch(self, events: npt.NDArray[np.int64]) -> Words:
         """Rows of these events, one after another."""
         spans = [self.data.spans[e] for e in events]
-        return self._with_pipeline(lambda: np.concatenate([self.arrays[s][lo:hi] for s, lo, hi in spans]))
+        return self._with_pipeline(lambda: np.concatenate([self.opened[s][lo:hi] for s, lo, hi in spans]))
 
     def read_all(self) -> list[Words]:
         """Every array, whole."""
-        return self._with_pipeline(lambda: [array[:] for array in self.arrays])
+        return self._with_pipeline(lambda: [array[:] for array in self.opened])
 
 
 class Zarrs(ZarrPython):
@@ -263,34 +272,34 @@ class TensorStore(_ZarrArrays):
 
     def write_arrays(self) -> None:
         """Create all and write them at once."""
-        writes = [self._write(folder, words) for folder, words in zip(self.folders(), self.data.words, strict=True)]
+        writes = [self._write(*given) for given in self.arrays]
         for write in writes:
             write.result()
 
-    def _write(self, folder: Path, words: Words) -> Any:
+    def _write(self, folder: Path, content: npt.NDArray[Any], metadata: dict[str, Any]) -> Any:
         import tensorstore
 
         kept = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value", "codecs")
         spec = {
             "driver": "zarr3",
             "kvstore": {"driver": "file", "path": f"{folder}/"},
-            "metadata": {key: self.metadata[key] for key in kept},
+            "metadata": {key: metadata[key] for key in kept},
         }
-        return tensorstore.open(spec, create=True, delete_existing=True).result().write(words)
+        return tensorstore.open(spec, create=True, delete_existing=True).result().write(content)
 
     def open(self) -> None:
         """Before reading; as many threads as the machine has, which is also its default."""
-        self.arrays = [self._open(folder, read=True) for folder in self.folders()]
+        self.opened = [self._open(folder, read=True) for folder in self.states()]
 
     def read_batch(self, events: npt.NDArray[np.int64]) -> Words:
         """Rows of these events, one after another."""
         spans = [self.data.spans[e] for e in events]
-        reads = [self.arrays[s][lo:hi].read() for s, lo, hi in spans]
+        reads = [self.opened[s][lo:hi].read() for s, lo, hi in spans]
         return np.concatenate([read.result() for read in reads])
 
     def read_all(self) -> list[Words]:
         """Every array, whole."""
-        reads = [array.read() for array in self.arrays]
+        reads = [array.read() for array in self.opened]
         return [read.result() for read in reads]
 
 
@@ -302,9 +311,6 @@ def compare_rivals(scratch: Path, data: Data, args: argparse.Namespace) -> dict[
     ours = Actcache(scratch / "actcache", data)
     ours.write()
     ours.open()
-    segment = ours.store.segments[0]
-    file = scratch / "actcache" / segment.folder / layout.state_path("pt", BOUNDARY) / layout.ROOT
-    metadata = layout.decode_json(file.read_bytes())
     readers: dict[str, Any] = {"actcache": ours, "with planes": Planes(scratch / "with planes", data)}
     for name, kind, package in (
         ("TensorStore", TensorStore, "tensorstore"),
@@ -316,7 +322,7 @@ def compare_rivals(scratch: Path, data: Data, args: argparse.Namespace) -> dict[
         except ModuleNotFoundError:
             print(f"{name}: not installed (pip install 'actcache[bench]')", file=sys.stderr)
             continue
-        readers[name] = kind(scratch / name, data, metadata)
+        readers[name] = kind(scratch / name, data, ours)
     for name, reader in readers.items():
         remove(scratch / name)
         reader.write()
