@@ -20,16 +20,12 @@ all. The consumer here only counts: workers pay off where it computes meanwhile.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +33,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
+from measure import print_result
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -91,7 +88,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     row_bytes = states[0].nbytes
     copy = statistics.median(ceilings["copy in memory"])
     result = {
-        "bench": "feed",
         "rows": args.rows,
         "row_bytes": row_bytes,
         "batch_rows": args.batch_rows,
@@ -103,13 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "ceiling_rows_per_s": {name: spread(rates) for name, rates in ceilings.items()},
         "percent_of_copy": {name: 100 * statistics.median(rates) / copy for name, rates in timings.items()},
         "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "versions": {name: version(name) for name in ("actcache", "torch", "numpy", "safetensors")},
-        "commit": commit(),
     }
     print_table(result)
-    print(json.dumps(result))
+    print_result("feed", result)
     return 0
 
 
@@ -345,14 +337,6 @@ def print_table(result: dict[str, Any]) -> None:
             f"{name:36}{rates['median']:10.0f}{rates['min']:10.0f}{rates['max']:10.0f}"
             f"{rates['median'] * result['row_bytes'] / 1e9:8.2f}{100 * rates['median'] / copy:8.0f}%"
         )
-
-
-def commit() -> str | None:
-    """The commit that was measured, where this is a checkout."""
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return run.stdout.strip() or None
 
 
 if __name__ == "__main__":

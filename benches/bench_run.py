@@ -11,22 +11,18 @@ and run the whole model, and the late stack alone. The last line of stdout is JS
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from hooks import HookEvent, grid, search
+from measure import median, print_result, timed
 from transformers.utils import logging
 
 from actcache.capture import CaptureSettings, capture, parse_boundaries
@@ -38,13 +34,6 @@ from actcache.store import Store, open_store
 from actcache.trunk import Trunk
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}
-
-
-def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds and result."""
-    start = time.perf_counter()
-    result = run()
-    return time.perf_counter() - start, result
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             start = time.perf_counter()
             cells = run_grid(store, lambda label, b: lates[label], group_folder, GridSettings((boundary,)))
             replays.append(time.perf_counter() - start)
-        replay_s = statistics.median(replays)
+        replay_s = median(replays)
 
         def search_all() -> list[HookEvent | None]:
             return [search(models, ids, args.max_new, lineup.end_ids) for ids in prompt_ids]
@@ -101,7 +90,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         ceiling_s = late_multiply_adds(lates, 2 * n_tokens) / matmul_rate(lates, DTYPES[args.dtype], n_tokens)
         summary = store.summary()
     result = {
-        "bench": "run",
         "prompts": len(prompts),
         "events": len(events),
         "tokens": n_tokens,
@@ -121,13 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "bytes_per_event_raw": summary["state_bytes"]["raw"] / len(events),
         "bytes_per_event_stored": summary["state_bytes"]["stored"] / len(events),
         "threads": torch.get_num_threads(),
-        "machine": platform.processor() or platform.machine(),
-        "cpus": os.cpu_count(),
-        "versions": {name: version(name) for name in ("actcache", "torch", "transformers")},
-        "commit": commit(),
     }
     print_table(result)
-    print(json.dumps(result))
+    print_result("run", result)
     return 0
 
 
@@ -228,14 +212,6 @@ def print_table(result: dict[str, Any]) -> None:
         f"stored: {result['bytes_per_event_raw'] / 1e3:.1f} kB an event raw, "
         f"{result['bytes_per_event_stored'] / 1e3:.1f} kB compressed"
     )
-
-
-def commit() -> str | None:
-    """The commit that was measured, where this is a checkout."""
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    return run.stdout.strip() or None
 
 
 if __name__ == "__main__":

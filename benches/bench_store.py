@@ -4,9 +4,9 @@
 
 All write the same arrays, those of a store's segments (states normal in each coordinate, bfloat16, so that they
 compress about as real ones do; token ids, final states, columns of events), with the same shards, chunks, codec and
-checksums, and all make them durable: actcache as part of its commits, the others by an fsync of every file. All read the
-same spans, from the page cache: every event of a batch, picked at random through all segments, or each segment's states
-whole. What is read is compared bit for bit first.
+checksums, and all make them durable: actcache as part of its commits, the others by an fsync of every file. All read
+the same spans, from the page cache: every event of a batch, picked at random through all segments, or each segment's
+states whole. What is read is compared bit for bit first.
 
     zarr-python    arr[lo:hi], an event at a time; the default pipeline
     zarrs          the same through the zarrs pipeline

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-PACKAGES = ("actcache", "torch", "transformers", "numpy", "zarr", "numcodecs", "tensorstore", "zarrs", "nnsight")
+PACKAGES = ("actcache", "torch", "transformers", "numpy", "zarr", "numcodecs", "tensorstore", "zarrs", "safetensors")
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -81,8 +81,8 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
-    """Of the checkout that the bench lies in; None where it is not one."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    """Of the checkout that the bench lies in, with a mark if it is changed; None where it is not one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -311,6 +311,18 @@ def test_planes_are_what_zarr_itself_would_write(n, tmp_path):
     assert (zarr.open_array(tmp_path / "array", mode="r")[:] == words).all()
 
 
+def test_chunks_that_are_all_zeros_are_read_back(tmp_path):
+    """The most that each codec makes out of a byte is not taken for a bomb."""
+    for codec, width in itertools.product(CODECS, (1, 512, 200_000)):
+        fingerprint = make_fingerprint(dtype="bfloat16", codec=codec, width=width)
+        segment = make_segment(fingerprint, [3], [(0, 2)], kinds=["0"])
+        path = write_store(tmp_path / f"{codec}-{width}", fingerprint, {"s": segment})
+        Twin(fingerprint, {"s": segment}).check(open_store(path), [0])
+    fingerprint = make_fingerprint(dtype="bfloat16", codec="actcache.bf16_planes", width=2**21 + 1)
+    with pytest.raises(InputError, match="takes at most 4194304"):
+        write_store(tmp_path / "wide", fingerprint, {"s": make_segment(fingerprint, [1], [(0, 0)], kinds=["0"])})
+
+
 def test_the_codec_is_the_fingerprints(tmp_path):
     """Every chunk of states is where the store says; a segment with others is not the one committed."""
     planes = make_fingerprint(dtype="bfloat16", codec="actcache.bf16_planes", width=64)

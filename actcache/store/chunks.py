@@ -71,9 +71,9 @@ class Bf16Planes:
     """``actcache.bf16_planes``, see PLANES.md: smaller and faster, read only where actcache is installed."""
 
     name = "actcache.bf16_planes"
-    most_bytes = 2**40
+    most_bytes = 2**22
     overhead_bytes = planes.HEADER.size
-    most_expansion = 2**14  # zeros at the end cost nothing; a chunk has at most 256 KiB, its index entry at least 16
+    most_expansion = 2**17  # zeros at the end cost nothing, so that a chunk of most_bytes may take a header alone
 
     def configuration(self, dtype: str, row_shape: tuple[int, ...]) -> dict[str, Any]:
         return {"row_words": max(1, math.prod(row_shape))}

@@ -361,6 +361,7 @@ class Store:
             "width": self.width,
             "boundaries": self.boundaries,
             "row_selection": self.fingerprint["row_selection"],
+            "codec": layout.codec_of("states/", self.fingerprint).name,
             "segments": len(self.segments),
             "events": _counts(self.events["kind"]) | {"total": len(self)},
             "excluded_prompts": _counts(self.excluded["reason"]) | {"total": self.excluded.num_rows},

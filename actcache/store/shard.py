@@ -142,6 +142,8 @@ class EncodedArray:
         self._dimensions, self._attributes, self._codec = dimensions, attributes, codec
         row_bytes = array.itemsize * math.prod(array.shape[1:])
         self._chunk_rows = max(1, min(len(array), CHUNK_BYTES // row_bytes))
+        if self._chunk_rows * row_bytes > codec.most_bytes:
+            raise InputError(f"rows of {row_bytes} bytes, {codec.name} takes at most {codec.most_bytes}")
         self._checksums: list[int] = []
         self._chunks = coders().map(self._encode_chunk, range(0, len(array), self._chunk_rows))
 
