@@ -131,13 +131,17 @@ def check_settings(store: Store, settings: GridSettings) -> None:
 
 
 def read_cells(store: Store, folder: str | Path) -> pa.Table:
-    """All finished groups of this store in ``folder`` as one table, in a fixed order."""
-    digest = _digest(store)
-    tables = [
-        table
-        for path in sorted(Path(folder).glob("*.parquet"))
-        if _key_of(table := pq.read_table(path)).get("store") == digest
-    ]
+    """All finished groups of this store in ``folder`` as one table, in a fixed order.
+
+    Those of segments that a compaction has replaced are left out: their events are scored with the merged segment.
+    """
+    digest, segments = _digest(store), {segment.name for segment in store.segments}
+    tables = []
+    for path in sorted(Path(folder).glob("*.parquet")):
+        table = pq.read_table(path)
+        key = _key_of(table)
+        if key.get("store") == digest and key.get("segment") in segments:
+            tables.append(table)
     empty = _cell_table(store.events.slice(0, 0), [])
     return pa.concat_tables([empty, *tables], promote_options="permissive").replace_schema_metadata(None)
 
@@ -156,6 +160,7 @@ class _Group:
         """What the cells depend on."""
         return {
             "store": _digest(self.store),
+            "segment": self.segment.name,
             "strict": self.settings.strict,
             "max_tokens": self.settings.max_tokens,
             "readouts": sorted(self.readouts),

@@ -158,3 +158,34 @@ def test_inspect_and_verify(whole, tmp_path, capsys):
     shutil.rmtree(out / "cells")
     assert main(["grid", str(out)]) == 1, "a corrupt store is a failed check, not bad input"
     assert "states/pt/b002" in capsys.readouterr().err
+
+
+def test_a_compacted_run_is_scored_as_before(whole, tmp_path, capsys):
+    """Each event once, though the groups of the merged segments still lie there; and nothing is captured again."""
+    pair, prompts, reference = whole
+    run = tmp_path / "run"
+    shutil.copytree(reference, run)
+    assert main(["compact", str(run)]) == 0
+    assert len(actcache.open_store(run / "store").segments) == 1
+    assert main(command(pair, prompts, run)) == 0
+    assert len(actcache.open_store(run / "store").segments) == 1
+    keys = ["event_id", "boundary", "upstream", "late", "readout"]
+    order = [(key, "ascending") for key in keys]
+    before, after = (pq.read_table(folder / "cells.parquet").sort_by(order) for folder in (reference, run))
+    assert before.select(keys).equals(after.select(keys))
+    margins = zip(before["margin"].to_pylist(), after["margin"].to_pylist(), strict=True)
+    assert max(abs(a - b) for a, b in margins) < 1e-4
+    assert main(["report", str(run)]) == 0
+
+
+def test_the_grid_waits_for_every_part(whole, tmp_path, capfd):
+    """A mean over the prompts of one part would pass for that of all."""
+    pair, prompts, reference = whole
+    words = command(pair, prompts, tmp_path / "run")[1:]
+    assert main(["capture", *words, "--part", "1/2"]) == 0
+    assert main(["grid", str(tmp_path / "run")]) == 2
+    assert "give the capture command again until all are captured" in capfd.readouterr().err
+    assert main(["capture", *words, "--part", "2/2"]) == 0
+    assert main(["grid", str(tmp_path / "run")]) == 0
+    cells = [pq.read_table(folder / "cells.parquet") for folder in (reference, tmp_path / "run")]
+    assert cells[0].equals(cells[1])
