@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -401,8 +401,12 @@ class Store:
     ) -> tuple[npt.NDArray[Any], torch.Tensor]:
         owned = list(self._by_segment(indices))
         spans = np.empty((len(indices), 2), np.int64)
-        for segment, asked in owned:
+
+        def look_up(segment: Segment, asked: npt.NDArray[np.int64]) -> None:
             spans[asked] = spans_of(segment, indices[asked] - segment.events.start)
+            segment.open_array(array)
+
+        shard.at_once(self.storage, [partial(look_up, *given) for given in owned])
         offsets = np.zeros(len(indices) + 1, np.int64)
         np.cumsum(spans[:, 1] - spans[:, 0], out=offsets[1:])
         requests = [(segment.open_array(array), spans[asked], offsets[:-1][asked]) for segment, asked in owned]
@@ -445,7 +449,8 @@ class Store:
         for _ in range(_LISTINGS):
             names = committed_names(self.storage)
             try:
-                return [read_record(self.storage, name, self._digest) for name in names]
+                reads = [partial(read_record, self.storage, name, self._digest) for name in names]
+                return shard.at_once(self.storage, reads)
             except FileNotFoundError:
                 continue
         raise CorruptStoreError(f"{self.storage}: commit records vanish while they are read{shard.ADVICE}")
@@ -465,10 +470,9 @@ class Store:
         columns = layout.EVENT_COLUMNS if name == "events" else layout.EXCLUDED_COLUMNS
         check_schemas([segment.record for segment in self.segments])
         tables = [pa.table({column: layout.empty_column(kind) for column, kind in columns.items()})]
-        names: list[str] = []
-        for segment in self.segments:
-            tables.append(segment.read_table(name))
-            names += [segment.name] * tables[-1].num_rows
+        tables += shard.at_once(self.storage, [partial(segment.read_table, name) for segment in self.segments])
+        rows = zip(self.segments, tables[1:], strict=True)
+        names = [segment.name for segment, table in rows for _ in range(table.num_rows)]
         whole = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         carried = [json.loads(text) for text in whole["carried"].to_pylist()]
         whole = whole.drop_columns(["carried"]).append_column(layout.SEGMENT_COLUMN, pa.array(names, pa.string()))

@@ -12,11 +12,10 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -40,6 +39,7 @@ _BATCH_BYTES = 2**20  # compressed, of neighbouring chunks that are fetched with
 _INDEX_ENTRY_BYTES = 16  # offset and length of a chunk, uint64 each
 
 Spans = npt.NDArray[np.int64]
+T = TypeVar("T")
 
 
 def crc32c(data: bytes) -> int:
@@ -370,24 +370,29 @@ def read_spans(
     if not requests:
         return np.empty((n_rows, *row_shape), dtype)
     storage = requests[0][0].storage
-    remote = storage.parallel_reads > (os.cpu_count() or 1)
-
-    def run(tasks: list[Callable[[], Any]], worthwhile: bool) -> None:
-        if len(tasks) < 2 or not (worthwhile or remote):
-            for task in tasks:
-                task()
-            return
-        if not remote:
-            deque(coders().map(lambda task: task(), tasks), maxlen=0)
-            return
-        with ThreadPoolExecutor(min(len(tasks), storage.parallel_reads)) as pool:
-            deque(pool.map(lambda task: task(), tasks), maxlen=0)
-
-    run([array.index for array, _, _ in requests], worthwhile=False)
+    at_once(storage, [array.index for array, _, _ in requests])
     out = np.empty((n_rows, *row_shape), dtype)
     tasks = [task for array, spans, at in requests for task in array.tasks(spans, at, out)]
-    run(tasks, worthwhile=out.nbytes >= _WORTH_THREADS_BYTES)
+    at_once(storage, tasks, heavy=out.nbytes >= _WORTH_THREADS_BYTES)
     return out
+
+
+def at_once(storage: Storage, tasks: Sequence[Callable[[], T]], *, heavy: bool = False) -> list[T]:
+    """The results of tasks that read, in order.
+
+    Args:
+        storage: that they read from; where it is far they wait for it beside each other.
+        tasks: of which none calls this function with ``heavy``.
+        heavy: whether they decode so much that the threads of :func:`coders` are worth waking.
+    """
+    if storage.is_far and len(tasks) > 1:
+        with ThreadPoolExecutor(min(len(tasks), storage.parallel_reads)) as pool:
+            return list(pool.map(_call, tasks))
+    return list(coders().map(_call, tasks)) if heavy and len(tasks) > 1 else [task() for task in tasks]
+
+
+def _call(task: Callable[[], T]) -> T:
+    return task()
 
 
 def _pieces(spans: Spans, at: npt.NDArray[np.int64], chunk_rows: int) -> tuple[npt.NDArray[np.int64], Spans]:

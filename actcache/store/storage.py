@@ -38,6 +38,9 @@ MAX_JSON_BYTES = 16 * 2**20
 class Storage(Protocol):
     """The files of one store. FileNotFoundError where a key is missing, OSError where the disk or the net refuses."""
 
+    is_far: bool
+    """Whether a read waits for a net, so that small ones too are worth having under way at once."""
+
     parallel_reads: int
     """How many reads are worth having under way at once."""
 
@@ -127,6 +130,7 @@ def open_storage(place: Place) -> Storage:
 class LocalStorage:
     """A folder on a file system with POSIX rename and ``flock``."""
 
+    is_far = False
     parallel_reads = os.cpu_count() or 1
     parallel_writes = 8
 
@@ -236,6 +240,7 @@ class LocalStorage:
 class ObjectStorage:
     """A prefix of an object store that can create an object only if it is not there (S3, Google, Azure...)."""
 
+    is_far = True
     parallel_reads = 16
     parallel_writes = 16
 
