@@ -19,7 +19,6 @@ import torch
 
 from actcache.errors import InputError
 from actcache.store import Segment, Store, open_store
-from actcache.store.storage import LocalStorage
 
 Ints = npt.NDArray[np.int64]
 
@@ -81,7 +80,7 @@ class StoreRows:
     @property
     def is_local(self) -> bool:
         """Whether the store lies on a file system."""
-        return isinstance(self.storage, LocalStorage)
+        return not self.storage.is_far
 
     @property
     def store(self) -> Store:
