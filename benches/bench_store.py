@@ -25,6 +25,7 @@ import os
 import shutil
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -179,7 +180,7 @@ class Planes(Actcache):
     codec = "actcache.bf16_planes"
 
 
-class _ZarrArrays:
+class _ZarrArrays(ABC):
     """The arrays of every segment, with the metadata that the store gives them."""
 
     def __init__(self, path: Path, data: Data, ours: Actcache) -> None:
@@ -200,9 +201,9 @@ class _ZarrArrays:
         with ThreadPoolExecutor(8) as pool:  # as many at once as actcache has
             deque(pool.map(fsync, [path for path in self.path.rglob("*") if path.is_file()]), maxlen=0)
 
+    @abstractmethod
     def write_arrays(self) -> None:
         """All arrays, durable or not."""
-        raise NotImplementedError
 
 
 class ZarrPython(_ZarrArrays):
