@@ -319,6 +319,14 @@ def test_the_background_writes_the_same_store(tmp_path):
     assert read_tree(tmp_path / "a") == read_tree(write_store(tmp_path / "b", FINGERPRINT, SEGMENTS))
 
 
+def hand_over(store_writer: StoreWriter, handed: list[str]) -> None:
+    """Every segment in turn; ``handed`` says how far it has come."""
+    with BackgroundWriter(store_writer) as writer:
+        for name, segment in SEGMENTS.items():
+            writer.append(name, segment)
+            handed.append(name)
+
+
 def test_a_slow_disk_holds_the_computation_back(tmp_path):
     """At most two segments are being written."""
     store_writer = StoreWriter(tmp_path / "a", FINGERPRINT)
@@ -331,14 +339,8 @@ def test_a_slow_disk_holds_the_computation_back(tmp_path):
 
     handed: list[str] = []
 
-    def hand_over() -> None:
-        with BackgroundWriter(store_writer) as writer:
-            for name, segment in SEGMENTS.items():
-                writer.append(name, segment)
-                handed.append(name)
-
     with mock.patch.object(store_writer, "append", slow):
-        thread = threading.Thread(target=hand_over)
+        thread = threading.Thread(target=hand_over, args=(store_writer, handed))
         thread.start()
         for n_written in range(5):
             deadline = time.monotonic() + 60
@@ -364,14 +366,8 @@ def test_a_failed_write_stops_the_run(tmp_path):
 
     handed: list[str] = []
 
-    def hand_over() -> None:
-        with BackgroundWriter(store_writer) as writer:
-            for name, segment in SEGMENTS.items():
-                writer.append(name, segment)
-                handed.append(name)
-
     with mock.patch.object(store_writer, "append", failing), pytest.raises(OSError, match="No space left"):
-        hand_over()
+        hand_over(store_writer, handed)
     assert len(handed) < len(SEGMENTS)
     check(open_store(tmp_path / "a"), {"s-0": SEGMENTS["s-0"]})
 
