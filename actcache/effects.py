@@ -158,6 +158,77 @@ def effects(
     return {"draws": draws, "seed": seed, "level": level, "groups": groups}
 
 
+def select_events(
+    cells: pa.Table,
+    events: pa.Table,
+    dtype: str,
+    *,
+    stability: pa.Table | None = None,
+    min_gap: float | None = None,
+) -> tuple[pa.Table, dict[str, Any]]:
+    """Leave out the events that rounding may have made, before their effects are averaged.
+
+    Args:
+        cells: as for :func:`contrasts`.
+        events: one row an event: event_id, and gap_pt and gap_it where ``min_gap`` is given.
+        dtype: in which the events were captured.
+        stability: rows of :func:`actcache.stability.check_stability`, among them every event of the cells in ``dtype``.
+            An event stays if its strict and its packed decision are both the stored one. None keeps them all.
+        min_gap: an event stays if both its gaps are known and at least this, in logits. None keeps them all. The gaps
+            are those at the event: a near tie on the way to it does not show in them, but in ``stability``.
+
+    Returns:
+        The cells of the events that stay, and what was left out, to be put beside their effects: ``stable_only`` (True)
+        and ``n_unstable`` where ``stability`` is given; ``min_gap`` and ``n_below_min_gap`` where that is;
+        ``n_left_out``, the events left out for either reason.
+
+    Raises:
+        InputError: an event of the cells is not among ``events``, or not checked in ``dtype``; min_gap is negative or
+            no number; no event stays.
+    """
+    if min_gap is not None and not 0 <= min_gap < np.inf:
+        raise InputError(f"min_gap is {min_gap}: give a number of logits, from 0 on")
+    ids = pc.unique(cells["event_id"].cast(pa.string()))
+    left_out = np.zeros(len(ids), bool)
+    notes: dict[str, Any] = {}
+    reasons = []
+    if stability is not None:
+        checked = stability.filter(pc.equal(stability["dtype"], dtype))
+        at = _positions(ids, checked)
+        if (at < 0).any():
+            raise InputError(
+                f"{int((at >= 0).sum())} of {len(ids)} events have been checked for stability in {dtype}: to leave out "
+                f"the others, check all; 'actcache stability RUN --dtype {dtype}' does"
+            )
+        unstable = ~pc.and_(checked["stable"], checked["as_stored"]).to_numpy()[at]
+        left_out |= unstable
+        notes |= {"stable_only": True, "n_unstable": int(unstable.sum())}
+        reasons.append(f"{unstable.sum()} unstable in {dtype}")
+    if min_gap is not None:
+        at = _positions(ids, events)
+        if (at < 0).any():
+            unknown = ids[int(np.flatnonzero(at < 0)[0])].as_py()
+            raise InputError(
+                f"event {unknown!r} of the cells is not among the {events.num_rows} events; pass the run's"
+            )
+        gaps = [events[name].cast(pa.float64()).to_numpy()[at] for name in ("gap_pt", "gap_it")]
+        below = ~(np.minimum(*gaps) >= min_gap)  # an unknown gap, NaN here, is not known to be large enough
+        left_out |= below
+        notes |= {"min_gap": min_gap, "n_below_min_gap": int(below.sum())}
+        reasons.append(f"{below.sum()} with a gap below {min_gap:g}")
+    if len(ids) and left_out.all():
+        raise InputError(f"no event is left of {len(ids)}: {', '.join(reasons)}; ask less of them")
+    notes["n_left_out"] = int(left_out.sum())
+    staying = ids.filter(pa.array(~left_out))
+    return cells.filter(pc.is_in(cells["event_id"].cast(pa.string()), value_set=staying)), notes
+
+
+def _positions(ids: pa.Array, table: pa.Table) -> Ints:
+    """In which row of the table each event is; -1 where in none."""
+    known = table["event_id"].cast(pa.string()).combine_chunks()
+    return pc.fill_null(pc.index_in(ids, value_set=known), -1).to_numpy().astype(np.int64)
+
+
 def _label_index(cells: pa.Table, name: str, pt: str, it: str) -> Ints:
     """0 where the label is ``pt``, 1 where it is ``it``, -1 elsewhere."""
     labels = cells[name].cast(pa.string())

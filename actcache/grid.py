@@ -1,8 +1,10 @@
 """Grid: the cells of a store, scored by replaying late stacks over its states.
 
-One cell group is one segment at one boundary and scope: every upstream crossed with every late stack, scored by every
-readout. A finished group is one Parquet file, so a killed grid goes on where it stopped; ``cells.parquet`` is all
-groups together. Knows store, replay and tables; loads no models itself.
+A cell group is one segment at one boundary and scope: every upstream crossed with every late stack, scored by every
+readout, plain or under variants. A finished group is one Parquet file, so a killed grid goes on where it stopped;
+``cells.parquet`` is all groups together. Late stacks are loaded once, from the first boundary on; the states of one
+segment at one boundary are read once, while the ones before are being replayed, and serve every late stack, scope,
+readout and variant. Knows store, replay and tables; loads no models itself.
 """
 
 from __future__ import annotations
@@ -10,28 +12,33 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
+from actcache.edits import PLAIN, Edit, Replace, Variant
 from actcache.errors import CheckError, InputError
 from actcache.files import write_atomically
 from actcache.readout import Readout
-from actcache.replay import MAX_TOKENS, LateStack
+from actcache.replay import LateStack
 from actcache.store import Segment, Store
+from actcache.sweep import SCOPES, VariantsAt
 
-SCOPES = ("prefix", "position")
 COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head for every cell
 
 # How far a replayed diagonal margin may lie from the native one: absolute, and per unit of the larger of the two
 # logits, whose rounding it is. float32 leaves two decimal digits of room over what was seen; bfloat16 keeps 8 bits of
 # each state, and a margin is a difference of two sums over D of them.
 NOOP_TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.05), torch.float16: (0.02, 0.01)}
+
+_TOP1_AT_ONCE = 256  # states whose whole-vocabulary logits are made together: enough for a matrix product at its rate
 
 # The event columns that cells repeat, before the cell's own; carried prompt columns come last.
 _EVENT_COLUMNS = ("event_id", "prompt_id", "kind", "step", "position", "y_pt", "y_it")
@@ -54,17 +61,26 @@ class GridSettings:
 
     Attributes:
         boundaries: a subset of the store's.
-        scope: ``prefix`` (every position's state comes from U) or ``position`` (only position p's does).
+        scopes: of ``prefix`` (every position's state comes from U) and ``position`` (only position p's does).
         readouts: ``native``, ``common_<label>``.
-        strict: one sequence a forward; bit-identical to a hooked full forward.
-        max_tokens: tokens of one pack otherwise.
+        variants: scored beside the plain grid; the same at every boundary, or a function of the boundary. Their edits
+            change the rows that the cell replays, and name checkpoints of the store as donors.
+        top1: whether variants get ``top1_id``, which takes the whole vocabulary, too; plain cells always do.
+        strict: one sequence a forward; bit-identical to a hooked full forward, whatever else is scored with it.
+        max_tokens: tokens of one forward otherwise; None for what suits the device.
     """
 
     boundaries: tuple[int, ...]
-    scope: str = "prefix"
+    scopes: tuple[str, ...] = ("prefix",)
     readouts: tuple[str, ...] = ("native", "common_it", "common_pt")
+    variants: Sequence[Variant] | VariantsAt = ()
+    top1: bool = False
     strict: bool = False
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int | None = None
+
+    def variants_at(self, boundary: int) -> tuple[Variant, ...]:
+        """Everything to score at a boundary, the plain grid first."""
+        return (PLAIN, *(self.variants(boundary) if callable(self.variants) else self.variants))
 
 
 def run_grid(
@@ -80,155 +96,334 @@ def run_grid(
 
     Args:
         store: with prefix rows.
-        load_late: gives the late stack of a checkpoint, by label and boundary, in the store's dtype.
+        load_late: gives the late stack of a checkpoint, by label, from a boundary on, in the store's dtype; called
+            once a label.
         folder: where finished groups lie; created.
         settings: what to score.
-        on_cells: called with the number of (event, upstream, late) replays finished or found finished.
+        on_cells: called with the number of (event, scope, upstream, late, variant) combinations finished or found
+            finished; :func:`count_replays` says how many there are.
         say: told, in one line, what a person should know.
 
     Returns:
-        The cells of all groups in ``folder``, these settings' and earlier ones', one row a cell. On the diagonal
+        The cells of all groups in ``folder``, these settings' and earlier ones', one row a cell. On the plain diagonal
         ``margin`` is the capture forward's own and ``noop_delta`` is the replayed one minus it; elsewhere
         ``noop_delta`` is null.
 
     Raises:
-        InputError: settings that the store cannot serve.
+        InputError: settings that the store cannot serve; a variant whose name stands for other edits in ``folder``.
         CheckError: a replayed diagonal margin is off its native one by more than rounding.
     """
     check_settings(store, settings)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for boundary in settings.boundaries:
-        groups = [_Group(store, segment, boundary, settings, folder) for segment in store.segments if segment.n_events]
-        todo = [group for group in groups if not group.is_done()]
-        on_cells(sum(group.n_replays for group in groups if group not in todo))
-        if not todo:
-            continue
-        lates = {label: load_late(label, boundary) for label in store.checkpoints}
+    finished = _groups_in(folder, store)
+    _check_names(finished, settings)
+    todo = []
+    for segment in (segment for segment in store.segments if segment.n_events):
+        for boundary in settings.boundaries:
+            work = _Work(store, segment, boundary, settings, folder, finished)
+            on_cells(work.n_done)
+            if work.groups:
+                todo.append(work)
+    if todo:
+        first = min(work.boundary for work in todo)
+        lates = {label: load_late(label, first) for label in store.checkpoints}
         for late in lates.values():
             if late.not_packable and not settings.strict:
-                say(f"one sequence a forward: {late.not_packable}")
+                say(f"{late.mode} sequences, not packed: {late.not_packable}")
                 break
-        for group in todo:
-            group.score(lates)
-            on_cells(group.n_replays)
-    return read_cells(store, folder)
+        for work, states in _read_ahead(todo):
+            work.score({label: late.at(work.boundary) for label, late in lates.items()}, states, on_cells)
+    return read_cells(store, folder, settings)
+
+
+def count_replays(store: Store, settings: GridSettings) -> int:
+    """How many (event, scope, upstream, late, variant) combinations a grid scores."""
+    n_variants = sum(len(settings.variants_at(boundary)) for boundary in settings.boundaries)
+    return len(store) * len(settings.scopes) * len(store.checkpoints) ** 2 * n_variants
 
 
 def check_settings(store: Store, settings: GridSettings) -> None:
-    """Raise InputError for a boundary, scope or readout that the store cannot serve."""
+    """Raise InputError for a boundary, scope, readout or variant that the store cannot serve."""
     if store.fingerprint["row_selection"] != "prefix":
         raise InputError("the store keeps rows of event positions only; the grid needs prefix rows: capture again")
     for boundary in settings.boundaries:
         if boundary not in store.boundaries:
             raise InputError(f"boundary {boundary} is not in the store; it has {_listed(store.boundaries)}")
-    if settings.scope not in SCOPES:
-        raise InputError(f"scope {settings.scope!r} is unknown; choose {' or '.join(SCOPES)}")
+    for scope in settings.scopes:
+        if scope not in SCOPES:
+            raise InputError(f"scope {scope!r} is unknown; choose {' or '.join(SCOPES)}")
     known = ["native", *(COMMON + label for label in store.checkpoints)]
     for readout in settings.readouts:
         if readout not in known:
             raise InputError(f"readout {readout!r} is unknown; choose from {', '.join(known)}")
+    for boundary in settings.boundaries:
+        variants = settings.variants_at(boundary)
+        names = [variant.name for variant in variants]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise InputError(f"two variants at boundary {boundary} are named {twice!r}; each needs a name of its own")
+        for variant in variants:
+            for edit in variant.edits:
+                donor = getattr(edit.operation, "donor", None)
+                if donor is not None and donor not in store.checkpoints:
+                    raise InputError(
+                        f"variant {variant.name!r} names the donor {donor!r}; the store has "
+                        f"{', '.join(store.checkpoints)}"
+                    )
+                edit.check_layers(boundary, store.fingerprint["n_blocks"], variant.name)
 
 
-def read_cells(store: Store, folder: str | Path) -> pa.Table:
+def read_cells(store: Store, folder: str | Path, settings: GridSettings) -> pa.Table:
     """All finished groups of this store in ``folder`` as one table, in a fixed order.
 
-    Those of segments that a compaction has replaced are left out: their events are scored with the merged segment.
+    Those of segments that a compaction has replaced are left out: their events are scored with the merged segment. A
+    variant that stands in two groups (scored in two ways, or by two sweeps that overlap) is taken from the one that was
+    scored as these settings ask, and has the most.
     """
-    digest, segments = _digest(store), {segment.name for segment in store.segments}
-    tables = []
-    for path in sorted(Path(folder).glob("*.parquet")):
-        table = pq.read_table(path)
-        key = _key_of(table)
-        if key.get("store") == digest and key.get("segment") in segments:
-            tables.append(table)
+
+    def has_most(group: _Group) -> tuple[bool, int, bool]:
+        as_asked = all(group.key[name] == getattr(settings, name) for name in ("strict", "max_tokens"))
+        return as_asked, len(group.key["readouts"]), group.key["top1"]
+
+    tables = [
+        found.table()
+        for groups in _groups_in(folder, store).values()
+        for found in _without_repeats(sorted(groups, key=has_most, reverse=True))
+        if found.names
+    ]
     empty = _cell_table(store.events.slice(0, 0), [])
     return pa.concat_tables([empty, *tables], promote_options="permissive").replace_schema_metadata(None)
 
 
+@dataclass(frozen=True)
 class _Group:
-    """The cells of one segment at one boundary and scope."""
+    """A finished group in its file: which variants it scored, by which readouts."""
 
-    def __init__(self, store: Store, segment: Segment, boundary: int, settings: GridSettings, folder: Path) -> None:
+    path: Path
+    key: dict[str, Any]
+    names: frozenset[str]
+
+    def table(self) -> pa.Table:
+        """Its cells, of the variants named."""
+        table = pq.read_table(self.path)
+        if self.names == set(self.key["variants"]):
+            return table
+        return table.filter(pc.is_in(table["variant"], pa.array(sorted(self.names))))
+
+
+_Finished = dict[tuple[str, int, str], list[_Group]]
+
+
+def _groups_in(folder: str | Path, store: Store) -> _Finished:
+    """Finished groups of the store's segments by (segment, boundary, scope), in the order of their files' names."""
+    digest, segments = _digest(store), {segment.name for segment in store.segments}
+    groups: _Finished = {}
+    for path in sorted(Path(folder).glob("*.parquet")):
+        metadata = (pq.read_schema(path).metadata or {}).get(b"actcache")
+        key = json.loads(metadata) if metadata else {}
+        # Earlier versions scored no variants and named none: scored again, their files are replaced.
+        if key.get("store") == digest and key.get("segment") in segments and "variants" in key:
+            found = _Group(path, key, frozenset(key["variants"]))
+            groups.setdefault((key["segment"], key["boundary"], key["scope"]), []).append(found)
+    return groups
+
+
+def _without_repeats(groups: Sequence[_Group]) -> Iterator[_Group]:
+    seen: set[str] = set()
+    for group in groups:
+        yield _Group(group.path, group.key, group.names - seen)
+        seen |= group.names
+
+
+def _check_names(finished: _Finished, settings: GridSettings) -> None:
+    """A name that stands for one thing in some groups and for another in others would be averaged over both."""
+    for boundary in settings.boundaries:
+        digests = {variant.name: variant.digest for variant in settings.variants_at(boundary)}
+        for (_, of_boundary, _), groups in finished.items():
+            for group in groups if of_boundary == boundary else ():
+                for name, digest in group.key["variants"].items():
+                    if digests.get(name, digest) != digest:
+                        raise InputError(
+                            f"variant {name!r} at boundary {boundary} has been scored with other edits ({group.path}); "
+                            "give it another name, or move that file away"
+                        )
+
+
+@dataclass(frozen=True)
+class _States:
+    """What one piece of work reads from the store, all in the order of its segment's events."""
+
+    rows: dict[str, torch.Tensor]  # by checkpoint, [N, D]
+    offsets: torch.Tensor
+    final: dict[str, torch.Tensor]  # by checkpoint, [n, D]
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """One replay of all events of a segment, and the cells that it serves: (scope, upstream)."""
+
+    variant: Variant  # as it is replayed
+    name: str  # of the variant asked for
+    base: str  # whose rows it starts from
+    cells: tuple[tuple[str, str], ...]
+
+
+class _Work:
+    """One segment at one boundary: the groups of all scopes that are not scored yet."""
+
+    def __init__(
+        self,
+        store: Store,
+        segment: Segment,
+        boundary: int,
+        settings: GridSettings,
+        folder: Path,
+        finished: _Finished,
+    ) -> None:
         self.store, self.segment, self.boundary, self.settings = store, segment, boundary, settings
-        self.path = folder / f"b{boundary:03d}-{settings.scope}-{segment.name}.parquet"
-        self.n_replays = segment.n_events * len(store.checkpoints) ** 2
-        self.readouts = settings.readouts
+        self._folder = folder
+        self.groups: dict[str, tuple[tuple[Variant, ...], tuple[str, ...]]] = {}  # scope -> variants, readouts
+        self.top1 = settings.top1
+        self.n_done = 0
+        variants = settings.variants_at(boundary)
+        names = {variant.name for variant in variants}
+        for scope in settings.scopes:
+            scored: set[str] = set()
+            readouts = set(settings.readouts)
+            for group in finished.get((segment.name, boundary, scope), []):
+                if any(group.key.get(name) != value for name, value in self._key(scope).items()):
+                    continue
+                enough = set(settings.readouts) <= set(group.key["readouts"])
+                in_full = group.key["top1"] or not settings.top1
+                found = (group.names if in_full else group.names & {PLAIN.name}) if enough else frozenset()
+                scored |= found
+                if names & (group.names - found):  # scored again with all it has, so that nothing scored is lost
+                    readouts |= set(group.key["readouts"])
+                    self.top1 |= group.key["top1"]
+            left = tuple(variant for variant in variants if variant.name not in scored)
+            self.n_done += (len(variants) - len(left)) * self._n_replays
+            if left:
+                known = (*settings.readouts, *sorted(readouts - set(settings.readouts)))
+                self.groups[scope] = left, known
 
     @property
-    def key(self) -> dict[str, Any]:
-        """What the cells depend on."""
+    def _n_replays(self) -> int:
+        return self.segment.n_events * len(self.store.checkpoints) ** 2
+
+    def _key(self, scope: str) -> dict[str, Any]:
+        """What the cells of a group depend on, its variants and readouts apart."""
         return {
             "store": _digest(self.store),
             "segment": self.segment.name,
+            "boundary": self.boundary,
+            "scope": scope,
             "strict": self.settings.strict,
             "max_tokens": self.settings.max_tokens,
-            "readouts": sorted(self.readouts),
         }
 
-    def is_done(self) -> bool:
-        """Whether the group's file holds what is asked; one with other readouts is scored again with both."""
-        if not self.path.is_file():
-            return False
-        found = _key_of(pq.read_table(self.path))
-        if any(found.get(name) != value for name, value in self.key.items() if name != "readouts"):
-            return False
-        if set(self.readouts) <= set(found["readouts"]):
-            return True
-        self.readouts = (*self.readouts, *(set(found["readouts"]) - set(self.readouts)))
-        return False
+    @property
+    def _indices(self) -> range:
+        return range(self.segment.events.start, self.segment.events.stop)
 
-    def score(self, lates: dict[str, LateStack]) -> None:
-        """Replay and score every cell; publish the file."""
-        indices = range(self.segment.events.start, self.segment.events.stop)
-        events = self.store.events.slice(indices.start, len(indices))
-        states = {label: self.store.states(label, self.boundary, indices) for label in lates}
-        final = {label: self.store.final(label, indices) for label in lates}
+    def read(self) -> _States:
+        """Read everything that scoring needs; may run beside the replay of other work."""
+        read = {label: self.store.states(label, self.boundary, self._indices) for label in self.store.checkpoints}
+        final = {label: self.store.final(label, self._indices) for label in self.store.checkpoints}
+        return _States({label: rows for label, (rows, _) in read.items()}, next(iter(read.values()))[1], final)
+
+    def score(self, lates: dict[str, LateStack], states: _States, on_cells: Callable[[int], None]) -> None:
+        """Replay and score every cell; publish the files."""
+        events = self.store.events.slice(self._indices.start, len(self._indices))
         pair_ids = torch.tensor([events["y_pt"].to_pylist(), events["y_it"].to_pylist()]).T
-        columns: list[dict[str, Any]] = []
-        for upstream in lates:
-            for late_label, late in lates.items():
-                rows, offsets = self._rows(states, upstream, late_label)
-                replayed = late.run(rows, offsets, strict=self.settings.strict, max_tokens=self.settings.max_tokens)
-                for name, readout in self._readouts_for(late_label, lates):
-                    scores, noop = _score(readout, replayed, pair_ids), None
-                    if upstream == late_label:
-                        native = _score(readout, final[late_label], pair_ids)
-                        noop = scores.margin - native.margin
-                        self._check_noop(events, late_label, name, native, noop)
-                        scores = native
-                    columns.append(
-                        {
-                            "boundary": self.boundary,
-                            "scope": self.settings.scope,
-                            "upstream": upstream,
-                            "late": late_label,
-                            "readout": name,
-                            "variant": "none",
-                            "margin": scores.margin,
-                            "top1_id": scores.top1,
-                            "noop_delta": noop,
-                        }
+        names = list(dict.fromkeys(name for _, names in self.groups.values() for name in names))
+        columns: dict[str, list[dict[str, Any]]] = {scope: [] for scope in self.groups}
+        for label, late in lates.items():
+            readouts = {name: lates[label if name == "native" else name.removeprefix(COMMON)].readout for name in names}
+            native = {name: _score(readout, states.final[label], pair_ids) for name, readout in readouts.items()}
+            for base in lates:
+                replays = self._replays(base, label, list(lates))
+                table = _ScoreTable(replays, readouts, pair_ids, self._wants_top1, 1 if self.settings.strict else None)
+                for sequences, numbers, hidden in late.iterate_variants(
+                    states.rows[base],
+                    states.offsets,
+                    [replay.variant for replay in replays],
+                    donors=states.rows,
+                    keys=events["event_id"].to_pylist(),
+                    strict=self.settings.strict,
+                    max_tokens=self.settings.max_tokens,
+                ):
+                    table.add(sequences, numbers, hidden)
+                    on_cells(sum(len(replays[number].cells) for number in numbers.tolist()))
+                table.finish()
+                for number, scope, upstream, name in self._cells(replays):
+                    scored, noop = table.scores(number, name), None
+                    if upstream == label and replays[number].name == PLAIN.name:
+                        noop = scored.margin - native[name].margin
+                        self._check_noop(events, label, name, native[name], noop)
+                        scored = native[name]
+                    column = {"boundary": self.boundary, "scope": scope, "upstream": upstream, "late": label}
+                    column |= {"readout": name, "variant": replays[number].name}
+                    columns[scope].append(
+                        column | {"margin": scored.margin, "top1_id": scored.top1, "noop_delta": noop}
                     )
-        table = _cell_table(events, columns).replace_schema_metadata({b"actcache": json.dumps(self.key).encode()})
+        for scope in self.groups:
+            self._publish(scope, events, columns[scope])
+
+    def _cells(self, replays: Sequence[_Replay]) -> Iterator[tuple[int, str, str, str]]:
+        """Number of the replay, scope, upstream and readout of every cell that these replays serve."""
+        for number, replay in enumerate(replays):
+            for scope, upstream in replay.cells:
+                for name in self.groups[scope][1]:
+                    yield number, scope, upstream, name
+
+    def _wants_top1(self, replay: _Replay) -> bool:
+        return replay.name == PLAIN.name or self.top1
+
+    def _replays(self, base: str, late: str, labels: Sequence[str]) -> list[_Replay]:
+        """What is replayed through one late stack from one checkpoint's rows.
+
+        Scope ``prefix`` replays the upstream's rows. Scope ``position`` replays the late checkpoint's own rows with
+        row p replaced: an edit of the last position like any other, which shares the keys and values of the rest. On
+        the diagonal both are one and the same.
+        """
+        replays: list[_Replay] = []
+        by_name: dict[str, dict[str, Variant]] = {}
+        for scope, (variants, _) in self.groups.items():
+            for variant in variants:
+                by_name.setdefault(variant.name, {})[scope] = variant
+        for name, of_scope in by_name.items():
+            variant = next(iter(of_scope.values()))
+            own = [(scope, base) for scope in of_scope if scope == "prefix" or base == late]
+            if own:
+                replays.append(_Replay(variant, name, base, tuple(own)))
+            if "position" in of_scope and base == late:
+                for upstream in labels:
+                    if upstream != late:
+                        edits = (Edit(Replace(upstream), positions="last"), *variant.edits)
+                        replays.append(_Replay(Variant(name, edits), name, base, (("position", upstream),)))
+        return replays
+
+    def _publish(self, scope: str, events: pa.Table, columns: Sequence[dict[str, Any]]) -> None:
+        variants, readouts = self.groups[scope]
+        digests = {variant.name: variant.digest for variant in variants}
+        key = self._key(scope) | {"readouts": sorted(readouts), "variants": digests, "top1": self.top1}
+        names, labels = [variant.name for variant in variants], self.store.checkpoints
+
+        def place(column: dict[str, Any]) -> tuple[int, ...]:
+            at = names.index(column["variant"]), labels.index(column["upstream"]), labels.index(column["late"])
+            return (*at, readouts.index(column["readout"]))
+
+        columns = sorted(columns, key=place)
+        table = _cell_table(events, columns).replace_schema_metadata({b"actcache": json.dumps(key).encode()})
+        # Groups of one set of variants have one name.
+        variant_set = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:16]
+        suffix = "" if set(digests) == {PLAIN.name} else f"+{variant_set}"
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        write_atomically(self.path, sink.getvalue())
-
-    def _rows(
-        self, states: dict[str, tuple[torch.Tensor, torch.Tensor]], upstream: str, late: str
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        rows, offsets = states[upstream]
-        if self.settings.scope == "prefix" or upstream == late:
-            return rows, offsets
-        last = offsets[1:] - 1
-        own = states[late][0].clone()
-        own[last] = rows[last]
-        return own, offsets
-
-    def _readouts_for(self, late: str, lates: dict[str, LateStack]) -> Iterator[tuple[str, Readout]]:
-        for name in self.readouts:
-            yield name, lates[late if name == "native" else name.removeprefix(COMMON)].readout
+        write_atomically(
+            self._folder / f"b{self.boundary:03d}-{scope}-{self.segment.name}{suffix}.parquet", sink.getvalue()
+        )
 
     def _check_noop(self, events: pa.Table, label: str, readout: str, native: _Scores, noop: torch.Tensor) -> None:
         absolute, relative = NOOP_TOLERANCE[self.store.dtype]
@@ -243,16 +438,76 @@ class _Group:
             )
 
 
+def _read_ahead(todo: Sequence[_Work]) -> Iterator[tuple[_Work, _States]]:
+    """Each piece of work with its states, which are read while the piece before it is replayed."""
+    with ThreadPoolExecutor(1, thread_name_prefix="actcache-read") as pool:
+        coming = pool.submit(todo[0].read)
+        for number, work in enumerate(todo):
+            states = coming.result()
+            if number + 1 < len(todo):
+                coming = pool.submit(todo[number + 1].read)
+            yield work, states
+
+
 @dataclass(frozen=True)
 class _Scores:
+    """Of all events, by one readout."""
+
     logits: torch.Tensor  # [n, 2] float32, of y_pt and y_it
-    margin: torch.Tensor  # [n] float32
-    top1: torch.Tensor  # [n] int64
+    top1: torch.Tensor | None  # [n] int64
+
+    @property
+    def margin(self) -> torch.Tensor:
+        """``[n]`` float32."""
+        return self.logits[:, 1] - self.logits[:, 0]
 
 
 def _score(readout: Readout, final_hidden: torch.Tensor, pair_ids: torch.Tensor) -> _Scores:
-    logits = readout.scores(final_hidden, pair_ids)
-    return _Scores(logits, logits[:, 1] - logits[:, 0], readout.top2(final_hidden)[0][:, 0])
+    return _Scores(readout.scores(final_hidden, pair_ids), readout.top2(final_hidden)[0][:, 0])
+
+
+class _ScoreTable:
+    """Scores of several replays of the same events by several readouts, filled as final hidden states come in."""
+
+    def __init__(
+        self,
+        replays: Sequence[_Replay],
+        readouts: dict[str, Readout],
+        pair_ids: torch.Tensor,
+        wants_top1: Callable[[_Replay], bool],
+        top1_at_once: int | None,
+    ) -> None:
+        self._readouts, self._pair_ids = readouts, pair_ids
+        self._logits = {name: torch.full((len(replays), len(pair_ids), 2), torch.nan) for name in readouts}
+        self._with_top1 = [number for number, replay in enumerate(replays) if wants_top1(replay)]
+        self._top1_at_once = top1_at_once or _TOP1_AT_ONCE
+        shape = len(replays), len(pair_ids)
+        self._top1 = {name: torch.full(shape, -1, dtype=torch.int64) for name in readouts}
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def add(self, events: torch.Tensor, replays: torch.Tensor, final_hidden: torch.Tensor) -> None:
+        """Take ``[m, D]`` final hidden states of so many (event, replay) pairs."""
+        for name, readout in self._readouts.items():
+            self._logits[name][replays, events] = readout.scores(final_hidden, self._pair_ids[events])
+        chosen = torch.isin(replays, torch.tensor(self._with_top1, dtype=torch.int64))
+        if chosen.any():
+            self._waiting.append((events[chosen], replays[chosen], final_hidden[chosen]))
+            if sum(len(part[0]) for part in self._waiting) >= self._top1_at_once:
+                self.finish()
+
+    def finish(self) -> None:
+        """Find the best tokens of what waits for it: the head's whole weight is read for each lot."""
+        if self._waiting:
+            events, replays, final_hidden = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+            for name, readout in self._readouts.items():
+                self._top1[name][replays, events] = readout.top2(final_hidden)[0][:, 0]
+        self._waiting = []
+
+    def scores(self, replay: int, readout: str) -> _Scores:
+        """Those of one replay by one readout."""
+        return _Scores(
+            self._logits[readout][replay], self._top1[readout][replay] if replay in self._with_top1 else None
+        )
 
 
 def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]]) -> pa.Table:
@@ -282,11 +537,6 @@ def _interleaved(values: list[Any], n_events: int, kind: pa.DataType) -> pa.Arra
 
 _PER_CHECKPOINT = ("gap_", "margin_")
 _NOT_CARRIED = {*_EVENT_COLUMNS, "proposed_step", "sequence", "context", "token_pt", "token_it", "segment"}
-
-
-def _key_of(table: pa.Table) -> dict[str, Any]:
-    metadata = (table.schema.metadata or {}).get(b"actcache")
-    return json.loads(metadata) if metadata else {}
 
 
 def _digest(store: Store) -> str:

@@ -4,7 +4,12 @@ A *pack* is one forward over ``[1, T]`` tokens that belong to several sequences;
 each begins. Everything but attention works on tokens one by one, so only attention has to know. The registered
 attention function cuts queries, keys and values at the offsets and hands each sequence to the model's *own* attention
 implementation, with the mask that the model's own mask builder makes for it: windows, soft-caps, scales, grouped
-heads and sinks stay the model's. Positions restart at 0 in every sequence.
+heads and sinks stay the model's. Positions restart at 0 in every sequence. On CUDA, packs whose masks are causal or
+causal within a window go to one varlen kernel instead.
+
+A pack can leave behind its :class:`Prefix`: the keys and values of all positions but the last of every sequence. A
+second forward over *branches*, tokens that stand at that last position, then reads them: a thousand variants of one
+state cost a thousand tokens, not a thousand sequences.
 
 Knows tensors and transformers' attention registry; knows no model, no tokens, no files.
 """
@@ -17,24 +22,27 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+varlen_attn: Callable[..., Any] | None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before torch 2.10
+    varlen_attn = None
+
 IMPLEMENTATION = "actcache_packed"
 
+# Branches of one sequence that one attention call takes: each sees its own key only, so the keys of the others are
+# masked work, which grows with their number, while the calls grow with its inverse.
+_BRANCHES_AT_ONCE = 64
 
-@dataclass(frozen=True)
-class _Pack:
-    bounds: tuple[int, ...]
-    implementation: str  # the model's own attention, which serves each sequence
-
-
-_current: ContextVar[_Pack | None] = ContextVar("actcache_pack", default=None)
+Mask = torch.Tensor | None  # [1, 1 or H, T, T], boolean or additive; None is plain causal
 
 
 def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[range]:
@@ -72,16 +80,71 @@ def why_not_packable(decoder: torch.nn.Module) -> str | None:
     return None
 
 
+@dataclass
+class Prefix:
+    """What a pack leaves behind for tokens at the last position of its sequences.
+
+    Attributes:
+        layers: of every attention module that was reached, one entry a sequence: keys and values ``[1, H_kv, p, d]``
+            of positions 0..p-1, and the row of the model's mask at position p, ``[1, 1 or H, 1, p + 1]``, or None
+            where p sees all.
+    """
+
+    layers: dict[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor, Mask]]] = field(default_factory=dict)
+
+
+class PackStoppedError(Exception):
+    """Ends a forward at the attention it was asked to stop at; not an error."""
+
+
+class _Mode(Protocol):
+    """What attention does with a batch within one of the two context managers below."""
+
+    def masks(self, local_size: int | None, use_vmap: bool, builder_arguments: dict[str, Any]) -> Any: ...
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        masks: Any,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor: ...
+
+
+_current: ContextVar[_Mode | None] = ContextVar("actcache_pack", default=None)
+
+
 @contextmanager
-def packed_attention(config: PretrainedConfig, bounds: Sequence[int]) -> Iterator[None]:
+def packed_attention(
+    config: PretrainedConfig, bounds: Sequence[int], prefix: Prefix | None = None
+) -> Iterator[PackedSequences]:
     """Within this block, models that share ``config`` treat a ``[1, T]`` batch as sequences cut at ``bounds``.
 
-    The switch is on the config object, which the attention modules read at every call: not for use from two threads
-    on one model.
+    ``prefix`` is filled if given. The switch is on the config object, which the attention modules read at every call:
+    not for use from two threads on one model.
     """
-    _register()
+    mode = PackedSequences(tuple(bounds), config._attn_implementation, prefix)
+    with _switched(config, mode):
+        yield mode
+
+
+@contextmanager
+def branched_attention(config: PretrainedConfig, prefix: Prefix, sequence_of: Sequence[int]) -> Iterator[None]:
+    """Within this block, token i of a ``[1, n]`` batch stands at the last position of sequence ``sequence_of[i]`` of
+    the pack that left ``prefix``: it sees that sequence's earlier positions and itself, no other token of the batch.
+    Tokens of one sequence shall stand together. (Threads: as :func:`packed_attention`.)"""
+    with _switched(config, _Branches(prefix, sequence_of, config._attn_implementation)):
+        yield
+
+
+@contextmanager
+def _switched(config: PretrainedConfig, mode: _Mode) -> Iterator[None]:
+    AttentionInterface.register(IMPLEMENTATION, _attention)
+    AttentionMaskInterface.register(IMPLEMENTATION, _masks)
     own = config._attn_implementation
-    token = _current.set(_Pack(tuple(bounds), own))
+    token = _current.set(mode)
     config._attn_implementation = IMPLEMENTATION
     try:
         yield
@@ -90,41 +153,16 @@ def packed_attention(config: PretrainedConfig, bounds: Sequence[int]) -> Iterato
         _current.reset(token)
 
 
-def _register() -> None:
-    AttentionInterface.register(IMPLEMENTATION, _attention)
-    AttentionMaskInterface.register(IMPLEMENTATION, _masks)
-
-
-def _pack() -> _Pack:
-    pack = _current.get()
-    if pack is None:
+def _mode() -> _Mode:
+    mode = _current.get()
+    if mode is None:
         raise RuntimeError("packed attention was called outside of packed_attention()")
-    return pack
+    return mode
 
 
-def _masks(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    local_size: int | None = None,
-    use_vmap: bool = False,
-    **kwargs: Any,
-) -> list[torch.Tensor | None]:
-    """Mask builder of the registry: one mask for each sequence, made by the model's own builder."""
-    pack = _pack()
-    kwargs.update(batch_size=batch_size, use_vmap=use_vmap, local_size=local_size)
-    masks: list[torch.Tensor | None] = []
-    for start, stop in zip(pack.bounds, pack.bounds[1:], strict=False):
-        length = stop - start
-        # The skip (mask None, kernel told "causal") was switched off for the whole pack only because positions restart
-        # in it. One sequence alone is plain causal unless a window shorter than it, or an overlay, says otherwise.
-        plain = not use_vmap and (local_size is None or length <= local_size)
-        kwargs.update(q_length=length, kv_length=length, q_offset=start, kv_offset=start, allow_is_causal_skip=plain)
-        if pack.implementation == "sdpa" and plain:
-            masks.append(None)
-        else:
-            masks.append(ALL_MASK_ATTENTION_FUNCTIONS[pack.implementation](**kwargs))
-    return masks
+def _masks(*, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any) -> Any:
+    """Mask builder of the registry; what it returns goes untouched to :func:`_attention`."""
+    return _mode().masks(local_size, use_vmap, kwargs)
 
 
 def _attention(
@@ -132,20 +170,183 @@ def _attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: list[torch.Tensor | None],
+    attention_mask: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of the registry: query ``[1, H, T, d]``, key and value ``[1, H_kv, T, d]`` -> ``[1, T, H, d]``."""
-    pack = _pack()
-    attend = _own_attention(module, pack.implementation)
-    outputs = []
-    for start, stop, mask in zip(pack.bounds, pack.bounds[1:], attention_mask, strict=False):
-        part = slice(start, stop)
-        outputs.append(attend(module, query[:, :, part], key[:, :, part], value[:, :, part], mask, **kwargs)[0])
-    return torch.cat(outputs, dim=1), None
+    return _mode().attend(module, query, key, value, attention_mask, kwargs), None
+
+
+class PackedSequences:
+    """Sequences that lie between ``bounds``, each with the model's own attention.
+
+    Attributes:
+        prefix: what attention leaves its keys and values in, if anything.
+        stop: set by the caller when the next attention is only wanted for its keys and values: it fills the prefix
+            and raises PackStoppedError.
+    """
+
+    def __init__(self, bounds: tuple[int, ...], implementation: str, prefix: Prefix | None) -> None:
+        self._bounds = bounds
+        self._implementation = implementation  # the model's own attention, which serves each sequence
+        self.prefix = prefix
+        self.stop = False
+
+    def masks(self, local_size: int | None, use_vmap: bool, builder_arguments: dict[str, Any]) -> list[Mask]:
+        """One mask for each sequence, made by the model's own builder."""
+        masks: list[Mask] = []
+        for start, stop in itertools.pairwise(self._bounds):
+            length = stop - start
+            # The skip (mask None, kernel told "causal") was switched off for the whole pack only because positions
+            # restart in it. One sequence alone is plain causal unless a window shorter than it, or an overlay, says
+            # otherwise.
+            plain = not use_vmap and (local_size is None or length <= local_size)
+            if self._implementation == "sdpa" and plain:
+                masks.append(None)
+                continue
+            place = {"q_length": length, "kv_length": length, "q_offset": start, "kv_offset": start}
+            given = builder_arguments | place | {"use_vmap": use_vmap, "local_size": local_size}
+            build = ALL_MASK_ATTENTION_FUNCTIONS[self._implementation]
+            masks.append(build(**given | {"allow_is_causal_skip": plain}))
+        return masks
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        masks: list[Mask],
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        """Attention within each sequence; leaves keys and values in the prefix."""
+        spans = list(itertools.pairwise(self._bounds))
+        if self.prefix is not None:
+            self.prefix.layers[module] = [
+                (key[:, :, start : stop - 1], value[:, :, start : stop - 1], _last_row(mask))
+                for (start, stop), mask in zip(spans, masks, strict=True)
+            ]
+            if self.stop:
+                raise PackStoppedError
+        if takes_varlen(module, query, key, value, masks, arguments):
+            return attend_varlen(query, key, value, self._bounds, arguments)
+        attend = _own_attention(module, self._implementation)
+        outputs = []
+        for (start, stop), mask in zip(spans, masks, strict=True):
+            part = slice(start, stop)
+            outputs.append(attend(module, query[:, :, part], key[:, :, part], value[:, :, part], mask, **arguments)[0])
+        return torch.cat(outputs, dim=1)
+
+
+class _Branches:
+    """Tokens at the last position of sequences whose earlier keys and values are known."""
+
+    def __init__(self, prefix: Prefix, sequence_of: Sequence[int], implementation: str) -> None:
+        self._prefix = prefix
+        self._implementation = implementation
+        self._runs: list[tuple[int, int, int]] = []  # (sequence, first token, last token + 1)
+        for sequence, tokens in itertools.groupby(range(len(sequence_of)), key=sequence_of.__getitem__):
+            members = list(tokens)
+            for first in range(members[0], members[-1] + 1, _BRANCHES_AT_ONCE):
+                self._runs.append((sequence, first, min(first + _BRANCHES_AT_ONCE, members[-1] + 1)))
+
+    def masks(self, local_size: int | None, use_vmap: bool, builder_arguments: dict[str, Any]) -> None:
+        """The prefix holds the masks' rows."""
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        masks: None,
+        arguments: dict[str, Any],
+    ) -> torch.Tensor:
+        """Attention of every branch to its sequence's prefix and to itself."""
+        attend = _own_attention(module, self._implementation)
+        entries = self._prefix.layers[module]
+        outputs = []
+        for sequence, start, stop in self._runs:
+            earlier_keys, earlier_values, row = entries[sequence]
+            part = slice(start, stop)
+            keys = torch.cat([earlier_keys, key[:, :, part]], dim=2)
+            values = torch.cat([earlier_values, value[:, :, part]], dim=2)
+            mask = _branch_mask(row, earlier_keys.shape[2], stop - start, key.device)
+            outputs.append(attend(module, query[:, :, part], keys, values, mask, **arguments)[0])
+        return torch.cat(outputs, dim=1)
+
+
+def _last_row(mask: Mask) -> Mask:
+    return None if mask is None else mask[:, :, -1:]
+
+
+def _branch_mask(row: Mask, n_earlier: int, n_branches: int, device: torch.device) -> Mask:
+    """``[1, 1 or H, n_branches, n_earlier + n_branches]``: the model's own row for the earlier positions, the diagonal
+    for the branches; None where a single branch sees everything."""
+    if row is None:
+        if n_branches == 1:
+            return None
+        row = torch.ones(1, 1, 1, n_earlier + 1, dtype=torch.bool, device=device)
+    own = row[..., -1:].expand(-1, -1, n_branches, n_branches)
+    others = False if row.dtype == torch.bool else torch.finfo(row.dtype).min
+    diagonal = torch.eye(n_branches, dtype=torch.bool, device=device)
+    return torch.cat(
+        [row[..., :-1].expand(-1, -1, n_branches, -1), torch.where(diagonal, own, torch.full_like(own, others))], dim=-1
+    )
 
 
 def _own_attention(module: torch.nn.Module, implementation: str) -> Callable[..., tuple[torch.Tensor, Any]]:
     if implementation == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
     return ALL_ATTENTION_FUNCTIONS[implementation]
+
+
+def takes_varlen(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    masks: Sequence[Mask],
+    arguments: dict[str, Any],
+) -> bool:
+    """Whether torch's varlen kernel computes this attention: CUDA, half precision, no soft-cap, sink or bias, and masks
+    that are causal, or causal within the window that the module names."""
+    known = {"scaling", "sliding_window", "dropout", "is_causal", "position_ids", "softcap", "s_aux"}
+    # Models hand these through to attention, where nothing reads them.
+    known |= {"use_cache", "output_attentions", "output_router_logits"}
+    if varlen_attn is None or not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
+        return False
+    if getattr(module, "sinks", None) is not None or arguments.get("is_causal") is False:
+        return False
+    if any(value is not None for name, value in arguments.items() if name not in known) or arguments.get("dropout"):
+        return False
+    if arguments.get("softcap") is not None or arguments.get("s_aux") is not None:
+        return False
+    return all(_is_window(mask, arguments.get("sliding_window")) for mask in masks if mask is not None)
+
+
+def _is_window(mask: torch.Tensor, window: int | None) -> bool:
+    if mask.dtype != torch.bool or window is None:
+        return False
+    at = torch.arange(mask.shape[-1], device=mask.device)
+    distance = at[:, None] - at[None, :]
+    return bool((mask == ((distance >= 0) & (distance < window))).all())
+
+
+def attend_varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: Sequence[int], arguments: dict[str, Any]
+) -> torch.Tensor:
+    """One varlen kernel over the whole pack: query ``[1, H, T, d]``, key and value ``[1, H_kv, T, d]`` ->
+    ``[1, T, H, d]``."""
+    offsets = torch.tensor(bounds, dtype=torch.int32, device=query.device)
+    longest = max(stop - start for start, stop in itertools.pairwise(bounds))
+    window = arguments.get("sliding_window")
+    # The kernel counts a window by the keys to the left of the query, the model by those including it.
+    left = -1 if window is None else window - 1
+    q, k, v = (tensor.squeeze(0).transpose(0, 1).contiguous() for tensor in (query, key, value))
+    options: dict[str, Any] = {"scale": arguments.get("scaling"), "window_size": (left, 0)}
+    options["enable_gqa"] = q.shape[1] != k.shape[1]
+    assert varlen_attn is not None, "takes_varlen() said so"
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest, **options).unsqueeze(0)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from actcache.blocks import find_anatomy, shallow_clone
+from actcache.blocks import find_anatomy, replace, shallow_clone
 from actcache.errors import UnsupportedModelError
 
 # Whole-vocabulary logits are made at most this many at a time: 64 MiB of float32.
@@ -33,21 +33,23 @@ class Readout:
 
         Raises:
             UnsupportedModelError: this model's forward does more to its logits than a function of each logit alone,
-                so that scored tokens cannot be computed without the rest of the vocabulary.
+                so that scored tokens cannot be computed without the rest of the vocabulary; or its head does more than
+                multiply by its weight and add its bias; or its forward needs more than a final state.
         """
         anatomy = find_anatomy(model)
         self._norm = model.get_submodule(anatomy.final_norm)
         head = model.get_output_embeddings()
         self._head = _Float32Head(head)
-        self._decoder = _NormedState()
+        # What the causal LM itself calls may hold more than the decoder: an image tower, a wrapper.
+        outermost = anatomy.decoder.partition(".")[0]
+        self._decoder = _NormedState(model.get_submodule(outermost))
         head_path = next(path for path, module in model.named_modules() if module is head)
-        self._shell = shallow_clone(model, anatomy.decoder, head_path)
-        self._shell._modules[anatomy.decoder] = self._decoder
-        parent, _, name = head_path.rpartition(".")
-        self._shell.get_submodule(parent)._modules[name] = self._head
+        self._shell = shallow_clone(model)
+        replace(self._shell, outermost, self._decoder)
+        replace(self._shell, head_path, self._head)
         self.vocab_size: int = head.weight.shape[0]
         self.width = anatomy.width
-        self._probe(type(model).__name__)
+        self._probe(type(model).__name__, head)
 
     @property
     def device(self) -> torch.device:
@@ -99,10 +101,19 @@ class Readout:
         dummy = torch.zeros(1, normed.shape[1], dtype=torch.int64, device=normed.device)
         return self._shell(input_ids=dummy, use_cache=False).logits[0]
 
-    def _probe(self, name: str) -> None:
+    @torch.no_grad()
+    def _probe(self, name: str, head: nn.Module) -> None:
         generator = torch.Generator().manual_seed(0)
-        hidden = torch.randn(2, self.width, generator=generator).to(self._head.weight.dtype)
-        ids, logits = self.top2(hidden)
+        hidden = torch.randn(2, self.width, generator=generator).to(self.device, self._head.weight.dtype)
+        own, linear = head(hidden[None]).float(), self._head(hidden[None])
+        # The head's own product is rounded to its dtype; anything that a head might add is far larger.
+        if own.shape != linear.shape or (own - linear).abs().max() > 0.02 * linear.abs().max():
+            raise UnsupportedModelError(f"{name}: its head {type(head).__name__} is more than a matrix product")
+        try:
+            ids, logits = self.top2(hidden)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+            raise UnsupportedModelError(f"{name}: it makes no logits from a final state alone ({reason})") from error
         if not torch.allclose(self.scores(hidden, ids), logits, rtol=1e-4, atol=1e-4):
             raise UnsupportedModelError(f"{name}: logits of chosen tokens differ from those of the whole vocabulary")
 
@@ -116,11 +127,20 @@ class _DecoderOutput(BaseModelOutputWithPast):
 
 
 class _NormedState(nn.Module):
-    """Stands for the decoder: hands a given final state to the model's own head code."""
+    """Stands for the decoder: hands a given final state to the model's own head code, which may read plain attributes
+    off it (a scale of the logits, for example)."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: nn.Module) -> None:
         super().__init__()
+        for name, value in vars(decoder).items():
+            if not name.startswith("_") and name not in ("training", "forward"):
+                setattr(self, name, value)
         self.state = torch.empty(0)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """Itself: BART and its kin call the decoder inside of their outermost part."""
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
         return _DecoderOutput(last_hidden_state=self.state)

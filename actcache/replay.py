@@ -2,26 +2,38 @@
 
 A :class:`LateStack` is the model's own causal LM with stand-ins where the upstream blocks were: its forward still makes
 masks, rotary angles and whatever else the late blocks expect, for positions that restart at 0 in every sequence.
+
+Nobody reads what the last block makes of any position but p. So a pack runs up to the last block's keys and values, and
+that block runs on for the rows at p alone. The same two steps serve variants that change nothing before p: the pack
+runs once, leaving every block's keys and values, and each variant costs one row through the late blocks.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import StateSource, check_boundary, cut_upstream, find_anatomy, shallow_clone
+from actcache.blocks import StateSource, check_boundary, cut_upstream, find_anatomy, find_site, shallow_clone
+from actcache.edits import PLAIN, Rows, Variant
 from actcache.errors import InputError, UnsupportedModelError
 from actcache.lineup import Checkpoint, load_weights
-from actcache.packing import plan_packs
-from actcache.trunk import Trunk
+from actcache.packing import Prefix, offsets_of, plan_packs
+from actcache.readout import Readout
+from actcache.trunk import Trunk, rounding_of
 
-MAX_TOKENS = 4096  # of one pack: enough for matrix products at the machine's rate, small beside the weights
+Mode = Literal["packed", "padded", "single"]
+
+# Tokens of one pack. On the CPU few enough that a block's activations stay in the caches, enough for matrix products at
+# the machine's rate; a GPU wants more.
+MAX_TOKENS = {"cpu": 512, "cuda": 8192}
 
 
 class LateStack:
@@ -33,22 +45,30 @@ class LateStack:
         width: D.
         dtype: dtype of weights and states.
         readout: the checkpoint's own final norm and head.
-        not_packable: why sequences are run one at a time even when not ``strict``; None when packs are exact.
+        mode: how sequences share a forward when not ``strict``, the first of these that probes at load find exact to
+            rounding: ``packed`` (concatenated, no padding), ``padded`` on the right, ``single`` (not at all).
+        not_packable: why the mode is not ``packed``; None where it is.
     """
 
-    def __init__(self, model: PreTrainedModel, source: StateSource, boundary: int) -> None:
-        """Take over a model whose upstream is cut (see :meth:`load`)."""
-        self._trunk = Trunk(model)
+    def __init__(
+        self, model: PreTrainedModel, source: StateSource, boundary: int, like: LateStack | None = None
+    ) -> None:
+        """Take over a model whose upstream is cut (see :meth:`load`); ``like`` has probed the same blocks before."""
+        self._model = model
         self._source = source
+        self._trunk = Trunk(model, like.readout if like else None)
         self.boundary = boundary
         self.n_blocks, self.width, self.dtype = self._trunk.n_blocks, self._trunk.width, self._trunk.dtype
-        self.readout = self._trunk.readout
-        self._detect_block_output()
-        generator = torch.Generator().manual_seed(0)
-        self.not_packable = self._trunk.why_not_packable(
-            self._forward,
-            lambda n: torch.randn(n, self.width, generator=generator).to(self.device, self.dtype),
-        )
+        self.readout: Readout = self._trunk.readout
+        self._views: dict[int, LateStack] = like._views if like else {}
+        self._views[boundary] = self
+        self.mode: Mode = like.mode if like else "packed"
+        self.not_packable: str | None = like.not_packable if like else None
+        if like:
+            source.in_tuple = like._source.in_tuple
+        else:
+            self._probe()
+            self._views = {boundary: self}  # those that the probes made do not know the mode
 
     @classmethod
     def load(
@@ -73,7 +93,7 @@ class LateStack:
 
         Raises:
             InputError: boundary out of range, folder unusable, model in training mode.
-            UnsupportedModelError: the architecture cannot be cut.
+            UnsupportedModelError: the architecture cannot be cut, or its late blocks read more than the state.
         """
         if isinstance(path_or_model, PreTrainedModel):
             if path_or_model.training:
@@ -96,6 +116,21 @@ class LateStack:
         model = load_weights(Late, checkpoint.path, dtype or "auto").to(device)  # type: ignore[arg-type]
         return cls(model, cut[-1], boundary)
 
+    def at(self, boundary: int) -> LateStack:
+        """The same stack from a later boundary on; weights are shared, nothing is loaded.
+
+        Raises:
+            InputError: the boundary is before this stack's own, or beyond the last block.
+        """
+        check_boundary(boundary, self.n_blocks)
+        first = min(self._views)
+        if boundary < first:
+            raise InputError(f"boundary {boundary} is before {first}, where this late stack begins: load it from there")
+        if boundary not in self._views:
+            model = shallow_clone(self._model, find_anatomy(self._model).blocks)
+            LateStack(model, cut_upstream(model, boundary), boundary, like=self)
+        return self._views[boundary]
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The late blocks themselves."""
@@ -106,14 +141,13 @@ class LateStack:
         """Where the late blocks are."""
         return self._trunk.device
 
-    @torch.no_grad()
     def run(
         self,
         rows: torch.Tensor,
         offsets: torch.Tensor | Sequence[int],
         *,
         strict: bool = False,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int | None = None,
     ) -> torch.Tensor:
         """Replay sequences from their states at the boundary.
 
@@ -121,8 +155,8 @@ class LateStack:
             rows: ``[N, D]`` states at the boundary, all positions of every sequence, in this stack's dtype.
             offsets: ``[n + 1]``; sequence i is ``rows[offsets[i]:offsets[i + 1]]``, none empty.
             strict: one sequence a forward with the model's own attention: bit-identical to a full forward whose state
-                at the boundary is overwritten. Otherwise packs, which differ by rounding only.
-            max_tokens: tokens of one pack.
+                at the boundary is overwritten. Otherwise as :attr:`mode` says, which differs by rounding only.
+            max_tokens: tokens of one forward; None for what suits the device.
 
         Returns:
             ``[n, D]``: last block's output (before the final norm) at the last position of each sequence, on the
@@ -131,24 +165,224 @@ class LateStack:
         Raises:
             InputError: dtype, width or offsets do not fit, or a sequence is longer than the model's positions.
         """
+        return self.run_variants(rows, offsets, [PLAIN], strict=strict, max_tokens=max_tokens)[:, 0]
+
+    def run_variants(
+        self,
+        rows: torch.Tensor,
+        offsets: torch.Tensor | Sequence[int],
+        variants: Sequence[Variant],
+        *,
+        donors: Mapping[str, torch.Tensor] | None = None,
+        keys: Sequence[str] | None = None,
+        strict: bool = False,
+        max_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Replay sequences once for each variant (see :meth:`iterate_variants`): ``[n, n_variants, D]``."""
         bounds = self._check(rows, offsets)
-        lengths = [b - a for a, b in itertools.pairwise(bounds)]
-        one_at_a_time = strict or self.not_packable is not None
-        out = torch.empty(len(lengths), self.width, dtype=self.dtype)
-        for pack in plan_packs(lengths, 0 if one_at_a_time else max_tokens):
-            start, stop = bounds[pack.start], bounds[pack.stop]
-            local = [bound - start for bound in bounds[pack.start : pack.stop + 1]]
-            hidden = self._forward(rows[start:stop].to(self.device, copy=True), local)
-            last = torch.tensor(local[1:], device=hidden.device) - 1
-            out[pack.start : pack.stop] = hidden[last].cpu()
+        out = torch.empty(len(bounds) - 1, len(variants), self.width, dtype=self.dtype)
+        given = {"donors": donors, "keys": keys, "strict": strict, "max_tokens": max_tokens}
+        for sequences, numbers, hidden in self.iterate_variants(rows, offsets, variants, **given):  # type: ignore[arg-type]
+            out[sequences, numbers] = hidden
         return out
 
-    def _forward(self, state: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
-        """``[T, D]`` states of the sequences cut at ``bounds`` -> ``[T, D]`` last block's output."""
-        self._source.state = state[None]
+    @torch.no_grad()
+    def iterate_variants(
+        self,
+        rows: torch.Tensor,
+        offsets: torch.Tensor | Sequence[int],
+        variants: Sequence[Variant],
+        *,
+        donors: Mapping[str, torch.Tensor] | None = None,
+        keys: Sequence[str] | None = None,
+        strict: bool = False,
+        max_tokens: int | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Replay sequences once for each variant, a few at a time, so that memory stays bounded.
+
+        Where the mode is ``packed``, variants that change position p alone share the keys and values of the earlier
+        positions: each costs one row through the late blocks. All others cost a replay of the sequence.
+
+        Args:
+            rows, offsets, strict, max_tokens: as :meth:`run`.
+            variants: what to change.
+            donors: label -> rows of other checkpoints beside ``rows``, ``[N, D]``, for edits that name one.
+            keys: what names each sequence, for random edits; by default its number here.
+
+        Yields:
+            sequences ``[m]`` and variants ``[m]`` (indices, int64) and their last block's output at p, ``[m, D]`` on
+            the CPU, each pair once.
+
+        Raises:
+            InputError: as :meth:`run`; donors that do not match ``rows``; an edit of a layer or position that does
+                not exist.
+            UnsupportedModelError: an edit inside the stack of an architecture that has no such site.
+        """
+        bounds = self._check(rows, offsets)
+        lengths = [b - a for a, b in itertools.pairwise(bounds)]
+        donors = donors or {}
+        for label, other in donors.items():
+            if other.shape != rows.shape:
+                raise InputError(f"donor {label!r} has shape {tuple(other.shape)}, the rows have {tuple(rows.shape)}")
+            if other.dtype != rows.dtype:
+                raise InputError(f"donor {label!r} is {other.dtype}, the rows are {rows.dtype}")
+        if keys is not None and len(keys) != len(lengths):
+            raise InputError(f"{len(keys)} keys are given for {len(lengths)} sequences")
+        for variant in variants:
+            for edit in variant.edits:
+                edit.check_layers(self.boundary, self.n_blocks, variant.name)
+                edit.check_positions(lengths, variant.name)
+        every = Rows(
+            sequence=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)),
+            position=torch.cat([torch.arange(0), *(torch.arange(length) for length in lengths)]),
+            source=torch.arange(len(rows)),
+            lengths=torch.tensor(lengths, dtype=torch.int64),
+            keys=keys or [str(number) for number in range(len(lengths))],
+            donors=donors,
+        )
+        mode: Mode = "single" if strict else self.mode
+        budget = max_tokens or MAX_TOKENS.get(self.device.type, MAX_TOKENS["cuda"])
+        shared = [i for i, v in enumerate(variants) if v.at_last_only] if mode == "packed" else []
+        if len(shared) < 2:  # nothing to share
+            shared = []
+        alone = [i for i in range(len(variants)) if i not in set(shared)]
+        for pack in self._plan(lengths, mode, budget):
+            at = every.chosen(torch.arange(bounds[pack.start], bounds[pack.stop]))
+            state = rows[bounds[pack.start] : bounds[pack.stop]].to(self.device)
+            local = [bound - bounds[pack.start] for bound in bounds[pack.start : pack.stop + 1]]
+            sequences = torch.arange(pack.start, pack.stop)
+            for number in alone:
+                hidden = self._run_pack(state, local, at, variants[number], mode)
+                yield sequences, torch.full_like(sequences, number), hidden.cpu()
+            if shared:
+                for some, hidden in self._run_shared(state, local, at, [variants[i] for i in shared], budget):
+                    numbers = torch.tensor([shared[i] for i in some])
+                    yield (
+                        sequences.repeat_interleave(len(numbers)),
+                        numbers.repeat(len(sequences)),
+                        hidden.cpu(),
+                    )
+
+    # ---- one pack ----
+
+    def _plan(self, lengths: Sequence[int], mode: Mode, budget: int) -> list[range]:
+        if mode == "single":
+            return plan_packs(lengths, 0)
+        limit = _same_angles_up_to(self._trunk.config)
+        if mode == "packed":
+            return plan_packs([budget if limit and length > limit else length for length in lengths], budget)
+        packs: list[range] = []
+        for number, length in enumerate(lengths):
+            last = packs[-1] if packs else range(0)
+            longest = max([length, *lengths[last.start : last.stop]])
+            if packs and (len(last) + 1) * longest <= budget and not (limit and longest > limit):
+                packs[-1] = range(last.start, number + 1)
+            else:
+                packs.append(range(number, number + 1))
+        return packs
+
+    def _run_pack(
+        self, state: torch.Tensor, bounds: Sequence[int], at: Rows, variant: Variant, mode: Mode
+    ) -> torch.Tensor:
+        """``[T, D]`` states of the sequences cut at ``bounds`` -> ``[n, D]`` last block's output at their ends."""
+        state = variant.edit_states(state, at)
+        last = torch.tensor(bounds[1:]) - 1
+        if mode == "packed":
+            with self._editing([(variant, torch.arange(len(at)), at)]):
+                entering, prefix = self._forward_to_last_keys(state, bounds, every_block=False)
+            ends = at.chosen(last)
+            with self._editing([(variant, torch.arange(len(ends)), ends)]):
+                tail = self.at(self.n_blocks - 1)
+                return tail._forward_branches(prefix, range(len(ends)), ends.position, entering[last.to(self.device)])
+        if mode == "padded":
+            index = self._padded_index(bounds)
+            with self._editing([(variant, index, at)]):
+                return self._forward_padded(state, bounds)[index[last].to(self.device)]
+        with self._editing([(variant, torch.arange(len(at)), at)]):
+            return self._forward(state[None])[0][last.to(self.device)]
+
+    def _run_shared(
+        self, state: torch.Tensor, bounds: Sequence[int], at: Rows, variants: Sequence[Variant], budget: int
+    ) -> Iterator[tuple[range, torch.Tensor]]:
+        """Variants of the last position alone: some of them at a time, and ``[n * n_some, D]``, by sequence first."""
+        _, prefix = self._forward_to_last_keys(state, bounds, every_block=True)
+        last = torch.tensor(bounds[1:]) - 1
+        ends, end_rows = at.chosen(last), state[last.to(self.device)]
+        n = len(last)
+        step = max(1, budget // n)
+        for first in range(0, len(variants), step):
+            some = range(first, min(first + step, len(variants)))
+            edited = torch.stack([variants[i].edit_states(end_rows, ends) for i in some], dim=1)
+            tokens = torch.arange(n * len(some)).view(n, len(some))
+            parts = [(variants[i], tokens[:, column], ends) for column, i in enumerate(some)]
+            with self._editing(parts):
+                yield (
+                    some,
+                    self._forward_branches(
+                        prefix,
+                        torch.arange(n).repeat_interleave(len(some)).tolist(),
+                        ends.position.repeat_interleave(len(some)),
+                        edited.flatten(0, 1),
+                    ),
+                )
+
+    @contextmanager
+    def _editing(self, parts: Sequence[tuple[Variant, torch.Tensor, Rows]]) -> Iterator[None]:
+        """Within this block, forwards apply the edits inside the stack.
+
+        Each part is a variant, which rows of the (flattened) batch are its own, and where those stand.
+        """
+        by_site: dict[tuple[int, str], list[tuple[Any, torch.Tensor, Rows]]] = {}
+        for variant, index, at in parts:
+            for layer, edit in variant.inside():
+                by_site.setdefault((layer, edit.site), []).append((edit, index, replace(at, layer=layer)))
+        with ExitStack() as hooks:
+            for (layer, site), edits in by_site.items():
+                module = find_site(self._trunk.blocks[layer], site)  # type: ignore[arg-type]
+                hooks.callback(module.register_forward_hook(_editing_hook(edits)).remove)
+            yield
+
+    def _forward(self, state: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+        """A plain forward over ``[B, T, D]`` states -> ``[B, T, D]`` last block's output."""
+        with self._handing_on(state):
+            inputs = torch.zeros_like(state) if embeddings is None else embeddings
+            return self._trunk.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+
+    def _forward_padded(self, state: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
+        """Right-padded, without a mask: no position sees a later one. ``[T, D]`` -> ``[B * Tmax, D]``."""
+        n, longest = len(bounds) - 1, max(b - a for a, b in itertools.pairwise(bounds))
+        padded = state.new_zeros(n * longest, state.shape[1])
+        padded[self._padded_index(bounds).to(state.device)] = state
+        return self._forward(padded.view(n, longest, -1)).flatten(0, 1)
+
+    @staticmethod
+    def _padded_index(bounds: Sequence[int]) -> torch.Tensor:
+        """``[T]``: where each row lies in the flattened padded batch."""
+        longest = max(b - a for a, b in itertools.pairwise(bounds))
+        spans = itertools.pairwise(bounds)
+        return torch.cat([torch.arange(b - a) + number * longest for number, (a, b) in enumerate(spans)])
+
+    def _forward_to_last_keys(
+        self, state: torch.Tensor, bounds: Sequence[int], *, every_block: bool
+    ) -> tuple[torch.Tensor, Prefix]:
+        with self._handing_on(state[None]):
+            inputs = torch.zeros_like(state)[None]
+            return self._trunk.forward_to_last_keys(bounds, every_block=every_block, inputs_embeds=inputs)
+
+    def _forward_branches(
+        self, prefix: Prefix, sequence_of: Sequence[int], positions: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        with self._handing_on(rows[None]):
+            inputs = torch.zeros_like(rows)[None]
+            return self._trunk.forward_branches(prefix, sequence_of, positions.to(self.device), inputs_embeds=inputs)
+
+    @contextmanager
+    def _handing_on(self, state: torch.Tensor) -> Iterator[None]:
+        # A copy, as some blocks add to their input in place. The stand-ins ignore what the model makes of the
+        # embeddings that it is given; it reads their shape, dtype and device.
+        self._source.state = state.clone()
         try:
-            # The stand-ins ignore what the model makes of these embeddings; it reads their shape, dtype and device.
-            return self._trunk.forward(bounds, inputs_embeds=torch.zeros_like(state)[None])
+            yield
         finally:
             self._source.state = None
 
@@ -171,6 +405,75 @@ class LateStack:
                 )
         return bounds
 
+    # ---- probes at load ----
+
+    @torch.no_grad()
+    def _probe(self) -> None:
+        """Learn how this architecture hands states on and how its sequences may share a forward.
+
+        Raises:
+            UnsupportedModelError: the late blocks cannot run from a state alone.
+        """
+        name = type(self._trunk.decoder).__name__
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(n_tokens: int) -> torch.Tensor:
+            return torch.randn(n_tokens, self.width, generator=generator).to(self.device, self.dtype)
+
+        self._detect_block_output()
+        first, changed, second = draw(3), draw(3), draw(4)
+        try:
+            alone = self._forward(second[None])
+            other = self._forward(second[None], embeddings=draw(4)[None])
+        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
+            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            raise UnsupportedModelError(
+                f"{name} does not run from the state at block {self.boundary} alone ({reason})"
+            ) from error
+        if alone.shape != (1, 4, self.width) or not torch.equal(alone, other):
+            raise UnsupportedModelError(
+                f"{name}: its late blocks read more than the state at the boundary (the token embeddings, for one)"
+            )
+        self.not_packable = self._trunk.not_packable or self._why_not("packed", first, changed, second)
+        if self.not_packable:
+            self.mode = "single" if self._why_not("padded", first, changed, second) else "padded"
+
+    def _why_not(self, mode: Mode, first: torch.Tensor, changed: torch.Tensor, second: torch.Tensor) -> str | None:
+        """The reason why sequences that share a forward in this mode are not what each is alone, or None.
+
+        The second sequence must give what it gives alone, to rounding, behind the first, behind a changed one, before
+        it, and (where the mode is ``packed``) as a variant of another that differs at its last position.
+        """
+        name = type(self._trunk.decoder).__name__
+        n = len(second)
+        alone = self._forward(second[None])[0, -1].float()
+        allowed = rounding_of(self.dtype) * alone.abs().max().item()
+
+        def place(lengths: Sequence[int]) -> Rows:
+            sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+            position = torch.cat([torch.arange(length) for length in lengths])
+            return Rows(sequence, position, torch.arange(len(sequence)), torch.tensor(lengths), [])
+
+        found = []
+        for order, index in (((first, second), 1), ((changed, second), 1), ((second, first), 0)):
+            lengths = [len(part) for part in order]
+            bounds = offsets_of(lengths).tolist()
+            try:
+                found.append(self._run_pack(torch.cat(order), bounds, place(lengths), PLAIN, mode)[index])
+            except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, UnsupportedModelError) as error:
+                return f"{name} fails on a {mode} batch ({type(error).__name__}: {str(error).splitlines()[0]})"
+        if mode == "packed":
+            bounds = offsets_of([n, n]).tolist()
+            mixed = torch.cat([first, second[-1:], second[:-1], first[-1:]])
+            _, prefix = self._forward_to_last_keys(mixed, bounds, every_block=True)
+            ends = torch.tensor([n - 1, n - 1, n - 1])
+            rows = torch.stack([changed[0], second[-1], changed[1]])
+            found.append(self._forward_branches(prefix, [0, 1, 1], ends, rows)[1])
+        off = max((one.float() - alone).abs().max().item() for one in found)
+        if not off <= allowed:
+            return f"{name}: a {mode} sequence differs from the same one alone by {off:.2g}"
+        return None
+
     @torch.no_grad()
     def _detect_block_output(self) -> None:
         """Learn whether the model expects ``(hidden_states, ...)`` from its blocks: with plain tensors handed on, a
@@ -182,7 +485,7 @@ class LateStack:
 
         handle = self._trunk.blocks[self.boundary].register_forward_pre_hook(look, with_kwargs=True)
         try:
-            self._forward(torch.zeros(2, self.width, dtype=self.dtype, device=self.device), [0, 2])
+            self._forward(torch.zeros(1, 2, self.width, dtype=self.dtype, device=self.device))
         except _LookedError:
             return
         finally:
@@ -192,3 +495,30 @@ class LateStack:
 
 class _LookedError(Exception):
     """Ends the detecting forward at the first late block."""
+
+
+def _editing_hook(edits: Sequence[tuple[Any, torch.Tensor, Rows]]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        own = output[0] if isinstance(output, tuple) else output
+        flat = own.flatten(0, -2).clone()
+        for edit, index, at in edits:
+            index = index.to(flat.device)
+            flat[index] = edit.apply(flat[index], at)
+        edited = flat.view_as(own)
+        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+
+    return hook
+
+
+def _same_angles_up_to(config: Any) -> int | None:
+    """The length beyond which a model's rotary angles depend on the longest sequence in the batch: such sequences run
+    alone. None where they never do."""
+    found = []
+    parameters = getattr(config, "rope_parameters", None) or {}
+    for one in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
+        if one.get("rope_type") in ("longrope", "dynamic"):
+            limit = one.get("original_max_position_embeddings") or getattr(
+                config, "original_max_position_embeddings", None
+            )
+            found.append(limit or config.max_position_embeddings)
+    return min(found, default=None)

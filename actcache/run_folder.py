@@ -2,10 +2,13 @@
 
 RUN/run.json         where the checkpoints and prompts are, and the command that made it
 RUN/store/           captured states and events, unless they are kept elsewhere
+RUN/stability.parquet which events rounding would change
 RUN/cells/           finished cell groups
 RUN/cells.parquet    all of them as one table
 RUN/effects.json     contrasts with intervals
 RUN/report.html      the page for people
+RUN/timings.json     what the stages took, of those that did their work in one go
+RUN/plan.json        what was assumed of the run before it
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from actcache.errors import InputError
 from actcache.files import write_atomically
@@ -46,10 +50,13 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.record_path = self.path / "run.json"
+        self.stability = self.path / "stability.parquet"
         self.cell_groups = self.path / "cells"
         self.cells = self.path / "cells.parquet"
         self.effects = self.path / "effects.json"
         self.report = self.path / "report.html"
+        self.timings_path = self.path / "timings.json"
+        self.plan = self.path / "plan.json"
 
     @property
     def store(self) -> str | Path:
@@ -68,11 +75,7 @@ class RunFolder:
             InputError: the path is a file, or a folder with files in it that is not a run's; or the run's store is
                 elsewhere than this record says.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path} is a file; give a folder for the run")
-        existing = self.path.is_dir() and any(not entry.name.startswith(".") for entry in self.path.iterdir())
-        if existing and not self.record_path.is_file():
-            raise InputError(f"{self.path} is not empty and holds no run; give a new folder")
+        existing = self._is_existing_run()
         made_folder = not self.path.exists()
         if existing:
             if record.store != self.record().store:
@@ -100,6 +103,52 @@ class RunFolder:
             raise InputError(f"{self.path} holds no run (no run.json); make one with 'actcache run'") from error
         except (ValueError, TypeError) as error:
             raise InputError(f"{self.record_path} is not a run record: {error}") from error
+
+    def timings(self) -> dict[str, Any]:
+        """What each stage took; see :meth:`record_timing`.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        try:
+            return json.loads(self.timings_path.read_text())
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            raise InputError(f"{self.timings_path} is not JSON: {error}; remove it") from error
+
+    def record_timing(self, stage: str, timing: dict[str, Any] | None) -> None:
+        """Put down what a stage took (``elapsed_s`` from its first load of weights on, of which ``load_s`` loading,
+        and what else it counted), or take it off the record with None."""
+        timings = {name: value for name, value in self.timings().items() if name != stage}
+        if timing is not None:
+            timings[stage] = timing
+        if timings or self.timings_path.exists():
+            write_atomically(self.timings_path, json.dumps(timings, indent=1).encode() + b"\n")
+
+    def write_plan(self, plan: dict[str, Any]) -> None:
+        """Put down what is assumed of the run that shall be made here; the folder is created.
+
+        Raises:
+            InputError: the folder holds a run already, or files that are not a run's; or the path is a file.
+        """
+        if self._is_existing_run():
+            raise InputError(
+                f"{self.path} holds a run already; 'actcache plan {self.path}' puts it beside its estimate"
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.plan, json.dumps(plan, indent=1).encode() + b"\n")
+
+    def _is_existing_run(self) -> bool:
+        """Whether there is a run to go on with; False where one can begin."""
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; give a folder for the run")
+        existing = self.path.is_dir() and any(
+            not entry.name.startswith(".") and entry != self.plan for entry in self.path.iterdir()
+        )
+        if existing and not self.record_path.is_file():
+            raise InputError(f"{self.path} is not empty and holds no run; give a new folder")
+        return existing
 
     def _has_commits(self) -> bool:
         return any((self.path / "store").glob("commits/*.json"))

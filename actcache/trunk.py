@@ -14,12 +14,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.blocks import find_anatomy, shallow_clone
-from actcache.packing import offsets_of, packed_attention, restarting_positions, why_not_packable
+from actcache.errors import UnsupportedModelError
+from actcache.packing import (
+    PackStoppedError,
+    Prefix,
+    branched_attention,
+    offsets_of,
+    packed_attention,
+    restarting_positions,
+    why_not_packable,
+)
 from actcache.readout import Readout
 
-# How far a packed sequence may be from the same sequence alone, relative to its largest value, for packing to be
-# used at all: wide enough for rounding in either dtype, narrow beside what another neighbour's tokens would do.
-_PACKING_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+def rounding_of(dtype: torch.dtype) -> float:
+    """How far a packed sequence may be from the same sequence alone, relative to its largest value, for packing to be
+    used at all: wide enough for rounding, narrow beside what another neighbour's tokens would do."""
+    return {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
 
 
 class Trunk:
@@ -37,14 +48,15 @@ class Trunk:
         config: the model's.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, readout: Readout | None = None) -> None:
+        """Take a model apart; ``readout`` is the model's, if there is one already."""
         anatomy = find_anatomy(model)
         clone = shallow_clone(model, anatomy.final_norm.rpartition(".")[0])
         parent, _, norm = anatomy.final_norm.rpartition(".")
         clone.get_submodule(parent)._modules[norm] = nn.Identity()
         self.decoder = clone.get_submodule(anatomy.decoder)
         self.blocks: nn.ModuleList = clone.get_submodule(anatomy.blocks)  # type: ignore[assignment]
-        self.readout = Readout(model)
+        self.readout = readout or Readout(model)
         self.n_blocks, self.width = anatomy.n_blocks, anatomy.width
         self.dtype: torch.dtype = model.dtype
         self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
@@ -71,6 +83,59 @@ class Trunk:
             positions = restarting_positions(bounds, self.device)
             return self.decoder(**inputs, position_ids=positions, use_cache=False).last_hidden_state[0]
 
+    def forward_to_last_keys(
+        self, bounds: Sequence[int], *, every_block: bool, **inputs: torch.Tensor
+    ) -> tuple[torch.Tensor, Prefix]:
+        """Run a pack up to the last block's keys and values, and no further.
+
+        Args:
+            bounds: as :meth:`forward`.
+            every_block: keep the keys and values of all blocks that run, not only the last one's.
+            inputs: as :meth:`forward`.
+
+        Returns:
+            the state entering the last block, ``[T, D]``, and the prefix of every sequence.
+        """
+        prefix = Prefix()
+        entering: list[torch.Tensor] = []
+        with packed_attention(self.config, bounds, prefix if every_block else None) as pack:
+
+            def stop_inside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                entering.append((args[0] if args else kwargs["hidden_states"])[0])
+                pack.prefix, pack.stop = prefix, True
+
+            handle = self.blocks[-1].register_forward_pre_hook(stop_inside, with_kwargs=True)
+            try:
+                positions = restarting_positions(bounds, self.device)
+                self.decoder(**inputs, position_ids=positions, use_cache=False)
+            except PackStoppedError:
+                return entering[0], prefix
+            finally:
+                handle.remove()
+        raise UnsupportedModelError(f"{type(self.decoder).__name__}: its last block never called attention")
+
+    def forward_branches(
+        self, prefix: Prefix, sequence_of: Sequence[int], positions: torch.Tensor, **inputs: torch.Tensor
+    ) -> torch.Tensor:
+        """Run tokens that stand at the last position of sequences whose prefix is known.
+
+        Args:
+            prefix: as :meth:`forward_to_last_keys` left it, with the keys of every block that runs here.
+            sequence_of: ``[n]``, each token's sequence in that pack; those of one sequence together.
+            positions: ``[n]`` int64, each token's position.
+            inputs: ``inputs_embeds=[1, n, D]``.
+
+        Returns:
+            ``[n, D]``, last block's output.
+        """
+        with branched_attention(self.config, prefix, sequence_of):
+            return self.decoder(**inputs, position_ids=positions[None], use_cache=False).last_hidden_state[0]
+
+    @property
+    def not_packable(self) -> str | None:
+        """Why packs cannot be run at all, or None; whether they are exact, callers probe (:meth:`why_not_packable`)."""
+        return why_not_packable(self.decoder)
+
     @torch.no_grad()
     def why_not_packable(
         self, run: Callable[[Any, Sequence[int]], torch.Tensor], make: Callable[[int], Any]
@@ -84,13 +149,12 @@ class Trunk:
             run: ``(input, bounds) -> [T, D]``.
             make: ``n_tokens -> input``, a random one each time, concatenable on its first dimension.
         """
-        reason = why_not_packable(self.decoder)
-        if reason is not None:
-            return reason
+        if self.not_packable is not None:
+            return self.not_packable
         first, changed, second = make(3), make(3), make(4)
         bounds = offsets_of([3, 4]).tolist()
         alone = run(second, [0, 4]).float()
-        allowed = _PACKING_TOLERANCE[self.dtype] * alone.abs().max().item()
+        allowed = rounding_of(self.dtype) * alone.abs().max().item()
         for neighbour in (first, changed):
             error = (run(torch.cat([neighbour, second]), bounds)[3:].float() - alone).abs().max().item()
             if not error <= allowed:

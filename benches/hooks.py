@@ -1,8 +1,8 @@
 """The published way, for comparison: forward hooks, one event at a time, full passes at batch one. Uses no actcache.
 
-Search: both checkpoints decode greedily with a key-value cache, in lockstep, one prompt at a time. Cells: one plain
-forward of each checkpoint (states at the boundary kept, native margins), then one forward of each whose state entering
-block b is overwritten with the other's: four passes an event, the fewest that give a 2x2 grid.
+Search: both checkpoints decode greedily with a key-value cache, in lockstep, one prompt at a time. A native pass is a
+plain forward that keeps the states at some boundaries; a replay is a plain forward in which the state entering block b
+is overwritten. A 2x2 grid is two native passes and two replays an event, the fewest that give it.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class HookEvent:
     y_it: int
 
 
-def _first(model: PreTrainedModel, names: Sequence[str]) -> nn.Module:
+def path_of(model: nn.Module, names: Sequence[str]) -> str:
+    """Which of these names the model has: ``BLOCKS`` or ``NORMS``."""
     modules = dict(model.named_modules())
-    return next(modules[name] for name in names if name in modules)
+    return next(name for name in names if name in modules)
 
 
 @torch.no_grad()
@@ -57,49 +58,53 @@ def search(
     return None
 
 
+def native(
+    model: PreTrainedModel, ids: torch.Tensor, boundaries: Sequence[int]
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """One plain forward over ``[1, T]`` ids: the states entering these blocks, ``[1, T, D]``, and the last block's
+    output at the last position, ``[1, D]``."""
+    states: dict[int, torch.Tensor] = {}
+
+    def keep(boundary: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states[boundary] = (args[0] if args else kwargs["hidden_states"]).clone()
+
+        return hook
+
+    return states, _forward(model, ids, {boundary: keep(boundary) for boundary in boundaries})
+
+
+def replay(model: PreTrainedModel, ids: torch.Tensor, boundary: int, states: torch.Tensor) -> torch.Tensor:
+    """One plain forward over ``[B, T]`` ids whose state entering block ``boundary`` is overwritten with ``[B, T, D]``:
+    the last block's output at the last position, ``[B, D]``."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
+
+    return _forward(model, ids, {boundary: hook})
+
+
 @torch.no_grad()
-def grid(models: dict[str, PreTrainedModel], event: HookEvent, boundary: int) -> dict[tuple[str, str, str], float]:
-    """(upstream, late, readout) -> margin for all four cells and the readouts native, common_it and common_pt."""
-    ids = torch.tensor([event.ids])
-    states: dict[str, torch.Tensor] = {}
-    last: dict[tuple[str, str], torch.Tensor] = {}
-    for label, model in models.items():
-        states[label], last[label, label] = _forward(model, ids, boundary, None)
-    for upstream, late in (("pt", "it"), ("it", "pt")):
-        _, last[upstream, late] = _forward(models[late], ids, boundary, states[upstream])
-    margins = {}
-    for (upstream, late), hidden in last.items():
-        for name, model in (("native", models[late]), ("common_it", models["it"]), ("common_pt", models["pt"])):
-            normed = _first(model, NORMS)(hidden).float()
-            head = model.get_output_embeddings().weight[[event.y_pt, event.y_it]].float()
-            logits = normed @ head.T
-            margins[upstream, late, name] = float(logits[1] - logits[0])
-    return margins
+def margins(model: PreTrainedModel, last: torch.Tensor, event: HookEvent) -> torch.Tensor:
+    """``[B, D]`` last block's output -> ``[B]``, logit(y_it) - logit(y_pt) under this model's norm and head."""
+    normed = model.get_submodule(path_of(model, NORMS))(last).float()
+    logits = normed @ model.get_output_embeddings().weight[[event.y_pt, event.y_it]].float().T
+    return logits[:, 1] - logits[:, 0]
 
 
-def _forward(
-    model: PreTrainedModel, ids: torch.Tensor, boundary: int, state: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One full forward; returns the state entering block ``boundary`` and the last block's output at the end."""
-    seen: dict[str, torch.Tensor] = {}
-
-    def at_boundary(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if state is not None:
-            return ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": state})
-        seen["state"] = (args[0] if args else kwargs["hidden_states"]).clone()
-        return None
+@torch.no_grad()
+def _forward(model: PreTrainedModel, ids: torch.Tensor, at_blocks: dict[int, Any]) -> torch.Tensor:
+    last: list[torch.Tensor] = []
 
     def at_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen["last"] = args[0][0, -1].clone()
+        last.append(args[0][:, -1].clone())
 
-    blocks: Any = _first(model, BLOCKS)
-    handles = [
-        blocks[boundary].register_forward_pre_hook(at_boundary, with_kwargs=True),
-        _first(model, NORMS).register_forward_pre_hook(at_norm),
-    ]
+    blocks: Any = model.get_submodule(path_of(model, BLOCKS))
+    handles = [blocks[b].register_forward_pre_hook(hook, with_kwargs=True) for b, hook in at_blocks.items()]
+    handles.append(model.get_submodule(path_of(model, NORMS)).register_forward_pre_hook(at_norm))
     try:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
-    return seen.get("state", ids), seen["last"]
+    return last[0]

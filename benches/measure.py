@@ -8,14 +8,30 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-PACKAGES = ("actcache", "torch", "transformers", "numpy", "zarr", "numcodecs", "tensorstore", "zarrs", "safetensors")
+PACKAGES = (
+    "actcache",
+    "torch",
+    "transformers",
+    "numpy",
+    "zarr",
+    "numcodecs",
+    "tensorstore",
+    "zarrs",
+    "safetensors",
+    "nnsight",
+    "transformer-lens",
+)
+LIMIT = "limit"
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
@@ -26,13 +42,17 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def in_turn(
-    runs: dict[str, Callable[[], Any]], repeat: int, before: Callable[[str], object] = lambda name: None
+    runs: Mapping[str, Callable[[], Any]],
+    repeat: int,
+    before: Callable[[str], object] = lambda name: None,
+    *,
+    warm_up: bool = True,
 ) -> dict[str, list[float]]:
     """Seconds of each run, ``repeat`` times round and round, so that what disturbs the machine disturbs all alike.
 
-    Each is run once before, untimed; so is ``before(name)`` ahead of every run.
+    Each is run once before, untimed, unless ``warm_up`` is off; ``before(name)`` is called ahead of every run, untimed.
     """
-    for name, run in runs.items():
+    for name, run in runs.items() if warm_up else ():
         before(name)
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -53,6 +73,154 @@ def copy_rate(n_bytes: int = 2**28, repeat: int = 5) -> float:
     source = np.ones(n_bytes, np.uint8)
     target = np.zeros(n_bytes, np.uint8)
     return n_bytes / min(timed(lambda: np.copyto(target, source))[0] for _ in range(repeat))
+
+
+@dataclass(frozen=True)
+class Work:
+    """Matrix products: each of ``packs`` (numbers of rows) with each of ``matrices`` (n_in, n_out), ``times`` over."""
+
+    matrices: Counter[tuple[int, int]]
+    packs: Sequence[int]
+    times: int = 1
+
+
+class Products:
+    """The machine's own rate of matrix products, shape by shape: what no forward on this machine can exceed by much.
+
+    ``sample`` times every expected product (rows times weight, as a linear layer makes it) and keeps the best of all
+    samples so far: call it all through a run, so that a slow spell of the machine does not pass for its rate.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.best_s: dict[tuple[int, int, int], float] = {}  # rows, n_in, n_out
+
+    def expect(self, works: Iterable[Work]) -> None:
+        """Have the products of this work sampled."""
+        for work in works:
+            for n_in, n_out in work.matrices:
+                self.best_s.update({(rows, n_in, n_out): float("inf") for rows in work.packs})
+
+    @torch.no_grad()
+    def sample(self) -> None:
+        """Time every expected product three times."""
+        for rows, n_in, n_out in self.best_s:
+            given, weight = torch.randn(rows, n_in).to(self.dtype), torch.randn(n_out, n_in).to(self.dtype)
+            seconds = min(timed(lambda: torch.nn.functional.linear(given, weight))[0] for _ in range(3))  # noqa: B023
+            self.best_s[rows, n_in, n_out] = min(seconds, self.best_s[rows, n_in, n_out])
+
+    def seconds(self, works: Iterable[Work]) -> float:
+        """How long this work takes at the rates sampled."""
+        return sum(
+            work.times * count * self.best_s[rows, n_in, n_out]
+            for work in works
+            for (n_in, n_out), count in work.matrices.items()
+            for rows in work.packs
+        )
+
+    def rates(self) -> dict[str, float]:
+        """Multiply-adds a second of every product sampled, by ``rows x n_in x n_out``."""
+        return {
+            f"{rows}x{n_in}x{n_out}": rows * n_in * n_out / seconds
+            for (rows, n_in, n_out), seconds in sorted(self.best_s.items())
+        }
+
+
+@dataclass
+class Workload:
+    """The same results by several means, and how long each took.
+
+    Attributes:
+        name: what is computed.
+        unit: what the seconds are of (``run``, ``cell``, ``variant``).
+        seconds: by means; actcache among them.
+        limit_s: its multiply-adds alone, at the machine's own rate; None where it makes none.
+        targets: by means, how many times faster actcache must be; for ``limit``, how many times slower it may be.
+        spread_s: fastest and slowest of the repeats behind ``seconds``, by means.
+    """
+
+    name: str
+    unit: str
+    seconds: dict[str, float]
+    limit_s: float | None
+    targets: dict[str, float]
+    spread_s: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        unit: str,
+        times: dict[str, list[float]],
+        per: dict[str, int],
+        limit_s: float | None,
+        targets: dict[str, float],
+    ) -> Workload:
+        """From the seconds of every repeat, each of which made ``per`` units."""
+        return cls(
+            name,
+            unit,
+            {means: median(seconds) / per[means] for means, seconds in times.items()},
+            limit_s,
+            targets,
+            {means: (min(seconds) / per[means], max(seconds) / per[means]) for means, seconds in times.items()},
+        )
+
+    @property
+    def ratios(self) -> dict[str, float]:
+        """How many times longer than actcache each of the others took."""
+        ours = self.seconds["actcache"]
+        return {means: seconds / ours for means, seconds in self.seconds.items() if means != "actcache"}
+
+    @property
+    def percent_of_limit(self) -> float | None:
+        """100 where actcache takes no longer than the bare multiply-adds."""
+        return None if self.limit_s is None else 100 * self.limit_s / self.seconds["actcache"]
+
+    def reached(self) -> bool | None:
+        """Whether every target was; None where there is none that was measured."""
+        met = []
+        for means, target in self.targets.items():
+            if means == LIMIT and self.limit_s is not None:
+                met.append(self.seconds["actcache"] <= target * self.limit_s)
+            elif means in self.ratios:
+                met.append(self.ratios[means] >= target)
+        return all(met) if met else None
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for the last line."""
+        about = {"ratios": self.ratios, "percent_of_limit": self.percent_of_limit, "reached": self.reached()}
+        return vars(self) | about
+
+
+def print_workloads(workloads: Sequence[Workload]) -> None:
+    """For people: times, how many times longer than actcache each took, targets."""
+    means = list(dict.fromkeys(name for workload in workloads for name in workload.seconds))
+    head = f"{'':<34}" + "".join(f"{name:>27}" for name in means)
+    print(f"\n{head}   {'of the limit':>12}   target")
+    for workload in workloads:
+        line = f"{workload.name:<34}"
+        for name in means:
+            if name not in workload.seconds:
+                line += f"{'':>27}"
+                continue
+            ratio = f"{workload.ratios[name]:.2f}x" if name in workload.ratios else ""
+            line += f"{_readable(workload.seconds[name]) + '/' + workload.unit:>18}{ratio:>9}"
+        wanted = ", ".join(
+            f"<= {target:g}x the limit" if name == LIMIT else f">= {target:.4g}x {name}"
+            for name, target in workload.targets.items()
+        )
+        answer = {True: ": reached", False: ": missed", None: ""}[workload.reached()]
+        percent = "" if workload.percent_of_limit is None else f"{workload.percent_of_limit:.0f}%"
+        print(f"{line}   {percent:>12}   {wanted}{answer}".rstrip())
+
+
+def _readable(seconds: float) -> str:
+    """``12.3 s``, ``4.56 ms``, ``78.9 us``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
 def print_result(bench: str, result: dict[str, Any]) -> None:

@@ -40,15 +40,44 @@ def load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
+# Blocks, final norm and head of the architectures that keep them elsewhere than most do, by dotted name.
+_ELSEWHERE = {
+    ("model.layers", "model.final_layernorm", "lm_head"): "bamba falcon_h1 jamba persimmon phi",
+    ("model.layers", "model.norm_f", "lm_head"): "nemotron_h",
+    ("model.layers", "model.embedding_norm", "lm_head"): "lfm2 lfm2_moe lfm3",
+    ("model.layers", "model.final_norm", "lm_head"): "recurrent_gemma",
+    ("model.layers", "model.final_norm", "decoder"): "modernbert-decoder",
+    ("model.layers", "model.layer_norm", "lm_head"): "xglm",
+    ("model.decoder.layers", "model.decoder.final_layer_norm", "lm_head"): "opt",
+    ("model.decoder.layers", "model.decoder.layer_norm", "lm_head"): "blenderbot mbart pegasus",
+    ("model.decoder.layers", "model.decoder.layer_norm", "proj_out"): "whisper",
+    ("model.language_model.layers", "model.language_model.norm", "lm_head"): "gemma3 gemma4_unified got_ocr2 "
+    "moss_transcribe_diarize",
+    ("model.language_model.layers", "model.language_model.final_layernorm", "lm_head"): "fuyu",
+    ("transformer.h", "transformer.ln_f", "lm_head"): "bloom codegen falcon gpt2 gpt_bigcode gpt_neo gptj",
+    ("transformer.h", "transformer.layernorm", "lm_head"): "ctrl",
+    ("transformer.blocks", "transformer.norm_f", "lm_head"): "dbrx mpt",
+    ("backbone.layers", "backbone.norm_f", "lm_head"): "falcon_mamba mamba mamba2",
+    ("backbone.blocks", "backbone.out_norm", "lm_head"): "xlstm",
+    ("biogpt.layers", "biogpt.layer_norm", "output_projection"): "biogpt",
+    ("gpt_neox.layers", "gpt_neox.final_layer_norm", "lm_head"): "gpt_neox",
+    ("gpt_neox_japanese.layers", "gpt_neox_japanese.final_layer_norm", "embed_out"): "gpt_neox_japanese",
+    ("bert.encoder.layer", "bert.encoder.ln", "cls.predictions.decoder"): "megatron-bert",
+    ("roberta.encoder.layer", "roberta.encoder.LayerNorm", "lm_head.decoder"): "xlm-roberta-xl",
+    (
+        "roberta_prelayernorm.encoder.layer",
+        "roberta_prelayernorm.LayerNorm",
+        "lm_head.decoder",
+    ): "roberta-prelayernorm",
+}
+_PATHS = {model_type: paths for paths, model_types in _ELSEWHERE.items() for model_type in model_types.split()}
+
+
 def parts(model: PreTrainedModel) -> Parts:
-    """Blocks, final norm and head, one line per architecture."""
-    match model.config.model_type:
-        case "llama" | "qwen3" | "gemma3_text" | "olmo2" | "gemma2" | "mistral":
-            return Parts(model.model.layers, model.model.norm, model.lm_head)
-        case "gpt2":
-            trunk: Any = model.transformer
-            return Parts(trunk.h, trunk.ln_f, model.lm_head)
-    raise ValueError(f"no table entry for architecture {model.config.model_type!r}")
+    """Blocks, final norm and head, by a table written by hand."""
+    paths = _PATHS.get(model.config.model_type, ("model.layers", "model.norm", "lm_head"))
+    blocks, norm, head = (model.get_submodule(path) for path in paths)
+    return Parts(blocks, norm, head)  # type: ignore[arg-type]
 
 
 def forward(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
@@ -58,7 +87,7 @@ def forward(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
 
 
 def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
+    return args[0] if args else kwargs["hidden_states"]  # blocks name it otherwise only where it is given by position
 
 
 def states(model: PreTrainedModel, ids: Sequence[int], boundary: int) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 
 BENCHES = Path(__file__).parent.parent / "benches"
 
@@ -16,7 +21,7 @@ BENCHES = Path(__file__).parent.parent / "benches"
 @pytest.mark.parametrize("name", ["codec", "feed", "gather", "store"])
 def test_a_bench_at_a_small_size(name):
     """Each compares what it times first, bit for bit, and exits otherwise."""
-    ran = subprocess.run([sys.executable, BENCHES / f"bench_{name}.py", "--smoke"], capture_output=True, text=True)
+    ran = run_smoke(name)
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout.splitlines()[-1])
     assert (result["bench"], result["cpus"] > 0) == (name, True)
@@ -32,14 +37,86 @@ def test_the_verb_runs_them_and_keeps_the_figures(tmp_path):
     assert [*tmp_path.iterdir()] == [out]
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_bench_run(tmp_path, arch):
-    pt, it = tiny.make_pair(tmp_path, arch)
+WORKLOADS = ("cold grid", "added boundary", "added readout", "prefix-wide edit", "position edits")
+
+
+def test_sweep_has_everything_beside_every_rival_that_is_there():
+    """On the pair that the package ships; each rival's margins equal the hooks', or nothing is printed."""
+    ran = run_smoke("sweep")
+    assert ran.returncode == 0, ran.stderr
+    workloads = json.loads(ran.stdout.splitlines()[-1])["workloads"]
+    installed = [name for name in ("nnsight", "TransformerLens") if f"{name} is not installed" not in ran.stderr]
+    for workload, name in zip(workloads, WORKLOADS, strict=True):
+        assert workload["name"].startswith(name)
+        assert workload["seconds"].keys() == {"hooks", "actcache", *installed}
+        assert workload["limit_s"] > 0
+    assert ran.stderr.count("margins equal to the hooks'") == len(WORKLOADS) * (1 + len(installed))
+
+
+def test_sweep_without_the_rivals(tmp_path):
+    """A rival that is not installed, or does not know the architecture, is left out and named."""
+    (tmp_path / "missing").mkdir()
+    (tmp_path / "missing/nnsight.py").write_text("raise ModuleNotFoundError('nnsight')")
+    (tmp_path / "missing/transformer_lens.py").write_text("raise RuntimeError('no such family')")
+    pt, it = tiny.make_pair(tmp_path, "gpt2")
     prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", 6)
-    words = ["--pt", pt, "--it", it, "--prompts", prompts, "--max-new", 12]
-    ran = subprocess.run([sys.executable, BENCHES / "bench_run.py", *map(str, words)], capture_output=True, text=True)
+    ran = run_smoke("sweep", "--pt", pt, "--it", it, "--prompts", prompts, "--max-new", 12, path=tmp_path / "missing")
+    assert ran.returncode == 0, ran.stderr
+    assert "nnsight is not installed: pip install 'actcache[bench]'" in ran.stderr
+    assert "TransformerLens cannot load this pair: RuntimeError: no such family" in ran.stderr
+    for workload in json.loads(ran.stdout.splitlines()[-1])["workloads"]:
+        assert workload["seconds"].keys() == {"hooks", "actcache"}
+
+
+def test_replay_reports_time_and_memory(tmp_path):
+    pt, it = tiny.make_pair(tmp_path, "llama")
+    prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", 6)
+    ran = run_smoke("replay", "--pt", pt, "--it", it, "--prompts", prompts, "--max-new", 12, "--boundaries", "2,3")
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout.splitlines()[-1])
-    assert result["events"] > 0
-    assert result["peak_bytes"]["late"] > 0
-    assert "cells equal to the hooks'" in ran.stdout
+    assert [w["name"].split(",")[0] for w in result["workloads"]] == ["read", "run", "replay", "grid"] * 2
+    assert result["peak_bytes"].keys() == {"imports", "model", "late 3"}
+    assert "cells equal to the hooks'" in ran.stderr
+
+
+def test_a_wrong_margin_ends_a_bench(benches):
+    assert benches.sweep.check("x", {1: 0.5}, {1: 0.5 + 5e-5, 2: 0.0}, "float32") == pytest.approx(5e-5)
+    for found in ({1: 0.6}, {1: float("nan")}, {3: 0.5}, {}):
+        with pytest.raises(SystemExit, match="no figures"):
+            benches.sweep.check("x", found, {1: 0.5, 2: 0.0}, "float32")
+
+
+def test_targets_are_judged_on_what_was_measured(benches):
+    def workload(**targets):
+        times = {"hooks": [9.0, 8.0, 30.0], "actcache": [6.0, 4.0, 5.0]}
+        return benches.measure.Workload.of("x", "cell", times, {"hooks": 3, "actcache": 5}, 0.8, targets)
+
+    assert workload().seconds == {"hooks": 3, "actcache": 1}
+    assert workload().spread_s["hooks"] == (8 / 3, 10)
+    assert (workload().ratios, workload().percent_of_limit, workload().reached()) == ({"hooks": 3}, 80, None)
+    assert (workload(hooks=3).reached(), workload(hooks=3.1).reached()) == (True, False)
+    assert (workload(hooks=3, limit=1.25).reached(), workload(hooks=3, limit=1.2).reached()) == (True, False)
+    assert (workload(nnsight=2).reached(), workload(hooks=3, nnsight=99).reached()) == (None, True)
+
+
+def test_the_limit_counts_every_product(benches):
+    """Two packs through a block of two matrices, three times: twelve products at the rates of their own shapes."""
+    products = benches.measure.Products(torch.float32)
+    work = benches.measure.Work(Counter({(8, 16): 2, (16, 8): 1}), [4, 6], 3)
+    products.expect([work])
+    products.sample()
+    assert products.best_s.keys() == {(4, 8, 16), (4, 16, 8), (6, 8, 16), (6, 16, 8)}
+    products.best_s = {(4, 8, 16): 1, (4, 16, 8): 10, (6, 8, 16): 100, (6, 16, 8): 1000}
+    assert products.seconds([work, work]) == 2 * 3 * (2 * 1 + 10 + 2 * 100 + 1000)
+
+
+@pytest.fixture
+def benches(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHES)
+    return SimpleNamespace(sweep=importlib.import_module("bench_sweep"), measure=importlib.import_module("measure"))
+
+
+def run_smoke(name, *words, path=None):
+    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    command = [sys.executable, BENCHES / f"bench_{name}.py", "--smoke", *words]
+    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from actcache import effects as module
-from actcache.effects import CELLS, GROUP_COLUMNS, contrasts, effects
+from actcache.effects import CELLS, GROUP_COLUMNS, contrasts, effects, select_events
 from actcache.errors import InputError
 
 GRID = [("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")]
@@ -319,3 +319,74 @@ def test_unknown_or_equal_labels():
 def test_numbers_out_of_range(bad):
     with pytest.raises(InputError, match="expected draws >= 1"):
         effects(cell_table(random_grids(2)), **bad)
+
+
+def event_table(gaps):
+    """A table of events e0000, e0001, ... with their (gap_pt, gap_it)."""
+    pt, it = (pa.array(values, pa.float32()) for values in zip(*gaps, strict=True))
+    return pa.table({"event_id": [f"e{i:04d}" for i in range(len(gaps))], "gap_pt": pt, "gap_it": it})
+
+
+def stability_table(n, dtype="bfloat16", unstable=(), moved=()):
+    """A table of stability of n events: some change between strict and packed, some are not as stored."""
+    columns = {
+        "event_id": [f"e{i:04d}" for i in range(n)],
+        "dtype": [dtype] * n,
+        "stable": [i not in unstable for i in range(n)],
+        "as_stored": [i not in moved for i in range(n)],
+    }
+    return pa.table(columns)
+
+
+def events_of(cells):
+    return sorted(set(cells["event_id"].to_pylist()))
+
+
+def test_unstable_events_are_left_out():
+    cells = pa.concat_tables([cell_table(random_grids(6, 1)), cell_table(random_grids(6, 2), boundary=5)])
+    other = stability_table(6, "float32", unstable=range(6))
+    own = stability_table(6, unstable=(1, 4), moved=(4, 5)).take(pa.array([5, 3, 0, 1, 2, 4]))
+    stability = pa.concat_tables([other, own])
+    left, notes = select_events(cells, event_table([(1, 1)] * 6), "bfloat16", stability=stability)
+    assert events_of(left) == ["e0000", "e0002", "e0003"]
+    assert notes == {"stable_only": True, "n_unstable": 3, "n_left_out": 3}
+    assert left.equals(cells.filter(pa.array([i // 4 % 6 in (0, 2, 3) for i in range(48)])))
+    assert effects(left, draws=10)["groups"][0]["n_events"] == 3
+
+
+def test_events_with_a_small_or_unknown_gap_are_left_out():
+    cells, events = cell_table(random_grids(5)), event_table([(1, 1), (0.25, 1), (1, 0.2), (None, 1), (0.3, 0.25)])
+    left, notes = select_events(cells, events, "float32", min_gap=0.25)
+    assert events_of(left) == ["e0000", "e0001", "e0004"]
+    assert notes == {"min_gap": 0.25, "n_below_min_gap": 2, "n_left_out": 2}
+    both, notes = select_events(
+        cells, events, "float32", stability=stability_table(5, "float32", unstable=(2, 4)), min_gap=0.25
+    )
+    assert events_of(both) == ["e0000", "e0001"]
+    assert (notes["n_unstable"], notes["n_below_min_gap"], notes["n_left_out"]) == (2, 2, 3)
+
+
+def test_selecting_nothing_keeps_everything():
+    cells, events = cell_table(random_grids(3)), event_table([(1, 1)] * 3)
+    assert select_events(cells, events, "float32") == (cells, {"n_left_out": 0})
+    assert select_events(cells, events, "float32", stability=stability_table(3, "float32"), min_gap=0)[0].equals(cells)
+    empty, notes = select_events(
+        cells.slice(0, 0), events.slice(0, 0), "float32", stability=stability_table(3).slice(0, 0)
+    )
+    assert (empty.num_rows, notes["n_unstable"]) == (0, 0)
+
+
+def test_events_that_cannot_be_selected():
+    cells, events = cell_table(random_grids(3)), event_table([(1, 1)] * 3)
+    with pytest.raises(InputError, match="2 of 3 events have been checked for stability in bfloat16"):
+        select_events(cells, events, "bfloat16", stability=stability_table(2))
+    with pytest.raises(InputError, match="0 of 3 events have been checked for stability in float32"):
+        select_events(cells, events, "float32", stability=stability_table(3))
+    with pytest.raises(InputError, match="'e0002' of the cells is not among the 2 events"):
+        select_events(cells, events.slice(0, 2), "float32", min_gap=0.1)
+    unstable, small = stability_table(3, "float32", unstable=(0, 1)), event_table([(1, 1), (1, 1), (0.1, 1)])
+    with pytest.raises(InputError, match=r"no event is left of 3: 2 unstable in float32, 1 with a gap below 0.5"):
+        select_events(cells, small, "float32", stability=unstable, min_gap=0.5)
+    for gap in (-0.1, math.nan, math.inf):
+        with pytest.raises(InputError, match="give a number of logits, from 0 on"):
+            select_events(cells, events, "float32", min_gap=gap)

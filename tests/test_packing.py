@@ -1,17 +1,38 @@
-"""Packs: how sequences are cut into them, and that packed attention is each sequence's own attention."""
+"""Packs: how sequences are cut into them, and that packed and branched attention is each sequence's own attention."""
 
 from __future__ import annotations
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, GPT2Config, LlamaConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GptOssConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen3Config,
+)
 
-from actcache.packing import offsets_of, packed_attention, plan_packs, restarting_positions
+from actcache import packing
+from actcache.packing import (
+    Prefix,
+    attend_varlen,
+    branched_attention,
+    offsets_of,
+    packed_attention,
+    plan_packs,
+    restarting_positions,
+    takes_varlen,
+)
 
 SMALL = {
     "hidden_size": 16,
@@ -28,7 +49,28 @@ CONFIGS = {
     "gemma3 with windows": Gemma3TextConfig(**SMALL, sliding_window=4),
     "gemma2 with soft-caps": Gemma2Config(**SMALL, sliding_window=4),
     "gpt2": GPT2Config(n_embd=16, n_layer=3, n_head=4, vocab_size=50, n_positions=64, bos_token_id=0, eos_token_id=1),
+    "mistral with a window": MistralConfig(**SMALL, sliding_window=4),
+    "qwen3": Qwen3Config(**SMALL),
+    "gpt-oss with sinks and windows": GptOssConfig(
+        **SMALL, sliding_window=4, num_local_experts=2, num_experts_per_tok=1, max_position_embeddings=64
+    ),
 }
+EAGER_ONLY = ("gemma2", "gpt-oss")  # transformers' sdpa has no soft-cap and no sinks
+LENGTHS = [5, 9, 1, 13, 4]
+
+
+def build(name, attention="sdpa"):
+    if name.startswith(EAGER_ONLY) and attention == "sdpa":
+        pytest.skip("transformers' sdpa has no soft-cap and no sinks")
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=attention).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:  # larger than a fresh model's, so that attention tells in the logits
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            else:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
 
 
 @given(st.lists(st.integers(1, 30), max_size=40), st.integers(0, 60))
@@ -52,11 +94,7 @@ def test_offsets_and_positions(lengths):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_pack_equals_its_sequences_one_by_one(name, attention):
-    if name.startswith("gemma2") and attention == "sdpa":
-        pytest.skip("transformers' sdpa has no soft-cap")
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation=attention).eval()
-    lengths = [5, 9, 1, 13, 4]
+    model, lengths = build(name, attention), LENGTHS
     ids = [torch.randint(2, 50, (1, length)) for length in lengths]
     bounds = offsets_of(lengths).tolist()
     with torch.no_grad():
@@ -73,3 +111,214 @@ def test_the_switch_is_undone_after_an_error():
     with pytest.raises(KeyError), packed_attention(model.config, [0, 1]):
         raise KeyError
     assert model.config._attn_implementation == "sdpa"
+
+
+# ---- branches ----
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_branches_equal_sequences_with_another_last_token(name, attention, monkeypatch):
+    """Also where one sequence has more of them than one call takes, some have one, and some none."""
+    monkeypatch.setattr(packing, "_BRANCHES_AT_ONCE", 3)
+    model = build(name, attention)
+    ids = [torch.randint(2, 50, (1, length)) for length in LENGTHS]
+    bounds, prefix = offsets_of(LENGTHS).tolist(), Prefix()
+    sequence_of = [3] * 8 + [0] + [2] * 2 + [1] * 3
+    tokens = torch.randint(2, 50, (len(sequence_of),))
+    with torch.no_grad():
+        with packed_attention(model.config, bounds, prefix):
+            model(torch.cat(ids, dim=1), position_ids=restarting_positions(bounds), use_cache=False)
+        positions = torch.tensor([LENGTHS[number] - 1 for number in sequence_of])[None]
+        with branched_attention(model.config, prefix, sequence_of):
+            found = model(tokens[None], position_ids=positions, use_cache=False).logits[0]
+        whole = [
+            model(torch.cat([ids[number][:, :-1], token.view(1, 1)], dim=1), use_cache=False).logits[0, -1]
+            for number, token in zip(sequence_of, tokens, strict=True)
+        ]
+    torch.testing.assert_close(found, torch.stack(whole), rtol=1e-5, atol=2e-5)
+    assert model.config._attn_implementation == attention
+
+
+# ---- the varlen kernel ----
+
+
+def varlen_reference(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """What torch documents of varlen_attn, one sequence and one head after the other: query ``[T, H, d]``."""
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert torch.equal(cu_seq_q, cu_seq_k)
+    assert int(cu_seq_q[-1]) == len(query) == len(key) == len(value)
+    assert max_q == max_k == int(cu_seq_q.diff().max())
+    assert all(tensor.is_contiguous() for tensor in (query, key, value))
+    n_heads, n_key_heads = query.shape[1], key.shape[1]
+    assert n_heads % n_key_heads == 0
+    assert enable_gqa or n_heads == n_key_heads
+    left, right = window_size
+    out = torch.zeros_like(query)
+    for start, stop in itertools.pairwise(cu_seq_q.tolist()):
+        for head, i in itertools.product(range(n_heads), range(start, stop)):
+            seen = [j for j in range(start, stop) if (left < 0 or i - j <= left) and (right < 0 or j - i <= right)]
+            keys, values = (tensor[seen, head * n_key_heads // n_heads] for tensor in (key, value))
+            scores = keys @ query[i, head] * (query.shape[-1] ** -0.5 if scale is None else scale)
+            out[i, head] = scores.softmax(0) @ values
+    return out
+
+
+@pytest.fixture
+def as_if_on_cuda(monkeypatch):
+    """Packs take the varlen path if they would as bfloat16 on a GPU, and the slow reference computes it; how often."""
+    answers = []
+
+    def on_cuda(module, query, key, value, masks, arguments):
+        there = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=query.shape)
+        answers.append(takes_varlen(module, there, key, value, masks, arguments))
+        return answers[-1]
+
+    monkeypatch.setattr(packing, "varlen_attn", varlen_reference)
+    monkeypatch.setattr(packing, "takes_varlen", on_cuda)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("name", "attention", "taken"),
+    [
+        ("llama", "sdpa", [True] * 4),
+        ("qwen3", "sdpa", [True] * 4),
+        ("mistral with a window", "sdpa", [True] * 4),
+        ("gemma3 with windows", "sdpa", [True] * 4),
+        ("gpt2", "sdpa", [False] * 3),  # heads of 4: the kernel moves 16 bytes at a time
+        ("llama", "eager", [False] * 4),
+        ("gemma2 with soft-caps", "eager", [False] * 4),
+        ("gpt-oss with sinks and windows", "eager", [False] * 4),
+    ],
+)
+def test_the_varlen_path_equals_sequences_one_by_one(name, attention, taken, as_if_on_cuda):
+    model = build(name, attention)
+    ids = [torch.randint(2, 50, (1, length)) for length in LENGTHS]
+    bounds = offsets_of(LENGTHS).tolist()
+    with torch.no_grad():
+        alone = torch.cat([model(one, use_cache=False).logits for one in ids], dim=1)
+        with packed_attention(model.config, bounds):
+            packed = model(torch.cat(ids, dim=1), position_ids=restarting_positions(bounds), use_cache=False).logits
+    torch.testing.assert_close(packed, alone, rtol=1e-5, atol=2e-5)
+    assert as_if_on_cuda == taken
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 40])
+@pytest.mark.parametrize("n_key_heads", [1, 2, 6])
+def test_attend_varlen_equals_sdpa_sequence_by_sequence(window, n_key_heads, monkeypatch):
+    monkeypatch.setattr(packing, "varlen_attn", varlen_reference)
+    bounds = [0, 5, 6, 13]
+    generator = torch.Generator().manual_seed(0)
+    # Sliced out of a wider tensor, as heads of one fused projection are.
+    query = torch.randn(1, 13, 6 + n_key_heads, 8, generator=generator)[:, :, :6].transpose(1, 2)
+    key, value = torch.randn(2, 1, n_key_heads, 13, 8, generator=generator)
+    found = attend_varlen(query, key, value, bounds, {"sliding_window": window, "scaling": 0.3})
+    assert found.shape == (1, 13, 6, 8)
+    for start, stop in itertools.pairwise(bounds):
+        at = torch.arange(stop - start)
+        distance = at[:, None] - at[None, :]
+        mask = (distance >= 0) & (distance < (window or 99))
+        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        one = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True)
+        torch.testing.assert_close(found[:, start:stop], one.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def heads(n_heads=4, width=16, dtype=torch.bfloat16, device="cuda"):
+    return torch.empty(1, 12, n_heads, width, dtype=dtype, device=device).transpose(1, 2)
+
+
+def mask_of(length, sees):
+    at = torch.arange(length)
+    return sees(at[:, None], at[None, :])[None, None]
+
+
+CAUSAL = mask_of(7, lambda i, j: i >= j)
+WINDOW = mask_of(7, lambda i, j: (i >= j) & (i - j < 3))
+CHUNKS = mask_of(7, lambda i, j: (i >= j) & (i // 3 == j // 3))
+BOTH_WAYS = mask_of(7, lambda i, j: (i - j).abs() < 3)
+ADDED = torch.zeros(1, 1, 7, 7).masked_fill(~WINDOW, -torch.inf)
+PASSED_THROUGH = {"use_cache": False, "output_attentions": False, "output_router_logits": False, "position_ids": 1}
+
+
+@pytest.mark.parametrize(
+    ("expected", "change"),
+    [
+        (True, {}),
+        (True, {"dtype": torch.float16}),
+        (True, {"arguments": {"scaling": 0.1, "dropout": 0.0, "is_causal": None, "softcap": None, "s_aux": None}}),
+        (True, {"arguments": PASSED_THROUGH}),
+        (True, {"masks": [None, WINDOW], "arguments": {"sliding_window": 3}}),
+        (True, {"masks": [None, None], "arguments": {"sliding_window": 12}}),
+        (False, {"dtype": torch.float32}),
+        (False, {"device": "cpu"}),
+        (False, {"width": 20}),
+        (False, {"width": 264}),
+        (False, {"value_width": 24}),
+        (False, {"sinks": torch.zeros(4)}),
+        (False, {"arguments": {"softcap": 50.0}}),
+        (False, {"arguments": {"s_aux": torch.zeros(4)}}),
+        (False, {"arguments": {"dropout": 0.1}}),
+        (False, {"arguments": {"is_causal": False}}),
+        (False, {"arguments": {"position_bias": torch.zeros(1)}}),
+        (False, {"masks": [None, CAUSAL]}),
+        (False, {"masks": [None, WINDOW]}),
+        (False, {"masks": [WINDOW, CAUSAL], "arguments": {"sliding_window": 3}}),
+        (False, {"masks": [WINDOW], "arguments": {"sliding_window": 4}}),
+        (False, {"masks": [CHUNKS], "arguments": {"sliding_window": 3}}),
+        (False, {"masks": [BOTH_WAYS], "arguments": {"sliding_window": 3}}),
+        (False, {"masks": [ADDED], "arguments": {"sliding_window": 3}}),
+        (False, {"no_kernel": True}),
+    ],
+    ids=str,
+)
+def test_varlen_is_taken_only_where_it_computes_the_same(expected, change, monkeypatch):
+    if change.get("no_kernel"):
+        monkeypatch.setattr(packing, "varlen_attn", None)
+    module = SimpleNamespace(sinks=change.get("sinks"))
+    place = {"dtype": change.get("dtype", torch.bfloat16), "device": change.get("device", "cuda")}
+    width = change.get("width", 16)
+    with FakeTensorMode():
+        query = heads(4, width, **place)
+        key, value = heads(2, width, **place), heads(2, change.get("value_width", width), **place)
+    masks, arguments = change.get("masks", [None, None]), change.get("arguments", {"scaling": 0.25})
+    assert takes_varlen(module, query, key, value, masks, arguments) is expected
+
+
+@pytest.mark.skipif(packing.varlen_attn is None, reason="this torch has no varlen kernel")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("arguments", [{}, {"sliding_window": 3, "scaling": 0.3, "use_cache": False}], ids=str)
+def test_the_varlen_kernel_takes_a_pack_of_these_shapes_on_a_gpu(dtype, arguments):
+    """Without one: shapes, dtypes and devices, by torch's own rules for the kernel."""
+    with FakeTensorMode():
+        query, key, value = heads(4, dtype=dtype), heads(2, dtype=dtype), heads(2, dtype=dtype)
+        assert takes_varlen(SimpleNamespace(), query, key, value, [None, None], arguments)
+        out = attend_varlen(query, key, value, [0, 5, 12], arguments)
+        assert out.shape == (1, 12, 4, 16)
+        assert out.dtype == dtype
+        assert out.device.type == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral with a window", "gemma3 with windows"])
+def test_the_varlen_kernel_equals_sdpa_on_a_gpu(name, monkeypatch):
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    model = build(name).to("cuda", torch.bfloat16)
+    ids = torch.randint(2, 50, (1, sum(LENGTHS)), device="cuda")
+    bounds, taken = offsets_of(LENGTHS).tolist(), []
+
+    def run(answer):
+        def decide(*given):
+            taken.append(takes_varlen(*given))
+            return answer and taken[-1]
+
+        monkeypatch.setattr(packing, "takes_varlen", decide)
+        with torch.no_grad(), packed_attention(model.config, bounds):
+            return model(ids, position_ids=restarting_positions(bounds, "cuda"), use_cache=False).logits.float()
+
+    one_kernel, one_by_one = run(answer=True), run(answer=False)
+    assert all(taken)
+    assert (one_kernel - one_by_one).abs().max() <= 0.05 * one_by_one.abs().max()

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from actcache.effects import effects
+from actcache.effects import effects, select_events
 from actcache.errors import InputError
 from actcache.report import build_report
 from actcache.report.visible import Piece, decimals, percent, pieces, signed, tail
@@ -134,6 +134,63 @@ def test_excluded_prompts_noop_and_settings(tables):
     assert page.section("excluded").index("both stopped 2 6.1%") < page.section("excluded").index("no divergence 1")
     assert "Over 240 cells the largest difference is 6e-05 logits" in page.section("checks")
     assert "command actcache run --pt A --it B dtype bfloat16" in page.section("made")
+
+
+STABLE = {
+    "dtype": "float32",
+    "n_events": 60,
+    "n_changed": 0,
+    "gap_median": None,
+    "gap_max": None,
+    "n_not_as_stored": 0,
+    "gap_median_vs_stored": None,
+    "gap_max_vs_stored": None,
+    "not_packable": None,
+}
+CHANGING = STABLE | {"dtype": "bfloat16", "n_changed": 3, "gap_median": 0.0312, "gap_max": 0.0625}
+MOVED = {"n_not_as_stored": 11, "gap_median_vs_stored": 0.02, "gap_max_vs_stored": 0.41}
+
+
+def test_events_that_rounding_would_change(tables):
+    page = Page(page_of(tables, stability=[STABLE, CHANGING | MOVED]))
+    assert list(page.by_section)[-3:] == ["stability", "checks", "made"]
+    text = page.section("stability")
+    assert "float32 60 0 \u2013 0 \u2013" in text
+    assert "bfloat16 60 3 0.062, 0.031 11 0.41, 0.02" in text
+    assert "that happened at gaps up to 0.062 logits" in text
+    assert {"0.0625", "0.0312", "0.41"} <= set(page.data_values)
+
+
+def test_no_event_that_the_shape_would_change(tables):
+    text = Page(page_of(tables, stability=[STABLE])).section("stability")
+    assert "None of the events checked hangs on the shape of its batch" in text
+    refused = [STABLE | {"dtype": dtype, "not_packable": "<b> is no interface"} for dtype in ("float32", "bfloat16")]
+    text = Page(page_of(tables, stability=refused)).section("stability")
+    assert "Packs of these checkpoints are not exact (<b> is no interface)" in text
+    assert "bfloat16 60 never packed" in text
+    assert "None of the events" not in text
+
+
+def test_events_left_out(tables):
+    cells, events, excluded = tables
+    every = {"event_id": events["event_id"], "dtype": ["bfloat16"] * 60, "as_stored": [True] * 60}
+    stability = pa.table(every | {"stable": [i % 20 != 3 for i in range(60)]})
+    left, notes = select_events(cells, events, "bfloat16", stability=stability, min_gap=0.5)
+    result = notes | effects(left, draws=50)
+    html = build_report(left, result, events, excluded, SETTINGS)
+    text = re.sub(r"\s+", " ", "".join(Page(html).text))
+    n_left = 60 - notes["n_left_out"]
+    assert notes["n_below_min_gap"] > 0
+    assert f"{n_left} events from" in text
+    assert (
+        f"{notes['n_left_out']} more events are left out: 3 not decided the same under strict and packed numerics; "
+        f"{notes['n_below_min_gap']} with a gap below 0.5 logits."
+    ) in text
+    # The events shown are those averaged, the prompts read are all.
+    assert f"of {n_left} events for pt" in html
+    assert "3 of 33 prompts gave none" in text
+    with pytest.raises(InputError, match="effects are not those of these cells"):
+        build_report(cells, result, events, excluded, SETTINGS)
 
 
 def test_examples_span_the_interactions():

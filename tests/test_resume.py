@@ -85,8 +85,8 @@ def test_a_grid_goes_on_group_by_group(whole, tmp_path, monkeypatch):
     for path in groups[1:4]:
         path.unlink()
     scored = []
-    score = grid._Group.score
-    monkeypatch.setattr(grid._Group, "score", lambda self, lates: (scored.append(self.path), score(self, lates)))
+    write = grid.write_atomically
+    monkeypatch.setattr(grid, "write_atomically", lambda path, data: (scored.append(path), write(path, data)))
     assert main(["grid", str(out)]) == 0
     assert sorted(scored) == groups[1:4]
     assert pq.read_table(out / "cells.parquet").equals(cells)
@@ -108,8 +108,10 @@ def test_readouts_add_up_and_modes_replace(whole, tmp_path):
 def test_a_replay_that_is_not_a_no_op_stops_the_grid(whole, tmp_path, monkeypatch, capfd):
     out = shutil.copytree(whole[2], tmp_path / "run")
     shutil.rmtree(out / "cells")
-    run = LateStack.run
-    monkeypatch.setattr(LateStack, "run", lambda self, rows, *args, **more: run(self, rows * 1.01, *args, **more))
+    replay = LateStack.iterate_variants
+    monkeypatch.setattr(
+        LateStack, "iterate_variants", lambda self, rows, *args, **more: replay(self, rows * 1.01, *args, **more)
+    )
     assert main(["grid", str(out)]) == 1
     assert "is not a no-op: event p00@" in capfd.readouterr().err
     assert not list((out / "cells").glob("*.parquet"))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -47,6 +47,7 @@ def build_report(
     settings: dict[str, str],
     *,
     default_boundary: int | None = None,
+    stability: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """Render a run as one HTML page that needs nothing else: no scripts, fonts, images or network.
 
@@ -55,13 +56,15 @@ def build_report(
 
     Args:
         cells: the scored cells, columns as in ``cells.parquet``.
-        effects: what :func:`actcache.effects.effects` returned for these cells.
+        effects: what :func:`actcache.effects.effects` returned for these cells, with what
+            :func:`actcache.effects.select_events` noted if it chose them.
         events: one row per event: event_id, prompt_id, kind, gap_pt, gap_it (top-1 minus top-2, logits), context
             (the text before the divergence), token_pt, token_it (decoded; any text); more columns are ignored.
         excluded: one row per prompt without an event: prompt_id, reason.
         settings: label -> text, shown in this order as how the run was made.
         default_boundary: the boundary to lead with; the nearest one that was run is taken. Without it: 0.6 of the
             largest boundary plus one, which is the default boundary where all boundaries were run.
+        stability: what :func:`actcache.stability.summarise` returned; empty where nothing was checked.
 
     Returns:
         The page. The same arguments give the same text, for any order of the rows of ``cells`` and ``events``; it can
@@ -92,6 +95,10 @@ def build_report(
         "n_prompts_read": n_prompts,
         "n_excluded": excluded.num_rows,
         "reasons": _reasons(excluded),
+        "left_out": _left_out(effects),
+        "stability": stability,
+        "stability_gap": max((row["gap_max"] for row in stability if row["n_changed"]), default=None),
+        "never_packed": _never_packed(stability),
         "main": None,
     }
     if groups:
@@ -188,7 +195,7 @@ def _main_contrasts(cells: pa.Table, group: Group) -> pa.Table:
 
 
 def _matching(events: pa.Table, per_event: pa.Table, kind: str) -> pa.Table:
-    """The events of one kind, after checking that each event that was scored is among them; ids in the cells' type."""
+    """The scored events of one kind, after checking that each of them is among the events; ids in the cells' type."""
     events = events.filter(pc.equal(events["kind"].cast(pa.string()), kind))
     at = events.column_names.index("event_id")
     events = events.set_column(at, "event_id", events["event_id"].cast(per_event["event_id"].type))
@@ -199,7 +206,7 @@ def _matching(events: pa.Table, per_event: pa.Table, kind: str) -> pa.Table:
             f"event {first!r} of the cells is not among the {events.num_rows} events of kind {kind}; pass the events "
             f"of the same run"
         )
-    return events
+    return events.filter(pc.is_in(events["event_id"], value_set=per_event["event_id"].combine_chunks()))
 
 
 def _same(group: Group, main: Group, *names: str) -> bool:
@@ -311,6 +318,24 @@ def _chip(token: str | None) -> Sequence[visible.Piece]:
     """A token with its white space visible; one that decodes to nothing is said to be empty."""
     text = visible.head(token or "", TOKEN_CHARACTERS)
     return visible.pieces(text, spaces=True) or [visible.Piece("empty", mark=True)]
+
+
+def _never_packed(stability: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why every dtype that was checked runs one sequence at a time, or None where one does not."""
+    reasons = [row["not_packable"] for row in stability]
+    return visible.plain(reasons[0]) if reasons and all(reasons) else None
+
+
+def _left_out(effects: dict[str, Any]) -> dict[str, Any] | None:
+    """How many events the effects leave out and why, or None where they are over all."""
+    if "n_left_out" not in effects:
+        return None
+    reasons = []
+    if effects.get("stable_only"):
+        reasons.append((effects["n_unstable"], "not decided the same under strict and packed numerics"))
+    if "min_gap" in effects:
+        reasons.append((effects["n_below_min_gap"], f"with a gap below {effects['min_gap']:g} logits"))
+    return {"n": effects["n_left_out"], "reasons": reasons}
 
 
 def _reasons(excluded: pa.Table) -> list[tuple[str, int]]:

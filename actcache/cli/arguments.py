@@ -1,0 +1,190 @@
+"""Arguments that several verbs share, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from actcache.errors import InputError
+from actcache.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from actcache.capture import CaptureSettings
+    from actcache.grid import GridSettings
+    from actcache.store import Store
+
+READOUTS = "native,common_it,common_pt"
+Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_verb(
+    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int | None], summary: str
+) -> argparse.ArgumentParser:
+    """Give the parser a verb; ``run`` gets its arguments and returns the exit code (None: 0)."""
+    parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a capture needs: the pair, the prompts, where to, and what to compute."""
+    add_pair_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument(
+        "--store", metavar="URL", help="where the store goes (default RUN/store), s3://bucket/prefix say"
+    )
+    add_capture_settings(parser)
+
+
+def add_pair_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """The pair and its prompts."""
+    parser.add_argument(
+        "--pt", type=Path, required=required, metavar="DIR", help="model folder of the pretrained checkpoint"
+    )
+    parser.add_argument(
+        "--it", type=Path, required=required, metavar="DIR", help="model folder of its tuned descendant"
+    )
+    parser.add_argument("--prompts", type=Path, required=required, metavar="P.jsonl", help="one JSON object a line")
+
+
+def add_capture_settings(parser: argparse.ArgumentParser) -> None:
+    """What a capture computes; :func:`capture_settings` reads it, with ``--strict`` and ``--max-tokens``."""
+    parser.add_argument(
+        "--boundary", default="0.6", help="first late block: 18, a fraction of the depth, a list, or all (default 0.6)"
+    )
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default %(default)s")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
+    parser.add_argument(
+        "--max-new", type=positive, default=128, help="choices to compare a prompt (default %(default)s)"
+    )
+    parser.add_argument("--limit", type=positive, help="use the first N prompts only")
+    parser.add_argument(
+        "--rows",
+        choices=["prefix", "divergence"],
+        default="prefix",
+        help="keep every position's rows, as the grid needs, or the event's alone (default %(default)s)",
+    )
+    parser.add_argument(
+        "--codec",
+        choices=["blosc", "actcache.bf16_planes"],
+        default="blosc",
+        help="of the stored states: any Zarr reader has blosc; the planes, for bfloat16, are smaller and faster "
+        "(default %(default)s)",
+    )
+    parser.add_argument("--shard-prompts", type=positive, default=64, help="prompts of a segment (default %(default)s)")
+
+
+def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings:
+    """What the arguments ask of a capture.
+
+    Raises:
+        InputError: a boundary is not one of a model of so many blocks.
+    """
+    from actcache.capture import CaptureSettings, parse_boundaries
+
+    return CaptureSettings(
+        boundaries=parse_boundaries(args.boundary, n_blocks),
+        dtype=args.dtype,
+        device=args.device,
+        max_new=args.max_new,
+        row_selection=args.rows,
+        strict=args.strict,
+        max_tokens=args.max_tokens or CaptureSettings.max_tokens,
+        shard_prompts=args.shard_prompts,
+        codec=args.codec,
+    )
+
+
+def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
+    """What is scored, and how it is replayed."""
+    parser.add_argument(
+        "--scope",
+        choices=["prefix", "position"],
+        help="whose state the upstream gives: every position's, or the compared one's only (default prefix)",
+    )
+    parser.add_argument(
+        "--readout",
+        help="whose final norm and head score: a list of native, common_it, common_pt (default: all)",
+    )
+    parser.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE",
+        help="boundaries, scopes, readouts and edits to score, as .toml or .py (see actcache/sweep.py)",
+    )
+    add_strict_and_pack(parser)
+
+
+def grid_settings(args: argparse.Namespace, store: Store) -> GridSettings:
+    """What the arguments, and the sweep that they name, ask of a grid over a store.
+
+    Raises:
+        InputError: the sweep cannot be read, says what an argument says too, or a boundary is not one of the model's.
+    """
+    from actcache.capture import parse_boundaries
+    from actcache.grid import GridSettings
+    from actcache.sweep import Sweep, read_sweep
+
+    sweep = read_sweep(args.sweep, store.width) if args.sweep else Sweep()
+    given: dict[str, tuple[Any, Any]] = {
+        "--scope": (args.scope, sweep.scopes),
+        "--readout": (args.readout, sweep.readouts),
+    }
+    if hasattr(args, "run"):  # an argument of grid; that of run is about what is captured
+        given["--boundary"] = (args.boundary, sweep.boundaries)
+    for name, (argument, of_sweep) in given.items():
+        if argument is not None and of_sweep is not None:
+            raise InputError(f"{args.sweep} says what {name} {argument} says too; leave one of them out")
+    boundaries = tuple(store.boundaries)
+    if (asked := sweep.boundaries or args.boundary) not in (None, "all"):
+        boundaries = parse_boundaries(asked, store.fingerprint["n_blocks"])
+    readouts = tuple(dict.fromkeys(name.strip() for name in (args.readout or READOUTS).split(",")))
+    return GridSettings(
+        boundaries,
+        sweep.scopes or (args.scope or "prefix",),
+        sweep.readouts or readouts,
+        sweep.variants_at,
+        sweep.top1,
+        args.strict,
+        args.max_tokens,
+    )
+
+
+def add_strict_and_pack(parser: argparse.ArgumentParser) -> None:
+    """How sequences share forwards."""
+    parser.add_argument(
+        "--strict", action="store_true", help="one sequence a forward: bit-identical to a hooked forward"
+    )
+    parser.add_argument("--max-tokens", type=positive, help="tokens of one forward (default: what suits the device)")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is less than 1")
+    return value
+
+
+def numbers(text: str) -> list[int] | None:
+    """``5,10``; None for ``all``."""
+    if text == "all":
+        return None
+    return [int(part) for part in text.split(",")]
+
+
+def check_device(device: str) -> None:
+    """Raise InputError where ``cuda`` is asked and there is none."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("--device cuda: this torch sees no CUDA device; use --device cpu")
+
+
+def store_place(given: str) -> str | Path:
+    """Where a store is: what was given, or the store of the run in that folder."""
+    run = RunFolder(given)
+    return run.store if "://" not in given and run.record_path.is_file() else given

@@ -1,0 +1,354 @@
+"""The verb plan: what a run will take, and afterwards the estimate beside the truth."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actcache.cli.arguments import (
+    READOUTS,
+    Verbs,
+    add_capture_settings,
+    add_pair_arguments,
+    add_strict_and_pack,
+    add_verb,
+    capture_settings,
+    check_device,
+)
+from actcache.cli.tables import read_cells
+from actcache.cli.terminal import quiet_libraries
+from actcache.errors import IncompatibleError, InputError
+from actcache.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from actcache.lineup import Lineup
+    from actcache.plan import Assumptions, Group, Study
+    from actcache.store import Store
+
+FAR = 0.2  # an estimate off by more than this share of the truth is marked
+_FLOP_PER_MULTIPLY_ADD = 2
+_UNITS = {"": 1.0} | {
+    f"{prefix}FLOP/s": size / _FLOP_PER_MULTIPLY_ADD for prefix, size in (("G", 1e9), ("T", 1e12), ("P", 1e15))
+}
+_LABELS = {
+    "prompts": "prompts",
+    "prompt_tokens": "their tokens",
+    "events": "events",
+    "tokens": "tokens of their sequences",
+    "rows": "rows stored",
+    "raw_bytes": "states, raw",
+    "stored_bytes": "states, stored",
+    "search_multiply_adds": "multiply-adds: search",
+    "capture_multiply_adds": "               capture",
+    "grid_multiply_adds": "               grid",
+    "variants_multiply_adds": "               variants",
+    "multiply_adds": "               together",
+    "hooks_multiply_adds": "               by hooks",
+    "capture_memory_bytes": "memory: capture",
+    "grid_memory_bytes": "        grid",
+    "capture_s": "time: capture",
+    "grid_s": "      grid",
+}
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verb of this module."""
+    parser = add_verb(
+        verbs, "plan", _plan, "what a run will take, from configs and prompts; of a finished RUN, beside what it took"
+    )
+    parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a finished run, instead of a pair")
+    add_pair_arguments(parser, required=False)
+    add_capture_settings(parser)
+    add_strict_and_pack(parser)
+    parser.add_argument(
+        "--scope", default="prefix", help="scopes to score: a list of prefix, position (default %(default)s)"
+    )
+    parser.add_argument("--readout", default=READOUTS, help="readouts to score, a list (default: all)")
+    parser.add_argument(
+        "--variants", type=int, default=0, metavar="N", help="edits at the compared position, in every cell (default 0)"
+    )
+    parser.add_argument(
+        "--pilot", type=Path, metavar="RUN", help="take what follows from an earlier small run of this pair"
+    )
+    parser.add_argument(
+        "--event-share", type=_share, metavar="Y", help="prompts with an event, of all, 0 to 1 (default 1, the most)"
+    )
+    parser.add_argument(
+        "--shared-tokens",
+        type=_not_negative,
+        metavar="X",
+        help="mean number of tokens that the pair shares before an event (default 10: two pairs tried had 6 and 14)",
+    )
+    parser.add_argument(
+        "--rate",
+        type=_rate,
+        metavar="R",
+        help="multiply-adds a second, 5e10 say, or 0.1TFLOP/s at 2 FLOP each (default: the pilot's, else one "
+        "measured here for a second)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="RUN", help="keep the plan where the run will be, for 'actcache plan RUN' later"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
+def _rate(text: str) -> float:
+    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?) ?([A-Z]?FLOP/s)?", text)
+    unit = match and (match[2] or "")
+    if not match or unit not in _UNITS or float(match[1]) <= 0:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not a number of multiply-adds a second, nor of {', '.join(name for name in _UNITS if name)}"
+        )
+    return float(match[1]) * _UNITS[unit]
+
+
+def _plan(args: argparse.Namespace) -> None:
+    quiet_libraries()
+    if args.run is not None:
+        _compare(args)
+        return
+    missing = [f"--{name}" for name in ("pt", "it", "prompts") if getattr(args, name) is None]
+    if missing:
+        raise InputError(f"give {', '.join(missing)} to plan a run, or the folder of a finished one")
+    from actcache.lineup import Lineup
+    from actcache.plan import Study, as_json, estimate, groups_of, shapes_of
+    from actcache.prompts import read_prompts
+
+    prompts = read_prompts(args.prompts, args.limit)
+    lineup = Lineup.open({"pt": args.pt, "it": args.it})
+    capture = capture_settings(args, lineup.n_blocks)
+    groups: list[Group] = []
+    if capture.row_selection == "prefix":
+        groups = groups_of(capture.boundaries, args.scope, args.readout, lineup.labels, args.variants)
+    lengths = [len(ids) for ids in lineup.encode(prompts)]
+    study = Study(shapes_of(lineup), lengths, capture, groups)
+    assumed = _assume(args, lineup, study)
+    found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
+    if args.out is not None:
+        RunFolder(args.out).write_plan(found)
+    _print(args.json, study, assumed, found)
+
+
+def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptions:
+    """Defaults, then what a pilot tells, then what the command line says, then a rate measured here."""
+    from actcache.plan import RATED, check_pilot, default_assumptions, learn, measure_rate
+    from actcache.store import open_store
+
+    assumed = default_assumptions(study.capture)
+    if args.pilot is not None:
+        folder = RunFolder(args.pilot)
+        record, store = folder.record(), open_store(folder.store)
+        check_pilot(lineup, record.checkpoints, study.capture, store)
+        pilot, _ = _study_of(folder, lineup, store, Path(record.prompts))
+        assumed = learn(pilot, store, _timings_of(folder, pilot), f"pilot {args.pilot}")
+    sources = dict(assumed.sources)
+    for name in ("event_share", "shared_tokens"):
+        if (value := getattr(args, name)) is not None:
+            assumed = replace(assumed, **{name: value})
+            sources[name] = "given"
+    rate, source = args.rate, "given"
+    if rate is None and not assumed.rates:
+        check_device(study.capture.device)
+        n_tokens = max(1, min(study.capture.max_tokens, study.capture.shard_prompts * max(study.lengths)))
+        rate = measure_rate(study.shape, n_tokens, study.capture.dtype, study.capture.device)
+        source = "a matrix product's, measured here: what a run reaches is less"
+    if rate is not None:
+        assumed = replace(assumed, rates=dict.fromkeys(RATED, rate), search_call_s=0.0)
+        sources["rates"] = source
+    return replace(assumed, sources=sources)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    """A finished run: the estimate, under what its plan assumed, beside the truth."""
+    from actcache.lineup import Lineup
+    from actcache.plan import as_json, assumptions_from_json, estimate, learn, truth
+    from actcache.store import open_store
+
+    folder = RunFolder(args.run)
+    record, store = folder.record(), open_store(folder.store)
+    paths = record.checkpoints | {label: path for label in ("pt", "it") if (path := getattr(args, label))}
+    study, scored = _study_of(folder, Lineup.open(paths), store, args.prompts or Path(record.prompts))
+    timings = _timings_of(folder, study)
+    if folder.plan.is_file():
+        try:
+            planned = json.loads(folder.plan.read_text())["assumed"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{folder.plan} is not a plan: {error}; remove it") from error
+        assumed = assumptions_from_json(planned, str(folder.plan))
+    else:
+        assumed = learn(study, store, timings, "the run itself")
+    found = {
+        "assumed": as_json(assumed),
+        "estimate": estimate(study, assumed),
+        "truth": truth(study, store, timings, scored=scored),
+    }
+    _print(args.json, study, assumed, found)
+
+
+def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Path) -> tuple[Study, bool]:
+    """What a run computed, and whether its cells are scored."""
+    from actcache.plan import Group, Study, groups_of, settings_of, shapes_of
+    from actcache.prompts import digest, read_prompts
+
+    fingerprint = store.fingerprint
+    for field, found in (("n_blocks", lineup.n_blocks), ("width", lineup.width)):
+        if found != fingerprint[field]:
+            raise IncompatibleError(
+                f"the checkpoints have {field} {found}, the store of {folder.path} has {fingerprint[field]}; point "
+                "--pt and --it at those captured",
+                field=field,
+            )
+    prompts = read_prompts(prompts_path, fingerprint["n_prompts"])
+    if digest(prompts) != fingerprint["prompts"]:
+        raise InputError(
+            f"{prompts_path} no longer holds the prompts that {folder.path} was made from; give theirs with --prompts"
+        )
+    capture = settings_of(store)
+    if folder.cells.is_file():
+        cells = read_cells(folder.cells).select(["boundary", "scope", "readout", "variant"])
+        rows = set(zip(*(column.to_pylist() for column in cells.columns), strict=True))
+        groups = []
+        for at in sorted({row[0] for row in rows}):
+            scopes, readouts, variants = ({row[column] for row in rows if row[0] == at} for column in (1, 2, 3))
+            groups.append(Group(at, tuple(sorted(scopes)), len(readouts), len(variants - {"none"})))
+    else:
+        groups = []
+        if capture.row_selection == "prefix":
+            groups = groups_of(capture.boundaries, "prefix", READOUTS, lineup.labels)
+    lengths = [len(ids) for ids in lineup.encode(prompts)]
+    return Study(shapes_of(lineup), lengths, capture, groups), folder.cells.is_file()
+
+
+def _timings_of(folder: RunFolder, study: Study) -> dict[str, Any]:
+    """What the run's stages took, but for a grid that scored other cells than the run now has."""
+    from actcache.plan import Group
+
+    timings = folder.timings()
+    if (grid := timings.get("grid")) is not None:
+        scopes, n_readouts = tuple(grid["scopes"]), grid["n_readouts"]
+        timed = zip(grid["boundaries"], grid["n_variants"], strict=True)
+        asked = {Group(boundary, scopes, n_readouts, n_variants) for boundary, n_variants in timed}
+        if asked != {replace(group, scopes=tuple(sorted(group.scopes))) for group in study.groups}:
+            del timings["grid"]
+    return timings
+
+
+def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, Any]) -> None:
+    estimated, true = found["estimate"], found.get("truth")
+    if as_json:
+        shape = study.shape
+        model = {
+            name: getattr(shape, name) for name in ("architecture", "n_blocks", "width", "vocab_size", "n_parameters")
+        }
+        ratios = {} if true is None else {"ratio": _ratios(estimated, true)}
+        print(json.dumps({"model": model, **found, **ratios}, indent=1))
+        return
+    print("\n".join([*_heading(study, assumed), "", *_table(study, estimated, true)]))
+
+
+def _ratios(estimated: Mapping[str, float], true: Mapping[str, float]) -> dict[str, float]:
+    return {name: estimated[name] / true[name] for name in estimated if true.get(name)}
+
+
+def _heading(study: Study, assumed: Assumptions) -> list[str]:
+    shape, sources = study.shape, assumed.sources
+    experts = shape.active_experts and f", {shape.active_experts[0]} of {shape.active_experts[1]} experts a token"
+    lines = [
+        f"{study.n_checkpoints} x {shape.architecture}: {shape.n_parameters:,} parameters, {shape.n_blocks} blocks of "
+        f"width {shape.width}{experts or ''}; {study.capture.dtype}",
+        f"assumed ({sources['event_share']}): {assumed.event_share:.1%} of prompts give an event",
+        f"assumed ({sources['shared_tokens']}): {assumed.shared_tokens:.1f} tokens shared before one",
+        f"assumed ({sources['eventless_tokens']}): {assumed.eventless_tokens:.1f} tokens of a prompt without one",
+        f"assumed ({sources['compression']}): states shrink {assumed.compression:.2f} times",
+    ]
+    if assumed.rates:
+        rates = ", ".join(f"{part} {rate:.3g}" for part, rate in assumed.rates.items())
+        if len(set(assumed.rates.values())) == 1:
+            rates = f"{next(iter(assumed.rates.values())):.3g}"
+        calls = f", and {1000 * assumed.search_call_s:.3g} ms a step of a search" if assumed.search_call_s else ""
+        lines.append(f"assumed ({sources['rates']}): {rates} multiply-adds a second{calls}")
+    return lines
+
+
+def _table(study: Study, estimated: Mapping[str, float], true: Mapping[str, float] | None) -> list[str]:
+    notes = _notes(study, estimated)
+    head = "" if true is None else f"{'truth':>12} {'ratio':>7}"
+    lines = [f"{'':30}{'estimate':>12} {head}".rstrip()]
+    for name, value in estimated.items():
+        if name == "variants_multiply_adds" and not value:
+            continue
+        line = f"{_LABELS[name]:30}{_shown(name, value):>12}"
+        if true is not None:
+            if name in true:
+                ratio = f"{value / true[name]:7.2f}" if true[name] else f"{'':7}"
+                far = " off" if abs(value - true[name]) > FAR * abs(true[name]) else ""
+                line += f" {_shown(name, true[name]):>12} {ratio}{far}"
+            else:
+                line += f" {'-':>12}"
+        elif name in notes:
+            line += f"  {notes[name]}"
+        lines.append(line)
+    return lines
+
+
+def _notes(study: Study, estimated: Mapping[str, float]) -> dict[str, str]:
+    groups, n_checkpoints = study.groups, study.n_checkpoints
+    notes = {
+        "capture_memory_bytes": "weights of all checkpoints, one batch, segments being written; above the imports",
+        "grid_memory_bytes": "late blocks and readouts of all checkpoints, one pack; above the imports",
+    }
+    if groups:
+        ratio = estimated["hooks_multiply_adds"] / estimated["multiply_adds"]
+        cells = " x ".join(
+            _counted(number, what)
+            for number, what in (
+                (n_checkpoints**2, "cell"),
+                (len(groups), "boundary"),
+                (len(groups[0].scopes), "scope"),
+                (groups[0].n_readouts, "readout"),
+            )
+        )
+        notes["grid_multiply_adds"] = cells
+        notes["variants_multiply_adds"] = f"{_counted(groups[0].n_variants, 'variant')} of each cell, a token each"
+        notes["hooks_multiply_adds"] = f"full forwards, an event and cell at a time: {ratio:.2f} times as many"
+    return notes
+
+
+def _counted(number: int, what: str) -> str:
+    plural = {"boundary": "boundaries"}.get(what, f"{what}s")
+    return f"{number} {what if number == 1 else plural}"
+
+
+def _shown(name: str, value: float) -> str:
+    if name.endswith("_bytes"):
+        for unit in ("B", "kB", "MB", "GB"):
+            if value < 1000:
+                return f"{value:.4g} {unit}"
+            value /= 1000
+        return f"{value:,.4g} TB"
+    if name.endswith("_s"):
+        if value < 120:
+            return f"{value:.1f} s"
+        return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:,.1f} h"
+    if name.endswith("multiply_adds"):
+        return f"{value:.3g}" if value else "0"
+    return f"{value:,.0f}"

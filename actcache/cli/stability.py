@@ -1,0 +1,115 @@
+"""The verb stability, and what the other stages ask of it: which events rounding would change."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from actcache.cli.arguments import Verbs, add_verb, positive
+from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
+from actcache.cli.terminal import progress, quiet_libraries, say
+from actcache.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    import torch
+
+    from actcache.lineup import Lineup
+    from actcache.trunk import Trunk
+
+DTYPES = ("float32", "bfloat16")
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verb of this module."""
+    parser = add_verb(
+        verbs, "stability", _stability, "count the events whose decision the batch's shape or the dtype would change"
+    )
+    add_captured_arguments(parser)
+    parser.add_argument(
+        "--dtype", type=_dtypes, default=DTYPES, metavar="LIST", help="of float32 and bfloat16 (default: both)"
+    )
+    parser.add_argument("--sample", type=_sample, metavar="N|all", help="how many events, evenly spread (default all)")
+    parser.add_argument("--max-tokens", type=positive, help="tokens of one pack (default: as captured)")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a run checks by itself, and what it leaves out of its effects."""
+    parser.add_argument(
+        "--stability",
+        type=lambda text: 0 if text == "0" else _sample(text),
+        default=16,
+        metavar="N|all|0",
+        help="on how many events, evenly spread, to check whether rounding would change them (default %(default)s)",
+    )
+    parser.add_argument(
+        "--stable-only",
+        action="store_true",
+        help="effects over the events only that rounding does not change in the run's dtype; checks all of them",
+    )
+
+
+def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup) -> None:
+    """Check what the arguments of a run ask for, and say what was found."""
+    samples = {} if args.stability == 0 else dict.fromkeys(DTYPES, args.stability)
+    if args.stable_only:
+        samples[args.dtype] = None
+    if samples:
+        for line in _check(folder, lineup, samples, None, args.device):
+            say(line)
+
+
+def summaries_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """What the report shows of the run's table; empty where there is none of its events."""
+    from actcache.stability import read_stability, summarise
+    from actcache.store import open_store
+
+    return summarise(read_stability(open_store(folder.store), folder.stability))
+
+
+def _stability(args: argparse.Namespace) -> None:
+    quiet_libraries()
+    folder, lineup, device = open_captured(args)
+    lines = _check(folder, lineup, dict.fromkeys(args.dtype, args.sample), args.max_tokens, device)
+    print("\n".join(lines or ["no event to check"]))
+
+
+def _check(
+    folder: RunFolder, lineup: Lineup, samples: Mapping[str, int | None], max_tokens: int | None, device: str
+) -> list[str]:
+    from actcache.stability import describe, n_decisions, run_stability, summarise
+    from actcache.store import open_store
+    from actcache.trunk import Trunk
+
+    store = open_store(folder.store)
+    check_complete(store)
+    check_same_checkpoints(store, lineup)
+
+    def load(label: str, dtype: torch.dtype) -> Trunk:
+        return Trunk(lineup.checkpoints[label].load(dtype, device))
+
+    total = sum(n_decisions(len(store) if n is None else min(n, len(store))) for n in samples.values())
+    with progress("stability", "decision", total) as bar:
+        table = run_stability(
+            store,
+            load,
+            folder.stability,
+            samples,
+            max_tokens=max_tokens or store.fingerprint["max_tokens"],
+            device=device,
+            on_events=bar.update,
+            say=say,
+        )
+    return describe(summarise(table), store.fingerprint["dtype"])
+
+
+def _sample(text: str) -> int | None:
+    return None if text == "all" else positive(text)
+
+
+def _dtypes(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in DTYPES:
+            raise argparse.ArgumentTypeError(f"{name} is not one of {', '.join(DTYPES)}")
+    return list(dict.fromkeys(names))

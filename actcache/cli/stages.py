@@ -1,0 +1,353 @@
+"""The verbs of a run: demo, run, and its stages capture, grid, effects and report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from actcache.cli.arguments import (
+    Verbs,
+    add_capture_arguments,
+    add_grid_arguments,
+    add_strict_and_pack,
+    add_verb,
+    capture_settings,
+    check_device,
+    grid_settings,
+)
+from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
+from actcache.cli.stability import add_run_arguments, check_run, summaries_of
+from actcache.cli.tables import read_cells, write_parquet
+from actcache.cli.terminal import progress, quiet_libraries, say
+from actcache.cli.timing import CaptureClock, GridClock
+from actcache.errors import InputError
+from actcache.files import write_atomically
+from actcache.run_folder import RunFolder, RunRecord
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from actcache.lineup import Lineup
+    from actcache.store import Store
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs of this module."""
+    demo = add_verb(verbs, "demo", _demo, "the whole flow on the pair that the package ships; no network")
+    demo.add_argument("--out", type=Path, default=Path("actcache-demo"), metavar="RUN", help="folder of the run")
+
+    run = add_verb(verbs, "run", _run, "capture, grid, effects and report in one go; resumable by the same command")
+    _add_run_arguments(run)
+
+    capture = add_verb(
+        verbs, "capture", _capture, "find the events of a pair and store the states that their replay needs"
+    )
+    add_capture_arguments(capture)
+    add_strict_and_pack(capture)
+    capture.add_argument(
+        "--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th segment from the I-th (from 1) on only"
+    )
+
+    grid = add_verb(verbs, "grid", _grid, "score the cells of a captured run by replaying its late stacks")
+    add_captured_arguments(grid)
+    grid.add_argument("--boundary", help="boundaries to score, of those captured (default: all captured)")
+    add_grid_arguments(grid)
+
+    effects = add_verb(verbs, "effects", _effects, "contrasts with bootstrap intervals, from a run or a table of cells")
+    effects.add_argument("source", type=Path, metavar="RUN|CELLS.parquet", help="folder of a run, or a table of cells")
+    effects.add_argument("--draws", type=int, default=2000, help="bootstrap draws over prompts (default %(default)s)")
+    effects.add_argument("--seed", type=int, default=0, help="of the bootstrap (default %(default)s)")
+    effects.add_argument(
+        "--stable-only", action="store_true", help="leave out events that rounding changes, as 'stability' found"
+    )
+    effects.add_argument(
+        "--min-gap", type=float, metavar="G", help="leave out events whose gap_pt or gap_it is below G logits"
+    )
+
+    report = add_verb(verbs, "report", _report, "one self-contained HTML page about a run")
+    report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    add_capture_arguments(parser)
+    add_grid_arguments(parser)
+    add_run_arguments(parser)
+
+
+def _part(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with 1 <= I <= N")
+    return int(i) - 1, int(n)
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.rows != "prefix":
+        raise InputError(
+            f"--rows {args.rows}: a run scores the grid, which needs prefix rows; "
+            "'actcache capture --rows divergence' keeps the events' own rows alone"
+        )
+    if args.sweep:  # what is wrong with it is said before anything is captured
+        from actcache.lineup import Lineup
+        from actcache.sweep import read_sweep
+
+        read_sweep(args.sweep, Lineup.open({"pt": args.pt, "it": args.it}).width)
+    lineup = _capture_lineup(args)
+    folder = RunFolder(args.out)
+    check_run(args, folder, lineup)
+    _score(folder, lineup, args, args.device)
+    effects = _write_effects(folder, stable_only=args.stable_only)
+    _write_report(folder)
+    _print_answer(folder, effects)
+
+
+def _capture(args: argparse.Namespace) -> None:
+    _capture_lineup(args)
+
+
+def _capture_lineup(args: argparse.Namespace) -> Lineup:
+    quiet_libraries()
+    from actcache.capture import capture
+    from actcache.lineup import Lineup
+    from actcache.prompts import read_prompts
+
+    check_device(args.device)
+    prompts = read_prompts(args.prompts, args.limit)
+    lineup = Lineup.open({"pt": args.pt, "it": args.it})
+    settings = capture_settings(args, lineup.n_blocks)
+    folder = RunFolder(args.out)
+    record = RunRecord(
+        checkpoints={label: str(c.path.resolve()) for label, c in lineup.checkpoints.items()},
+        prompts=str(args.prompts.resolve()),
+        device=args.device,
+        command=shlex.join(["actcache", *sys.argv[1:]]),
+        store=args.store,
+    )
+    part = getattr(args, "part", (0, 1))
+    firsts = range(0, len(prompts), settings.shard_prompts)[part[0] :: part[1]]
+    n_prompts = sum(len(prompts[first : first + settings.shard_prompts]) for first in firsts)
+    clock = CaptureClock(lineup, settings)
+    with (
+        folder.being_captured(record, alone=part[1] == 1),
+        progress("capture", "prompt", n_prompts) as bar,
+    ):
+        capture(lineup, prompts, folder.store, settings, part=part, load=clock.load, on_prompts=bar.update, say=say)
+    clock.write(folder, len(prompts))
+    _say_excluded(folder)
+    return lineup
+
+
+def _grid(args: argparse.Namespace) -> None:
+    quiet_libraries()
+    folder, lineup, device = open_captured(args)
+    _score(folder, lineup, args, device)
+
+
+def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, device: str) -> None:
+    from actcache.grid import check_settings, count_replays, run_grid
+    from actcache.replay import LateStack
+    from actcache.store import open_store
+
+    store = open_store(folder.store)
+    check_complete(store)
+    settings = grid_settings(args, store)
+    check_settings(store, settings)
+    check_same_checkpoints(store, lineup)
+
+    clock = GridClock(folder, settings)
+
+    def load_late(label: str, boundary: int) -> LateStack:
+        with clock.loading():
+            return LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
+
+    with progress("grid", "replay", count_replays(store, settings)) as bar:
+        cells = run_grid(store, load_late, folder.cell_groups, settings, on_cells=bar.update, say=say)
+    n_groups = len(settings.boundaries) * len(settings.scopes)
+    clock.write(n_groups * sum(1 for segment in store.segments if segment.n_events))
+    write_parquet(folder.cells, cells)
+
+
+def _effects(args: argparse.Namespace) -> None:
+    from actcache.effects import effects
+
+    if args.draws < 1:
+        raise InputError(f"draws is {args.draws}; it must be at least 1")
+    if args.source.is_dir():
+        result = _write_effects(
+            RunFolder(args.source),
+            draws=args.draws,
+            seed=args.seed,
+            stable_only=args.stable_only,
+            min_gap=args.min_gap,
+        )
+        if (left_out := _left_out(result)) is not None:
+            say(left_out)
+    elif args.stable_only or args.min_gap is not None:
+        raise InputError(f"{args.source} is not a run: --stable-only and --min-gap need the folder of a run, RUN")
+    else:
+        result = effects(read_cells(args.source), draws=args.draws, seed=args.seed)
+    print(json.dumps(result, indent=1))
+
+
+def _write_effects(
+    folder: RunFolder, *, draws: int = 2000, seed: int = 0, stable_only: bool = False, min_gap: float | None = None
+) -> dict[str, Any]:
+    from actcache.effects import effects
+
+    cells, left_out = _selected(folder, stable_only=stable_only, min_gap=min_gap)
+    result = left_out | effects(cells, draws=draws, seed=seed)
+    write_atomically(folder.effects, json.dumps(result, indent=1).encode() + b"\n")
+    return result
+
+
+def _selected(folder: RunFolder, *, stable_only: bool, min_gap: float | None) -> tuple[pa.Table, dict[str, Any]]:
+    """The cells of a run whose events are averaged, and what to say of those left out."""
+    from actcache.effects import select_events
+    from actcache.stability import read_stability
+    from actcache.store import open_store
+
+    cells = read_cells(folder.cells)
+    if not stable_only and min_gap is None:
+        return cells, {}
+    store = open_store(folder.store)
+    stability = read_stability(store, folder.stability) if stable_only else None
+    return select_events(cells, store.events, store.fingerprint["dtype"], stability=stability, min_gap=min_gap)
+
+
+def _left_out(effects: dict[str, Any]) -> str | None:
+    """One line about the events that the effects leave out, or None where they are over all."""
+    if "n_left_out" not in effects:
+        return None
+    reasons = []
+    if effects.get("stable_only"):
+        reasons.append(f"{effects['n_unstable']} not stable")
+    if "min_gap" in effects:
+        reasons.append(f"{effects['n_below_min_gap']} with a gap below {effects['min_gap']:g}")
+    return f"events left out: {effects['n_left_out']} ({', '.join(reasons)})"
+
+
+def _report(args: argparse.Namespace) -> None:
+    folder = RunFolder(args.run)
+    _write_report(folder)
+    print(folder.report)
+
+
+def _write_report(folder: RunFolder) -> None:
+    from actcache.report import build_report
+    from actcache.store import open_store
+
+    if not folder.effects.is_file():
+        _write_effects(folder)
+    store = open_store(folder.store)
+    effects = json.loads(folder.effects.read_text())
+    n_blocks = store.fingerprint["n_blocks"]
+    cells, _ = _selected(folder, stable_only=effects.get("stable_only", False), min_gap=effects.get("min_gap"))
+    page = build_report(
+        cells,
+        effects,
+        store.events,
+        store.excluded,
+        _settings_shown(folder.record(), store),
+        default_boundary=round(0.6 * n_blocks),
+        stability=summaries_of(folder),
+    )
+    write_atomically(folder.report, page.encode())
+
+
+def _settings_shown(record: RunRecord, store: Store) -> dict[str, str]:
+    fingerprint = store.fingerprint
+    shown = {"command": record.command}
+    for label, path in record.checkpoints.items():
+        digests = fingerprint["checkpoints"][label]
+        shown[f"checkpoint {label}"] = (
+            f"{path} (weights {digests['weights'][:12]}, tokenizer {digests['tokenizer'][:12]})"
+        )
+        shown["architecture"] = f"{digests['architecture']}, {fingerprint['n_blocks']} blocks of width {store.width}"
+        shown["attention"] = digests["attention"]
+    shown |= {
+        "prompts": f"{record.prompts} ({fingerprint['n_prompts']} prompts, digest {fingerprint['prompts'][:12]})",
+        "dtype": fingerprint["dtype"],
+        "boundaries": ", ".join(str(boundary) for boundary in store.boundaries),
+        "choices compared a prompt": f"at most {fingerprint['max_new']}",
+        "capture": "strict, one sequence a forward" if fingerprint["strict"] else "packed",
+        "device": fingerprint["device"],
+        "versions": ", ".join(f"{name} {number}" for name, number in fingerprint["versions"].items()),
+    }
+    return shown
+
+
+def _demo(args: argparse.Namespace) -> None:
+    print(
+        "Two tiny checkpoints ship with actcache: a base model (pt) and its instruction-tuned descendant (it).\n"
+        "Asked: at the first token where the two choose differently, how much of the difference do the late layers\n"
+        "make on either model's upstream state, and how much needs the tuned model's own state?\n"
+    )
+    with as_file(files("actcache") / "demo") as demo:
+        out = ["--pt", str(demo / "pt"), "--it", str(demo / "it"), "--prompts", str(demo / "prompts.jsonl")]
+        parser = argparse.ArgumentParser()
+        _add_run_arguments(parser)
+        _run(parser.parse_args([*out, "--out", str(args.out), "--max-new", "48"]))
+
+
+def _print_answer(folder: RunFolder, effects: dict[str, Any]) -> None:
+    """The main group as a 2x2 and three effects, in words."""
+    from actcache.store import open_store
+
+    store = open_store(folder.store)
+    n_excluded = store.excluded.num_rows
+    if not effects["groups"]:
+        print(f"No event: the two checkpoints chose the same tokens on all {n_excluded} prompts ({_reasons(store)}).")
+        print(f"Report: {folder.report}")
+        return
+    if (left_out := _left_out(effects)) is not None:
+        print(left_out)
+    for group in effects["groups"]:
+        if group["variant"] != "none" or group["readout"] not in ("common_it", "native"):
+            continue
+        if group["readout"] == "native" and any(
+            other["readout"] == "common_it"
+            and other["boundary"] == group["boundary"]
+            and other["scope"] == group["scope"]
+            for other in effects["groups"]
+        ):
+            continue
+        print(
+            f"{group['n_events']} events of {group['n_prompts']} prompts ({n_excluded} prompts without one); boundary "
+            f"{group['boundary']} of {store.fingerprint['n_blocks']} blocks, scope {group['scope']}, "
+            f"readout {group['readout']}"
+        )
+        print("\nmean margin logit(y_it) - logit(y_pt)        late PT      late IT")
+        for upstream in ("pt", "it"):
+            row = [group["cells"][f"{upstream}_{late}"]["mean"] for late in ("pt", "it")]
+            print(f"  upstream {upstream.upper():32} {row[0]:+9.3f}    {row[1]:+9.3f}")
+        print()
+        for name, words in (
+            ("late_from_pt", "late effect from PT upstream   A    "),
+            ("late_from_it", "late effect from IT upstream   B    "),
+            ("interaction", "interaction                    B - A"),
+        ):
+            value = group[name]
+            interval = "" if value["low"] is None else f"   95% [{value['low']:+.3f}, {value['high']:+.3f}]"
+            print(f"  {words}  {value['mean']:+9.3f}{interval}")
+        print()
+    print(f"Report: {folder.report}")
+
+
+def _say_excluded(folder: RunFolder) -> None:
+    from actcache.store import open_store
+
+    store = open_store(folder.store)
+    reasons = f"; without one: {_reasons(store)}" if store.excluded.num_rows else ""
+    say(f"{len(store)} events{reasons}")
+
+
+def _reasons(store: Store) -> str:
+    counts: dict[str, int] = {}
+    for reason in store.excluded["reason"].to_pylist():
+        counts[reason] = counts.get(reason, 0) + 1
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

@@ -1,0 +1,127 @@
+"""The verbs upon a store: inspect, verify, export and compact."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from actcache.cli.arguments import Verbs, add_verb, numbers, positive, store_place
+from actcache.cli.terminal import printable, progress
+from actcache.errors import InputError
+
+
+def add_verbs(verbs: Verbs) -> None:
+    """Add the verbs of this module."""
+    inspect = add_verb(verbs, "inspect", _inspect, "what a store holds, or which engine gathers rows here")
+    inspect.add_argument("store", nargs="?", metavar="STORE", help="a store (folder or URL), or the folder of a run")
+    inspect.add_argument("--engine", action="store_true", help="say which engine gathers rows on each device")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    verify = add_verb(verbs, "verify", _verify, "re-read a whole store and name everything that is not as committed")
+    verify.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
+    verify.add_argument(
+        "--repair",
+        action="store_true",
+        help="set damaged segments aside, so that the rest reads and they can be redone",
+    )
+
+    export = add_verb(verbs, "export", _export, "states, token ids and events as files that other tools read")
+    export.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
+    export.add_argument("--to", required=True, choices=["safetensors", "npy", "arrow"], help="format of the files")
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
+    export.add_argument("--checkpoint", action="append", metavar="LABEL", help="one of the store's; repeat for more")
+    export.add_argument("--boundary", type=numbers, metavar="5,10", help="of those stored (default: all)")
+    export.add_argument("--events", metavar="0,5,9|100:200", help="numbers, or a range of them (default: all)")
+
+    compact = add_verb(
+        verbs, "compact", _compact, "merge small segments of a store into larger ones, while readers go on"
+    )
+    compact.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
+    compact.add_argument(
+        "--max-mb", type=positive, default=1024, help="states of a merged segment, uncompressed (default %(default)s)"
+    )
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from actcache.store import open_store
+
+    if args.engine:
+        from actcache.gather import describe_engines
+
+        print("\n".join(describe_engines()))
+    if args.store is None:
+        if not args.engine:
+            raise InputError("give a store or the folder of a run, or --engine")
+        return
+    summary = open_store(store_place(args.store)).summary()
+    if args.json:
+        print(json.dumps(summary, indent=1))
+        return
+    for name, value in _flat(summary):
+        print(f"{name:32} {value}")
+
+
+def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [
+            line for key, inner in value.items() for line in _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    if isinstance(value, list | tuple):
+        return [(prefix, ", ".join(str(item) for item in value))]
+    return [(prefix, value)]
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from actcache.store import repair, verify
+
+    place = store_place(args.store)
+    problems = repair(place) if args.repair else verify(place)
+    for problem in problems:
+        print(printable(str(problem)))
+    if args.repair:
+        left = verify(place)
+        dropped = sorted({problem.segment for problem in problems} - {problem.segment for problem in left})
+        if dropped:
+            print(f"set aside: {', '.join(dropped)}; give the same capture command to write them anew")
+        problems = left
+    if problems:
+        print(f"{place}: {len(problems)} problems", file=sys.stderr)
+        return 1
+    print(f"{place}: every committed byte is as written")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    from actcache.export import export, parse_events
+    from actcache.store import open_store
+
+    store = open_store(store_place(args.store))
+    events = None if args.events is None else parse_events(args.events)
+    with progress("export", "event", 0) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        export(
+            store,
+            args.out,
+            args.to,
+            checkpoints=args.checkpoint,
+            boundaries=args.boundary,
+            events=events,
+            on_progress=show,
+        )
+    print(args.out)
+
+
+def _compact(args: argparse.Namespace) -> None:
+    from actcache.store import compact, open_store
+
+    place = store_place(args.store)
+    with progress("compact", "segment", len(open_store(place).segments)) as bar:
+        before, after = compact(place, args.max_mb * 2**20, on_segments=bar.update)
+    print(f"{place}: {before} segments before, {after} now")

@@ -1,0 +1,93 @@
+"""What the stages of a run took, for ``actcache plan``: each records itself if it did all its work in one go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from actcache.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from actcache.capture import CaptureSettings
+    from actcache.grid import GridSettings
+    from actcache.lineup import Lineup
+    from actcache.trunk import Trunk
+
+
+class _Clock:
+    """Runs from the first load of weights on; a stage that loads none has nothing to do."""
+
+    def __init__(self) -> None:
+        self._start: float | None = None
+        self._load_s = 0.0
+
+    @contextmanager
+    def loading(self) -> Iterator[None]:
+        """For the time of a load."""
+        start = time.perf_counter()
+        self._start = start if self._start is None else self._start
+        yield
+        self._load_s += time.perf_counter() - start
+
+    def _times(self) -> dict[str, float] | None:
+        if self._start is None:
+            return None
+        return {"elapsed_s": time.perf_counter() - self._start, "load_s": self._load_s}
+
+
+class CaptureClock(_Clock):
+    """Times a capture and counts what its searches compute: pass :meth:`load` to it."""
+
+    def __init__(self, lineup: Lineup, settings: CaptureSettings) -> None:
+        from actcache.plan import SearchCounter
+
+        super().__init__()
+        self._lineup, self._settings, self._counter = lineup, settings, SearchCounter()
+
+    def load(self, label: str) -> Trunk:
+        """The trunk of a checkpoint, watched."""
+        from actcache.lineup import DTYPES
+        from actcache.shape import ModelShape
+        from actcache.trunk import Trunk
+
+        with self.loading():
+            model = self._lineup.checkpoints[label].load(DTYPES[self._settings.dtype], self._settings.device)
+            return self._counter.watch(Trunk(model), ModelShape.of_model(model))
+
+    def write(self, folder: RunFolder, n_prompts: int) -> None:
+        """Record a capture of so many prompts; one of which others did a part is taken off the record."""
+        times, counter = self._times(), self._counter
+        if times is None:
+            return
+        whole = counter.n_searches >= n_prompts
+        folder.record_timing("capture", times | counter.record() if whole else None)
+
+
+class GridClock(_Clock):
+    """Times a grid: put its loads under :meth:`loading`."""
+
+    def __init__(self, folder: RunFolder, settings: GridSettings) -> None:
+        super().__init__()
+        self._folder, self._settings = folder, settings
+        self._before = self._groups()
+
+    def write(self, n_groups: int) -> None:
+        """Record a grid of so many cell groups; one of which some were finished before is taken off the record."""
+        times = self._times()
+        if times is None:
+            return
+        whole = len(self._groups() - self._before) >= n_groups
+        settings = self._settings
+        asked = {
+            "boundaries": list(settings.boundaries),
+            "scopes": sorted(settings.scopes),
+            "n_readouts": len(settings.readouts),
+            "n_variants": [len(settings.variants_at(boundary)) - 1 for boundary in settings.boundaries],
+        }
+        self._folder.record_timing("grid", times | asked if whole else None)
+
+    def _groups(self) -> set[Path]:
+        return set(self._folder.cell_groups.glob("*.parquet"))

@@ -1,0 +1,386 @@
+"""Edits: small typed changes of a state, or of what a block's attention or MLP adds to it, that compose into variants.
+
+An :class:`Edit` is an operation with the place where it happens: a site, layers, positions. A :class:`Variant` is a
+named list of edits, applied in order. Operations see rows and the rows of other checkpoints at the same positions
+(*donors*); random ones depend on their seed and on the event, position and layer alone, never on what else is in the
+batch. Knows tensors; knows no models, no files, no stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+
+from actcache.errors import InputError
+
+Site = Literal["state", "attention", "mlp"]
+Positions = str | tuple[int, ...]  # "last", "all", or positions of the sequence; negative ones count from its end
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where rows of a tensor stand.
+
+    Attributes:
+        sequence: ``[m]`` int64, index of each row's sequence among those given.
+        position: ``[m]`` int64, its position in that sequence.
+        source: ``[m]`` int64, its row among the rows given: of the states, and of every donor.
+        lengths: ``[n]`` int64, of the sequences.
+        keys: what names each sequence, for random draws.
+        donors: label -> rows of another checkpoint, beside the states.
+        layer: index of the block whose site this is; None at the state.
+    """
+
+    sequence: torch.Tensor
+    position: torch.Tensor
+    source: torch.Tensor
+    lengths: torch.Tensor
+    keys: Sequence[str]
+    donors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    layer: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    def chosen(self, which: torch.Tensor) -> Rows:
+        """The rows that a boolean mask ``[m]`` or indices choose."""
+        return replace(self, sequence=self.sequence[which], position=self.position[which], source=self.source[which])
+
+    def donor(self, label: str, like: torch.Tensor) -> torch.Tensor:
+        """The other checkpoint's states at these rows, ``[m, D]``, on the device of ``like``.
+
+        Raises:
+            InputError: there is no such donor, or the edit is inside the stack, where states of others do not belong.
+        """
+        if self.layer is not None:
+            raise InputError(_no_donor_inside(label))
+        if label not in self.donors:
+            raise InputError(f"an edit names the donor {label!r}; there are {', '.join(self.donors) or 'none'}")
+        return self.donors[label][self.source].to(like.device)
+
+    def draws(self, seed: int, width: int) -> torch.Tensor:
+        """``[m, width]`` float32 standard normal, a row a function of seed, sequence key, position and layer alone."""
+        out = torch.empty(len(self), width)
+        for row, (sequence, position) in enumerate(zip(self.sequence.tolist(), self.position.tolist(), strict=True)):
+            name = json.dumps([seed, self.keys[sequence], position, self.layer])
+            number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
+            torch.randn(width, generator=torch.Generator().manual_seed(number), out=out[row])
+        return out
+
+
+class Operation(Protocol):
+    """What an edit does to rows: ``[m, D]`` in any float dtype and device -> the same."""
+
+    def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """The rows after it, ``[m, D]``; the ones given are left as they are."""
+        ...
+
+
+@dataclass(frozen=True)
+class Replace:
+    """The donor's state instead, bit for bit; or a fixed vector ``[D]`` (zeros knock a component out)."""
+
+    donor: str | None = None
+    vector: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if (self.donor is None) == (self.vector is None):
+            raise InputError("replace takes either a donor or a vector")
+
+    def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """Of ``rows``, only the shape is used."""
+        if self.donor is not None:
+            return at.donor(self.donor, rows)
+        return _fitting(self.vector, rows, "replace").expand_as(rows)
+
+
+@dataclass(frozen=True)
+class Add:
+    """``x + scale * vector``, in float32, rounded once."""
+
+    vector: torch.Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", float(self.scale))
+
+    def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """Add the vector ``[D]`` to every row."""
+        vector = _fitting(self.vector.float(), rows, "add", torch.float32)
+        return (rows.float() + self.scale * vector).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Interpolate:
+    """``(1 - weight) * x + weight * donor``, in float32, rounded once; weights 0 and 1 give either bit for bit."""
+
+    donor: str
+    weight: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", float(self.weight))
+
+    def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """Move every row towards the donor's (or beyond it, for weights outside 0..1)."""
+        donor = at.donor(self.donor, rows)
+        if self.weight in (0, 1):  # arithmetic would lose the sign of a zero, and overflow between large values
+            return donor if self.weight else rows
+        return torch.lerp(rows.float(), donor.float(), self.weight).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Project:
+    """The part of a row that lies in a subspace (of a PCA, say), in float32, rounded once.
+
+    With B the basis, m the mean and P = B^T B:
+
+    * ``keep``: m + P (x - m), the subspace alone;
+    * ``remove``: x - P (x - m), everything else;
+    * ``swap``: x + P (donor - x), the donor's part in the subspace and x's own elsewhere.
+
+    Attributes:
+        basis: ``[k, D]`` orthonormal rows.
+        how: which of the three.
+        mean: ``[D]``; zeros if None.
+        donor: for ``swap``.
+    """
+
+    basis: torch.Tensor
+    how: Literal["keep", "remove", "swap"] = "keep"
+    mean: torch.Tensor | None = None
+    donor: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.how not in ("keep", "remove", "swap"):
+            raise InputError(f"project: how is {self.how!r}; choose keep, remove or swap")
+        if (self.how == "swap") != (self.donor is not None):
+            raise InputError("project: a donor goes with how='swap', and only with it")
+        if self.basis.ndim != 2:
+            raise InputError(f"project: the basis has shape {tuple(self.basis.shape)}, expected [k, D]")
+        basis = self.basis.double()
+        error = (basis @ basis.T - torch.eye(len(basis), dtype=torch.float64)).abs().max().item() if len(basis) else 0.0
+        if not error < 1e-4:
+            raise InputError(f"project: the rows of the basis are not orthonormal (off by {error:.2g}); use QR or SVD")
+
+    def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """Project every row."""
+        basis = _fitting(self.basis.float(), rows, "project", torch.float32)
+        x = rows.float()
+        if self.donor is not None:
+            other = at.donor(self.donor, rows).float()
+            return (x + (other - x) @ basis.T @ basis).to(rows.dtype)
+        mean = 0.0 if self.mean is None else _fitting(self.mean.float(), rows, "project", torch.float32)
+        part = (x - mean) @ basis.T @ basis
+        return (mean + part if self.how == "keep" else x - part).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class SignedPermutation:
+    """A control: the difference to the donor with its coordinates permuted and their signs flipped at random.
+
+    ``x + S (donor - x)`` for one signed permutation S a seed, the same for all rows: lengths, and angles between the
+    differences of different rows, are kept; the direction means nothing. Without a donor it is ``S x``.
+    """
+
+    seed: int
+    donor: str | None = None
+
+    def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """Permute and flip every row's difference."""
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(rows.shape[1], generator=generator).to(rows.device)
+        signs = (torch.randint(2, (rows.shape[1],), generator=generator) * 2 - 1).to(rows.device)
+        x = rows.float()
+        if self.donor is None:
+            return (x[:, order] * signs).to(rows.dtype)
+        return (x + (at.donor(self.donor, rows).float() - x)[:, order] * signs).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class MatchedNorm:
+    """A control: a random direction as long as the difference to the donor.
+
+    ``x + |donor - x| u`` with u uniform on the sphere, drawn for each (seed, event, position, layer). Without a donor
+    it is ``|x| u``.
+    """
+
+    seed: int
+    donor: str | None = None
+
+    def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """Add (or put) a random direction in every row."""
+        direction = torch.nn.functional.normalize(at.draws(self.seed, rows.shape[1]), dim=1).to(rows.device)
+        x = rows.float()
+        if self.donor is None:
+            return (x.norm(dim=1, keepdim=True) * direction).to(rows.dtype)
+        length = (at.donor(self.donor, rows).float() - x).norm(dim=1, keepdim=True)
+        return (x + length * direction).to(rows.dtype)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Any function of rows ``[m, D]`` and where they stand, row by row.
+
+    Attributes:
+        function: ``(rows, at) -> rows``; a row of the result must depend on that row (and its place) alone.
+        key: what it is, for resuming: cells are reused as long as the key is the same, so change it with the function.
+    """
+
+    function: Callable[[torch.Tensor, Rows], torch.Tensor]
+    key: str
+
+    def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """Call the function.
+
+        Raises:
+            InputError: it returned another shape.
+        """
+        out = self.function(rows, at)
+        if out.shape != rows.shape:
+            raise InputError(f"edit {self.key!r} made {tuple(out.shape)} of rows {tuple(rows.shape)}")
+        return out.to(rows)
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An operation and where it happens.
+
+    Attributes:
+        operation: what.
+        positions: ``last`` (position p), ``all``, or positions of the sequence (negative: from its end, -1 is p).
+        site: ``state`` (entering the boundary), or the output of a block's ``attention`` or ``mlp`` as that module
+            returns it: before any norm, scale or residual that the block applies to it afterwards.
+        layers: blocks, for a site inside the stack.
+    """
+
+    operation: Operation
+    positions: Positions = "last"
+    site: Site = "state"
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.site not in get_args(Site):
+            raise InputError(f"site {self.site!r} is unknown; choose {', '.join(get_args(Site))}")
+        if self.positions not in ("last", "all"):
+            given = self.positions
+            if not isinstance(given, Sequence) or not given or not all(type(number) is int for number in given):
+                raise InputError(f"positions {given!r}: expected 'last', 'all' or numbers")
+            object.__setattr__(self, "positions", "last" if tuple(given) == (-1,) else tuple(given))
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if (self.site == "state") != (not self.layers):
+            raise InputError(f"an edit at site {self.site!r} {'takes no' if self.layers else 'needs'} layers")
+        donor = getattr(self.operation, "donor", None)
+        if self.site != "state" and donor is not None:
+            raise InputError(_no_donor_inside(donor))
+
+    @property
+    def at_last_only(self) -> bool:
+        """Whether it leaves every position before p alone."""
+        return self.positions == "last"
+
+    def where(self, at: Rows) -> torch.Tensor:
+        """``[m]`` bool: the rows that it changes."""
+        if self.positions == "all":
+            return torch.ones(len(at), dtype=torch.bool)
+        last = at.lengths[at.sequence] - 1
+        numbers = (-1,) if isinstance(self.positions, str) else self.positions
+        chosen = torch.zeros(len(at), dtype=torch.bool)
+        for number in numbers:
+            chosen |= at.position == (number if number >= 0 else last + 1 + number)
+        return chosen
+
+    def apply(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """``rows`` ``[m, D]`` with those it concerns changed; a new tensor where any is."""
+        chosen = self.where(at).nonzero().flatten()
+        if not len(chosen):
+            return rows
+        out = rows.clone()
+        index = chosen.to(rows.device)
+        out[index] = self.operation(rows[index], at.chosen(chosen))
+        return out
+
+    def check_layers(self, boundary: int, n_blocks: int, name: str) -> None:
+        """Raise InputError, naming the variant, for a layer outside the late stack."""
+        for layer in self.layers:
+            if not boundary <= layer < n_blocks:
+                raise InputError(
+                    f"variant {name!r} edits layer {layer}; the late stack has blocks {boundary}..{n_blocks - 1}"
+                )
+
+    def check_positions(self, lengths: Sequence[int], name: str) -> None:
+        """Raise InputError, naming the variant, for a position that some sequence does not have."""
+        if isinstance(self.positions, tuple):
+            shortest = min(lengths, default=0)
+            for number in self.positions:
+                if not -shortest <= number < shortest:
+                    raise InputError(
+                        f"variant {name!r} edits position {number}; the shortest sequence has {shortest} positions"
+                    )
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named list of edits, applied in order."""
+
+    name: str
+    edits: tuple[Edit, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "edits", tuple(self.edits))
+
+    @property
+    def at_last_only(self) -> bool:
+        """Whether earlier positions keep their states, keys and values."""
+        return all(edit.at_last_only for edit in self.edits)
+
+    def inside(self) -> Iterable[tuple[int, Edit]]:
+        """(layer, edit) of those inside the stack."""
+        return [(layer, edit) for edit in self.edits for layer in edit.layers]
+
+    def edit_states(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """The states after all edits of them, ``[m, D]``."""
+        for edit in self.edits:
+            if edit.site == "state":
+                rows = edit.apply(rows, at)
+        return rows
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that its results depend on, the name apart."""
+        described = [[_described(e.operation), e.positions, e.site, e.layers] for e in self.edits]
+        return hashlib.sha256(json.dumps(described).encode()).hexdigest()
+
+
+PLAIN = Variant("none")
+
+
+def _described(operation: Operation) -> Any:
+    if isinstance(operation, Call):
+        return ["Call", operation.key]
+    values: list[Any] = [type(operation).__name__]
+    for entry in fields(operation):  # type: ignore[arg-type]
+        value = getattr(operation, entry.name)
+        if isinstance(value, torch.Tensor):
+            data = value.detach().cpu().contiguous()
+            content = hashlib.sha256(data.view(torch.uint8).numpy().tobytes()).hexdigest()
+            value = [str(data.dtype), list(data.shape), content]
+        values.append([entry.name, value])
+    return values
+
+
+def _no_donor_inside(label: str) -> str:
+    return f"an edit inside the late stack names the donor {label!r}; donors have states only"
+
+
+def _fitting(
+    tensor: torch.Tensor | None, rows: torch.Tensor, what: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    assert tensor is not None
+    if tensor.shape[-1] != rows.shape[-1]:
+        raise InputError(f"{what}: a tensor of shape {tuple(tensor.shape)} does not fit rows of width {rows.shape[-1]}")
+    return tensor.to(rows.device, dtype or rows.dtype)

@@ -1,0 +1,575 @@
+"""Plan: what a study will take, before it runs: tokens, bytes, multiply-adds, memory and time.
+
+From configs, the tokenizer and a prompts file alone; a model is built without weights, on torch's meta device, to count
+its parameters exactly. What no config tells, such as how many tokens a pair shares before it diverges, is a stated
+assumption, or taken from a small earlier run of the pair. The same arithmetic over a finished run gives the truth to
+put beside. Knows models' shapes and stores; knows no command line and no folders of runs.
+
+Multiply-adds are those of blocks (see :class:`ModelShape`), and of the head wherever the code asks for whole-vocabulary
+logits; the two logits of an event's own tokens are not counted. The last block is counted whole, though packed replay
+computes no more of it than keys and values but at the last position.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from actcache.capture import CaptureSettings
+from actcache.divergence import Outcome
+from actcache.divergence import _batches as padded_batches
+from actcache.errors import IncompatibleError, InputError
+from actcache.grid import SCOPES
+from actcache.lineup import DTYPES, Lineup
+from actcache.readout import MAX_LOGITS_AT_ONCE
+from actcache.shape import ModelShape, Numbers
+from actcache.store import Store
+from actcache.trunk import Trunk
+
+# Where no pilot says otherwise. The two pairs tried at hand shared 6 tokens (the shipped one) and 14 (SmolLM2) before
+# they diverged; that every prompt diverges is what costs most in all but the search.
+SHARED_TOKENS = 10.0
+EVENT_SHARE = 1.0
+# Raw bytes over stored ones, as measured on the states of SmolLM2 and Gemma 3.
+COMPRESSION = {
+    ("float32", "blosc"): 1.09,
+    ("bfloat16", "blosc"): 1.23,
+    ("bfloat16", "actcache.bf16_planes"): 1.49,
+}
+STAGES = ("capture", "grid")
+_PARTS_OF = {"capture": ("search", "capture"), "grid": ("grid", "variants")}
+RATED = ("search", "capture", "grid")  # variants run at the grid's rate
+# Rows of these are counts, bytes and seconds, in the order in which they are shown.
+ESTIMATED = (
+    "prompts",
+    "prompt_tokens",
+    "events",
+    "tokens",
+    "rows",
+    "raw_bytes",
+    "stored_bytes",
+    "search_multiply_adds",
+    "capture_multiply_adds",
+    "grid_multiply_adds",
+    "variants_multiply_adds",
+    "multiply_adds",
+    "hooks_multiply_adds",
+    "capture_memory_bytes",
+    "grid_memory_bytes",
+    "capture_s",
+    "grid_s",
+)
+
+# ---- what is planned ----
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is scored at one boundary, in one go: in each scope all upstreams crossed with all late stacks, each read by
+    ``n_readouts``, as they are and under ``n_variants`` edits of the state at position p."""
+
+    boundary: int
+    scopes: tuple[str, ...] = ("prefix",)
+    n_readouts: int = 3
+    n_variants: int = 0
+
+    def n_whole(self, n_checkpoints: int) -> int:
+        """Replays of whole sequences: scope ``position`` starts from the late checkpoint's own rows alone."""
+        return n_checkpoints**2 if "prefix" in self.scopes else n_checkpoints
+
+    def n_crossed(self, n_checkpoints: int) -> int:
+        """Cells that scope ``position`` adds; on the diagonal both scopes are one and the same."""
+        return n_checkpoints * (n_checkpoints - 1) if "position" in self.scopes else 0
+
+
+@dataclass(frozen=True)
+class Study:
+    """One pair, its prompts and everything that shall be computed over them.
+
+    Attributes:
+        shapes: by label; all of one architecture.
+        lengths: tokens of every prompt, in order.
+        capture: settings of the capture.
+        groups: cells to score.
+    """
+
+    shapes: Mapping[str, ModelShape]
+    lengths: Sequence[int]
+    capture: CaptureSettings
+    groups: Sequence[Group] = ()
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of every checkpoint."""
+        return next(iter(self.shapes.values()))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value of a state or weight."""
+        return DTYPES[self.capture.dtype].itemsize
+
+    @property
+    def n_checkpoints(self) -> int:
+        """K."""
+        return len(self.shapes)
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What configs and prompts do not tell.
+
+    Attributes:
+        event_share: prompts with an event, of all.
+        shared_tokens: mean number of tokens that both checkpoints choose before an event.
+        eventless_tokens: the same for a prompt that has none.
+        compression: raw bytes of states over stored ones.
+        rates: multiply-adds a second of the parts ``RATED``.
+        search_call_s: seconds that a search's forward takes beside its multiply-adds; where few sequences are left in
+            a batch, it is the weights that take time.
+        shared_counts: how many prompts shared 0, 1, 2, ... tokens, which says how long a batch of searches lasts.
+        load_s: seconds to load what a stage runs, by stage.
+        sources: where each of these is from, in words, by name.
+    """
+
+    event_share: float
+    shared_tokens: float
+    eventless_tokens: float
+    compression: float
+    rates: Mapping[str, float] = field(default_factory=dict)
+    search_call_s: float = 0.0
+    shared_counts: Sequence[int] = ()
+    load_s: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+
+def default_assumptions(capture: CaptureSettings) -> Assumptions:
+    """Those for a pair of which nothing is known yet; ``rates`` are left to the caller."""
+    longest = capture.max_new - 1.0
+    return Assumptions(
+        event_share=EVENT_SHARE,
+        shared_tokens=min(SHARED_TOKENS, longest),
+        eventless_tokens=longest,
+        compression=COMPRESSION.get((capture.dtype, capture.codec), 1.0),
+        sources=dict.fromkeys(("event_share", "shared_tokens", "eventless_tokens", "compression"), "default"),
+    )
+
+
+def shapes_of(lineup: Lineup) -> dict[str, ModelShape]:
+    """The shape of every checkpoint, by label."""
+    return {label: ModelShape.of_checkpoint(checkpoint) for label, checkpoint in lineup.checkpoints.items()}
+
+
+def groups_of(
+    boundaries: Sequence[int], scopes: str, readouts: str, labels: Sequence[str], n_variants: int = 0
+) -> list[Group]:
+    """The cells of lists as the command line takes them, ``prefix,position`` and ``native,common_it``.
+
+    Raises:
+        InputError: a scope or readout is unknown, or ``n_variants`` negative.
+    """
+    if n_variants < 0:
+        raise InputError(f"{n_variants} variants asked for; give 0 or more")
+    known = {"scope": SCOPES, "readout": ("native", *(f"common_{label}" for label in labels))}
+    given = {"scope": _names(scopes), "readout": _names(readouts)}
+    for what, names in given.items():
+        for name in names:
+            if name not in known[what]:
+                raise InputError(f"{what} {name!r} is unknown; choose from {', '.join(known[what])}")
+    n_readouts = len(given["readout"])
+    return [Group(boundary, tuple(given["scope"]), n_readouts, n_variants) for boundary in boundaries]
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+# ---- the estimate ----
+
+
+def estimate(study: Study, assumed: Assumptions) -> dict[str, float]:
+    """Expected values of the rows ``ESTIMATED``; those of time are left out without rates."""
+    prompts = np.asarray(study.lengths, np.float64)
+    sequences = prompts + assumed.shared_tokens
+    share = assumed.event_share
+    rows: dict[str, float] = {
+        "prompts": len(prompts),
+        "prompt_tokens": float(prompts.sum()),
+        "events": share * len(prompts),
+        "tokens": share * float(sequences.sum()),
+    }
+    rows |= _stored(study, rows["tokens"], rows["events"])
+    rows["stored_bytes"] = rows["raw_bytes"] / assumed.compression
+    rows["search_multiply_adds"] = _search(study, assumed, search_batches(study.lengths, study.capture))
+    rows |= _multiply_adds(study, sequences, share, rows["events"] * (1 + assumed.shared_tokens), rows)
+    rows["hooks_multiply_adds"] += _search(study, assumed, [(length, 1) for length in study.lengths])
+    rows |= _memory(study, assumed)
+    for stage in assumed.rates and STAGES:
+        rows[f"{stage}_s"] = assumed.load_s.get(stage, 0.0) + sum(
+            rows[f"{part}_multiply_adds"] / assumed.rates["grid" if part == "variants" else part]
+            for part in _PARTS_OF[stage]
+        )
+    if assumed.rates:
+        rows["capture_s"] += assumed.search_call_s * _search_calls(study, assumed)
+    return {name: rows[name] for name in ESTIMATED if name in rows}
+
+
+def _stored(study: Study, n_tokens: float, n_events: float) -> dict[str, float]:
+    kept = n_tokens if study.capture.row_selection == "prefix" else n_events
+    rows = round(kept) * study.n_checkpoints * len(study.capture.boundaries)
+    return {"rows": rows, "raw_bytes": rows * study.shape.width * study.itemsize}
+
+
+def _search(study: Study, assumed: Assumptions, batches: Sequence[tuple[int, int]]) -> float:
+    """Multiply-adds of every checkpoint's searches: each prompt's tokens, padded to the longest of its batch, then one
+    token a step; whole-vocabulary logits each time."""
+    steps = assumed.event_share * assumed.shared_tokens + (1 - assumed.event_share) * assumed.eventless_tokens
+    total, shape = 0.0, study.shape
+    for longest, n in batches:
+        total += n * shape.products(np.array([longest], np.float64))
+        # What attention does grows with every step; the one half-way stands for all.
+        total += n * steps * shape.step_products(np.array([longest + (steps - 1) / 2]))
+        total += n * (1 + steps) * shape.head_products
+    return study.n_checkpoints * total
+
+
+def _search_calls(study: Study, assumed: Assumptions) -> float:
+    """Expected number of forwards of all searches: a batch goes on until the last of its prompts is decided."""
+    counts = np.asarray(assumed.shared_counts, np.float64)
+    if not counts.sum():
+        return 0.0
+    decided = np.cumsum(counts) / counts.sum()  # share of prompts that shared at most 0, 1, 2, ... tokens
+    batches = search_batches(study.lengths, study.capture)
+    return study.n_checkpoints * sum(1 + float((1 - decided**n).sum()) for _, n in batches)
+
+
+def search_batches(lengths: Sequence[int], capture: CaptureSettings) -> list[tuple[int, int]]:
+    """``(longest prompt, number of prompts)`` of every batch that the searches begin with."""
+    batches = []
+    for start in range(0, len(lengths), capture.shard_prompts):
+        ordered = sorted(lengths[start : start + capture.shard_prompts])
+        batches += [(ordered[batch[-1]], len(batch)) for batch in padded_batches(ordered, capture.max_tokens)]
+    return batches
+
+
+def _multiply_adds(
+    study: Study, sequences: Numbers, share: float, n_choices: float, rows: Mapping[str, float]
+) -> dict[str, float]:
+    """Of capture, grid, variants and of forward hooks that score the same cells: over ``share`` of these sequences,
+    with ``n_choices`` compared in all."""
+    shape, n_checkpoints = study.shape, study.n_checkpoints
+    n_events = rows["events"]
+    whole = share * shape.products(sequences)
+    grid = variants = n_passes = 0.0
+    for group in study.groups:
+        n_whole, n_crossed = group.n_whole(n_checkpoints), group.n_crossed(n_checkpoints)
+        step = share * shape.step_products(sequences - 1, first=group.boundary)
+        grid += n_whole * share * shape.products(sequences, first=group.boundary) + n_crossed * step
+        # On the diagonal the stored final state is read as well, to compare. Variants look at two tokens only.
+        n_read = n_whole + n_crossed + n_checkpoints * len(group.scopes)
+        grid += n_events * n_read * group.n_readouts * shape.head_products
+        variants += group.n_variants * (n_whole + n_crossed) * step
+        # A native pass of each checkpoint, below, scores the diagonal; then one pass a further cell or variant.
+        n_passes += n_whole + n_crossed - n_checkpoints + group.n_variants * (n_whole + n_crossed)
+    n_passes += n_checkpoints if study.groups else 0
+    out = {
+        "capture_multiply_adds": n_checkpoints * (whole + n_choices * shape.head_products),
+        "grid_multiply_adds": grid,
+        "variants_multiply_adds": variants,
+        "hooks_multiply_adds": n_passes * (whole + n_events * shape.head_products),
+    }
+    out["multiply_adds"] = rows["search_multiply_adds"] + sum(
+        out[f"{stage}_multiply_adds"] for stage in ("capture", "grid", "variants")
+    )
+    return out
+
+
+def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
+    """Bytes above what the imports take: weights, the largest forward, and the states of the segments on their way."""
+    shape, capture, size = study.shape, study.capture, study.itemsize
+    longest = max(study.lengths) + assumed.shared_tokens
+    segment_tokens = min(len(study.lengths), capture.shard_prompts) * (
+        float(np.mean(study.lengths)) + assumed.shared_tokens
+    )
+    pack_tokens = max(longest, 0 if capture.strict else min(capture.max_tokens, segment_tokens))
+    # Residual stream, its norm and the attention's input and output; an MLP's gate, input and their product.
+    forward = pack_tokens * (4 * shape.width + 3 * shape.widest_side) * size
+    # Logits are float32 whatever the model is, and so is the copy of the head that makes them.
+    logits = 4 * min(MAX_LOGITS_AT_ONCE, max(pack_tokens, 1) * shape.vocab_size)
+    head = 0 if size == 4 else 4 * shape.head_products
+    cache = max(n * (at + assumed.shared_tokens) for at, n in search_batches(study.lengths, capture))
+    cached = study.n_checkpoints * cache * shape.n_blocks * shape.cache_width * size
+    states = segment_tokens * study.n_checkpoints * shape.width * size
+    # One segment is computed and concatenated while up to two are written.
+    kept = 4 * states * len(capture.boundaries) if capture.row_selection == "prefix" else 0
+    out = {
+        "capture_memory_bytes": study.n_checkpoints * shape.n_parameters * size
+        + max(cached, forward)
+        + logits
+        + head
+        + kept
+    }
+    if study.groups:
+        first = min(group.boundary for group in study.groups)
+        late = sum(shape.block_parameters[first:]) + shape.readout_parameters
+        out["grid_memory_bytes"] = study.n_checkpoints * late * size + forward + logits + head + 2 * states
+    return out
+
+
+# ---- the truth ----
+
+
+class SearchCounter:
+    """Counts and times what the searches of a capture compute: hand every trunk through :meth:`watch`.
+
+    Attributes:
+        multiply_adds: of all checkpoints, padding included.
+        n_choices: next tokens chosen by the first checkpoint watched.
+        n_searches: searches begun by it.
+    """
+
+    def __init__(self) -> None:
+        self.multiply_adds, self.n_choices, self.n_searches = 0.0, 0, 0
+        self._first: Trunk | None = None
+        self._running: tuple[float, float] | None = None  # multiply-adds and start of the forward that runs
+        self._sums = np.zeros(5)  # of 1, x, y, x x and x y: multiply-adds and seconds of each forward
+
+    def watch(self, trunk: Trunk, shape: ModelShape) -> Trunk:
+        """Count the cached forwards of this trunk from now on; returns it."""
+        self._first = self._first or trunk
+
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            now = time.perf_counter()
+            self._end_forward(now)
+            if not kwargs.get("use_cache"):  # only a search decodes with a cache
+                return
+            (n, n_new), n_seen = kwargs["input_ids"].shape, kwargs["attention_mask"].shape[1]
+            if n_new == n_seen:
+                products = shape.products(np.array([n_seen], np.float64))
+            else:
+                products = shape.step_products(np.arange(n_seen - n_new, n_seen, dtype=np.float64))
+            products = n * (products + shape.head_products)
+            self.multiply_adds += products
+            if trunk is self._first:
+                self.n_choices += n
+                self.n_searches += n if n_new == n_seen else 0
+            self._running = products, now
+
+        trunk.decoder.register_forward_pre_hook(count, with_kwargs=True)
+        return trunk
+
+    def record(self) -> dict[str, float]:
+        """What was counted; and, if anything was, ``search_s`` with the two numbers that explain it best:
+        ``search_rate`` and ``search_call_s`` (see :class:`Assumptions`)."""
+        counted = {
+            "n_searches": self.n_searches,
+            "search_choices": self.n_choices,
+            "search_multiply_adds": self.multiply_adds,
+        }
+        n, x, y, xx, xy = (float(total) for total in self._sums)
+        if not y:
+            return counted
+        variance = n * xx - x * x
+        per_product = (n * xy - x * y) / variance if variance else 0.0
+        per_call = (y - per_product * x) / n
+        if per_product <= 0 or per_call < 0:  # too few forwards, or too alike, to tell the two apart
+            per_product, per_call = y / x, 0.0
+        return counted | {"search_s": y, "search_rate": 1 / per_product, "search_call_s": per_call}
+
+    def _end_forward(self, now: float) -> None:
+        if self._running is not None:
+            products, start = self._running
+            seconds = now - start
+            self._sums += np.array([1, products, seconds, products * products, products * seconds])
+        self._running = None
+
+
+def settings_of(store: Store) -> CaptureSettings:
+    """The settings that a store was captured with."""
+    names = {field.name for field in fields(CaptureSettings)}
+    given = {name: value for name, value in store.fingerprint.items() if name in names}
+    return CaptureSettings(**given | {"boundaries": tuple(store.boundaries)})
+
+
+def truth(study: Study, store: Store, timings: Mapping[str, Any], *, scored: bool = True) -> dict[str, float]:
+    """What a finished run took, under the names of :func:`estimate`, as far as it is known.
+
+    Args:
+        study: of the run, with the groups that it scored.
+        store: the run's.
+        timings: what its stages recorded of themselves (see ``RunFolder.timings``).
+        scored: whether its cells are scored; otherwise ``study.groups`` are not what was done.
+    """
+    lengths = np.diff(store.token_ids()[1].numpy()).astype(np.float64)
+    summary = store.summary()
+    captured = timings.get("capture", {})
+    rows: dict[str, float] = {
+        "prompts": store.fingerprint["n_prompts"],
+        "prompt_tokens": float(sum(study.lengths)),
+        "events": len(store),
+        "tokens": float(lengths.sum()),
+        "rows": summary["rows"],
+        "raw_bytes": summary["state_bytes"]["raw"],
+        "stored_bytes": summary["state_bytes"]["stored"],
+    }
+    counted = {"search_multiply_adds": captured.get("search_multiply_adds", np.nan)}
+    n_choices = len(store) + int(store.events["step"].to_numpy().sum())
+    rows |= counted | _multiply_adds(study, lengths, 1.0, n_choices, rows | counted)
+    del rows["hooks_multiply_adds"]  # nobody did that
+    if not scored or any(group.n_variants for group in study.groups):  # edits of other positions cost whole replays
+        for name in ("grid_multiply_adds", "variants_multiply_adds", "multiply_adds"):
+            rows[name] = np.nan
+    for stage in STAGES:
+        rows[f"{stage}_s"] = timings.get(stage, {}).get("elapsed_s", np.nan)
+    return {name: rows[name] for name in ESTIMATED if name in rows and not np.isnan(rows[name])}
+
+
+def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -> Assumptions:
+    """Assumptions from a finished run: what :func:`estimate` then says of that run's own prompts is near the truth.
+
+    Args:
+        study: of that run.
+        store: the run's, with at least one event.
+        timings: what its stages recorded of themselves.
+        source: the run, in words.
+
+    Raises:
+        InputError: the store holds no event, or not all prompts.
+    """
+    n_prompts, n_eventless = store.fingerprint["n_prompts"], store.excluded.num_rows
+    if len(store) == 0 or len(store) + n_eventless != n_prompts:
+        raise InputError(
+            f"{store.path} holds {len(store)} events and {n_eventless} prompts without one, of {n_prompts} prompts: "
+            "to learn from it, it must be complete and have an event"
+        )
+    steps = store.events["step"].to_numpy()
+    known = truth(study, store, timings)
+    captured, longest = timings.get("capture", {}), store.fingerprint["max_new"] - 1.0
+    sources = dict.fromkeys(("event_share", "shared_tokens", "eventless_tokens", "compression"), source)
+    if len(steps) > 1:
+        sources["shared_tokens"] += f", {len(steps)} events, standard error {steps.std(ddof=1) / len(steps) ** 0.5:.1f}"
+    eventless = longest
+    if n_eventless and "search_choices" in captured:
+        # Each search chooses one token more than it shares.
+        eventless = (captured["search_choices"] - captured["n_searches"] - int(steps.sum())) / n_eventless
+        eventless = min(max(eventless, 0.0), longest)
+    elif set(store.excluded["reason"].to_pylist()) - {Outcome.NO_DIVERGENCE.value}:
+        sources["eventless_tokens"] = "at most"
+    rates, load_s = _rates(timings, known)
+    sources |= {"rates": source} if rates else {}
+    raw, stored = known["raw_bytes"], known["stored_bytes"]
+    counts = np.bincount([*steps.tolist(), *[round(eventless)] * n_eventless])
+    return Assumptions(
+        event_share=len(store) / n_prompts,
+        shared_tokens=float(steps.mean()),
+        eventless_tokens=eventless,
+        compression=raw / stored,
+        rates=rates,
+        search_call_s=captured["search_call_s"] if rates else 0.0,
+        shared_counts=counts.tolist(),
+        load_s=load_s,
+        sources=sources,
+    )
+
+
+def _rates(timings: Mapping[str, Any], known: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
+    """The rates and loads of a run whose stages were all timed; nothing otherwise."""
+    if "search_rate" not in timings.get("capture", {}) or "grid" not in timings:
+        return {}, {}
+    capture, grid = timings["capture"], timings["grid"]
+    forwards_s = capture["elapsed_s"] - capture["load_s"] - capture["search_s"]
+    replays_s = grid["elapsed_s"] - grid["load_s"]
+    replayed = known.get("grid_multiply_adds", 0.0)  # unknown with variants
+    if not (forwards_s > 0 and replays_s > 0 and replayed > 0):
+        return {}, {}
+    rates = {
+        "search": capture["search_rate"],
+        "capture": known["capture_multiply_adds"] / forwards_s,
+        "grid": replayed / replays_s,
+    }
+    return rates, {stage: timings[stage]["load_s"] for stage in STAGES}
+
+
+def check_pilot(lineup: Lineup, paths: Mapping[str, str], capture: CaptureSettings, store: Store) -> None:
+    """Whether a run tells anything about what is planned.
+
+    Weights are only read (to digest them) where the run found a checkpoint in another folder than this.
+
+    Args:
+        lineup: the pair that is planned for.
+        paths: where the run found its checkpoints, by label.
+        capture: what is planned.
+        store: the run's.
+
+    Raises:
+        IncompatibleError: the run is of another pair.
+        InputError: the run was made with other settings that its numbers depend on.
+    """
+    for label, checkpoint in lineup.checkpoints.items():
+        found = store.fingerprint["checkpoints"].get(label, {})
+        same = paths.get(label) == str(checkpoint.path.resolve()) and found["architecture"] == (
+            checkpoint.config.model_type
+        )
+        if not same and found != checkpoint.fingerprint:
+            raise IncompatibleError(
+                f"the pilot is of another pair: its {label} is {paths.get(label)}, the plan's {checkpoint.path}; "
+                "make a pilot of this pair with 'actcache run --limit 20'",
+                field=f"checkpoints.{label}",
+            )
+    for name in ("dtype", "codec", "max_new", "device", "strict"):
+        found, planned = store.fingerprint[name], getattr(capture, name)
+        if found != planned:
+            raise InputError(
+                f"the pilot was made with {name} {found}, the plan has {planned}; its numbers depend on it: make a "
+                "pilot with the plan's, or plan with the pilot's"
+            )
+
+
+# ---- the machine ----
+
+
+def measure_rate(shape: ModelShape, n_tokens: int, dtype: str, device: str, seconds: float = 1.0) -> float:
+    """Multiply-adds a second of this machine's own matrix product: ``n_tokens`` rows with the model's widest matrix."""
+    n_rows, n_columns = shape.widest
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(n_tokens, n_columns, generator=generator).to(device, DTYPES[dtype])
+    right = torch.randn(n_columns, n_rows, generator=generator).to(device, DTYPES[dtype])
+    times: list[float] = []
+    end = time.perf_counter() + seconds
+    for number in itertools.count():
+        start = time.perf_counter()
+        left @ right
+        if device == "cuda":
+            torch.cuda.synchronize()
+        stop = time.perf_counter()
+        if number:  # the first one warms up
+            times.append(stop - start)
+        if stop > end and times:
+            break
+    return n_tokens * n_rows * n_columns / float(np.median(times))
+
+
+def as_json(assumed: Assumptions) -> dict[str, Any]:
+    """Plain values; :func:`assumptions_from_json` is the way back."""
+    return asdict(assumed)
+
+
+def assumptions_from_json(value: Any, where: str) -> Assumptions:
+    """Raise InputError where this is not what :func:`as_json` gave."""
+    try:
+        assumed = Assumptions(**value)
+        numbers = [assumed.event_share, assumed.shared_tokens, assumed.eventless_tokens, assumed.compression]
+        numbers += [assumed.search_call_s, *assumed.shared_counts, *assumed.rates.values(), *assumed.load_s.values()]
+        if assumed.rates and assumed.rates.keys() != set(RATED):
+            raise ValueError(f"its rates are of {', '.join(assumed.rates)}, not of {', '.join(RATED)}")
+        if not all(isinstance(number, float | int) and number >= 0 for number in numbers):
+            raise ValueError("a number in it is none, or negative")
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{where} is not a plan: {error}; make it anew with 'actcache plan --out RUN'") from error
+    return assumed

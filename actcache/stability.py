@@ -1,0 +1,392 @@
+"""Stability: would an event be the same one if its forwards were rounded otherwise?
+
+An argmax may hang on the shape of the batch that computed it, above all in bfloat16. Here both checkpoints decide
+every event anew on its own sequence, in each dtype twice: *strict*, one sequence a forward, and *packed*, many in one.
+Nothing is captured again; the token ids in the store are enough.
+
+For whoever asks how many of a run's events its numerics have made. Knows the store, trunks and readouts; loads no
+models itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+
+from actcache.capture import PAIR
+from actcache.errors import InputError
+from actcache.files import write_atomically
+from actcache.lineup import DTYPES
+from actcache.packing import plan_packs
+from actcache.store import Store, layout
+from actcache.trunk import Trunk
+
+_SCHEMA = pa.schema(
+    [
+        ("event_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("dtype", pa.string()),
+        ("stable", pa.bool_()),
+        ("position", pa.int64()),
+        ("changed", pa.string()),
+        ("gap", pa.float32()),
+        ("as_stored", pa.bool_()),
+        ("position_vs_stored", pa.int64()),
+        ("changed_vs_stored", pa.string()),
+        ("gap_vs_stored", pa.float32()),
+        ("gap_pt", pa.float32()),
+        ("gap_it", pa.float32()),
+        ("not_packable", pa.string()),
+    ]
+)
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+
+
+def check_stability(
+    store: Store,
+    load: Callable[[str, torch.dtype], Trunk],
+    dtypes: Sequence[str],
+    *,
+    max_tokens: int,
+    events: Sequence[int] | None = None,
+    on_events: Callable[[int], None] = lambda n: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> pa.Table:
+    """Decide events anew under strict and under packed numerics, and compare.
+
+    A decision is what the capture would decide on the event's sequence: the first position, from the last prompt token
+    on, at which the two checkpoints do not both choose the token that follows there, and their choices at it.
+
+    Args:
+        store: whose events are checked; their states are not read.
+        load: gives the trunk of a checkpoint by label and dtype; called once for each. A trunk is let go before the
+            next one is asked for: memory holds one model.
+        dtypes: of ``float32`` and ``bfloat16``.
+        max_tokens: tokens of one pack. Packs hold the events that are checked, in this order.
+        events: indices, or None for all.
+        on_events: called with the number of events that one checkpoint has decided in one dtype, strict or packed:
+            four times the events for each dtype in all.
+        say: told, in one line, what a person should know (packing not possible, for example).
+
+    Returns:
+        One row per (dtype, event), in the order given:
+
+        - event_id, prompt_id, dtype; gap_pt, gap_it: as captured, float32 logits, null in a store without them.
+        - stable: the strict decision and the packed one are the same. Where they are not: position, the first at which
+          a choice differs; changed, whose choice (``pt``, ``it`` or ``pt,it``); gap, the changed checkpoint's top-1
+          minus top-2 logit in the strict forward there (float32; of two changed ones the larger gap). Null otherwise.
+        - as_stored: the strict decision is the store's. Where it is not, position_vs_stored, changed_vs_stored and
+          gap_vs_stored say the same of these two.
+        - not_packable: why packs of this pair are not exact, or null. Capture, too, then runs one sequence at a time:
+          packed is strict, and every event stable.
+
+    Raises:
+        InputError: unknown dtype or event.
+    """
+    for dtype in dtypes:
+        _check_dtype(dtype)
+    indices = list(range(len(store)) if events is None else events)
+    ids, offsets = store.token_ids(indices)
+    if not indices:
+        return _SCHEMA.empty_table()
+    table = store.events.take(pa.array(indices))
+    compared = _Compared(ids, offsets.numpy(), table["step"].to_numpy().astype(np.int64))
+    stored = _Choices({label: compared.following(table[f"y_{label}"].to_numpy()) for label in PAIR}, {})
+    parts = []
+    for dtype in dtypes:
+        strict, packed = _Choices({}, {}), _Choices({}, {})
+        reasons = []
+        for label in PAIR:
+            # Only the called function holds the trunk, so it is gone before the next one is loaded.
+            reason = _choose(load(label, DTYPES[dtype]), compared, label, strict, packed, max_tokens, on_events)
+            reasons += [reason] if reason else []
+        if reasons:
+            packed = strict
+            say(f"{dtype}: one sequence a forward: {reasons[0]}")
+        columns = {
+            "event_id": table["event_id"],
+            "prompt_id": table["prompt_id"],
+            "dtype": [dtype] * len(indices),
+            **_where_parted(compared, strict, packed, ("stable", "position", "changed", "gap")),
+            **_where_parted(
+                compared, strict, stored, ("as_stored", "position_vs_stored", "changed_vs_stored", "gap_vs_stored")
+            ),
+            **{name: table[name] for name in ("gap_pt", "gap_it") if name in table.column_names},
+            "not_packable": [reasons[0] if reasons else None] * len(indices),
+        }
+        nulls = [None] * len(indices)
+        parts.append(pa.table({name: columns.get(name, nulls) for name in _SCHEMA.names}, _SCHEMA))
+    return pa.concat_tables(parts)
+
+
+def run_stability(
+    store: Store,
+    load: Callable[[str, torch.dtype], Trunk],
+    path: str | Path,
+    samples: Mapping[str, int | None],
+    *,
+    max_tokens: int,
+    device: str = "cpu",
+    on_events: Callable[[int], None] = lambda n: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> pa.Table:
+    """The table of :func:`check_stability` over evenly spread events, kept in a file and made only where it is not.
+
+    Args:
+        store: as for :func:`check_stability`, and so are load, max_tokens, on_events and say.
+        load: see there.
+        path: of the Parquet file, written anew after each dtype. A dtype that it holds is not checked again if it was
+            checked for this store on as many events or more, with the same ``max_tokens``, device and library versions.
+        samples: dtype -> how many events, None for all.
+        max_tokens: see there.
+        device: where ``load`` puts the models.
+        on_events: see there.
+        say: see there.
+
+    Returns:
+        What the file now holds: the dtypes asked for, and any other one that it held of this store.
+
+    Raises:
+        InputError: unknown dtype, or a sample of less than one event.
+    """
+    n_events = len(store)
+    made_with = {
+        "max_tokens": max_tokens,
+        "device": device,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    wanted = {}
+    for dtype, sample in samples.items():
+        _check_dtype(dtype)
+        if sample is not None and sample < 1:
+            raise InputError(f"a sample of {sample} events: give at least 1, or all")
+        wanted[dtype] = n_events if sample is None else min(sample, n_events)
+    found = read_stability(store, path)
+    kept = {dtype: found.filter(pc.equal(found["dtype"], dtype)) for dtype in DTYPES}
+    notes = _notes_of(found).get("dtypes", {})
+    for dtype, n_wanted in wanted.items():
+        note = notes.get(dtype, {})
+        if {name: note.get(name) for name in made_with} == made_with and note["n_events"] >= n_wanted:
+            on_events(n_decisions(n_wanted))
+            continue
+        kept[dtype] = check_stability(
+            store, load, [dtype], max_tokens=max_tokens, events=spread(n_events, n_wanted), on_events=on_events, say=say
+        )
+        notes[dtype] = {"n_events": n_wanted, **made_with}
+        found = pa.concat_tables([_SCHEMA.empty_table(), *kept.values()])
+        metadata = {"store": layout.fingerprint_digest(store.fingerprint), "n_events": n_events, "dtypes": notes}
+        found = found.replace_schema_metadata({b"actcache": json.dumps(metadata, sort_keys=True).encode()})
+        sink = pa.BufferOutputStream()
+        pq.write_table(found, sink)
+        write_atomically(Path(path), sink.getvalue())
+    return found
+
+
+def read_stability(store: Store, path: str | Path) -> pa.Table:
+    """The table that :func:`run_stability` left; without rows where there is none, or one of other events.
+
+    Raises:
+        InputError: the file is not such a table.
+    """
+    try:
+        table = pq.read_table(path)
+        notes = _notes_of(table)
+    except FileNotFoundError:
+        return _SCHEMA.empty_table()
+    except (pa.ArrowInvalid, ValueError) as error:
+        raise InputError(f"{path} is not a table of stability ({error}); remove it and check again") from error
+    if not table.schema.equals(_SCHEMA) or "dtypes" not in notes:
+        raise InputError(f"{path} is not a table of stability: its columns are {table.column_names}; remove it")
+    same = notes["store"] == layout.fingerprint_digest(store.fingerprint) and notes["n_events"] == len(store)
+    return table if same else _SCHEMA.empty_table()
+
+
+def spread(n_events: int, n: int) -> list[int]:
+    """``n`` indices spread evenly over ``n_events``, the first one included; all of them where ``n`` is not less."""
+    return [index * n_events // n for index in range(n)] if n < n_events else list(range(n_events))
+
+
+def n_decisions(n_events: int) -> int:
+    """How many decisions, as ``on_events`` counts them, the check of this many events takes in one dtype."""
+    return 2 * len(PAIR) * n_events
+
+
+def summarise(table: pa.Table) -> list[dict[str, Any]]:
+    """One dict a dtype, in the order of the table, ready for json.
+
+    Each has dtype, n_events (checked), n_changed (not stable), gap_median and gap_max of those (None without one), the
+    same against the stored decisions as n_not_as_stored, gap_median_vs_stored and gap_max_vs_stored, and not_packable.
+    """
+    summaries = []
+    for dtype in dict.fromkeys(table["dtype"].to_pylist()):
+        rows = table.filter(pc.equal(table["dtype"], dtype))
+        gap, vs_stored = (rows[name].drop_null().to_numpy() for name in ("gap", "gap_vs_stored"))
+        summaries.append(
+            {
+                "dtype": dtype,
+                "n_events": rows.num_rows,
+                "n_changed": len(gap),
+                "gap_median": float(np.median(gap)) if len(gap) else None,
+                "gap_max": float(gap.max()) if len(gap) else None,
+                "n_not_as_stored": len(vs_stored),
+                "gap_median_vs_stored": float(np.median(vs_stored)) if len(vs_stored) else None,
+                "gap_max_vs_stored": float(vs_stored.max()) if len(vs_stored) else None,
+                "not_packable": rows["not_packable"][0].as_py(),
+            }
+        )
+    return summaries
+
+
+def describe(summaries: Sequence[Mapping[str, Any]], stored_dtype: str) -> list[str]:
+    """What :func:`summarise` returned, as two lines for people; none where nothing was checked."""
+    if not summaries:
+        return []
+
+    def counted(count: str, suffix: str, words: str) -> str:
+        found: list[str] = []
+        for summary in summaries:
+            n, median, largest = (summary[name] for name in (count, f"gap_median{suffix}", f"gap_max{suffix}"))
+            gaps = f", at gaps up to {largest:.2g} (median {median:.2g})" if n else ""
+            said = "" if found else f" events {words}"
+            found.append(f"{summary['dtype']}: {n} of {summary['n_events']}{said}{gaps}")
+        return "; ".join(found)
+
+    between = counted("n_changed", "", "change between strict and packed")
+    if all(summary["not_packable"] for summary in summaries):
+        between = "packed is strict here, one sequence a forward: no event can change between them"
+    return [between, counted("n_not_as_stored", "_vs_stored", f"differ from the stored {stored_dtype} decision")]
+
+
+@dataclass(frozen=True)
+class _Choices:
+    """What each checkpoint chose at every compared position, and how far its logit lay above the second."""
+
+    tokens: dict[str, Ints]  # label -> [C]
+    gaps: dict[str, Floats]  # label -> [C]; none for choices that were not made here
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """The compared positions of n sequences, one after another: C of them, ``step + 1`` a sequence, its last ones."""
+
+    ids: torch.Tensor  # [T]
+    offsets: Ints  # [n + 1], where each sequence begins in ids
+    step: Ints  # [n]
+
+    @cached_property
+    def starts(self) -> Ints:
+        """``[n + 1]``, where each sequence's compared positions begin among all C."""
+        return np.concatenate([[0], np.cumsum(self.step + 1)])
+
+    @cached_property
+    def rows(self) -> Ints:
+        """``[C]``, where they lie in ids."""
+        before = np.repeat(self.offsets[1:] - self.starts[1:], self.step + 1)
+        return before + np.arange(self.starts[-1])
+
+    @cached_property
+    def positions(self) -> Ints:
+        """``[C]``, each counted in its own sequence."""
+        return self.rows - np.repeat(self.offsets[:-1], self.step + 1)
+
+    def following(self, last: Ints) -> Ints:
+        """``[C]``, the token that follows each in its sequence; ``last [n]`` after the sequences' ends."""
+        tokens = np.append(self.ids.numpy(), 0)[self.rows + 1]
+        tokens[self.starts[1:] - 1] = last
+        return tokens
+
+    def first(self, mask: Bools) -> Ints:
+        """``[n]``, among all C the first True of each sequence; C where it has none."""
+        n_compared = len(mask)
+        return np.minimum.reduceat(np.where(mask, np.arange(n_compared), n_compared), self.starts[:-1])
+
+    def decided(self, choices: _Choices) -> Ints:
+        """``[n]``, among all C the one at which the choices decide each event."""
+        nothing = np.full(len(self.step), -1)  # no choice is what follows the last one: it always decides
+        following = self.following(nothing)
+        return self.first((choices.tokens["pt"] != following) | (choices.tokens["it"] != following))
+
+
+@torch.no_grad()
+def _choose(
+    trunk: Trunk,
+    compared: _Compared,
+    label: str,
+    strict: _Choices,
+    packed: _Choices,
+    max_tokens: int,
+    on_events: Callable[[int], None],
+) -> str | None:
+    """Fill in one checkpoint's choices under both numerics; the reason why packs are not exact, or None."""
+    reason = _why_not_packable(trunk)
+    for choices, pack_tokens in ((strict, 0), (packed, max_tokens)):
+        if choices is packed and reason:
+            choices.tokens[label], choices.gaps[label] = strict.tokens[label], strict.gaps[label]
+            on_events(len(compared.step))
+            continue
+        tokens, gaps = [], []
+        for pack in plan_packs(np.diff(compared.offsets).tolist(), pack_tokens):
+            start, stop = compared.offsets[pack.start], compared.offsets[pack.stop]
+            bounds = (compared.offsets[pack.start : pack.stop + 1] - start).tolist()
+            hidden = trunk.forward(bounds, input_ids=compared.ids[None, start:stop].to(trunk.device))
+            rows = compared.rows[compared.starts[pack.start] : compared.starts[pack.stop]] - start
+            best, logits = trunk.readout.top2(hidden[torch.from_numpy(rows).to(hidden.device)])
+            tokens.append(best[:, 0].numpy())
+            gaps.append((logits[:, 0] - logits[:, 1]).numpy())
+            on_events(len(pack))
+        choices.tokens[label], choices.gaps[label] = np.concatenate(tokens), np.concatenate(gaps)
+    return reason
+
+
+def _where_parted(
+    compared: _Compared, choices: _Choices, others: _Choices, names: tuple[str, str, str, str]
+) -> dict[str, Any]:
+    """Whether two decisions of each event are the same, and where they part; gaps are those of ``choices``."""
+    differ = {label: choices.tokens[label] != others.tokens[label] for label in PAIR}
+    at = compared.first(np.logical_or(*differ.values()))
+    # What is chosen after the decision does not count. Where choices differ before it, the two decisions are not one.
+    same = at > compared.decided(choices)
+    at = np.where(same, 0, at)
+    changed = {label: differ[label][at] for label in PAIR}
+    gap = np.max([np.where(changed[label], choices.gaps[label][at], -np.inf) for label in PAIR], axis=0)
+    whose = [",".join(label for label in PAIR if changed[label][event]) for event in range(len(at))]
+    columns = (
+        pa.array(same),
+        pa.array(compared.positions[at], pa.int64(), mask=same),
+        pa.array(whose, pa.string(), mask=same),
+        pa.array(gap, pa.float32(), mask=same),
+    )
+    return dict(zip(names, columns, strict=True))
+
+
+def _why_not_packable(trunk: Trunk) -> str | None:
+    generator = torch.Generator().manual_seed(0)
+    return trunk.why_not_packable(
+        lambda ids, bounds: trunk.forward(bounds, input_ids=ids[None].to(trunk.device)),
+        lambda n: torch.randint(trunk.readout.vocab_size, (n,), generator=generator),
+    )
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+
+
+def _notes_of(table: pa.Table) -> dict[str, Any]:
+    metadata = (table.schema.metadata or {}).get(b"actcache")
+    return json.loads(metadata) if metadata else {}

@@ -1,0 +1,774 @@
+"""Edits against slow twins: operations row by row, variants against hooks on a full forward of the late model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from actcache.edits import (
+    PLAIN,
+    Add,
+    Call,
+    Edit,
+    Interpolate,
+    MatchedNorm,
+    Project,
+    Replace,
+    Rows,
+    SignedPermutation,
+    Variant,
+)
+from actcache.errors import InputError, UnsupportedModelError
+from actcache.replay import LateStack
+
+FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
+DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+ARCHS = pytest.mark.parametrize("arch", tiny.ALL_ARCHS)
+WIDTH = 24
+
+
+# ---- operations ----
+
+
+def rows_of(lengths, donors=None, keys=None, layer=None):
+    """All positions of sequences of these lengths."""
+    n_rows = sum(lengths)
+    sequence = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    position = torch.tensor([position for length in lengths for position in range(length)])
+    keys = keys or [f"event {number}" for number in range(len(lengths))]
+    return Rows(sequence, position, torch.arange(n_rows), torch.tensor(lengths), keys, donors or {}, layer)
+
+
+@pytest.fixture(params=[FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+def given_rows(request):
+    """Rows, a donor's rows, and where they stand."""
+    generator = torch.Generator().manual_seed(3)
+    x, donor = (torch.randn(9, WIDTH, generator=generator).to(request.param) for _ in range(2))
+    return x, donor, rows_of([4, 5], {"it": donor})
+
+
+def draw(*shape, seed=7):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def orthonormal(k, seed=11):
+    """``[k, WIDTH]``: the leading directions of random states, as a PCA gives them."""
+    states = draw(50, WIDTH, seed=seed)
+    return torch.linalg.svd(states - states.mean(0), full_matrices=False).Vh[:k].contiguous()
+
+
+def exact(tensor):
+    """As float64, which holds every float32 and bfloat16."""
+    return tensor.double().numpy()
+
+
+def close(found, expected, x):
+    """Equal to what float64 gives, up to float32 sums and one rounding to the rows' dtype."""
+    assert found.dtype == x.dtype
+    assert found.shape == x.shape
+    eps = {FLOAT32: 2e-6, BFLOAT16: 2.0**-8}[x.dtype]
+    allowed = eps * np.abs(expected) + 4e-6
+    assert (np.abs(exact(found) - expected) <= allowed).all()
+
+
+def test_replace_is_the_donor_or_the_vector_bit_for_bit(given_rows):
+    x, donor, at = given_rows
+    assert torch.equal(Replace("it")(x, at), donor)
+    some = at.chosen(torch.tensor([7, 0, 3]))
+    assert torch.equal(Replace("it")(x[[7, 0, 3]], some), donor[[7, 0, 3]])
+    vector = draw(WIDTH)
+    for row in Replace(vector=vector)(x, at):
+        assert torch.equal(row, vector.to(x.dtype))
+    assert Replace(vector=torch.zeros(WIDTH))(x, at).count_nonzero() == 0
+
+
+def test_add_is_a_float32_sum_rounded_once(given_rows):
+    x, _, at = given_rows
+    vector = draw(WIDTH)
+    for scale in (1.0, -2.5, 0.0):
+        found = Add(vector, scale)(x, at)
+        sums = x.float().numpy() + np.float32(scale) * vector.numpy()
+        assert torch.equal(found, torch.from_numpy(sums).to(x.dtype))
+    assert torch.equal(Add(vector.to(BFLOAT16))(x, at), (x.float() + vector.to(BFLOAT16).float()).to(x.dtype))
+
+
+def test_interpolate_lies_between_and_is_exact_at_its_ends(given_rows):
+    x, donor, at = given_rows
+    for weight in (0.25, 0.5, 0.9, -1.0, 1.75):
+        found = Interpolate("it", weight)(x, at)
+        close(found, (1 - weight) * exact(x) + weight * exact(donor), x)
+    bits = {FLOAT32: torch.int32, BFLOAT16: torch.int16}[x.dtype]
+    x[0, :4] = torch.tensor([0.0, -0.0, 3e38, -3e38])
+    donor[0, :4] = torch.tensor([-1.0, 1.0, -3e38, 3e38])
+    x[1, :2], donor[1, :2] = torch.tensor([2.0, -2.0]), torch.tensor([-0.0, 0.0])
+    assert torch.equal(Interpolate("it", 0.0)(x, at).view(bits), x.view(bits))
+    assert torch.equal(Interpolate("it", 1.0)(x, at).view(bits), donor.view(bits))
+
+
+@pytest.mark.parametrize("k", [0, 1, 5, WIDTH])
+@pytest.mark.parametrize("centred", [False, True], ids=["no mean", "mean"])
+def test_project_keeps_removes_and_swaps_a_subspace(given_rows, k, centred):
+    x, donor, at = given_rows
+    basis, mean = orthonormal(k), draw(WIDTH, seed=5) if centred else None
+    projector, centre = exact(basis).T @ exact(basis), exact(mean) if centred else 0.0
+    inside = (exact(x) - centre) @ projector
+    close(Project(basis, "keep", mean)(x, at), centre + inside, x)
+    close(Project(basis, "remove", mean)(x, at), exact(x) - inside, x)
+    swapped = exact(x) + (exact(donor) - exact(x)) @ projector
+    close(Project(basis, "swap", mean, donor="it")(x, at), swapped, x)
+    if k == WIDTH:
+        close(Project(basis, "swap", donor="it")(x, at), exact(donor), x)
+
+
+def test_signed_permutation_keeps_lengths_and_angles_and_is_one_for_all_rows(given_rows):
+    x, donor, at = given_rows
+    wide, other = x.float(), donor.float()
+    at = dataclasses.replace(at, donors={"it": other})
+    for seed in (0, 1):
+        alone = SignedPermutation(seed)
+        matrix = alone(torch.eye(WIDTH), rows_of([WIDTH]))  # row i is where basis vector i goes
+        assert torch.equal(matrix.abs().sum(0), torch.ones(WIDTH))
+        assert torch.equal(matrix.abs().sum(1), torch.ones(WIDTH))
+        assert torch.equal(matrix.abs(), matrix.square())
+        assert torch.equal(alone(x, rows_of([9])), x @ matrix.to(x.dtype))
+        moved = SignedPermutation(seed, "it")(wide, at) - wide
+        difference = other - wide
+        torch.testing.assert_close(moved, difference @ matrix, atol=2e-6, rtol=0)
+        torch.testing.assert_close(moved @ moved.T, difference @ difference.T, atol=1e-4, rtol=1e-5)
+    assert not torch.equal(SignedPermutation(0)(x, at), SignedPermutation(1)(x, at))
+    permuted = SignedPermutation(1, "it")(x, rows_of([4, 5], {"it": donor}))
+    assert permuted.dtype == x.dtype
+
+
+def test_matched_norm_is_as_long_as_what_it_stands_for(given_rows):
+    x, donor, at = given_rows
+    moved = MatchedNorm(4, "it")(x, at)
+    assert moved.dtype == x.dtype
+    rounding = {FLOAT32: 1e-5, BFLOAT16: 2e-2}[x.dtype]
+    lengths = np.linalg.norm(exact(moved) - exact(x), axis=1)
+    np.testing.assert_allclose(lengths, np.linalg.norm(exact(donor) - exact(x), axis=1), rtol=rounding)
+    alone = MatchedNorm(4)(x, at)
+    np.testing.assert_allclose(np.linalg.norm(exact(alone), axis=1), np.linalg.norm(exact(x), axis=1), rtol=rounding)
+
+
+def test_matched_norm_points_everywhere_alike():
+    at = rows_of([400])
+    directions = MatchedNorm(0)(torch.ones(400, WIDTH), at) / WIDTH**0.5
+    assert directions.mean(0).abs().max() < 4 / (400 * WIDTH) ** 0.5
+    assert (directions @ directions.T - torch.eye(400)).abs().max() < 0.9
+
+
+def test_matched_norm_depends_on_seed_event_position_and_layer_and_on_nothing_else():
+    x = torch.ones(1, WIDTH)
+
+    def one(seed=0, key="a", position=2, layer=None, source=0, length=9):
+        where = (torch.tensor([0]), torch.tensor([position]), torch.tensor([source]), torch.tensor([length]))
+        return MatchedNorm(seed)(x, Rows(*where, [key], {}, layer))
+
+    same = one()
+    assert torch.equal(one(source=5), same)
+    assert torch.equal(one(length=3), same)
+    changed = [one(seed=1), one(key="b"), one(position=3), one(layer=2), one(layer=3), one(key="a2", position=0)]
+    for a, b in itertools.combinations([same, *changed], 2):
+        assert (a - b).abs().max() > 0.01
+
+
+@given(st.lists(st.integers(0, 11), min_size=1, max_size=20), st.sampled_from([16, 17, 5]))
+@settings(max_examples=40, deadline=None)
+def test_random_rows_do_not_depend_on_batch_or_order(chosen, width):
+    lengths, donor = [4, 1, 7], draw(12, width, seed=1)
+    x, at = draw(12, width, seed=2), rows_of(lengths, {"it": donor}, ["a", "b", "c"])
+    index = torch.tensor(chosen)
+    for operation in (MatchedNorm(5, "it"), MatchedNorm(5), SignedPermutation(5, "it")):
+        assert torch.equal(operation(x[index], at.chosen(index)), operation(x, at)[index])
+    # The same events in another order, among others.
+    at = rows_of([7, 4], {"it": torch.cat([donor[5:], donor[:4]])}, ["c", "a"])
+    moved = MatchedNorm(5, "it")(torch.cat([x[5:], x[:4]]), at)
+    whole = MatchedNorm(5, "it")(x, rows_of(lengths, {"it": donor}, ["a", "b", "c"]))
+    torch.testing.assert_close(moved, torch.cat([whole[5:], whole[:4]]), rtol=1e-6, atol=1e-6)
+
+
+def test_a_call_gets_rows_and_their_places(given_rows):
+    x, _, at = given_rows
+    seen = []
+
+    def function(rows, where):
+        seen.append(where)
+        return rows.double() * 2
+
+    doubled = Edit(Call(function, "double"), positions="all").apply(x, at)
+    assert torch.equal(doubled, x * 2)
+    assert doubled.dtype == x.dtype
+    assert seen[0].position.tolist() == at.position.tolist()
+    assert [seen[0].keys[i] for i in seen[0].sequence] == ["event 0"] * 4 + ["event 1"] * 5
+
+
+@pytest.mark.parametrize(
+    ("positions", "chosen"),
+    [
+        ("last", [3, 8]),
+        ("all", list(range(9))),
+        ((-1,), [3, 8]),
+        ((0, 2), [0, 2, 4, 6]),
+        ((-4, 1), [0, 1, 5]),
+        ((3,), [3, 7]),
+        ([0, -1], [0, 3, 4, 8]),
+        ((0, 0, -4), [0, 4, 5]),
+    ],
+)
+def test_positions_of_sequences_of_four_and_five(positions, chosen):
+    at = rows_of([4, 5])
+    edit = Edit(Add(torch.ones(3)), positions=positions)
+    assert edit.where(at).nonzero().flatten().tolist() == chosen
+    x = torch.zeros(9, 3)
+    edited = edit.apply(x, at)
+    assert edited.any(dim=1).nonzero().flatten().tolist() == chosen
+    assert not x.any(), "the rows given were changed"
+
+
+def test_edits_compose_in_their_order():
+    x, at = draw(9, WIDTH), rows_of([4, 5])
+    ones, half = Add(torch.ones(WIDTH)), Call(lambda rows, _: rows / 2, "half")
+    inside = Edit(ones, "all", "mlp", (3,))
+    first = Variant("v", (Edit(ones, "all"), inside, Edit(half, "all"))).edit_states(x, at)
+    second = Variant("v", (Edit(half, "all"), Edit(ones, "all"), inside)).edit_states(x, at)
+    assert torch.equal(first, (x + 1) / 2)
+    assert torch.equal(second, x / 2 + 1)
+    both = Variant("v", (inside, Edit(ones, "all", "attention", (1, 2))))
+    assert [(layer, edit.site) for layer, edit in both.inside()] == [(3, "mlp"), (1, "attention"), (2, "attention")]
+    assert torch.equal(PLAIN.edit_states(x, at), x)
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Edit(Replace("it"), site="head"), "site 'head' is unknown; choose state, attention, mlp"),
+        (lambda: Edit(Replace("it"), positions="first"), "positions 'first': expected 'last', 'all' or numbers"),
+        (lambda: Edit(Replace("it"), positions=3), "positions 3: expected 'last', 'all' or numbers"),
+        (lambda: Edit(Replace("it"), positions=(0.5,)), r"positions \(0.5,\): expected 'last', 'all' or numbers"),
+        (lambda: Edit(Replace("it"), layers=(3,)), "an edit at site 'state' takes no layers"),
+        (lambda: Edit(Add(torch.ones(2)), site="mlp"), "an edit at site 'mlp' needs layers"),
+        (lambda: Replace(), "replace takes either a donor or a vector"),
+        (lambda: Replace("it", torch.ones(2)), "replace takes either a donor or a vector"),
+        (lambda: Project(torch.eye(3), "drop"), "how is 'drop'; choose keep, remove or swap"),
+        (lambda: Project(torch.eye(3), "swap"), "a donor goes with how='swap'"),
+        (lambda: Project(torch.eye(3), "keep", donor="it"), "a donor goes with how='swap', and only with it"),
+        (lambda: Project(torch.ones(3)), r"the basis has shape \(3,\), expected \[k, D\]"),
+        (lambda: Project(2 * torch.eye(3)), "not orthonormal"),
+        (lambda: Project(torch.tensor([[1.0, 0.0], [0.6, 0.8]])), "not orthonormal"),
+        (lambda: Project(torch.full((2, 2), torch.nan)), "not orthonormal"),
+        (lambda: Edit(Interpolate("it", 0.5), site="mlp", layers=(3,)), "inside the late stack names the donor 'it'"),
+    ],
+)
+def test_an_edit_that_cannot_be_is_refused_where_it_is_written(make, words):
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+def test_what_does_not_fit_the_rows_is_refused(given_rows):
+    x, _, at = given_rows
+    for operation in (Add(torch.ones(3)), Replace(vector=torch.ones(3)), Project(torch.eye(3))):
+        with pytest.raises(InputError, match=f"does not fit rows of width {WIDTH}"):
+            operation(x, at)
+    with pytest.raises(InputError, match="names the donor 'sft'; there are it"):
+        Replace("sft")(x, at)
+    with pytest.raises(InputError, match="names the donor 'sft'; there are none"):
+        Interpolate("sft", 0.5)(x, rows_of([4, 5]))
+    with pytest.raises(InputError, match="inside the late stack names the donor 'it'"):
+        MatchedNorm(0, "it")(x, rows_of([4, 5], at.donors, layer=3))
+    with pytest.raises(InputError, match=r"edit 'cut' made \(9, 2\) of rows \(9, 24\)"):
+        Call(lambda rows, _: rows[:, :2], "cut")(x, at)
+
+
+def test_a_digest_tells_everything_that_results_depend_on_and_nothing_else():
+    vector, basis, mean = draw(6), torch.eye(6)[:2], torch.ones(6)
+    edits = [
+        Edit(Replace("it")),
+        Edit(Replace("pt")),
+        Edit(Replace(vector=vector)),
+        Edit(Replace(vector=vector + 1)),
+        Edit(Replace(vector=torch.cat([vector, vector]))),
+        Edit(Replace(vector=vector), "all"),
+        Edit(Replace(vector=vector), (0,)),
+        Edit(Replace(vector=vector), (0, 1)),
+        Edit(Replace(vector=vector), "last", "mlp", (3,)),
+        Edit(Replace(vector=vector), "last", "attention", (3,)),
+        Edit(Replace(vector=vector), "last", "mlp", (4,)),
+        Edit(Replace(vector=vector), "last", "mlp", (3, 4)),
+        *(Edit(Add(vector, scale)) for scale in (1.0, -1.0)),
+        *(Edit(Interpolate("it", weight)) for weight in (0.5, 0.25)),
+        Edit(Interpolate("pt", 0.5)),
+        *(Edit(Project(basis, how)) for how in ("keep", "remove")),
+        Edit(Project(basis, "keep", mean)),
+        Edit(Project(basis, "swap", donor="it")),
+        Edit(Project(torch.eye(6)[2:4], "keep")),
+        *(Edit(SignedPermutation(seed, donor)) for seed in (0, 1) for donor in (None, "it")),
+        *(Edit(MatchedNorm(seed, donor)) for seed in (0, 1) for donor in (None, "it")),
+        *(Edit(Call(lambda rows, _: rows, key)) for key in ("a", "b")),
+    ]
+    several = [(), *((edit,) for edit in edits), tuple(edits[:2]), tuple(edits[1::-1]), (edits[0], edits[0])]
+    digests = [Variant("v", some).digest for some in several]
+    assert len(set(digests)) == len(several)
+
+    twins = [
+        (Edit(Replace(vector=vector)), Edit(Replace(vector=torch.stack([vector, vector])[:, :].T[:, 1]))),
+        (Edit(Add(vector)), Edit(Add(torch.nn.Parameter(vector.clone()), 1.0))),
+        (Edit(Interpolate("it", 1)), Edit(Interpolate("it", 1.0))),
+        (Edit(Add(vector, 2)), Edit(Add(vector, 2.0))),
+        (Edit(Add(vector)), Edit(Add(vector), (-1,))),
+        (Edit(Add(vector), (0, 1)), Edit(Add(vector), [0, 1])),
+        (Edit(Call(lambda rows, _: rows, "a")), Edit(Call(lambda rows, _: rows, "a"))),
+    ]
+    for one, other in twins:
+        assert Variant("v", (one,)).digest == Variant("of another name", [other]).digest
+    assert Variant("none").digest == PLAIN.digest
+
+
+# ---- variants, against a full forward of the late model under hooks ----
+
+BOUNDARY = 2  # blocks 2, 3 and 4 are late
+LENGTHS = (7, 1, 12, 3, 15, 2)  # windows are 6 and 9 wide
+MIXED = (7, 4, 12, 15)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one edit does to one row, written twice: as the edit, and as a function of the row alone."""
+
+    edit: Edit
+    row: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (row [D], the donor's row [D]) -> row [D]
+    positions: Any = "last"
+
+    def touches(self, position, length):
+        if self.positions == "all":
+            return True
+        numbers = (-1,) if self.positions == "last" else self.positions
+        return position in [number % length for number in numbers]
+
+
+@dataclass
+class Study:
+    """A pair of tiny models, some sequences, and the states of one at the boundary."""
+
+    late: Any
+    sequences: list[list[int]]
+    states: list[torch.Tensor]  # [T, D] each, of the upstream checkpoint
+    donor: list[torch.Tensor]  # of the late checkpoint
+    boundary: int = 2
+
+    @property
+    def rows(self):
+        return torch.cat(self.states)
+
+    @property
+    def offsets(self):
+        return [0, *itertools.accumulate(len(ids) for ids in self.sequences)]
+
+    @property
+    def given(self):
+        return {"donors": {"it": torch.cat(self.donor)}, "keys": [f"event {i}" for i in range(len(self.sequences))]}
+
+
+@functools.cache
+def pair_of(arch, dtype):
+    with tempfile.TemporaryDirectory() as folder:
+        pt, it = tiny.make_pair(Path(folder), arch, dtype=dtype, eps=0.3)
+        return reference.load(pt, dtype), reference.load(it, dtype)
+
+
+@functools.cache
+def study_of(arch, dtype, lengths=LENGTHS):
+    pt, it = pair_of(arch, dtype)
+    generator = torch.Generator().manual_seed(len(lengths))
+    sequences = [torch.randint(2, tiny.VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+    states = [reference.states(pt, ids, BOUNDARY) for ids in sequences]
+    donor = [reference.states(it, ids, BOUNDARY) for ids in sequences]
+    return Study(it, sequences, states, donor)
+
+
+@functools.cache
+def late_of(arch, dtype):
+    return LateStack.load(pair_of(arch, dtype)[1], BOUNDARY)
+
+
+def site_of(model, layer, site):
+    """By hand: GPT-2 calls its attention otherwise."""
+    block = reference.parts(model).blocks[layer]
+    return block.mlp if site == "mlp" else getattr(block, "attn", None) or block.self_attn
+
+
+def hooked(study, number, changes):
+    """The last block's output at the last position: a full forward with everything changed by hooks, row by row."""
+    ids, state, donor = study.sequences[number], study.states[number].clone(), study.donor[number]
+    handles = []
+
+    def change(row_of, rows, other):
+        for position in range(len(ids)):
+            if row_of.touches(position, len(ids)):
+                rows[position] = row_of.row(rows[position], other[position])
+
+    for one in changes:
+        if one.edit.site == "state":
+            change(one, state, donor)
+        for layer in one.edit.layers:
+
+            def hook(module, args, output, one=one):
+                own = output[0] if isinstance(output, tuple) else output
+                rows = own.clone()
+                change(one, rows.view(len(ids), -1), donor)
+                return (rows, *output[1:]) if isinstance(output, tuple) else rows
+
+            handles.append(site_of(study.late, layer, one.edit.site).register_forward_hook(hook))
+    try:
+        return reference.overwritten(study.late, ids, study.boundary, state)[-1]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Changes:
+    """Writes changes for rows of one width."""
+
+    def __init__(self, width):
+        self.width = width
+
+    def add(self, seed, scale=1.0, positions="last", **place):
+        return self.add_vector(draw(self.width, seed=seed), scale, positions, **place)
+
+    def add_vector(self, vector, scale=1.0, positions="last", **place):
+        return Change(
+            Edit(Add(vector, scale), positions, **place),
+            lambda x, _: (x.float() + scale * vector).to(x.dtype),
+            positions,
+        )
+
+    def zero(self, positions="last", **place):
+        edit = Edit(Replace(vector=torch.zeros(self.width)), positions, **place)
+        return Change(edit, lambda x, _: torch.zeros_like(x), positions)
+
+    def replace(self, positions="last"):
+        return Change(Edit(Replace("it"), positions), lambda _, donor: donor, positions)
+
+    def towards(self, weight, positions="last"):
+        return Change(
+            Edit(Interpolate("it", weight), positions),
+            lambda x, donor: torch.lerp(x.float(), donor.float(), weight).to(x.dtype),
+            positions,
+        )
+
+    def permuted(self, seed, positions="last"):
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(self.width, generator=generator)
+        signs = torch.randint(2, (self.width,), generator=generator) * 2 - 1
+        return Change(
+            Edit(SignedPermutation(seed, "it"), positions),
+            lambda x, donor: (x.float() + signs * (donor.float() - x.float())[order]).to(x.dtype),
+            positions,
+        )
+
+    def doubled(self, positions="last", **place):
+        return Change(Edit(Call(lambda rows, _: rows * 2, "double"), positions, **place), lambda x, _: x * 2, positions)
+
+    def negated(self, positions="last", **place):
+        return Change(Edit(Call(lambda rows, _: -rows, "negate"), positions, **place), lambda x, _: -x, positions)
+
+
+def some_changes(width):
+    """Lists of changes: at p alone, at all positions, at the first and last; at every site; one and several."""
+    c = Changes(width)
+    return [
+        [],
+        [c.replace()],
+        [c.add(1, 2.0)],
+        [c.towards(0.5), c.add(2, -1.0)],
+        [c.permuted(3)],
+        [c.zero(site="mlp", layers=(2,))],
+        [c.zero(site="attention", layers=(4,))],
+        [c.add(4, site="mlp", layers=(3, 4)), c.negated(site="attention", layers=(3,))],
+        [c.add(5), c.doubled(site="mlp", layers=(4,)), c.add(6, site="mlp", layers=(4,))],
+        [c.replace("all")],
+        [c.towards(0.25, "all"), c.add(7, positions=(0,))],
+        [c.zero("all", site="attention", layers=(2, 4))],
+        [c.zero("all", site="mlp", layers=(2, 3, 4))],
+        [
+            c.add(8, positions=(0, -1)),
+            c.negated((0,), site="attention", layers=(3,)),
+            c.doubled(site="mlp", layers=(2,)),
+        ],
+    ]
+
+
+def more_changes(width):
+    """As above, for sequences of at least four positions."""
+    c = Changes(width)
+    return [
+        [c.add(1, positions=(1, -3))],
+        [c.replace((2,)), c.zero((-2,), site="mlp", layers=(4,))],
+        [c.replace(), c.zero((3, -4), site="attention", layers=(2, 3)), c.negated("all", site="mlp", layers=(3,))],
+        [c.permuted(2, (0, 1, 2)), c.permuted(3), c.doubled((-2,), site="attention", layers=(4,))],
+    ]
+
+
+def variants_of(changes):
+    return [Variant(f"v{number}", [one.edit for one in some]) for number, some in enumerate(changes)]
+
+
+@functools.cache
+def expected_of(arch, dtype, lengths, make):
+    """``[n, n_variants, D]`` of the slow twin."""
+    study = study_of(arch, dtype, lengths)
+    changes = make(study.rows.shape[1])
+    return torch.stack(
+        [torch.stack([hooked(study, number, some) for some in changes]) for number in range(len(study.sequences))]
+    )
+
+
+CASES = pytest.mark.parametrize(("lengths", "make"), [(LENGTHS, some_changes), (MIXED, more_changes)])
+
+
+@CASES
+@DTYPES
+@ARCHS
+def test_strict_variants_are_bit_identical_to_a_hooked_forward(arch, dtype, lengths, make):
+    study, late = study_of(arch, dtype, lengths), late_of(arch, dtype)
+    variants = variants_of(make(late.width))
+    found = late.run_variants(study.rows, study.offsets, variants, strict=True, **study.given)
+    expected = expected_of(arch, dtype, lengths, make)
+    assert torch.equal(found, expected)
+    for a, b in itertools.combinations(range(len(variants)), 2):
+        assert not torch.equal(expected[:, a], expected[:, b]), "two variants are one: their equality says little"
+
+
+@CASES
+@DTYPES
+@ARCHS
+def test_packed_variants_differ_by_rounding_only(arch, dtype, lengths, make):
+    study, late = study_of(arch, dtype, lengths), late_of(arch, dtype)
+    assert late.mode == "packed"
+    expected = expected_of(arch, dtype, lengths, make)
+    # One bfloat16 has 8 bits, and a rounding of an early block goes through every later one.
+    allowed = 1e-4 if dtype == FLOAT32 else 0.1 * expected.float().abs().max().item()
+    for max_tokens in (None, 9):
+        found = late.run_variants(
+            study.rows, study.offsets, variants_of(make(late.width)), max_tokens=max_tokens, **study.given
+        )
+        assert (found.float() - expected.float()).abs().max() <= allowed
+
+
+@ARCHS
+def test_the_order_of_variants_changes_nothing_but_rounding(arch):
+    study, late = study_of(arch, FLOAT32), late_of(arch, FLOAT32)
+    variants = variants_of(some_changes(late.width))
+    order = torch.randperm(len(variants), generator=torch.Generator().manual_seed(1))
+    shuffled = [variants[index] for index in order]
+    for strict in (True, False):
+        straight = late.run_variants(study.rows, study.offsets, variants, strict=strict, max_tokens=20, **study.given)
+        mixed = late.run_variants(study.rows, study.offsets, shuffled, strict=strict, max_tokens=20, **study.given)
+        if strict:
+            assert torch.equal(mixed, straight[:, order])
+        else:
+            torch.testing.assert_close(mixed, straight[:, order], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
+def test_hundreds_of_variants_in_small_packs(arch):
+    study, late = study_of(arch, FLOAT32), late_of(arch, FLOAT32)
+    c = Changes(late.width)
+    changes = [
+        [
+            [c.add(seed)],
+            [c.towards(seed / 300)],
+            [c.add(seed, site="attention", layers=(2 + seed % 3,)), c.permuted(seed)],
+        ][seed % 3]
+        for seed in range(300)
+    ]
+    variants = variants_of(changes)
+    found = late.run_variants(study.rows, study.offsets, variants, max_tokens=64, **study.given)
+    for index in range(0, 300, 37):
+        for number in range(len(study.sequences)):
+            expected = hooked(study, number, changes[index])
+            torch.testing.assert_close(found[number, index], expected, rtol=0, atol=1e-4)
+
+
+def test_random_edits_are_the_same_in_every_mode_and_pack():
+    """A draw is a function of the event and the place: strict and packed, together and one by one, any neighbours."""
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    variants = [
+        Variant("matched", [Edit(MatchedNorm(1, "it"))]),
+        Variant("matched everywhere", [Edit(MatchedNorm(2, "it"), "all")]),
+        Variant(
+            "inside", [Edit(MatchedNorm(1), "all", "mlp", (2, 3)), Edit(MatchedNorm(1), site="attention", layers=(4,))]
+        ),
+        Variant("projected", [Edit(Project(torch.eye(late.width)[:5], "swap", donor="it"))]),
+    ]
+    strict = late.run_variants(study.rows, study.offsets, variants, strict=True, **study.given)
+    packed = late.run_variants(study.rows, study.offsets, variants, **study.given)
+    torch.testing.assert_close(packed, strict, rtol=0, atol=1e-4)
+    for number, (state, donor) in enumerate(zip(study.states, study.donor, strict=True)):
+        alone = late.run_variants(
+            state, [0, len(state)], variants, donors={"it": donor}, keys=[f"event {number}"], strict=True
+        )
+        torch.testing.assert_close(alone[0], strict[number], rtol=0, atol=1e-5)
+    other = late.run_variants(study.rows, study.offsets, variants, donors=study.given["donors"])
+    assert (other[:, :3] - packed[:, :3]).abs().amax(dim=(0, 2)).min() > 1e-3, "keys name the draws"
+
+
+# ---- how it is replayed ----
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=7),
+    st.lists(st.sampled_from(["last", "all", "site", "none"]), max_size=12),
+    st.integers(1, 40),
+    st.booleans(),
+)
+@settings(max_examples=30, deadline=None)
+def test_chunks_are_bounded_and_every_pair_comes_once(lengths, kinds, max_tokens, strict):
+    late = late_of("llama", FLOAT32)
+    rows, offsets = draw(sum(lengths), late.width), [0, *itertools.accumulate(lengths)]
+    vector = torch.ones(late.width)
+    edits = {
+        "last": [Edit(Add(vector))],
+        "all": [Edit(Add(vector), "all")],
+        "site": [Edit(Add(vector), site="mlp", layers=(3,))],
+        "none": [],
+    }
+    variants = [Variant(f"{number}", edits[kind]) for number, kind in enumerate(kinds)]
+    pairs = []
+    for sequences, numbers, hidden in late.iterate_variants(
+        rows, offsets, variants, max_tokens=max_tokens, strict=strict
+    ):
+        assert len(sequences) == len(numbers) == len(hidden)
+        assert len(hidden) <= max(max_tokens, len(set(sequences.tolist())))
+        pairs += zip(sequences.tolist(), numbers.tolist(), strict=True)
+    assert sorted(pairs) == list(itertools.product(range(len(lengths)), range(len(variants))))
+    assert late.run_variants(rows, offsets, variants, max_tokens=max_tokens).shape == (
+        *(len(lengths), len(variants)),
+        late.width,
+    )
+
+
+@pytest.fixture
+def counted():
+    """``counted(late_model)``: a list of calls so far, (block or part, tokens), and the model's own late stack."""
+    handles = []
+
+    def watch(model):
+        late, calls = LateStack.load(model, BOUNDARY), []  # its probes run before the count
+        for index, block in enumerate(reference.parts(model).blocks):
+            for name, module in ((index, block), ((index, "mlp"), block.mlp)):
+
+                def keep(_, args, kwargs, name=name):
+                    state = args[0] if args else kwargs["hidden_states"]
+                    calls.append((name, state.shape[:-1].numel()))
+
+                handles.append(module.register_forward_pre_hook(keep, with_kwargs=True))
+        return late, calls
+
+    yield watch
+    for handle in handles:
+        handle.remove()
+
+
+def tokens_of(calls, name):
+    return sum(n_tokens for called, n_tokens in calls if called == name)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
+def test_variants_of_the_last_position_cost_one_token_each(counted, arch):
+    study = study_of(arch, FLOAT32)
+    late, calls = counted(study.late)
+    n, n_tokens, k = len(study.sequences), len(study.rows), 50
+    variants = [Variant(f"{seed}", [Changes(late.width).add(seed).edit]) for seed in range(k)]
+    late.run_variants(study.rows, study.offsets, variants, max_tokens=128)
+    for block in range(BOUNDARY, tiny.N_BLOCKS):
+        assert tokens_of(calls, block) == n_tokens + k * n
+    assert tokens_of(calls, (tiny.N_BLOCKS - 1, "mlp")) == k * n
+    assert {name for name, _ in calls if isinstance(name, int)} == set(range(BOUNDARY, tiny.N_BLOCKS))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma2"])
+def test_a_plain_replay_runs_the_last_blocks_mlp_at_p_alone(counted, arch):
+    study = study_of(arch, FLOAT32)
+    late, calls = counted(study.late)
+    n, n_tokens, last = len(study.sequences), len(study.rows), tiny.N_BLOCKS - 1
+    late.run(study.rows, study.offsets)
+    assert tokens_of(calls, (last, "mlp")) == n
+    assert tokens_of(calls, (last - 1, "mlp")) == n_tokens
+    assert tokens_of(calls, last) == n_tokens + n
+    assert all(tokens_of(calls, block) == 0 for block in range(BOUNDARY))
+    calls.clear()
+    everywhere = Variant("everywhere", [Changes(late.width).replace("all").edit])
+    late.run_variants(study.rows, study.offsets, [everywhere] * 3, **study.given)
+    assert tokens_of(calls, (last, "mlp")) == 3 * n
+    assert tokens_of(calls, BOUNDARY) == 3 * n_tokens
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (Edit(Call(lambda rows, _: rows, "x"), site="mlp", layers=(1,)), "variant 'v' edits layer 1; .* blocks 2..4"),
+        (Edit(Call(lambda rows, _: rows, "x"), site="mlp", layers=(4, 5)), "variant 'v' edits layer 5; .* blocks 2..4"),
+        (Edit(Call(lambda rows, _: rows, "x"), (0, 1)), "variant 'v' edits position 1; the shortest sequence has 1"),
+        (Edit(Call(lambda rows, _: rows, "x"), (-2,)), "variant 'v' edits position -2; the shortest sequence has 1"),
+        (Edit(Replace("sft")), "names the donor 'sft'; there are it"),
+        (Edit(Call(lambda rows, _: rows[:, 1:], "cut"), "all", "mlp", (4,)), r"edit 'cut' made \(\d+, 31\)"),
+        (Edit(Add(torch.ones(5))), "does not fit rows of width 32"),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_variant_that_does_not_fit_is_refused(edit, words, strict):
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    before = late.run(study.rows, study.offsets, strict=strict)
+    with pytest.raises(InputError, match=words):
+        late.run_variants(study.rows, study.offsets, [PLAIN, Variant("v", [edit])], strict=strict, **study.given)
+    assert torch.equal(late.run(study.rows, study.offsets, strict=strict), before), "a hook was left behind"
+
+
+def test_donors_and_keys_that_do_not_fit_the_rows_are_refused():
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    rows, offsets = study.rows, study.offsets
+    for donor, words in (
+        (rows[1:], r"donor 'it' has shape \(39, 32\)"),
+        (rows.to(BFLOAT16), "donor 'it' is torch.bfl"),
+    ):
+        with pytest.raises(InputError, match=words):
+            late.run_variants(rows, offsets, [PLAIN], donors={"it": donor})
+    with pytest.raises(InputError, match="2 keys are given for 6 sequences"):
+        late.run_variants(rows, offsets, [PLAIN], keys=["a", "b"])
+
+
+def test_a_site_that_the_architecture_does_not_have_is_refused():
+    _, it = pair_of("llama", FLOAT32)
+    study, late = study_of("llama", FLOAT32), LateStack.load(it, 3)
+    block = reference.parts(it).blocks[4]
+    mlp = block._modules.pop("mlp")
+    try:
+        edit = Edit(Add(torch.ones(late.width)), site="mlp", layers=(4,))
+        with pytest.raises(UnsupportedModelError, match="LlamaDecoderLayer has no submodule that is its mlp"):
+            late.run_variants(study.rows, study.offsets, [Variant("v", [edit])])
+    finally:
+        block._modules["mlp"] = mlp
+
+
+def test_no_variants_and_no_sequences_give_nothing():
+    late = late_of("llama", FLOAT32)
+    assert late.run_variants(torch.zeros(0, late.width), [0], [PLAIN]).shape == (0, 1, late.width)
+    assert late.run_variants(torch.zeros(3, late.width), [0, 3], []).shape == (1, 0, late.width)

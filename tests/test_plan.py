@@ -1,0 +1,478 @@
+"""Plan: exact where configs and prompts decide, near the truth where a pilot tells, and one clear line otherwise."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from conftest import MAX_NEW
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+import actcache
+from actcache.capture import CaptureSettings
+from actcache.cli import main
+from actcache.divergence import SearchLimits, propose
+from actcache.lineup import Checkpoint, Lineup
+from actcache.plan import Group, SearchCounter, Study, default_assumptions, estimate, search_batches
+from actcache.run_folder import RunFolder
+from actcache.shape import ModelShape
+from actcache.trunk import Trunk
+
+MADE = ("llama", "qwen3", "gemma2", "gemma3", "olmo2", "gpt2", "mistral")
+COUNTS = ("tokens", "rows", "raw_bytes", "stored_bytes")
+WORK = ("search_multiply_adds", "capture_multiply_adds", "grid_multiply_adds", "multiply_adds")
+
+
+def mixtral() -> MixtralForCausalLM:
+    config = MixtralConfig(
+        **{**tiny._COMMON, "vocab_size": tiny.VOCAB_SIZE, "num_local_experts": 6, "num_experts_per_tok": 2},
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=tiny.EOS_ID,
+        attn_implementation="eager",
+        experts_implementation="eager",
+    )
+    return MixtralForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Real models with weights, and the shape that their config alone gives."""
+    folder = tmp_path_factory.mktemp("models")
+    made = {}
+    for arch in MADE:
+        path = tiny.make_checkpoint(folder / arch, arch)
+        made[arch] = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager").eval(), path
+    mixtral().save_pretrained(folder / "mixtral")
+    tiny.write_tokenizer(folder / "mixtral")
+    made["mixtral"] = mixtral(), folder / "mixtral"
+    return {
+        arch: (model, ModelShape.of_checkpoint(Checkpoint.open(arch, path))) for arch, (model, path) in made.items()
+    }
+
+
+# ---- a checkpoint ----
+
+
+@pytest.mark.parametrize("arch", [*MADE, "mixtral"])
+def test_parameters_are_those_of_the_real_model(models, arch):
+    model, shape = models[arch]
+    assert shape.n_parameters == sum(p.numel() for p in model.parameters())
+    assert shape == ModelShape.of_model(model)
+    blocks = model.get_submodule("transformer.h" if arch == "gpt2" else "model.layers")
+    assert list(shape.block_parameters) == [sum(p.numel() for p in block.parameters()) for block in blocks]
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    outside = shape.n_parameters - sum(shape.block_parameters) - shape.readout_parameters
+    embedding = model.get_input_embeddings().weight.numel()
+    assert outside == (0 if tied else embedding) + (40 * tiny.MAX_POSITIONS if arch == "gpt2" else 0)
+
+
+@pytest.mark.parametrize("n_tokens", [1, 7])
+@pytest.mark.parametrize("arch", [*MADE, "mixtral"])
+def test_multiply_adds_are_those_that_torch_counts(models, arch, n_tokens):
+    model, shape = models[arch]
+    ids = torch.arange(2, 2 + n_tokens)[None]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, use_cache=False)
+    flops = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    for index in range(shape.n_blocks):
+        (counted,) = (
+            value for name, value in flops.items() if name.endswith(f".{'h' if arch == 'gpt2' else 'layers'}.{index}")
+        )
+        # The eager attention multiplies every query with every key, and masks.
+        assert counted == 2 * (n_tokens * shape.block_products[index] + n_tokens**2 * shape.pair_products)
+    head = next(value for name, value in flops.items() if name.endswith("lm_head"))
+    assert head == 2 * n_tokens * shape.head_products
+    if n_tokens == 1:
+        blocks = sum(
+            value for name, value in flops.items() if name.split(".")[-1].isdecimal() and "experts" not in name
+        )
+        assert blocks == 2 * shape.products(np.array([1.0]))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "mistral"])
+def test_attention_is_causal_and_within_windows(models, arch):
+    _, shape = models[arch]
+    windows = {"llama": [None] * 5, "mistral": [9] * 5, "gemma3": [6, 6, None, 6, None]}[arch]
+    assert list(shape.windows) == windows
+    lengths, first = [1, 4, 9, 23], 2
+    pairs = [
+        sum(1 for q in range(n) for k in range(q + 1) if window is None or q - k < window)
+        for window in windows[first:]
+        for n in lengths
+    ]
+    linear = sum(lengths) * sum(shape.block_products[first:])
+    assert shape.products(np.array(lengths, float), first=first) == linear + sum(pairs) * shape.pair_products
+    for n in lengths:  # token by token is the same as all at once
+        steps = shape.step_products(np.arange(n, dtype=float), first=first)
+        assert steps == pytest.approx(shape.products(np.array([n], float), first=first))
+
+
+def test_a_token_goes_through_its_own_experts_only(models):
+    _, shape = models["mixtral"]
+    assert shape.active_experts == (2, 6)
+    dense = models["llama"][1]
+    own_mlp, router = 3 * 32 * 64, 6 * 32
+    assert shape.block_products[0] == dense.block_products[0] + own_mlp + router
+
+
+def test_experts_whose_number_the_config_does_not_tell():
+    model = mixtral()
+    model.config.__dict__["num_experts_per_tok"] = None  # its class refuses it
+    with pytest.raises(
+        actcache.errors.InputError, match="mixtral has experts, and its config has none of num_experts_"
+    ):
+        ModelShape.of_model(model)
+
+
+# ---- the estimate ----
+
+
+def test_every_row_against_a_loop_over_events(models):
+    shape = models["gemma3"][1]
+    capture = CaptureSettings((2, 3), max_new=8, shard_prompts=3, max_tokens=40)
+    groups = [Group(2), Group(3, ("position",), 1), Group(3, ("position", "prefix"), 2, n_variants=5)]
+    lengths = [9, 4, 30, 12, 7]
+    study = Study({"pt": shape, "it": shape}, lengths, capture, groups)
+    found = estimate(study, default_assumptions(capture))  # all prompts give an event, after 7 = max_new - 1 tokens
+    blocks = range(shape.n_blocks)
+
+    def token(seen: int, first: int = 0) -> float:
+        return sum(
+            shape.block_products[b] + shape.pair_products * min(seen + 1, shape.windows[b] or seen + 1)
+            for b in blocks[first:]
+        )
+
+    def sequence(n: int, first: int = 0) -> float:
+        return sum(token(seen, first) for seen in range(n))
+
+    head = shape.vocab_size * shape.width
+    padded = [9, 9, 30, 12, 12]  # shards of three; 2 x 9 and 1 x 30 fit into 40 tokens
+    search = sum(2 * (sequence(n) + head + sum(token(n + step) + head for step in range(7))) for n in padded)
+    grid = variants = 0.0
+    for n in (length + 7 for length in lengths):
+        whole, last = sequence(n, 3), token(n - 1, 3)
+        grid += 4 * sequence(n, 2) + (4 + 2) * 3 * head
+        grid += 2 * whole + 2 * last + (2 + 2 + 2) * head  # own rows twice, and the other's last row in each
+        grid += 4 * whole + 2 * last + (4 + 2 + 4) * 2 * head
+        variants += 5 * (4 + 2) * last
+    captured = sum(2 * (sequence(n + 7) + 8 * head) for n in lengths)
+    hooked = sum(
+        (2 + 2 + 2 + 4 + 30) * (sequence(n + 7) + head)
+        + 2 * (sequence(n) + head + sum(token(n + step) + head for step in range(7)))
+        for n in lengths
+    )
+    assert found["grid_multiply_adds"] == pytest.approx(grid)
+    assert found["variants_multiply_adds"] == pytest.approx(variants)
+    assert found["capture_multiply_adds"] == pytest.approx(captured)
+    # Windows bend the growth of attention with every step, which the estimate takes as straight.
+    assert found["search_multiply_adds"] == pytest.approx(search, rel=1e-3)
+    assert found["hooks_multiply_adds"] == pytest.approx(hooked, rel=1e-3)
+    assert found["multiply_adds"] == pytest.approx(search + captured + grid + variants, rel=1e-3)
+    assert found["tokens"] == sum(lengths) + 5 * 7
+    assert found["rows"] == found["tokens"] * 2 * 2
+    assert found["raw_bytes"] == found["rows"] * 32 * 4
+
+
+def test_searches_are_batched_as_the_search_does():
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 60) for _ in range(50)]
+    capture = CaptureSettings((1,), shard_prompts=8, max_tokens=100)
+    batches = search_batches(lengths, capture)
+    assert sum(n for _, n in batches) == len(lengths)
+    assert all(n * longest <= 100 or n == 1 for longest, n in batches)
+
+
+def test_the_counter_counts_what_a_search_runs(tmp_path):
+    paths = tiny.make_pair(tmp_path, "gemma3")
+    lineup = Lineup.open(dict(zip(("pt", "it"), paths, strict=True)))
+    counter, trunks, shapes = SearchCounter(), [], []
+    for checkpoint in lineup.checkpoints.values():
+        shapes.append(ModelShape.of_checkpoint(checkpoint))
+        trunks.append(counter.watch(Trunk(checkpoint.load(torch.float32)), shapes[-1]))
+    ids = lineup.tokenizer("In the morning the baker")["input_ids"]
+    (proposal,) = propose(trunks, [ids], [0], SearchLimits(MAX_NEW, lineup.end_ids, None))
+    n, steps = len(ids), len(proposal.shared)
+    one = shapes[0].products(np.array([n], float)) + shapes[0].step_products(np.arange(n, n + steps, dtype=float))
+    assert counter.multiply_adds == 2 * (one + (steps + 1) * shapes[0].head_products)
+    assert (counter.n_searches, counter.n_choices) == (1, steps + 1)
+
+
+# ---- beside a run ----
+
+
+@pytest.fixture
+def plan(capsys):
+    """``plan(*arguments)``: the JSON that the verb prints."""
+
+    def ask(*arguments):
+        capsys.readouterr()
+        assert main(["plan", *map(str, arguments), "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    return ask
+
+
+def of(run):
+    return ["--pt", run.pt, "--it", run.it, "--prompts", run.prompts, "--max-new", MAX_NEW]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_with_a_runs_own_numbers_the_bytes_are_equal(tiny_run, plan, tmp_path, arch):
+    run = tiny_run(arch, torch.float32)
+    diverging = set(run.store.events["prompt_id"].to_pylist())
+    lines = [line for line in run.prompts.read_text().splitlines() if json.loads(line)["id"] in diverging]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "run"
+    prompts.write_text("\n".join(lines) + "\n")
+    given = ["--pt", run.pt, "--it", run.it, "--prompts", prompts, "--max-new", MAX_NEW, "--boundary", "2,3"]
+    shared = run.store.events["step"].to_numpy().mean()
+    planned = plan(*given, "--shared-tokens", repr(float(shared)), "--rate", "1e9")
+    assert main([str(word) for word in ["capture", *given, "--out", out]]) == 0
+    summary = actcache.open_store(out / "store").summary()
+    found = planned["estimate"]
+    tokenizer = AutoTokenizer.from_pretrained(run.pt)
+    texts = [json.loads(line)["prompt"] for line in lines]
+    assert found["prompt_tokens"] == sum(len(ids) for ids in tokenizer(texts)["input_ids"])
+    assert found["events"] == summary["events"]["total"] == len(lines)
+    assert found["rows"] == summary["rows"]
+    assert found["raw_bytes"] == summary["state_bytes"]["raw"]
+
+
+@pytest.fixture(scope="module")
+def piloted(tmp_path_factory):
+    """A pair, many prompts, a run of the first 40, and a plan and then a run of all."""
+    folder = tmp_path_factory.mktemp("piloted")
+    pt, it = tiny.make_pair(folder, "llama")
+    rng = random.Random(1)
+    texts = [" ".join(pair) for pair in itertools.permutations(tiny.PROMPTS, 2)]
+    prompts = folder / "prompts.jsonl"
+    lines = [json.dumps({"id": f"p{i}", "prompt": text}) for i, text in enumerate(rng.sample(texts, 200))]
+    prompts.write_text("\n".join(lines) + "\n")
+    words = ["--pt", pt, "--it", it, "--prompts", prompts, "--max-new", MAX_NEW, "--boundary", "2,3"]
+    words = [str(word) for word in words]
+    pilot, out = str(folder / "pilot"), str(folder / "all")
+    assert main(["run", *words, "--out", pilot, "--limit", "40", "--stability", "0"]) == 0
+    assert main(["plan", *words, "--pilot", pilot, "--out", out]) == 0
+    assert main(["run", *words, "--out", out, "--stability", "0"]) == 0
+    return folder, words
+
+
+def test_a_pilot_tells_the_whole_run_within_a_fifth(piloted, plan):
+    folder, words = piloted
+    found = plan(folder / "all")
+    for name in ("prompts", "prompt_tokens", "events", *COUNTS, *WORK):
+        assert found["ratio"][name] == pytest.approx(1, abs=0.2), name
+    assert {"capture_s", "grid_s"} <= found["truth"].keys()
+    assert found["estimate"] == plan(*words, "--pilot", folder / "pilot")["estimate"]
+    truth, store = found["truth"], actcache.open_store(folder / "all" / "store")
+    summary = store.summary()
+    assert truth["rows"] == summary["rows"]
+    assert [truth["raw_bytes"], truth["stored_bytes"]] == [summary["state_bytes"][key] for key in ("raw", "stored")]
+    assert truth["tokens"] == len(store.token_ids()[0])
+
+
+def test_a_run_without_a_plan_is_its_own(piloted, plan, capsys):
+    folder, _ = piloted
+    found = plan(folder / "pilot")
+    assert found["assumed"]["sources"]["event_share"] == "the run itself"
+    for name in (*COUNTS, *WORK):
+        assert found["ratio"][name] == pytest.approx(1, abs=0.05), name
+    for name in ("capture_s", "grid_s"):
+        assert found["ratio"][name] == pytest.approx(1, abs=0.2), name
+    assert main(["plan", str(folder / "pilot")]) == 0
+    out = capsys.readouterr().out
+    assert "2 x llama" in out
+    assert " off" not in out
+
+
+def test_what_is_far_off_is_marked(piloted, tmp_path, capsys):
+    folder, _ = piloted
+    out = shutil.copytree(folder / "all", tmp_path / "run")
+    saved = json.loads((out / "plan.json").read_text())
+    saved["assumed"]["shared_tokens"] = 100.0
+    (out / "plan.json").write_text(json.dumps(saved))
+    assert main(["plan", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("rows stored") and line.endswith(" off") for line in lines)
+    assert not any(line.startswith("their tokens") and line.endswith(" off") for line in lines)
+
+
+def test_times_are_only_of_stages_that_ran_in_one_go(piloted, tmp_path, plan):
+    folder, words = piloted
+    out = shutil.copytree(folder / "pilot", tmp_path / "run")
+    timings = RunFolder(out).timings()
+    assert timings["capture"]["elapsed_s"] > timings["capture"]["load_s"] > 0
+    again = ["run", *words, "--out", str(out), "--limit", "40", "--stability", "0"]
+    assert main(again) == 0
+    assert RunFolder(out).timings() == timings, "nothing was left to do"
+    next((out / "cells").glob("b003*")).unlink()
+    assert main(again) == 0
+    assert RunFolder(out).timings() == {"capture": timings["capture"]}
+    assert "grid_s" not in plan(out)["truth"]
+    (commit,) = (out / "store" / "commits").glob("shard*")
+    commit.unlink()
+    shutil.rmtree(out / "store" / "segments")
+    assert main([*again, "--shard-prompts", "64"]) == 0
+    assert RunFolder(out).timings().keys() >= {"capture"}, "all prompts anew: in one go again"
+
+
+def test_a_run_of_other_cells_than_its_time_was_taken_of(piloted, tmp_path, plan):
+    folder, _ = piloted
+    out = shutil.copytree(folder / "pilot", tmp_path / "run")
+    before = plan(out)
+    assert main(["grid", str(out), "--scope", "position", "--boundary", "3"]) == 0
+    found = plan(out)
+    assert "grid_s" in before["truth"]
+    assert "grid_s" not in found["truth"]
+    assert found["truth"]["grid_multiply_adds"] > before["truth"]["grid_multiply_adds"]
+
+
+# ---- the command line ----
+
+
+def test_no_weights_are_read(tiny_run, plan, tmp_path):
+    run = tiny_run("llama", torch.float32)
+    expected = plan(*of(run), "--rate", "1e9")
+    folders = {}
+    for label, path in (("--pt", run.pt), ("--it", run.it)):
+        folders[label] = shutil.copytree(path, tmp_path / label.strip("-"))
+        (folders[label] / "model.safetensors").write_bytes(b"no weights")
+    words = [word for item in folders.items() for word in item]
+    found = plan(*words, "--prompts", run.prompts, "--max-new", MAX_NEW, "--rate", "1e9")
+    assert found == expected
+
+
+@pytest.mark.parametrize(("rate", "per_second"), [("1e9", 1e9), ("0.5TFLOP/s", 2.5e11), ("3 GFLOP/s", 1.5e9)])
+def test_time_at_a_given_rate(tiny_run, plan, rate, per_second):
+    found = plan(*of(tiny_run("llama", torch.float32)), "--rate", rate)["estimate"]
+    assert found["grid_s"] == pytest.approx(found["grid_multiply_adds"] / per_second)
+    work = found["search_multiply_adds"] + found["capture_multiply_adds"]
+    assert found["capture_s"] == pytest.approx(work / per_second)
+
+
+def test_a_rate_is_measured_where_none_is_given(tiny_run, plan, capsys):
+    run = tiny_run("llama", torch.float32)
+    assert min(plan(*of(run))["assumed"]["rates"].values()) > 1e6
+    assert main(["plan", *map(str, of(run))]) == 0
+    assert "measured here" in capsys.readouterr().out
+
+
+def test_more_of_everything_costs_more(tiny_run, plan):
+    run = tiny_run("llama", torch.float32)
+    one = plan(*of(run), "--rate", "1e9")["estimate"]
+    every = plan(*of(run), "--rate", "1e9", "--boundary", "all", "--scope", "prefix,position", "--variants", 10)[
+        "estimate"
+    ]
+    assert every["rows"] == 4 * one["rows"]
+    assert every["search_multiply_adds"] == one["search_multiply_adds"]
+    assert every["variants_multiply_adds"] > 0 == one["variants_multiply_adds"]
+    native = plan(*of(run), "--rate", "1e9", "--readout", "native")["estimate"]
+    assert native["grid_multiply_adds"] < one["grid_multiply_adds"]
+    bare = plan(*of(run), "--rate", "1e9", "--rows", "divergence")["estimate"]
+    assert bare["rows"] == bare["events"] * 2
+    assert bare["grid_multiply_adds"] == 0
+
+
+def test_a_gpu_is_planned_for_without_one(tiny_run, plan):
+    found = plan(
+        *of(tiny_run("llama", torch.float32)), "--device", "cuda", "--dtype", "bfloat16", "--rate", "300TFLOP/s"
+    )
+    assert found["estimate"]["raw_bytes"] == found["estimate"]["rows"] * 32 * 2
+
+
+@pytest.fixture
+def refused(capsys):
+    def check(words, *arguments):
+        capsys.readouterr()
+        assert main(["plan", *map(str, arguments)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line
+
+    return check
+
+
+def test_bad_input(tiny_run, refused, tmp_path):
+    run = tiny_run("llama", torch.float32)
+    refused("give --pt, --it, --prompts to plan a run, or the folder of a finished one")
+    refused("give --it, --prompts to plan", "--pt", run.pt)
+    bare = shutil.copytree(run.it, tmp_path / "bare")
+    (bare / "config.json").unlink()
+    refused("bare has no config.json", "--pt", run.pt, "--it", bare, "--prompts", run.prompts)
+    refused("boundary 5 is outside 1..4", *of(run), "--boundary", "5")
+    refused("scope 'suffix' is unknown; choose from prefix, position", *of(run), "--scope", "prefix,suffix")
+    refused("readout 'common_xx' is unknown", *of(run), "--readout", "common_xx")
+    refused("-1 variants asked for", *of(run), "--variants", "-1")
+    refused("no such prompts file", *of(run)[:-3], tmp_path / "none.jsonl")
+    refused("holds no run", tmp_path / "none")
+    refused("holds no run", *of(run), "--pilot", tmp_path)
+    refused("holds a run already", *of(run), "--out", run.out)
+    refused("is not empty and holds no run", *of(run), "--out", tmp_path)
+
+
+@pytest.mark.parametrize("rate", ["fast", "0", "3TB/s", "-1e9", "TFLOP/s"])
+def test_rates_that_are_none(tiny_run, rate, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["plan", *map(str, of(tiny_run("llama", torch.float32))), f"--rate={rate}"])
+    assert caught.value.code == 2
+    assert "is not a number of multiply-adds a second" in capsys.readouterr().err
+
+
+def test_pilots_that_tell_nothing(tiny_run, refused, tmp_path):
+    run, other = tiny_run("llama", torch.float32), tiny_run("gpt2", torch.float32)
+    refused("the pilot is of another pair: its pt is", *of(run), "--pilot", other.out)
+    changed = tiny.make_pair(tmp_path, "llama", seed=7)
+    words = ["--pt", changed[0], "--it", changed[1], "--prompts", run.prompts, "--max-new", MAX_NEW]
+    refused("the pilot is of another pair: its pt is", *words, "--pilot", run.out)
+    refused("made with max_new 24, the plan has 12", *of(run), "--max-new", "12", "--pilot", run.out)
+    refused("made with dtype float32, the plan has bfloat16", *of(run), "--dtype", "bfloat16", "--pilot", run.out)
+
+
+def test_a_pilot_whose_folders_were_moved_is_known_by_its_weights(tiny_run, plan, tmp_path):
+    run = tiny_run("llama", torch.float32)
+    moved = [shutil.copytree(path, tmp_path / path.name) for path in (run.pt, run.it)]
+    words = ["--pt", moved[0], "--it", moved[1], "--prompts", run.prompts, "--max-new", MAX_NEW]
+    assert plan(*words, "--pilot", run.out)["assumed"] == plan(*of(run), "--pilot", run.out)["assumed"]
+
+
+def test_runs_that_cannot_be_put_beside(tiny_run, refused, tmp_path):
+    run = tiny_run("llama", torch.float32)
+    out = shutil.copytree(run.out, tmp_path / "run")
+    other = tiny.write_prompts(tmp_path / "prompts.jsonl", 5)
+    refused("no longer holds the prompts that", out, "--prompts", other)
+    (out / "plan.json").write_text("{}")
+    refused("plan.json is not a plan", out)
+    (out / "plan.json").write_text('{"assumed": {"event_share": "half"}}')
+    refused("is not a plan", out)
+    (out / "plan.json").unlink()
+    (out / "timings.json").write_text("x")
+    refused("timings.json is not JSON", out)
+    wide = tiny.make_pair(tmp_path / "wide", "qwen3")
+    refused("the checkpoints have width 40", out, "--pt", wide[0], "--it", wide[1])
+
+
+def test_a_pilot_without_an_event(tmp_path, refused):
+    pt, it = tiny.make_pair(tmp_path, "llama", change="none")
+    prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", 4)
+    words = ["--pt", pt, "--it", it, "--prompts", prompts, "--max-new", 4]
+    assert main([str(word) for word in ["capture", *words, "--out", tmp_path / "run"]]) == 0
+    refused("holds 0 events and 4 prompts without one", *words, "--pilot", tmp_path / "run")
+
+
+def test_planning_leaves_a_folder_that_a_run_begins_in(tiny_run, plan, tmp_path):
+    run = tiny_run("llama", torch.float32)
+    out = tmp_path / "run"
+    plan(*of(run), "--rate", "1e9", "--out", out)
+    assert [path.name for path in out.iterdir()] == ["plan.json"]
+    plan(*of(run), "--rate", "2e9", "--out", out)  # planned again
+    assert main([str(word) for word in ["capture", *of(run), "--out", out]]) == 0
+    found = plan(out)
+    assert found["assumed"]["rates"]["grid"] == 2e9
+    assert found["assumed"]["sources"]["shared_tokens"] == "default"
+    assert "grid_multiply_adds" not in found["truth"], "not scored yet"

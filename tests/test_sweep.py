@@ -1,0 +1,775 @@
+"""Sweeps: what a description means, and grids over variants against forward hooks, resumed and added to."""
+
+from __future__ import annotations
+
+import shutil
+
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+import reference
+import tiny
+import torch
+from conftest import MAX_NEW
+from safetensors.torch import save_file
+from test_edits import Changes, Study, hooked
+from test_pipeline import exact_margin
+
+import actcache
+from actcache import grid
+from actcache.cli import main
+from actcache.edits import (
+    Add,
+    Edit,
+    Interpolate,
+    MatchedNorm,
+    Project,
+    Replace,
+    SignedPermutation,
+    Variant,
+)
+from actcache.errors import InputError
+from actcache.grid import GridSettings, run_grid
+from actcache.replay import LateStack
+from actcache.sweep import Sweep, read_sweep
+
+WIDTH = 32
+TENSORS = {
+    "d": torch.linspace(-1, 1, WIDTH),
+    "d2": torch.linspace(0, 1, WIDTH),
+    "d3": torch.linspace(1, 0, WIDTH),
+    "basis2": torch.eye(WIDTH)[:2],
+    "basis3": torch.eye(WIDTH)[4:7],
+    "narrow": torch.ones(5),
+    "not orthonormal": torch.ones(2, WIDTH),
+}
+
+
+@pytest.fixture
+def written(tmp_path):
+    """``written(text, name)``: the path of a description with these words, beside the tensors that it may name."""
+    save_file(TENSORS, tmp_path / "x.safetensors")
+
+    def write(text, name="s.toml"):
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def digests(variants):
+    return {variant.name: variant.digest for variant in variants}
+
+
+# ---- what a description means ----
+
+
+def test_every_kind_of_edit_is_what_it_says(written):
+    text = """
+    [[variants]]
+    name = "replaced"
+    edits = [{ edit = "replace", donor = "it" }]
+    [[variants]]
+    name = "knocked out"
+    edits = [{ edit = "replace", vector = "zeros", site = "mlp", layers = [3, 4] }]
+    [[variants]]
+    name = "set"
+    edits = [{ edit = "replace", vector = { file = "x.safetensors", tensor = "d" }, positions = "all" }]
+    [[variants]]
+    name = "pushed"
+    edits = [{ edit = "add", vector = { file = "x.safetensors", tensor = "d" }, scale = -2, positions = [0, -1] }]
+    [[variants]]
+    name = "towards"
+    edits = [{ edit = "interpolate", donor = "it", weight = 0.5, positions = "last" }]
+    [[variants]]
+    name = "kept"
+    [[variants.edits]]
+    edit = "project"
+    basis = { file = "x.safetensors", tensor = "basis2" }
+    mean = { file = "x.safetensors", tensor = "d" }
+    [[variants]]
+    name = "swapped"
+    edits = [{ edit = "project", basis = { file = "x.safetensors", tensor = "basis2" }, how = "swap", donor = "it" }]
+    [[variants]]
+    name = "controls"
+    [[variants.edits]]
+    edit = "signed_permutation"
+    seed = 3
+    donor = "pt"
+    [[variants.edits]]
+    edit = "matched_norm"
+    seed = 4
+    site = "attention"
+    layers = [2]
+    """
+    sweep = read_sweep(written(text), WIDTH)
+    d, basis = TENSORS["d"], TENSORS["basis2"]
+    expected = [
+        Variant("replaced", [Edit(Replace("it"))]),
+        Variant("knocked out", [Edit(Replace(vector=torch.zeros(WIDTH)), site="mlp", layers=(3, 4))]),
+        Variant("set", [Edit(Replace(vector=d), "all")]),
+        Variant("pushed", [Edit(Add(d, -2.0), (0, -1))]),
+        Variant("towards", [Edit(Interpolate("it", 0.5))]),
+        Variant("kept", [Edit(Project(basis, "keep", d))]),
+        Variant("swapped", [Edit(Project(basis, "swap", donor="it"))]),
+        Variant("controls", [Edit(SignedPermutation(3, "pt")), Edit(MatchedNorm(4), site="attention", layers=(2,))]),
+    ]
+    for boundary in (1, 2):
+        assert digests(sweep.variants_at(boundary)) == digests(expected)
+        assert [variant.name for variant in sweep.variants_at(boundary)] == [variant.name for variant in expected]
+    assert (sweep.boundaries, sweep.scopes, sweep.readouts, sweep.top1) == (None, None, None, False)
+
+
+def test_sweep_tables_expand_to_their_product(written):
+    text = """
+    [[variants]]
+    name = "v"
+    [[variants.edits]]
+    edit = "interpolate"
+    donor = "it"
+    sweep = { weight = [0.25, 1], positions = ["last", "all"] }
+    [[variants.edits]]
+    edit = "matched_norm"
+    sweep = { seed = [7, 8] }
+    """
+    variants = read_sweep(written(text), WIDTH).variants_at(2)
+    expected = [
+        Variant(
+            f"v[weight={weight},positions={positions},seed={seed}]",
+            [Edit(Interpolate("it", weight), positions), Edit(MatchedNorm(seed))],
+        )
+        for weight in (0.25, 1)
+        for positions in ("last", "all")
+        for seed in (7, 8)
+    ]
+    assert digests(variants) == digests(expected)
+    assert [variant.name for variant in variants] == [variant.name for variant in expected]
+
+
+def test_tensors_and_variants_of_a_boundary(written):
+    text = """
+    boundaries = [2, 3]
+    scopes = ["prefix", "position", "prefix"]
+    readouts = ["native", "common_it"]
+    top1 = true
+    [[variants]]
+    name = "pushed"
+    edits = [{ edit = "add", vector = { file = "x.safetensors", tensor = "d{boundary}" } }]
+    [[variants]]
+    name = "kept"
+    edits = [{ edit = "project", basis = { file = "x.safetensors", tensor = "basis{boundary}" } }]
+    [[variants]]
+    name = "only at 3"
+    boundaries = [3]
+    edits = [{ edit = "replace", donor = "it" }]
+    """
+    sweep = read_sweep(written(text), WIDTH)
+    assert (sweep.boundaries, sweep.scopes, sweep.readouts) == ("2,3", ("prefix", "position"), ("native", "common_it"))
+    assert sweep.top1
+    for boundary in (2, 3):
+        expected = [
+            Variant("pushed", [Edit(Add(TENSORS[f"d{boundary}"]))]),
+            Variant("kept", [Edit(Project(TENSORS[f"basis{boundary}"]))]),
+        ]
+        if boundary == 3:
+            expected.append(Variant("only at 3", [Edit(Replace("it"))]))
+        assert digests(sweep.variants_at(boundary)) == digests(expected)
+    with pytest.raises(InputError, match=r"variant 'pushed': vector: .* has no tensor 'd4'; it has basis2"):
+        sweep.variants_at(4)
+
+
+@pytest.mark.parametrize(
+    ("given", "asked"), [('"all"', "all"), ("2", "2"), ("0.6", "0.6"), ('"1,2"', "1,2"), ("[1, 2]", "1,2")]
+)
+def test_boundaries_in_words_and_numbers(written, given, asked):
+    assert read_sweep(written(f"boundaries = {given}"), WIDTH).boundaries == asked
+
+
+def test_the_python_form(written):
+    text = """
+from actcache.edits import Call, Edit, Variant
+from actcache.sweep import Sweep
+
+def doubled(rows, at):
+    return rows * 2
+
+def variants(boundary):
+    return [Variant(f"doubled at {boundary}", [Edit(Call(doubled, f"double {boundary}"))])]
+
+sweep = Sweep(boundaries="all", scopes=("position",), variants=variants)
+"""
+    sweep = read_sweep(written(text, "s.py"), WIDTH)
+    assert [variant.name for variant in sweep.variants_at(3)] == ["doubled at 3"]
+    assert (sweep.boundaries, sweep.scopes) == ("all", ("position",))
+    with pytest.raises(InputError, match=r"other\.py assigns NoneType to 'sweep', expected an actcache\.sweep\.Sweep"):
+        read_sweep(written("x = 1", "other.py"), WIDTH)
+    assert Sweep(variants=[Variant("a")]).variants_at(1) == (Variant("a"),)
+
+
+def one_edit(text):
+    return f'[[variants]]\nname = "v"\n[[variants.edits]]\n{text}'
+
+
+FILE = 'file = "x.safetensors"'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("variants = ", "is not TOML"),
+        ("boundary = 3", "the sweep has a key 'boundary'; it may have boundaries, readouts, scopes, top1, variants"),
+        ("top1 = 1", "top1 is 1, expected true or false"),
+        ("boundaries = true", "boundaries is True, expected"),
+        ("boundaries = [2, 0.5]", r"boundaries is \[2, 0.5\], expected a list of whole numbers"),
+        ("boundaries = { a = 1 }", "boundaries is .*, expected"),
+        ('scopes = "prefix"', "scopes is 'prefix', expected a list of texts"),
+        ('scopes = ["prefix", "suffix"]', "scope 'suffix' is unknown; choose prefix or position"),
+        ("scopes = []", r"scopes is \[\], expected"),
+        ("readouts = [1]", r"readouts is \[1\], expected a list of texts"),
+        ("readouts = []", r"readouts is \[\], expected"),
+        ("variants = 3", "variants is 3, expected a list of tables"),
+        ("[[variants]]\nname = 3", "a variant's name is 3, expected a text"),
+        ("[[variants]]\nedits = []", "a variant's name is None"),
+        ('[[variants]]\nname = ""', "a variant's name is ''"),
+        ('[[variants]]\nname = "v"', "variant 'v' has no edits"),
+        ('[[variants]]\nname = "v"\nedit = 1', "a variant has a key 'edit'; it may have boundaries, edits, name"),
+        ('[[variants]]\nname = "v"\nedits = 1', "variant 'v': edits is 1, expected a list of tables"),
+        (
+            '[[variants]]\nname = "v"\nboundaries = 3\nedits = [{}]',
+            "'v': boundaries is 3, expected a list of whole numbers",
+        ),
+        (one_edit(""), "variant 'v': edit None is unknown; choose replace, add"),
+        (one_edit('edit = "subtract"'), "variant 'v': edit 'subtract' is unknown; choose replace, add"),
+        (one_edit("edit = [1]"), r"variant 'v': edit \[1\] is unknown"),
+        (one_edit('edit = "replace"\nweight = 1'), "variant 'v': edit 'replace' has a key 'weight'; it may have donor"),
+        (one_edit('edit = "replace"'), "variant 'v': replace takes either a donor or a vector"),
+        (one_edit('edit = "replace"\ndonor = 3'), "variant 'v': edit 'replace': donor is 3"),
+        (one_edit('edit = "add"'), "variant 'v': edit 'add' needs 'vector'"),
+        (
+            one_edit('edit = "add"\nvector = "ones"'),
+            r"vector is 'ones', expected \{ file = ..., tensor = ... \} or zeros",
+        ),
+        (one_edit('edit = "add"\nvector = { file = "x" }'), "vector is {'file': 'x'}, expected"),
+        (one_edit('edit = "add"\nvector = { file = 3, tensor = "d" }'), "vector is .*'file': 3.*, expected"),
+        (one_edit(f'edit = "add"\nvector = {{ {FILE}, tensor = 3 }}'), "vector is .*'tensor': 3.*, expected"),
+        (one_edit('edit = "add"\nvector = { file = "no", tensor = "d" }'), "vector: .*no is not a safetensors file"),
+        (one_edit(f'edit = "add"\nvector = {{ {FILE}, tensor = "e" }}'), "vector: .* has no tensor 'e'; it has basis2"),
+        (
+            one_edit(f'edit = "add"\nvector = {{ {FILE}, tensor = "narrow" }}'),
+            r"vector: .* shape \[5\], expected \[32\]",
+        ),
+        (one_edit(f'edit = "add"\nvector = {{ {FILE}, tensor = "basis2" }}'), r"vector: .*, expected \[32\]"),
+        (one_edit('edit = "add"\nvector = "zeros"\nscale = "2"'), "edit 'add': scale is '2'"),
+        (one_edit('edit = "add"\nvector = "zeros"\nscale = true'), "edit 'add': scale is True"),
+        (one_edit('edit = "interpolate"\ndonor = "it"'), "edit 'interpolate' needs 'weight'"),
+        (one_edit('edit = "interpolate"\nweight = 1'), "edit 'interpolate' needs 'donor'"),
+        (one_edit('edit = "interpolate"\ndonor = "it"\nweight = "1"'), "edit 'interpolate': weight is '1'"),
+        (one_edit('edit = "interpolate"\ndonor = "it"\nweight = nan'), "edit 'interpolate': weight is nan"),
+        (one_edit('edit = "project"'), "edit 'project' needs 'basis'"),
+        (one_edit('edit = "project"\nbasis = "zeros"'), r"basis is 'zeros', expected \{ file = ..., tensor = ... \}$"),
+        (one_edit(f'edit = "project"\nbasis = {{ {FILE}, tensor = "d" }}'), r"basis: .*, expected \[k, 32\]"),
+        (
+            one_edit(f'edit = "project"\nbasis = {{ {FILE}, tensor = "not orthonormal" }}'),
+            "v': project: .* orthonormal",
+        ),
+        (one_edit(f'edit = "project"\nbasis = {{ {FILE}, tensor = "basis2" }}\nhow = "drop"'), "how is 'drop'; choose"),
+        (one_edit(f'edit = "project"\nbasis = {{ {FILE}, tensor = "basis2" }}\nhow = "swap"'), "a donor goes with"),
+        (one_edit('edit = "signed_permutation"'), "edit 'signed_permutation' needs 'seed'"),
+        (one_edit('edit = "matched_norm"\nseed = 0.5'), "edit 'matched_norm': seed is 0.5"),
+        (one_edit('edit = "signed_permutation"\nseed = 123456789123456789123'), "seed is 123456789123456789123"),
+        (one_edit('edit = "replace"\ndonor = "it"\npositions = 3'), "positions 3: expected 'last', 'all' or numbers"),
+        (one_edit('edit = "replace"\ndonor = "it"\npositions = "first"'), "positions 'first': expected"),
+        (one_edit('edit = "replace"\ndonor = "it"\npositions = [0.5]'), r"positions is \[0.5\], expected"),
+        (one_edit('edit = "replace"\ndonor = "it"\npositions = []'), r"positions \(\): expected"),
+        (one_edit('edit = "replace"\nvector = "zeros"\nsite = "head"'), "site 'head' is unknown; choose state"),
+        (one_edit('edit = "replace"\nvector = "zeros"\nsite = 1'), "site 1 is unknown; choose state"),
+        (one_edit('edit = "replace"\nvector = "zeros"\nsite = "mlp"'), "an edit at site 'mlp' needs layers"),
+        (one_edit('edit = "replace"\nvector = "zeros"\nlayers = [3]'), "an edit at site 'state' takes no layers"),
+        (one_edit('edit = "replace"\nvector = "zeros"\nlayers = 3'), "layers is 3, expected a list of whole numbers"),
+        (one_edit('edit = "replace"\ndonor = "it"\nsite = "mlp"\nlayers = [3]'), "'v': .* names the donor 'it'"),
+        (one_edit('edit = "add"\nvector = "zeros"\nsweep = { scale = 2 }'), "'v': sweep.scale is 2, expected a list"),
+        (
+            one_edit('edit = "add"\nvector = "zeros"\nsweep = { scale = [] }'),
+            r"'v': sweep.scale is \[\], expected a list",
+        ),
+        (one_edit('edit = "add"\nvector = "zeros"\nsweep = { wieght = [1] }'), "edit 'add' has a key 'wieght'"),
+        (one_edit('edit = "add"\nvector = "zeros"\nsweep = 2'), "variant 'v': sweep is 2, expected a table"),
+        (2 * (one_edit('edit = "replace"\ndonor = "it"') + "\n"), "variant 'v': the name is taken"),
+        (one_edit('edit = "replace"\ndonor = "it"').replace('"v"', '"none"'), "variant 'none': the name is taken"),
+        (one_edit('edit = "matched_norm"\nsweep = { seed = [1, 1] }'), r"variant 'v\[seed=1\]': the name is taken"),
+    ],
+)
+def test_an_error_names_the_file_and_the_key(written, text, words):
+    path = written(text)
+    with pytest.raises(InputError, match=words) as caught:
+        read_sweep(path, WIDTH)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value).rstrip()
+
+
+def test_a_description_that_is_not_there():
+    with pytest.raises(InputError, match=r"none\.toml: no such file; give a sweep as .toml or .py"):
+        read_sweep("none.toml", WIDTH)
+
+
+# ---- grids over variants ----
+
+SWEEP = """
+boundaries = [2, 3]
+scopes = ["prefix", "position"]
+readouts = ["native", "common_it", "common_pt"]
+[[variants]]
+name = "towards"
+edits = [{ edit = "interpolate", donor = "it", sweep = { weight = [0.25, 0.75] } }]
+[[variants]]
+name = "everywhere"
+edits = [{ edit = "replace", donor = "it", positions = "all" }]
+[[variants]]
+name = "pushed"
+edits = [{ edit = "add", vector = { file = "x.safetensors", tensor = "d{boundary}" }, scale = 2.0 }]
+[[variants]]
+name = "no mlp"
+edits = [{ edit = "replace", vector = "zeros", site = "mlp", layers = [3, 4] }]
+[[variants]]
+name = "no attention"
+edits = [{ edit = "replace", vector = "zeros", site = "attention", layers = [4], positions = "all" }]
+[[variants]]
+name = "ends"
+boundaries = [3]
+edits = [{ edit = "add", vector = { file = "x.safetensors", tensor = "d" }, positions = [0, -1] }]
+"""
+COMMON_NAMES = ["towards[weight=0.25]", "towards[weight=0.75]", "everywhere", "pushed", "no mlp", "no attention"]
+NAMES = {2: COMMON_NAMES, 3: [*COMMON_NAMES, "ends"]}
+READOUTS = {"native": None, "common_it": "it", "common_pt": "pt"}
+
+
+def changes_at(boundary):
+    """SWEEP once more, as functions of single rows."""
+    c = Changes(WIDTH)
+    return {
+        "none": [],
+        "towards[weight=0.25]": [c.towards(0.25)],
+        "towards[weight=0.75]": [c.towards(0.75)],
+        "everywhere": [c.replace("all")],
+        "pushed": [c.add_vector(TENSORS[f"d{boundary}"], 2.0)],
+        "no mlp": [c.zero(site="mlp", layers=(3, 4))],
+        "no attention": [c.zero("all", site="attention", layers=(4,))],
+        "ends": [c.add_vector(TENSORS["d"], positions=(0, -1))],
+    }
+
+
+@pytest.fixture(scope="module")
+def captured(tmp_path_factory):
+    """The checkpoints, and a run that is captured at boundaries 2 and 3 in two segments, but not scored."""
+    folder = tmp_path_factory.mktemp("captured")
+    pair = dict(zip(("pt", "it"), tiny.make_pair(folder, "llama"), strict=True))
+    prompts = tiny.write_prompts(folder / "prompts.jsonl", 9)
+    words = ["capture", "--pt", pair["pt"], "--it", pair["it"], "--prompts", prompts, "--out", folder / "run"]
+    words += ["--max-new", MAX_NEW, "--boundary", "2,3", "--shard-prompts", 5]
+    assert main([str(word) for word in words]) == 0
+    return pair, folder / "run"
+
+
+@pytest.fixture
+def run(captured, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(captured[1], tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def strict_cells(captured, tmp_path_factory):
+    """Of SWEEP, by the command line: the folder of the run."""
+    folder = tmp_path_factory.mktemp("strict")
+    save_file(TENSORS, folder / "x.safetensors")
+    (folder / "s.toml").write_text(SWEEP)
+    run = shutil.copytree(captured[1], folder / "run")
+    assert main(["grid", str(run), "--sweep", str(folder / "s.toml"), "--strict"]) == 0
+    return run
+
+
+def score(run, *more):
+    assert main(["grid", str(run), *map(str, more)]) == 0
+    return cells_of(run)
+
+
+def cells_of(run):
+    return pq.read_table(run / "cells.parquet")
+
+
+KEYS = ("event_id", "boundary", "scope", "upstream", "late", "readout", "variant")
+
+
+def by_key(cells, *columns):
+    """Key of a cell -> its values; every key once."""
+    rows = cells.select([*KEYS, *columns]).to_pylist()
+    found = {tuple(row[key] for key in KEYS): tuple(row[column] for column in columns) for row in rows}
+    assert len(found) == cells.num_rows
+    return found
+
+
+def group_files(run):
+    return {path.name: path.read_bytes() for path in (run / "cells").glob("*.parquet")}
+
+
+@pytest.fixture
+def scored(monkeypatch):
+    """Names of the group files that are written from here on."""
+    names = []
+    write = grid.write_atomically
+    monkeypatch.setattr(grid, "write_atomically", lambda path, data: (names.append(path.name), write(path, data)))
+    return names
+
+
+def test_cells_under_variants_equal_hooked_forwards(captured, strict_cells):
+    pair, _ = captured
+    models = {label: reference.load(path, torch.float32) for label, path in pair.items()}
+    store = actcache.open_store(strict_cells / "store")
+    ids, offsets = store.token_ids()
+    events = {event["event_id"]: (index, event) for index, event in enumerate(store.events.to_pylist())}
+    cells = cells_of(strict_cells)
+    n_variants = sum(len(names) + 1 for names in NAMES.values())
+    assert cells.num_rows == len(store) * 2 * 4 * len(READOUTS) * n_variants
+    some = sorted(events)[:: max(1, len(events) // 3)][:3]
+    hidden, n_checked = {}, 0
+    for cell in cells.to_pylist():
+        if cell["event_id"] not in some:
+            continue
+        index, event = events[cell["event_id"]]
+        boundary, scope, u, late = (cell[name] for name in ("boundary", "scope", "upstream", "late"))
+        key = tuple(cell[name] for name in KEYS if name != "readout")
+        if key not in hidden:
+            sequence = ids[offsets[index] : offsets[index + 1]].tolist()
+            state = {label: reference.states(model, sequence, boundary) for label, model in models.items()}
+            rows = state[u] if scope == "prefix" else torch.cat([state[late][:-1], state[u][-1:]])
+            study = Study(models[late], [sequence], [rows], [state["it"]], boundary)
+            hidden[key] = hooked(study, 0, changes_at(boundary)[cell["variant"]])
+        readout_model = models[READOUTS[cell["readout"]] or late]
+        tokens = event["y_pt"], event["y_it"]
+        logits = reference.readout(readout_model, hidden[key])
+        assert cell["margin"] == exact_margin(readout_model, hidden[key], *tokens)
+        assert cell["margin"] == pytest.approx(float(logits[tokens[1]] - logits[tokens[0]]), abs=1e-4)
+        plain = cell["variant"] == "none"
+        assert cell["top1_id"] == (int(logits.argmax()) if plain else None)
+        assert cell["noop_delta"] == (0.0 if plain and u == late else None)
+        n_checked += 1
+    assert n_checked == 3 * 2 * 4 * len(READOUTS) * n_variants
+    assert len({value.norm().item() for value in hidden.values()}) >= len(hidden) // 2, "most variants are one"
+
+
+def test_packed_cells_equal_strict_ones_to_rounding(run, strict_cells):
+    packed = by_key(score(run, "--sweep", strict_cells.parent / "s.toml"), "margin", "top1_id")
+    strict = by_key(cells_of(strict_cells), "margin", "top1_id")
+    assert packed.keys() == strict.keys()
+    for key, (margin, top1) in packed.items():
+        assert margin == pytest.approx(strict[key][0], abs=1e-4)
+        assert top1 == strict[key][1]
+
+
+def settings_of(strict_cells, boundaries=(2, 3), scopes=("prefix", "position"), **more):
+    sweep = read_sweep(strict_cells.parent / "s.toml", WIDTH)
+    return GridSettings(boundaries, scopes, tuple(READOUTS), sweep.variants_at, strict=True, **more)
+
+
+@pytest.mark.parametrize("boundaries", [(2, 3), (3, 2)])
+def test_strict_groups_are_the_same_bytes_whatever_the_order_of_boundaries(
+    captured, strict_cells, boundaries, tmp_path
+):
+    """And late stacks are loaded once a checkpoint, from the first boundary on."""
+    pair, run = captured
+    loads = []
+
+    def load(label, boundary):
+        loads.append((label, boundary))
+        return LateStack.load(pair[label], boundary)
+
+    settings = settings_of(strict_cells, boundaries)
+    n_cells = []
+    table = run_grid(actcache.open_store(run / "store"), load, tmp_path / "cells", settings, on_cells=n_cells.append)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cells").iterdir()} == group_files(strict_cells)
+    assert table.equals(cells_of(strict_cells))
+    assert sorted(loads) == [("it", 2), ("pt", 2)]
+    assert sum(n_cells) == grid.count_replays(actcache.open_store(run / "store"), settings)
+
+
+def test_removed_groups_alone_are_scored_again(strict_cells, tmp_path, scored):
+    run = shutil.copytree(strict_cells, tmp_path / "run")
+    before, cells = group_files(run), cells_of(run)
+    removed = sorted(before)[1::3]
+    assert 0 < len(removed) < len(before)
+    for name in removed:
+        (run / "cells" / name).unlink()
+    again = score(run, "--sweep", strict_cells.parent / "s.toml", "--strict")
+    assert sorted(scored) == removed
+    assert group_files(run) == before
+    assert again.equals(cells)
+
+
+def test_a_grid_killed_between_two_groups_goes_on(captured, strict_cells, tmp_path, monkeypatch):
+    pair, run = captured
+    store, write, left = actcache.open_store(run / "store"), grid.write_atomically, [3]
+
+    def die(path, data):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(path, data)
+
+    def go_on():
+        return run_grid(
+            store, lambda label, b: LateStack.load(pair[label], b), tmp_path / "cells", settings_of(strict_cells)
+        )
+
+    monkeypatch.setattr(grid, "write_atomically", die)
+    with pytest.raises(KeyboardInterrupt):
+        go_on()
+    survived = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    assert len(survived) == 3
+    monkeypatch.setattr(grid, "write_atomically", write)
+    assert go_on().equals(cells_of(strict_cells))
+    for name, written_at in survived.items():
+        assert (tmp_path / "cells" / name).stat().st_mtime_ns == written_at
+
+
+FIRST = """
+[[variants]]
+name = "towards"
+edits = [{ edit = "interpolate", donor = "it", weight = 0.5 }]
+[[variants]]
+name = "pushed"
+edits = [{ edit = "add", vector = { file = "x.safetensors", tensor = "d" } }]
+"""
+SECOND = """
+[[variants]]
+name = "pushed"
+edits = [{ edit = "add", vector = { file = "x.safetensors", tensor = "d" } }]
+[[variants]]
+name = "everywhere"
+edits = [{ edit = "replace", donor = "it", positions = "all" }]
+"""
+
+
+def variants_in(cells):
+    return sorted(cells["variant"].unique().to_pylist())
+
+
+def of_variants(cells, *names):
+    return {key: value for key, value in by_key(cells, "margin", "top1_id", "noop_delta").items() if key[-1] in names}
+
+
+def test_variants_leave_the_plain_cells_as_they_are(run, written, scored):
+    plain = score(run)
+    files, n_files = group_files(run), len(scored)
+    more = score(run, "--sweep", written(FIRST))
+    assert of_variants(more, "none") == of_variants(plain, "none")
+    assert (
+        more.filter(pc.equal(more["variant"], "none"))
+        .sort_by([(key, "ascending") for key in KEYS])
+        .equals(plain.sort_by([(key, "ascending") for key in KEYS]))
+    )
+    assert variants_in(more) == ["none", "pushed", "towards"]
+    assert group_files(run).items() >= files.items()
+    assert len(scored) == 2 * n_files
+    assert score(run).equals(more), "a plain grid after it has nothing to do"
+    assert len(scored) == 2 * n_files
+
+
+def test_a_second_sweep_keeps_the_first_and_scores_what_is_new(run, written, scored):
+    first = score(run, "--sweep", written(FIRST))
+    files = group_files(run)
+    second = score(run, "--sweep", written(SECOND))
+    assert variants_in(second) == ["everywhere", "none", "pushed", "towards"]
+    assert of_variants(second, "none", "pushed", "towards") == of_variants(first, "none", "pushed", "towards")
+    assert group_files(run).items() >= files.items()
+    added = [pq.read_table(run / "cells" / name) for name in group_files(run).keys() - files.keys()]
+    assert [variants_in(table) for table in added] == [["everywhere"]] * len(files)
+    n_files = len(scored)
+    assert score(run, "--sweep", written(FIRST)).equals(second)
+    assert len(scored) == n_files
+
+
+def test_sweeps_that_overlap_give_each_cell_once(run, written):
+    """Also where the groups of one were scored without knowing of the other's, on two machines say."""
+    first = score(run, "--sweep", written(FIRST), "--strict")
+    elsewhere = shutil.copytree(run, run.parent / "elsewhere")
+    shutil.rmtree(elsewhere / "cells")
+    second = score(elsewhere, "--sweep", written(SECOND), "--strict")
+    for path in (elsewhere / "cells").iterdir():
+        shutil.copy(path, run / "cells")
+    both = by_key(score(run, "--strict"), "margin")
+    assert both == by_key(first, "margin") | by_key(second, "margin")
+
+
+def test_a_name_stands_for_one_thing(run, written, capfd, scored):
+    before = score(run, "--sweep", written(FIRST))
+    scored.clear()
+    assert main(["grid", str(run), "--sweep", str(written(FIRST.replace("0.5", "0.25")))]) == 2
+    err = capfd.readouterr().err
+    assert "variant 'towards' at boundary 2 has been scored with other edits" in err
+    assert not scored
+    assert cells_of(run).equals(before)
+    assert variants_in(score(run, "--sweep", written(FIRST.replace("0.5", "0.25").replace("towards", "nearer")))) == [
+        *("nearer", "none", "pushed", "towards")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (("--readout", "native"), ("--readout", "common_it")),
+        ((), ("--strict",)),
+        (("--strict",), ("--max-tokens", "7")),
+        (("--scope", "position"), ("--scope", "prefix")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("order", ["sweep first", "plain first", "both sweep"])
+def test_what_is_asked_is_what_the_table_holds(captured, run, written, first, then, order):
+    """Cells that were scored in another way before do not stand in for those asked now, whichever file they lie in."""
+    sweep = ("--sweep", written(FIRST))
+    score(run, *first, *(sweep if order != "plain first" else ()))
+    found = score(run, *then, *(sweep if order != "sweep first" else ()))
+    fresh = shutil.copytree(captured[1], run.parent / "fresh")
+    alone = by_key(score(fresh, *then, *(sweep if order != "sweep first" else ())), "margin")
+    found = by_key(found, "margin")
+    tolerance = 0 if "--strict" in then else 1e-4
+    assert all(abs(found[key][0] - margin) <= tolerance for key, (margin,) in alone.items())
+    if "--readout" in first:  # scored again with both, so that nothing scored is lost
+        assert {key[5] for key in found} == {"native", "common_it"}
+    if "--scope" in first:
+        assert {key[2] for key in found} == {"prefix", "position"}
+
+
+def test_the_best_token_of_a_variant_is_looked_up_only_if_asked(run, written, scored):
+    without = score(run, "--sweep", written(FIRST), "--readout", "native,common_it")
+    of_plain = pc.equal(without["variant"], "none")
+    assert without.filter(of_plain)["top1_id"].null_count == 0
+    assert without.filter(pc.invert(of_plain))["top1_id"].null_count == pc.sum(pc.invert(of_plain)).as_py()
+    asked = written("top1 = true\n" + FIRST)
+    scored.clear()
+    with_top1 = score(run, "--sweep", asked, "--readout", "native")
+    assert with_top1["top1_id"].null_count == 0
+    assert with_top1["readout"].unique().to_pylist() == ["native", "common_it"], "a readout scored before is lost"
+    assert of_variants(with_top1, "none") == of_variants(without, "none")
+    n_files = len(scored)
+    assert score(run, "--sweep", asked, "--readout", "native").equals(with_top1)
+    assert score(run, "--sweep", written(FIRST), "--readout", "native").equals(with_top1)
+    assert len(scored) == n_files
+    more = score(run, "--sweep", written(FIRST))
+    assert more["top1_id"].null_count == 0, "a best token found before is lost"
+    assert set(more["readout"].to_pylist()) == set(READOUTS)
+
+
+def test_effects_are_averaged_by_variant(strict_cells):
+    run = strict_cells
+    effects = actcache.effects.effects(cells_of(run), draws=20)
+    groups = {(g["boundary"], g["scope"], g["readout"], g["variant"]): g for g in effects["groups"]}
+    assert set(groups) == {
+        (boundary, scope, readout, variant)
+        for boundary, names in NAMES.items()
+        for scope in ("prefix", "position")
+        for readout in READOUTS
+        for variant in ["none", *names]
+    }
+    # With IT's state everywhere, PT's upstream is IT's: what is left is what the late layers make.
+    for boundary in NAMES:
+        plain, everywhere = (groups[boundary, "prefix", "common_it", name] for name in ("none", "everywhere"))
+        assert everywhere["late_from_pt"]["mean"] == everywhere["late_from_it"]["mean"] == plain["late_from_it"]["mean"]
+        assert everywhere["interaction"]["mean"] == 0
+
+
+@pytest.mark.parametrize("variant", ["everywhere", "pushed"])
+def test_scope_position_of_the_own_upstream_is_scope_prefix(strict_cells, variant):
+    cells = by_key(cells_of(strict_cells), "margin")
+    for (event, boundary, scope, upstream, late, readout, name), (margin,) in cells.items():
+        if name == variant and scope == "position" and upstream == late:
+            assert cells[event, boundary, "prefix", upstream, late, readout, name] == (margin,)
+
+
+@pytest.mark.parametrize("boundary", [3, 4])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
+def test_a_late_stack_cut_later_is_the_one_loaded_there(arch, boundary, tmp_path):
+    folder = tiny.make_checkpoint(tmp_path / "m", arch)
+    first, there = LateStack.load(folder, 2), LateStack.load(folder, boundary)
+    later = first.at(boundary)
+    assert later is first.at(boundary)
+    assert later.at(boundary) is later
+    assert later.readout is first.readout
+    assert (later.boundary, later.mode, len(later.blocks)) == (boundary, there.mode, len(there.blocks))
+    lengths = [9, 1, 14]
+    rows = torch.randn(sum(lengths), first.width, generator=torch.Generator().manual_seed(0))
+    offsets = [0, 9, 10, 24]
+    zeros = Edit(Replace(vector=torch.zeros(first.width)), "all", "mlp", (4,))
+    variants = [Variant("none"), Variant("added", [Edit(Add(torch.ones(first.width)))]), Variant("no mlp", [zeros])]
+    for strict in (True, False):
+        found = later.run_variants(rows, offsets, variants, strict=strict)
+        assert torch.equal(found, there.run_variants(rows, offsets, variants, strict=strict))
+    before = first.run(rows, offsets, strict=True)
+    later.run(rows, offsets)
+    assert torch.equal(first.run(rows, offsets, strict=True), before), "the first stack was changed"
+
+
+# ---- at the command line ----
+
+
+def refused(capfd, *words):
+    capfd.readouterr()
+    assert main([str(word) for word in words]) == 2
+    err = capfd.readouterr().err
+    (said,) = [line for line in err.splitlines() if line.startswith("actcache: ")]
+    assert "Traceback" not in err
+    return said
+
+
+def test_a_sweep_that_says_what_an_argument_says_is_refused(run, written, capfd):
+    for key, argument in (('scopes = ["position"]', "--scope prefix"), ('readouts = ["native"]', "--readout native")):
+        path = written(key)
+        said = refused(capfd, "grid", run, "--sweep", path, *argument.split())
+        assert said == f"actcache: {path} says what {argument} says too; leave one of them out"
+    path = written("boundaries = [2]")
+    assert "says what --boundary 3 says too" in refused(capfd, "grid", run, "--sweep", path, "--boundary", 3)
+    assert not (run / "cells.parquet").exists()
+    assert set(score(run, "--sweep", path, "--scope", "position")["boundary"].to_pylist()) == {2}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("boundaries = [4]", "boundary 4 is not in the store; it has 2, 3"),
+        ("boundaries = [9]", "boundary 9"),
+        ('readouts = ["common_sft"]', "readout 'common_sft' is unknown"),
+        (one_edit('edit = "replace"\ndonor = "sft"'), "variant 'v' names the donor 'sft'; the store has pt, it"),
+        (one_edit('edit = "replace"\nvector = "zeros"\nsite = "mlp"\nlayers = [2]'), "variant 'v' edits layer 2"),
+        (one_edit('edit = "add"\nvector = { file = "x.safetensors", tensor = "e{boundary}" }'), "no tensor 'e2'"),
+        (one_edit('edit = "replace"\ndonor = "it"\npositions = [99]'), "variant 'v' edits position 99; the shortest"),
+    ],
+)
+def test_a_sweep_that_does_not_fit_the_store_is_refused(run, written, capfd, text, words):
+    assert words in refused(capfd, "grid", run, "--sweep", written(text))
+    assert not (run / "cells.parquet").exists()
+    assert not group_files(run)
+
+
+def test_a_broken_sweep_stops_a_run_before_its_capture(captured, written, tmp_path, capfd):
+    pair, run = captured
+    words = ["run", "--pt", pair["pt"], "--it", pair["it"], "--prompts", run.parent / "prompts.jsonl"]
+    words += ["--out", tmp_path / "new", "--boundary", 3]
+    broken = {
+        "scopes = [1]": "scopes is [1]",
+        'scopes = ["suffix"]': "scope 'suffix' is unknown",
+        one_edit('edit = "add"\nvector = { file = "no", tensor = "d{boundary}" }'): "no is not a safetensors file",
+        one_edit('edit = "replace"\ndonor = "it"\nsite = "mlp"\nlayers = [3]'): "donors have states only",
+    }
+    for text, said in broken.items():
+        assert said in refused(capfd, *words, "--sweep", written(text))
+        assert not (tmp_path / "new").exists()
+    assert "no such file" in refused(capfd, *words, "--sweep", tmp_path / "none.toml")
+
+
+def test_a_run_scores_a_sweep(captured, written, tmp_path):
+    pair, run = captured
+    words = ["run", "--pt", pair["pt"], "--it", pair["it"], "--prompts", run.parent / "prompts.jsonl"]
+    words += ["--out", tmp_path / "new", "--boundary", "2,3", "--limit", 4, "--max-new", MAX_NEW]
+    assert main([str(word) for word in [*words, "--sweep", written(FIRST)]]) == 0
+    assert variants_in(cells_of(tmp_path / "new")) == ["none", "pushed", "towards"]
+    assert (tmp_path / "new" / "report.html").stat().st_size > 1000
