@@ -1,5 +1,5 @@
-"""Where a causal language model keeps its blocks and final norm, the stand-ins that take the place of upstream blocks,
-and the probe that the blocks behind them read the state at the boundary and nothing else.
+"""Where a causal language model keeps its blocks and final norm, and the stand-ins that take the place of upstream
+blocks.
 
 Knows transformers modules; knows no files, no stores, no tokens.
 """
@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-import itertools
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,28 +22,6 @@ FINAL_NORM_NAMES = (
     *("norm", "ln_f", "final_layer_norm", "final_layernorm", "norm_f", "layer_norm", "final_norm", "embedding_norm"),
     *("out_norm", "ln_out", "layernorm", "output_layernorm", "ln", "LayerNorm"),
 )
-
-# What transformers' blocks may be given beside the hidden state: made from the positions alone, so that a late stack
-# makes it again. A tensor under any other name carries something else past the boundary.
-_FROM_POSITIONS = (
-    *("attention_mask", "causal_mask", "mask", "conv_mask", "mamba_attention_mask"),
-    *("position_ids", "position_embeddings", "cache_position", "position_bias", "alibi"),
-    *("relative_distance", "sinusoidal_pos", "attention_scaling", "lang_ids"),
-)
-# Blocks leave these for later ones. Behind stand-ins only late blocks do, and a block that misses what an earlier one
-# should have left raises by itself.
-_FROM_LATE_BLOCKS = ("shared_kv_states", "prev_topk_indices")
-_CARRIED = {
-    "input_ids": "the token ids",
-    "ple_input_ids": "the token ids",
-    "per_layer_input": "per-layer inputs made from the token ids",
-    "original_hidden_states": "the token embeddings",
-    "shared_kv_states": "keys and values of earlier blocks",
-    "block_states": "the outputs of earlier blocks",
-    "prev_topk_indices": "the key positions that an earlier block chose",
-    "prev_router_hidden_states": "the router state of the block before",
-    "prev_attn_output": "a second residual stream",
-}
 
 # The names that blocks give to their two parts.
 _SITE_NAMES = {
@@ -319,201 +295,3 @@ def mixes_tokens(block: nn.Module) -> str | None:
         if isinstance(module, nn.Conv1d | nn.Conv2d) or _is_named(module, ("indexer",)):
             return path
     return None
-
-
-# How far outputs may differ that must not depend on an input, relative to the largest value: rounding only, which is
-# not always the same on a GPU.
-_SAME = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
-_N_PROBE_TOKENS = 5
-_N_PROBE_IDS = 16
-
-
-@torch.no_grad()
-def probe_late_blocks(model: PreTrainedModel, boundary: int, source: StateSource) -> None:
-    """Learn what a model expects its blocks to return (``source.in_tuple``, ``source.n_more``), and show that its late
-    blocks read the state at the boundary and nothing else.
-
-    Runs the cut model over a few random tokens and states and looks that one residual stream of width D enters the
-    first block; that block ``boundary`` is given exactly the state; that each late block is called once, in order, with
-    nothing beside the state but what is made from positions; that the final norm reads the last block's output and the
-    decoder returns the norm's; and that other token ids or embeddings change nothing.
-
-    Args:
-        model: a causal LM after :func:`cut_upstream`, in eval mode, its weights loaded.
-        boundary: index of the first late block.
-        source: what :func:`cut_upstream` returned.
-
-    Raises:
-        UnsupportedModelError: one of these does not hold; the message says which.
-    """
-    probe = _LateProbe(model, boundary, source)
-    probe.learn_block_output()
-    probe.check_calls()
-    probe.check_inputs()
-
-
-class _LateProbe:
-    def __init__(self, model: PreTrainedModel, boundary: int, source: StateSource) -> None:
-        anatomy = find_anatomy(model)
-        self.name = type(model).__name__
-        self.source, self.boundary = source, boundary
-        self.decoder = model.get_submodule(anatomy.decoder)
-        self.blocks: nn.ModuleList = model.get_submodule(anatomy.blocks)  # type: ignore[assignment]
-        self.norm = model.get_submodule(anatomy.final_norm)
-        self.embedding = model.get_input_embeddings()
-        device = next(self.blocks[-1].parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        shape = 1, _N_PROBE_TOKENS, anatomy.width
-        self.state, self.embeds = (torch.randn(shape, generator=generator).to(device, model.dtype) for _ in range(2))
-        self.ids = [torch.randint(_N_PROBE_IDS, shape[:2], generator=generator).to(device) for _ in range(2)]
-        table = torch.randn(_N_PROBE_IDS, anatomy.width, generator=generator).to(device, model.dtype)
-        self.small_embedding = nn.Embedding.from_pretrained(table)
-
-    def learn_block_output(self) -> None:
-        """Hand on a plain tensor, then tuples of growing length, until the first late block is given the state."""
-
-        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            given = next(iter((*args, *kwargs.values())), None)
-            if not isinstance(given, torch.Tensor) or given.shape != self.state.shape:
-                found = tuple(given.shape) if isinstance(given, torch.Tensor) else type(given).__name__
-                self._refuse(f"its blocks are given {found}, not one residual stream {tuple(self.state.shape)}")
-
-        def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            state, _ = _arguments(block, args, kwargs)
-            raise _ReachedError(isinstance(state, torch.Tensor) and state.shape == self.state.shape)
-
-        failure: Exception | None = None
-        hooks = [
-            self.blocks[0].register_forward_pre_hook(enter, with_kwargs=True),
-            self.blocks[self.boundary].register_forward_pre_hook(reach, with_kwargs=True),
-        ]
-        try:
-            for self.source.in_tuple, self.source.n_more in ((False, 0), (True, 0), (True, 1), (True, 2)):
-                try:
-                    self._forward(inputs_embeds=self.embeds)
-                except _ReachedError as reached:
-                    if reached.args[0]:
-                        return
-                except UnsupportedModelError:
-                    raise
-                except Exception as error:
-                    failure = failure or error
-        finally:
-            for hook in hooks:
-                hook.remove()
-        self._cannot_run(failure)
-
-    def check_calls(self) -> None:
-        """Each late block once and in order, from the state and positions alone; then the norm, and nothing after."""
-        calls: list[int] = []
-        beside: list[str] = []
-        seen: dict[str, torch.Tensor] = {}
-        n_norms = itertools.count()
-
-        def enter(index: int) -> Callable[..., None]:
-            def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                state, others = _arguments(block, args, kwargs)
-                seen.setdefault("state", state)
-                calls.append(index)
-                beside.extend(name for name, value in others.items() if _carries(name, value))
-
-            return hook
-
-        def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            seen["written"] = output if isinstance(output, torch.Tensor) else output[0]
-
-        def norm(_: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-            next(n_norms)
-            seen["read"], seen["normed"] = args[0], output
-
-        late = list(range(self.boundary, len(self.blocks)))
-        hooks = [self.blocks[i].register_forward_pre_hook(enter(i), with_kwargs=True) for i in late]
-        hooks += [self.blocks[-1].register_forward_hook(leave), self.norm.register_forward_hook(norm)]
-        try:
-            returned = self._forward(input_ids=self.ids[0])
-        except Exception as error:
-            self._cannot_run(error)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not torch.isfinite(returned).all():
-            self._refuse("its late blocks give values that are not finite: weights or buffers that nothing has set?")
-        if calls != late:
-            self._refuse(f"its late blocks are called in the order {calls}, expected {late}")
-        if beside:
-            self._refuse(_more_than_state(beside))
-        if not _equal(seen["state"], self.state):
-            self._refuse("the state is changed between two of its blocks")
-        if seen["written"].dtype != self.state.dtype:
-            found = f"its residual stream is {seen['written'].dtype}, its weights are {self.state.dtype}"
-            self._refuse(f"{found}; load it with dtype={seen['written'].dtype}")
-        if next(n_norms) != 1:
-            self._refuse("its final norm is not called once, after the last block")
-        if not _equal(seen["read"], seen["written"]):
-            self._refuse("its final norm does not read the last block's output")
-        if not _equal(returned, seen["normed"]):
-            self._refuse("it does not return what its final norm computes")
-
-    def check_inputs(self) -> None:
-        """Other token ids, or embeddings, must change nothing."""
-        inputs = [{"input_ids": ids} for ids in self.ids] + [{"inputs_embeds": self.embeds}]
-        first, *others = (self._forward(**given) for given in inputs)
-        allowed = _SAME[first.dtype] * first.abs().max()
-        if any(((other - first).abs() > allowed).any() for other in others):
-            self._refuse(_more_than_state(["the token embeddings"]))
-
-    def _forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        self.source.state = self.state
-        if isinstance(self.embedding, NoEmbedding):
-            self.embedding.__dict__["probe"] = self.small_embedding  # no submodule: it must not outlast the probe
-        try:
-            return self.decoder(**inputs, use_cache=False).last_hidden_state
-        finally:
-            self.source.state = None
-            self.embedding.__dict__.pop("probe", None)
-
-    def _cannot_run(self, error: Exception | None) -> NoReturn:
-        inputs = {n for block in self.blocks[self.boundary :] for n in inspect.signature(block.forward).parameters}
-        carried = [name for name in _CARRIED if name in inputs]
-        said = "they are never reached" if error is None else f"{type(error).__name__}: {error}".split("\n", 1)[0]
-        reason = _more_than_state(carried) if carried else "its late blocks do not run alone"
-        raise UnsupportedModelError(f"{self.name}: {reason}; {said[:100]}") from error
-
-    def _refuse(self, reason: str) -> NoReturn:
-        raise UnsupportedModelError(f"{self.name}: {reason}")
-
-
-class _ReachedError(Exception):
-    """Ends a probing forward at the first late block."""
-
-
-def _more_than_state(names: Sequence[str]) -> str:
-    what = dict.fromkeys(f"{name} ({_CARRIED[name]})" if name in _CARRIED else name for name in names)
-    return f"its late blocks read more than the state at the boundary: {', '.join(what)}"
-
-
-def _arguments(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The hidden states that a block is called with, and every other argument by name."""
-    signature = inspect.signature(block.forward)
-    given = dict(signature.bind_partial(*args, **kwargs).arguments)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            given.update(given.pop(name, {}))
-    return given.pop(next(iter(given)), None), given
-
-
-def _carries(name: str, value: Any) -> bool:
-    """Whether an argument of a block can bring something past the boundary."""
-    return name not in (*_FROM_POSITIONS, *_FROM_LATE_BLOCKS) and _holds_tensor(value)
-
-
-def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        return any(_holds_tensor(item) for item in value)
-    return isinstance(value, torch.Tensor)
-
-
-def _equal(a: Any, b: torch.Tensor) -> bool:
-    return isinstance(a, torch.Tensor) and a.numel() == b.numel() and torch.equal(a.reshape(b.shape), b)

@@ -27,6 +27,7 @@ from actcache.errors import InputError
 from actcache.gather import gather_rows
 from actcache.lineup import DTYPES, Lineup, as_fingerprint
 from actcache.packing import offsets_of, plan_packs
+from actcache.probe import check_replayable
 from actcache.prompts import Prompt
 from actcache.store import BackgroundWriter, Place, SegmentData, StoreWriter
 from actcache.trunk import Trunk
@@ -102,13 +103,14 @@ def capture(
         store: where the store is or shall be, as in ``open_store``; new, or left by an earlier run of the same capture.
         settings: what to compute.
         part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
-        load: gives the trunk of a checkpoint by label; by default it is loaded from its folder.
+        load: gives the trunk of a checkpoint by label; by default :func:`load_trunk`.
         on_prompts: called with the number of prompts finished (or found committed).
         say: told, in one line, what a person should know (packing not possible, for example).
 
     Raises:
         InputError: see :meth:`Lineup.encode`, or a boundary out of range.
         IncompatibleError: the store belongs to another run; names the field.
+        UnsupportedModelError: see :func:`load_trunk`.
         OSError: the disk refuses; nothing half-written stays. Writing goes on beside the forwards, up to two segments
             behind; its failure stops them before the next one.
     """
@@ -122,7 +124,8 @@ def capture(
     left = [(name, shard) for name, shard in shards if name not in committed]
     if not left:
         return
-    load = load or (lambda label: Trunk(lineup.checkpoints[label].load(DTYPES[settings.dtype], settings.device)))
+
+    load = load or (lambda label: load_trunk(lineup, label, settings))
     job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, say)
     n_prompts = {name: len(shard) for name, shard in left}
 
@@ -136,6 +139,19 @@ def capture(
                 continue
             segment = job.shard([prompts[i] for i in shard], [prompt_ids[i] for i in shard], background.check)
             background.append(name, segment)
+
+
+def load_trunk(lineup: Lineup, label: str, settings: CaptureSettings) -> Trunk:
+    """A checkpoint's trunk, from its folder; one that could not be replayed is refused before anything is captured.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be replayed from its states, and prefix rows are asked for.
+    """
+    model = lineup.checkpoints[label].load(DTYPES[settings.dtype], settings.device)
+    if settings.row_selection == "prefix":
+        for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
+            check_replayable(model, boundary)
+    return Trunk(model)
 
 
 def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> dict[str, Any]:

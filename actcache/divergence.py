@@ -86,7 +86,7 @@ def propose(
     """
     proposals: list[Proposal | None] = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # like lengths together: little padding
-    for batch in _batches([len(sequences[i]) for i in order], max_tokens):
+    for batch in padded_batches([len(sequences[i]) for i in order], max_tokens):
         members = [order[k] for k in batch]
         found = _lockstep(trunks, [sequences[i] for i in members], [n_compared[i] for i in members], limits, on_done)
         for index, proposal in zip(members, found, strict=True):
@@ -94,7 +94,7 @@ def propose(
     return [proposal for proposal in proposals if proposal is not None]
 
 
-def _batches(lengths: Sequence[int], max_tokens: int) -> list[range]:
+def padded_batches(lengths: Sequence[int], max_tokens: int) -> list[range]:
     """Cut ascending lengths into batches whose padded size, count x longest, is at most ``max_tokens``."""
     batches, start = [], 0
     for index, length in enumerate(lengths):
@@ -160,6 +160,6 @@ def _choose(trunk: Trunk, tokens: torch.Tensor, mask: torch.Tensor, cache: Dynam
     if "position_ids" in taken:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs["position_ids"] = positions.to(device)
-    hidden = trunk.decoder(**inputs, use_cache=True).last_hidden_state[:, -1]
+    hidden = trunk.run(**inputs, use_cache=True)[:, -1]
     ids, _ = trunk.readout.top2(hidden)
     return ids[:, 0].tolist()

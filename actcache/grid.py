@@ -147,13 +147,24 @@ def check_settings(store: Store, settings: GridSettings) -> None:
     """Raise InputError for a boundary, scope, readout or variant that the store cannot serve."""
     if store.fingerprint["row_selection"] != "prefix":
         raise InputError("the store keeps rows of event positions only; the grid needs prefix rows: capture again")
+    check_servable(settings, store.checkpoints, store.boundaries, store.fingerprint["n_blocks"])
+    lengths = [position + 1 for position in store.events["position"].to_pylist()]
+    for variant in (variant for boundary in settings.boundaries for variant in settings.variants_at(boundary)):
+        for edit in variant.edits if lengths else ():
+            edit.check_positions(lengths, variant.name)
+
+
+def check_servable(
+    settings: GridSettings, checkpoints: Sequence[str], boundaries: Sequence[int], n_blocks: int
+) -> None:
+    """Raise InputError for what no capture of these checkpoints at these boundaries can serve."""
     for boundary in settings.boundaries:
-        if boundary not in store.boundaries:
-            raise InputError(f"boundary {boundary} is not in the store; it has {_listed(store.boundaries)}")
+        if boundary not in boundaries:
+            raise InputError(f"boundary {boundary} is not in the store; it has {_listed(boundaries)}")
     for scope in settings.scopes:
         if scope not in SCOPES:
             raise InputError(f"scope {scope!r} is unknown; choose {' or '.join(SCOPES)}")
-    known = ["native", *(COMMON + label for label in store.checkpoints)]
+    known = ["native", *(COMMON + label for label in checkpoints)]
     for readout in settings.readouts:
         if readout not in known:
             raise InputError(f"readout {readout!r} is unknown; choose from {', '.join(known)}")
@@ -166,12 +177,11 @@ def check_settings(store: Store, settings: GridSettings) -> None:
         for variant in variants:
             for edit in variant.edits:
                 donor = getattr(edit.operation, "donor", None)
-                if donor is not None and donor not in store.checkpoints:
+                if donor is not None and donor not in checkpoints:
                     raise InputError(
-                        f"variant {variant.name!r} names the donor {donor!r}; the store has "
-                        f"{', '.join(store.checkpoints)}"
+                        f"variant {variant.name!r} names the donor {donor!r}; the store has {', '.join(checkpoints)}"
                     )
-                edit.check_layers(boundary, store.fingerprint["n_blocks"], variant.name)
+                edit.check_layers(boundary, n_blocks, variant.name)
 
 
 def read_cells(store: Store, folder: str | Path, settings: GridSettings) -> pa.Table:

@@ -50,14 +50,14 @@ class Checkpoint:
     config: PretrainedConfig
 
     @classmethod
-    def open(cls, label: str, path: str | Path) -> Checkpoint:
-        """Check the folder and read its config; weights are not touched."""
+    def open(cls, label: str, path: str | Path, *, with_weights: bool = True) -> Checkpoint:
+        """Check the folder and read its config; weights are not touched, and need not be there unless told so."""
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"checkpoint {label}: {path} is not a folder; give a local model folder")
         if not (path / "config.json").is_file():
             raise InputError(f"checkpoint {label}: {path} has no config.json")
-        if not weight_files(path):
+        if with_weights and not weight_files(path):
             pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
             if pickled:
                 raise InputError(
@@ -70,6 +70,11 @@ class Checkpoint:
         except (ValueError, KeyError, OSError) as error:
             raise InputError(f"checkpoint {label}: {path}/config.json: {_first_line(error)}") from error
         return cls(label, path, config)
+
+    @property
+    def decoder_config(self) -> PretrainedConfig:
+        """The part of the config that is the decoder's: of a model for text and images, that of the text."""
+        return self.config.get_text_config(decoder=True)
 
     @cached_property
     def model_class(self) -> type[PreTrainedModel]:
@@ -96,7 +101,7 @@ class Checkpoint:
     @cached_property
     def end_ids(self) -> frozenset[int]:
         """Token ids that end a generation."""
-        ids = self.config.eos_token_id
+        ids = getattr(self.config, "eos_token_id", None) or self.decoder_config.eos_token_id
         if (self.path / "generation_config.json").is_file():
             ids = GenerationConfig.from_pretrained(self.path, local_files_only=True).eos_token_id or ids
         ids = ids if ids is not None else self.tokenizer.eos_token_id
@@ -161,18 +166,18 @@ class Lineup:
         self.checkpoints = {checkpoint.label: checkpoint for checkpoint in checkpoints}
 
     @classmethod
-    def open(cls, paths: Mapping[str, str | Path]) -> Lineup:
-        """Open every folder and check that they belong together.
+    def open(cls, paths: Mapping[str, str | Path], *, with_weights: bool = True) -> Lineup:
+        """Open every folder (whether it holds weights or not, if told so) and check that they belong together.
 
         Raises:
             InputError: a folder is unusable (see :class:`Checkpoint`).
             IncompatibleError: architecture, width, depth, vocabulary or tokenizer differ; names the field.
         """
-        lineup = cls([Checkpoint.open(label, path) for label, path in paths.items()])
+        lineup = cls([Checkpoint.open(label, path, with_weights=with_weights) for label, path in paths.items()])
         first, *others = lineup.checkpoints.values()
         for other in others:
             for field in _ALIGNED_FIELDS:
-                a, b = getattr(first.config, field, None), getattr(other.config, field, None)
+                a, b = (getattr(checkpoint.decoder_config, field, None) for checkpoint in (first, other))
                 if a != b:
                     raise IncompatibleError(
                         f"checkpoints {first.label} and {other.label} differ in {field}: {a} in {first.path}, "
@@ -190,12 +195,12 @@ class Lineup:
     @property
     def n_blocks(self) -> int:
         """L."""
-        return self._first.config.num_hidden_layers
+        return self._first.decoder_config.num_hidden_layers
 
     @property
     def width(self) -> int:
         """D."""
-        return self._first.config.hidden_size
+        return self._first.decoder_config.hidden_size
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -210,7 +215,7 @@ class Lineup:
     @property
     def max_positions(self) -> int | None:
         """The shortest context of the lineup, in tokens; None when no config states one."""
-        limits = [getattr(c.config, "max_position_embeddings", None) for c in self.checkpoints.values()]
+        limits = [getattr(c.decoder_config, "max_position_embeddings", None) for c in self.checkpoints.values()]
         return min((limit for limit in limits if limit is not None), default=None)
 
     @property

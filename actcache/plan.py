@@ -23,8 +23,7 @@ import torch
 from torch import nn
 
 from actcache.capture import CaptureSettings
-from actcache.divergence import Outcome
-from actcache.divergence import _batches as padded_batches
+from actcache.divergence import Outcome, padded_batches
 from actcache.errors import IncompatibleError, InputError
 from actcache.grid import SCOPES
 from actcache.lineup import DTYPES, Lineup

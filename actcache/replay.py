@@ -21,19 +21,31 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import StateSource, check_boundary, cut_upstream, find_anatomy, find_site, shallow_clone
+from actcache.blocks import (
+    StateSource,
+    check_boundary,
+    cut_upstream,
+    find_anatomy,
+    find_site,
+    shallow_clone,
+)
 from actcache.edits import PLAIN, Rows, Variant
-from actcache.errors import InputError, UnsupportedModelError
+from actcache.errors import InputError
 from actcache.lineup import Checkpoint, load_weights
 from actcache.packing import Prefix, offsets_of, plan_packs
+from actcache.probe import probe_late_blocks
 from actcache.readout import Readout
-from actcache.trunk import Trunk, rounding_of
+from actcache.trunk import FAILURES, Trunk, rounding_of, why_failed
 
 Mode = Literal["packed", "padded", "single"]
 
 # Tokens of one pack. On the CPU few enough that a block's activations stay in the caches, enough for matrix products at
 # the machine's rate; a GPU wants more.
-MAX_TOKENS = {"cpu": 512, "cuda": 8192}
+MAX_TOKENS = {"cpu": 1024, "cuda": 8192}
+
+
+# A pack of one sequence shorter than this is a strict replay: a second step would cost more calls than it saves.
+_IN_TWO_STEPS_FROM = 64
 
 
 class LateStack:
@@ -54,8 +66,12 @@ class LateStack:
         self, model: PreTrainedModel, source: StateSource, boundary: int, like: LateStack | None = None
     ) -> None:
         """Take over a model whose upstream is cut (see :meth:`load`); ``like`` has probed the same blocks before."""
+        if like:
+            source.in_tuple, source.n_more = like._source.in_tuple, like._source.n_more
+        else:
+            probe_late_blocks(model, boundary, source)
         self._model = model
-        self._source = source
+        self._source: StateSource = source
         self._trunk = Trunk(model, like.readout if like else None)
         self.boundary = boundary
         self.n_blocks, self.width, self.dtype = self._trunk.n_blocks, self._trunk.width, self._trunk.dtype
@@ -64,10 +80,8 @@ class LateStack:
         self._views[boundary] = self
         self.mode: Mode = like.mode if like else "packed"
         self.not_packable: str | None = like.not_packable if like else None
-        if like:
-            source.in_tuple = like._source.in_tuple
-        else:
-            self._probe()
+        if like is None:
+            self._probe_modes()
             self._views = {boundary: self}  # those that the probes made do not know the mode
 
     @classmethod
@@ -102,7 +116,7 @@ class LateStack:
             model = shallow_clone(path_or_model, anatomy.blocks)
             return cls(model, cut_upstream(model, boundary), boundary)
         checkpoint = Checkpoint.open("late", path_or_model)
-        check_boundary(boundary, checkpoint.config.num_hidden_layers)
+        check_boundary(boundary, checkpoint.decoder_config.num_hidden_layers)
         cut: list[StateSource] = []
 
         class Late(checkpoint.model_class):  # type: ignore[name-defined]
@@ -112,7 +126,9 @@ class LateStack:
                 super().__init__(config, *args, **kwargs)
                 cut.append(cut_upstream(self, boundary))
 
+        # transformers loads a class that is not its own by other rules (and leaves some computed buffers unset).
         Late.__name__ = Late.__qualname__ = checkpoint.model_class.__name__
+        Late.__module__ = checkpoint.model_class.__module__
         model = load_weights(Late, checkpoint.path, dtype or "auto").to(device)  # type: ignore[arg-type]
         return cls(model, cut[-1], boundary)
 
@@ -127,8 +143,9 @@ class LateStack:
         if boundary < first:
             raise InputError(f"boundary {boundary} is before {first}, where this late stack begins: load it from there")
         if boundary not in self._views:
-            model = shallow_clone(self._model, find_anatomy(self._model).blocks)
-            LateStack(model, cut_upstream(model, boundary), boundary, like=self)
+            whole = self._views[first]  # this one may lack blocks from that boundary on
+            model = shallow_clone(whole._model, find_anatomy(whole._model).blocks)
+            LateStack(model, cut_upstream(model, boundary), boundary, like=whole)
         return self._views[boundary]
 
     @property
@@ -287,7 +304,7 @@ class LateStack:
         """``[T, D]`` states of the sequences cut at ``bounds`` -> ``[n, D]`` last block's output at their ends."""
         state = variant.edit_states(state, at)
         last = torch.tensor(bounds[1:]) - 1
-        if mode == "packed":
+        if mode == "packed" and (len(last) > 1 or len(state) >= _IN_TWO_STEPS_FROM):
             with self._editing([(variant, torch.arange(len(at)), at)]):
                 entering, prefix = self._forward_to_last_keys(state, bounds, every_block=False)
             ends = at.chosen(last)
@@ -316,15 +333,13 @@ class LateStack:
             tokens = torch.arange(n * len(some)).view(n, len(some))
             parts = [(variants[i], tokens[:, column], ends) for column, i in enumerate(some)]
             with self._editing(parts):
-                yield (
-                    some,
-                    self._forward_branches(
-                        prefix,
-                        torch.arange(n).repeat_interleave(len(some)).tolist(),
-                        ends.position.repeat_interleave(len(some)),
-                        edited.flatten(0, 1),
-                    ),
+                hidden = self._forward_branches(
+                    prefix,
+                    torch.arange(n).repeat_interleave(len(some)).tolist(),
+                    ends.position.repeat_interleave(len(some)),
+                    edited.flatten(0, 1),
                 )
+            yield some, hidden  # no hook is there while the caller has the word
 
     @contextmanager
     def _editing(self, parts: Sequence[tuple[Variant, torch.Tensor, Rows]]) -> Iterator[None]:
@@ -342,11 +357,10 @@ class LateStack:
                 hooks.callback(module.register_forward_hook(_editing_hook(edits)).remove)
             yield
 
-    def _forward(self, state: torch.Tensor, embeddings: torch.Tensor | None = None) -> torch.Tensor:
+    def _forward(self, state: torch.Tensor) -> torch.Tensor:
         """A plain forward over ``[B, T, D]`` states -> ``[B, T, D]`` last block's output."""
         with self._handing_on(state):
-            inputs = torch.zeros_like(state) if embeddings is None else embeddings
-            return self._trunk.decoder(inputs_embeds=inputs, use_cache=False).last_hidden_state
+            return self._trunk.run(inputs_embeds=torch.zeros_like(state), use_cache=False)
 
     def _forward_padded(self, state: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
         """Right-padded, without a mask: no position sees a later one. ``[T, D]`` -> ``[B * Tmax, D]``."""
@@ -408,32 +422,12 @@ class LateStack:
     # ---- probes at load ----
 
     @torch.no_grad()
-    def _probe(self) -> None:
-        """Learn how this architecture hands states on and how its sequences may share a forward.
-
-        Raises:
-            UnsupportedModelError: the late blocks cannot run from a state alone.
-        """
-        name = type(self._trunk.decoder).__name__
+    def _probe_modes(self) -> None:
+        """Learn how sequences may share a forward."""
         generator = torch.Generator().manual_seed(0)
-
-        def draw(n_tokens: int) -> torch.Tensor:
-            return torch.randn(n_tokens, self.width, generator=generator).to(self.device, self.dtype)
-
-        self._detect_block_output()
-        first, changed, second = draw(3), draw(3), draw(4)
-        try:
-            alone = self._forward(second[None])
-            other = self._forward(second[None], embeddings=draw(4)[None])
-        except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
-            raise UnsupportedModelError(
-                f"{name} does not run from the state at block {self.boundary} alone ({reason})"
-            ) from error
-        if alone.shape != (1, 4, self.width) or not torch.equal(alone, other):
-            raise UnsupportedModelError(
-                f"{name}: its late blocks read more than the state at the boundary (the token embeddings, for one)"
-            )
+        first, changed, second = (  # the second is padded, where there is padding
+            torch.randn(n_tokens, self.width, generator=generator).to(self.device, self.dtype) for n_tokens in (5, 5, 4)
+        )
         self.not_packable = self._trunk.not_packable or self._why_not("packed", first, changed, second)
         if self.not_packable:
             self.mode = "single" if self._why_not("padded", first, changed, second) else "padded"
@@ -460,41 +454,22 @@ class LateStack:
             bounds = offsets_of(lengths).tolist()
             try:
                 found.append(self._run_pack(torch.cat(order), bounds, place(lengths), PLAIN, mode)[index])
-            except (TypeError, ValueError, AttributeError, LookupError, RuntimeError, UnsupportedModelError) as error:
-                return f"{name} fails on a {mode} batch ({type(error).__name__}: {str(error).splitlines()[0]})"
+            except FAILURES as error:
+                return why_failed(self._trunk.decoder, mode, error)
         if mode == "packed":
             bounds = offsets_of([n, n]).tolist()
-            mixed = torch.cat([first, second[-1:], second[:-1], first[-1:]])
+            mixed = torch.cat([first[: n - 1], second[-1:], second[:-1], first[-1:]])
             _, prefix = self._forward_to_last_keys(mixed, bounds, every_block=True)
             ends = torch.tensor([n - 1, n - 1, n - 1])
             rows = torch.stack([changed[0], second[-1], changed[1]])
-            found.append(self._forward_branches(prefix, [0, 1, 1], ends, rows)[1])
+            try:
+                found.append(self._forward_branches(prefix, [0, 1, 1], ends, rows)[1])
+            except FAILURES as error:
+                return why_failed(self._trunk.decoder, mode, error)
         off = max((one.float() - alone).abs().max().item() for one in found)
         if not off <= allowed:
             return f"{name}: a {mode} sequence differs from the same one alone by {off:.2g}"
         return None
-
-    @torch.no_grad()
-    def _detect_block_output(self) -> None:
-        """Learn whether the model expects ``(hidden_states, ...)`` from its blocks: with plain tensors handed on, a
-        model that takes element 0 delivers the first late block a state without its batch dimension."""
-
-        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._source.in_tuple = (args[0] if args else kwargs["hidden_states"]).ndim == 2
-            raise _LookedError
-
-        handle = self._trunk.blocks[self.boundary].register_forward_pre_hook(look, with_kwargs=True)
-        try:
-            self._forward(torch.zeros(1, 2, self.width, dtype=self.dtype, device=self.device))
-        except _LookedError:
-            return
-        finally:
-            handle.remove()
-        raise UnsupportedModelError(f"{type(self._trunk.decoder).__name__} did not call its block {self.boundary}")
-
-
-class _LookedError(Exception):
-    """Ends the detecting forward at the first late block."""
 
 
 def _editing_hook(edits: Sequence[tuple[Any, torch.Tensor, Rows]]) -> Any:

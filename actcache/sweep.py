@@ -28,6 +28,7 @@ edits and files that describe them; knows no models and no stores.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import runpy
@@ -141,6 +142,7 @@ class _Reader:
 
     def __init__(self, folder: Path, width: int) -> None:
         self._folder, self._width = folder, width
+        self._tensors: dict[tuple[Path, str, int], torch.Tensor] = {}  # those that many variants share
 
     def sweep(self, described: dict[str, Any]) -> Sweep:
         _check_keys("the sweep", described, {"boundaries", "scopes", "readouts", "top1", "variants"})
@@ -158,6 +160,7 @@ class _Reader:
         if not isinstance(top1, bool):
             raise InputError(f"top1 is {top1!r}, expected true or false")
 
+        @functools.cache
         def variants_at(boundary: int) -> list[Variant]:
             return [variant for one in written for variant in self._variants(one, boundary)]
 
@@ -264,6 +267,8 @@ class _Reader:
                     if boundary is None:
                         return torch.zeros(self._width) if ndim == 1 else torch.eye(1, self._width)
                     name = name.replace("{boundary}", str(boundary))
+                if (path, name, ndim) in self._tensors:
+                    return self._tensors[path, name, ndim]
                 if name not in names:
                     raise InputError(f"{key}: {path} has no tensor {name!r}; it has {', '.join(names)}")
                 found = tensors.get_tensor(name)
@@ -272,6 +277,7 @@ class _Reader:
         if found.ndim != ndim or found.shape[-1] != self._width:
             expected = f"[{self._width}]" if ndim == 1 else f"[k, {self._width}]"
             raise InputError(f"{key}: tensor {name!r} of {path} has shape {list(found.shape)}, expected {expected}")
+        self._tensors[path, name, ndim] = found
         return found
 
 

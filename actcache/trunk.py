@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import find_anatomy, shallow_clone
+from actcache.blocks import find_anatomy, mixes_tokens, text_config
 from actcache.errors import UnsupportedModelError
 from actcache.packing import (
     PackStoppedError,
@@ -34,12 +34,10 @@ def rounding_of(dtype: torch.dtype) -> float:
 
 
 class Trunk:
-    """Embeddings and blocks of a causal LM; its final norm is taken out, its readout stands beside it.
-
-    The model given is not changed and shares its weights.
+    """Embeddings and blocks of a causal LM, whose readout stands beside it. The model given is not changed.
 
     Attributes:
-        decoder: the transformers module, whose ``last_hidden_state`` is now the last block's output.
+        decoder: the transformers module that runs them.
         blocks: the list of its L blocks.
         readout: final norm and head.
         n_blocks, width: L and D.
@@ -51,16 +49,13 @@ class Trunk:
     def __init__(self, model: PreTrainedModel, readout: Readout | None = None) -> None:
         """Take a model apart; ``readout`` is the model's, if there is one already."""
         anatomy = find_anatomy(model)
-        clone = shallow_clone(model, anatomy.final_norm.rpartition(".")[0])
-        parent, _, norm = anatomy.final_norm.rpartition(".")
-        clone.get_submodule(parent)._modules[norm] = nn.Identity()
-        self.decoder = clone.get_submodule(anatomy.decoder)
-        self.blocks: nn.ModuleList = clone.get_submodule(anatomy.blocks)  # type: ignore[assignment]
+        self.decoder = model.get_submodule(anatomy.decoder)
+        self.blocks: nn.ModuleList = model.get_submodule(anatomy.blocks)  # type: ignore[assignment]
         self.readout = readout or Readout(model)
         self.n_blocks, self.width = anatomy.n_blocks, anatomy.width
         self.dtype: torch.dtype = model.dtype
-        self.max_positions: int | None = getattr(model.config, "max_position_embeddings", None)
-        self.config = model.config
+        self.config = text_config(model.config)
+        self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
 
     @property
     def device(self) -> torch.device:
@@ -78,10 +73,24 @@ class Trunk:
             ``[T, D]``, last block's output. With one sequence this is the model's own plain forward, bit for bit.
         """
         if len(bounds) == 2:
-            return self.decoder(**inputs, use_cache=False).last_hidden_state[0]
+            return self.run(**inputs, use_cache=False)[0]
         with packed_attention(self.config, bounds):
             positions = restarting_positions(bounds, self.device)
-            return self.decoder(**inputs, position_ids=positions, use_cache=False).last_hidden_state[0]
+            return self.run(**inputs, position_ids=positions, use_cache=False)[0]
+
+    def run(self, **inputs: Any) -> torch.Tensor:
+        """The decoder's own forward with these arguments -> the last block's output, ``[B, T, D]``, before any norm."""
+        outputs: list[torch.Tensor] = []
+
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            outputs.append(output if isinstance(output, torch.Tensor) else output[0])
+
+        handle = self.blocks[-1].register_forward_hook(keep)
+        try:
+            self.decoder(**inputs)
+        finally:
+            handle.remove()
+        return outputs[0]
 
     def forward_to_last_keys(
         self, bounds: Sequence[int], *, every_block: bool, **inputs: torch.Tensor
@@ -129,11 +138,14 @@ class Trunk:
             ``[n, D]``, last block's output.
         """
         with branched_attention(self.config, prefix, sequence_of):
-            return self.decoder(**inputs, position_ids=positions[None], use_cache=False).last_hidden_state[0]
+            return self.run(**inputs, position_ids=positions[None], use_cache=False)[0]
 
     @property
     def not_packable(self) -> str | None:
         """Why packs cannot be run at all, or None; whether they are exact, callers probe (:meth:`why_not_packable`)."""
+        mixers = (path for block in self.blocks if (path := mixes_tokens(block)) is not None)
+        if (mixer := next(mixers, None)) is not None:
+            return f"{type(self.decoder).__name__}: tokens meet in its blocks' {mixer}, which knows no bounds"
         return why_not_packable(self.decoder)
 
     @torch.no_grad()
@@ -156,9 +168,21 @@ class Trunk:
         alone = run(second, [0, 4]).float()
         allowed = rounding_of(self.dtype) * alone.abs().max().item()
         for neighbour in (first, changed):
-            error = (run(torch.cat([neighbour, second]), bounds)[3:].float() - alone).abs().max().item()
-            if not error <= allowed:
-                return (
-                    f"{type(self.decoder).__name__}: a packed sequence differs from the same one alone by {error:.2g}"
-                )
+            try:
+                packed = run(torch.cat([neighbour, second]), bounds)[3:].float()
+            except FAILURES as error:
+                return why_failed(self.decoder, "packed", error)
+            off = (packed - alone).abs().max().item()
+            if not off <= allowed:
+                return f"{type(self.decoder).__name__}: a packed sequence differs from the same one alone by {off:.2g}"
         return None
+
+
+# What a model's forward raises when a batch is not of the form that its code expects.
+FAILURES = (TypeError, ValueError, AttributeError, LookupError, RuntimeError, UnsupportedModelError)
+
+
+def why_failed(decoder: nn.Module, what: str, error: Exception) -> str:
+    """The reason why a decoder's batches of this form are not used, in one line."""
+    said = str(error).splitlines()
+    return f"{type(decoder).__name__} fails on a {what} batch ({type(error).__name__}: {said[0] if said else ''})"

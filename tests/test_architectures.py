@@ -17,8 +17,9 @@ import torch
 import transformers
 from torch import nn
 
-from actcache.blocks import cut_upstream, find_anatomy, find_site, mixes_tokens, probe_late_blocks, shallow_clone
+from actcache.blocks import cut_upstream, find_anatomy, find_site, mixes_tokens, shallow_clone
 from actcache.errors import UnsupportedModelError
+from actcache.probe import probe_late_blocks
 from actcache.readout import Readout
 from actcache.replay import LateStack
 

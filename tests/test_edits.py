@@ -630,6 +630,38 @@ def test_random_edits_are_the_same_in_every_mode_and_pack():
     assert (other[:, :3] - packed[:, :3]).abs().amax(dim=(0, 2)).min() > 1e-3, "keys name the draws"
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_an_edit_is_told_where_its_rows_stand(positions, strict):
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    seen = {site: set() for site in ("state", "attention", "mlp")}
+
+    def note(site, rows, at):
+        places = zip(at.sequence.tolist(), at.position.tolist(), at.source.tolist(), strict=True)
+        seen[site] |= {(at.layer, at.keys[sequence], position, source) for sequence, position, source in places}
+        return rows
+
+    variants = [
+        Variant(site, [Edit(Call(functools.partial(note, site), site), positions, site, layers)])
+        for site, layers in (("state", ()), ("attention", (2, 4)), ("mlp", (3, 4)))
+    ]
+    plain = late.run(study.rows, study.offsets, strict=strict)
+    found = late.run_variants(study.rows, study.offsets, variants, strict=strict, max_tokens=20, **study.given)
+    for number in range(len(variants)):
+        torch.testing.assert_close(found[:, number], plain, rtol=0, atol=0 if strict else 1e-4)
+    for site, layers in (("state", (None,)), ("attention", (2, 4)), ("mlp", (3, 4))):
+        everywhere = {
+            (layer, f"event {number}", position, study.offsets[number] + position)
+            for layer in layers
+            for number, length in enumerate(LENGTHS)
+            for position in range(length)
+            if positions == "all" or position == length - 1
+        }
+        # The last block runs on for position p alone, unless one sequence fills the forward.
+        needed = {place for place in everywhere if place[0] != 4 or place[2] == LENGTHS[int(place[1][-1])] - 1}
+        assert needed <= seen[site] <= everywhere
+
+
 # ---- how it is replayed ----
 
 

@@ -26,6 +26,7 @@ FLOW = [
         "prompts",
         "lineup",
         "blocks",
+        "probe",
         "shape",
         "packing",
         "readout",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pyarrow.compute as pc
@@ -28,6 +29,7 @@ from actcache.edits import (
     SignedPermutation,
     Variant,
 )
+from actcache.effects import effects
 from actcache.errors import InputError
 from actcache.grid import GridSettings, run_grid
 from actcache.replay import LateStack
@@ -627,6 +629,7 @@ def test_a_name_stands_for_one_thing(run, written, capfd, scored):
 def test_what_is_asked_is_what_the_table_holds(captured, run, written, first, then, order):
     """Cells that were scored in another way before do not stand in for those asked now, whichever file they lie in."""
     sweep = ("--sweep", written(FIRST))
+    first, then = (("--boundary", "3", *more) for more in (first, then))
     score(run, *first, *(sweep if order != "plain first" else ()))
     found = score(run, *then, *(sweep if order != "sweep first" else ()))
     fresh = shutil.copytree(captured[1], run.parent / "fresh")
@@ -638,6 +641,19 @@ def test_what_is_asked_is_what_the_table_holds(captured, run, written, first, th
         assert {key[5] for key in found} == {"native", "common_it"}
     if "--scope" in first:
         assert {key[2] for key in found} == {"prefix", "position"}
+
+
+def test_groups_of_earlier_versions_are_scored_again(run, written, scored):
+    """Those name no variants, boundary and scope in their metadata."""
+    plain = score(run)
+    for path in (run / "cells").iterdir():
+        table = pq.read_table(path)
+        key = json.loads(table.schema.metadata[b"actcache"])
+        old = {name: key[name] for name in ("store", "segment", "strict", "max_tokens", "readouts")}
+        pq.write_table(table.replace_schema_metadata({b"actcache": json.dumps(old).encode()}), path)
+    scored.clear()
+    assert score(run).equals(plain)
+    assert sorted(scored) == sorted(group_files(run))
 
 
 def test_the_best_token_of_a_variant_is_looked_up_only_if_asked(run, written, scored):
@@ -662,8 +678,8 @@ def test_the_best_token_of_a_variant_is_looked_up_only_if_asked(run, written, sc
 
 def test_effects_are_averaged_by_variant(strict_cells):
     run = strict_cells
-    effects = actcache.effects.effects(cells_of(run), draws=20)
-    groups = {(g["boundary"], g["scope"], g["readout"], g["variant"]): g for g in effects["groups"]}
+    found = effects(cells_of(run), draws=20)["groups"]
+    groups = {(g["boundary"], g["scope"], g["readout"], g["variant"]): g for g in found}
     assert set(groups) == {
         (boundary, scope, readout, variant)
         for boundary, names in NAMES.items()
@@ -748,6 +764,24 @@ def test_a_sweep_that_does_not_fit_the_store_is_refused(run, written, capfd, tex
     assert words in refused(capfd, "grid", run, "--sweep", written(text))
     assert not (run / "cells.parquet").exists()
     assert not group_files(run)
+
+
+def test_a_position_that_some_sequence_lacks_is_refused_before_anything_is_scored(run, written, capfd):
+    """Also where the sequences of the first segment are all long enough."""
+    store = actcache.open_store(run / "store")
+    lengths = [
+        min(position + 1 for position in store.events["position"].slice(s.events.start, s.n_events).to_pylist())
+        for s in store.segments
+    ]
+    shortest, longest = min(lengths), max(lengths)
+    assert shortest < longest
+    for position in (shortest, -shortest - 1):
+        text = one_edit(f'edit = "replace"\ndonor = "it"\npositions = [{position}]')
+        said = refused(capfd, "grid", run, "--sweep", written(text))
+        assert f"variant 'v' edits position {position}; the shortest sequence has {shortest} positions" in said
+        assert not group_files(run)
+    text = one_edit(f'edit = "replace"\ndonor = "it"\npositions = [{shortest - 1}, {-shortest}]')
+    assert variants_in(score(run, "--sweep", written(text))) == ["none", "v"]
 
 
 def test_a_broken_sweep_stops_a_run_before_its_capture(captured, written, tmp_path, capfd):

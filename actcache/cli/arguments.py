@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -13,7 +13,6 @@ from actcache.run_folder import RunFolder
 if TYPE_CHECKING:
     from actcache.capture import CaptureSettings
     from actcache.grid import GridSettings
-    from actcache.store import Store
 
 READOUTS = "native,common_it,common_pt"
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -117,8 +116,11 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     add_strict_and_pack(parser)
 
 
-def grid_settings(args: argparse.Namespace, store: Store) -> GridSettings:
-    """What the arguments, and the sweep that they name, ask of a grid over a store.
+def grid_settings(
+    args: argparse.Namespace, boundary: str | None, captured: Sequence[int], width: int, n_blocks: int
+) -> GridSettings:
+    """What the arguments, and the sweep that they name, ask of a grid over a store with these boundaries, of which
+    ``boundary`` names some if the command did.
 
     Raises:
         InputError: the sweep cannot be read, says what an argument says too, or a boundary is not one of the model's.
@@ -127,19 +129,18 @@ def grid_settings(args: argparse.Namespace, store: Store) -> GridSettings:
     from actcache.grid import GridSettings
     from actcache.sweep import Sweep, read_sweep
 
-    sweep = read_sweep(args.sweep, store.width) if args.sweep else Sweep()
+    sweep = read_sweep(args.sweep, width) if args.sweep else Sweep()
     given: dict[str, tuple[Any, Any]] = {
         "--scope": (args.scope, sweep.scopes),
         "--readout": (args.readout, sweep.readouts),
+        "--boundary": (boundary, sweep.boundaries),
     }
-    if hasattr(args, "run"):  # an argument of grid; that of run is about what is captured
-        given["--boundary"] = (args.boundary, sweep.boundaries)
     for name, (argument, of_sweep) in given.items():
         if argument is not None and of_sweep is not None:
             raise InputError(f"{args.sweep} says what {name} {argument} says too; leave one of them out")
-    boundaries = tuple(store.boundaries)
-    if (asked := sweep.boundaries or args.boundary) not in (None, "all"):
-        boundaries = parse_boundaries(asked, store.fingerprint["n_blocks"])
+    boundaries = tuple(captured)
+    if (asked := sweep.boundaries or boundary) not in (None, "all"):
+        boundaries = parse_boundaries(asked, n_blocks)
     readouts = tuple(dict.fromkeys(name.strip() for name in (args.readout or READOUTS).split(",")))
     return GridSettings(
         boundaries,

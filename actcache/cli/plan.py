@@ -134,7 +134,7 @@ def _plan(args: argparse.Namespace) -> None:
     from actcache.prompts import read_prompts
 
     prompts = read_prompts(args.prompts, args.limit)
-    lineup = Lineup.open({"pt": args.pt, "it": args.it})
+    lineup = Lineup.open({"pt": args.pt, "it": args.it}, with_weights=False)
     capture = capture_settings(args, lineup.n_blocks)
     groups: list[Group] = []
     if capture.row_selection == "prefix":

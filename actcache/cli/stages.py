@@ -92,18 +92,25 @@ def _run(args: argparse.Namespace) -> None:
             f"--rows {args.rows}: a run scores the grid, which needs prefix rows; "
             "'actcache capture --rows divergence' keeps the events' own rows alone"
         )
-    if args.sweep:  # what is wrong with it is said before anything is captured
-        from actcache.lineup import Lineup
-        from actcache.sweep import read_sweep
-
-        read_sweep(args.sweep, Lineup.open({"pt": args.pt, "it": args.it}).width)
+    _check_grid_asked(args)
     lineup = _capture_lineup(args)
     folder = RunFolder(args.out)
     check_run(args, folder, lineup)
-    _score(folder, lineup, args, args.device)
+    _score(folder, lineup, args, None, args.device)
     effects = _write_effects(folder, stable_only=args.stable_only)
     _write_report(folder)
     _print_answer(folder, effects)
+
+
+def _check_grid_asked(args: argparse.Namespace) -> None:
+    """What is wrong with the grid that is asked for is said before anything is captured."""
+    from actcache.grid import check_servable
+    from actcache.lineup import Lineup
+
+    lineup = Lineup.open({"pt": args.pt, "it": args.it})
+    captured = capture_settings(args, lineup.n_blocks).boundaries
+    settings = grid_settings(args, None, captured, lineup.width, lineup.n_blocks)
+    check_servable(settings, lineup.labels, captured, lineup.n_blocks)
 
 
 def _capture(args: argparse.Namespace) -> None:
@@ -145,17 +152,17 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
 def _grid(args: argparse.Namespace) -> None:
     quiet_libraries()
     folder, lineup, device = open_captured(args)
-    _score(folder, lineup, args, device)
+    _score(folder, lineup, args, args.boundary, device)
 
 
-def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, device: str) -> None:
+def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> None:
     from actcache.grid import check_settings, count_replays, run_grid
     from actcache.replay import LateStack
     from actcache.store import open_store
 
     store = open_store(folder.store)
     check_complete(store)
-    settings = grid_settings(args, store)
+    settings = grid_settings(args, boundary, store.boundaries, store.width, store.fingerprint["n_blocks"])
     check_settings(store, settings)
     check_same_checkpoints(store, lineup)
 

@@ -49,13 +49,12 @@ class CaptureClock(_Clock):
 
     def load(self, label: str) -> Trunk:
         """The trunk of a checkpoint, watched."""
-        from actcache.lineup import DTYPES
+        from actcache.capture import load_trunk
         from actcache.shape import ModelShape
-        from actcache.trunk import Trunk
 
         with self.loading():
-            model = self._lineup.checkpoints[label].load(DTYPES[self._settings.dtype], self._settings.device)
-            return self._counter.watch(Trunk(model), ModelShape.of_model(model))
+            trunk = load_trunk(self._lineup, label, self._settings)
+            return self._counter.watch(trunk, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))
 
     def write(self, folder: RunFolder, n_prompts: int) -> None:
         """Record a capture of so many prompts; one of which others did a part is taken off the record."""

@@ -1,0 +1,347 @@
+"""Late stacks beyond plain packs: padded and single sequences, rotary angles by length, what is refused.
+
+Against forward hooks on the whole model, like everything that is replayed.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import reference
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    GPTJConfig,
+    LlamaConfig,
+    LlamaModel,
+    MambaConfig,
+    Phi3Config,
+)
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from actcache.edits import Add, Call, Edit, Interpolate, Replace, Variant
+from actcache.errors import InputError, UnsupportedModelError
+from actcache.replay import LateStack
+
+WIDTH, N_BLOCKS, BOUNDARY, VOCAB_SIZE = 32, 4, 2, 50
+LENGTHS = (7, 1, 12, 3, 9)
+TOKENS = {"vocab_size": VOCAB_SIZE, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 0}
+LLAMA = {
+    **{"hidden_size": WIDTH, "intermediate_size": 48, "num_hidden_layers": N_BLOCKS, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "max_position_embeddings": 64, **TOKENS},
+}
+FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [3.0, 5.0, 7.0, 9.0]}
+LIMIT = 8  # positions of the original training
+CONFIGS = {
+    "llama": LlamaConfig(**LLAMA),
+    "gptj": GPTJConfig(n_embd=WIDTH, n_layer=N_BLOCKS, n_head=4, rotary_dim=4, n_positions=64, **TOKENS),
+    "bloom": BloomConfig(hidden_size=WIDTH, n_layer=N_BLOCKS, n_head=4, **TOKENS),
+    "mamba": MambaConfig(hidden_size=WIDTH, state_size=4, num_hidden_layers=N_BLOCKS, **TOKENS),
+    "phi3 longrope": Phi3Config(
+        **LLAMA,
+        original_max_position_embeddings=LIMIT,
+        rope_parameters={
+            **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0, **FACTORS},
+            "original_max_position_embeddings": LIMIT,
+        },
+    ),
+}
+
+
+def build(name):
+    """With larger weights than a fresh model's, so that every token of a sequence tells in its last state."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval().requires_grad_(False)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and not parameter_name.endswith("A_log"):
+            parameter.copy_(torch.randn_like(parameter) * 1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+class Sequences:
+    """Sequences of these lengths: the states of a model, edited or not, and what hooks make of them."""
+
+    def __init__(self, model, lengths=LENGTHS, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        self.model, self.lengths = model, lengths
+        self.ids = [torch.randint(2, VOCAB_SIZE, (length,), generator=generator).tolist() for length in lengths]
+        # Not the model's own states, which a replay that ignored them would give too.
+        self.states = [
+            reference.states(model, ids, BOUNDARY) + torch.randn(len(ids), WIDTH, generator=generator)
+            for ids in self.ids
+        ]
+        self.rows = torch.cat(self.states)
+        self.offsets = [0, *itertools.accumulate(lengths)]
+
+    def hooked(self, edit=lambda state: state):
+        """``[n, D]``."""
+        return torch.stack(
+            [
+                reference.overwritten(self.model, ids, BOUNDARY, edit(state))[-1]
+                for ids, state in zip(self.ids, self.states, strict=True)
+            ]
+        )
+
+
+def at_last(change):
+    def edit(state):
+        return torch.cat([state[:-1], change(state[-1:])])
+
+    return edit
+
+
+SHIFT = torch.linspace(-1, 1, WIDTH)
+EDITS = {  # a variant, and what it does to the states
+    Variant("plain"): lambda state: state,
+    Variant("last", [Edit(Add(SHIFT))]): at_last(lambda row: row + SHIFT),
+    Variant("last once more", [Edit(Add(SHIFT, -2.0))]): at_last(lambda row: row - 2 * SHIFT),
+    Variant("all", [Edit(Add(SHIFT), "all")]): lambda state: state + SHIFT,
+    Variant("first", [Edit(Replace(vector=SHIFT), (0,))]): lambda state: torch.cat([SHIFT[None], state[1:]]),
+}
+
+
+def check_every_mode(late, sequences, tolerance=1e-4):
+    """Strict is exact and everything else equal to rounding, for plain replays and variants, in small packs too."""
+    variants = list(EDITS)
+    expected = torch.stack([sequences.hooked(EDITS[variant]) for variant in variants], dim=1)
+    strict = late.run_variants(sequences.rows, sequences.offsets, variants, strict=True)
+    assert torch.equal(strict, expected)
+    assert torch.equal(late.run(sequences.rows, sequences.offsets, strict=True), expected[:, 0])
+    for max_tokens in (None, 25, 1):
+        found = late.run_variants(sequences.rows, sequences.offsets, variants, max_tokens=max_tokens)
+        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+        plain = late.run(sequences.rows, sequences.offsets, max_tokens=max_tokens)
+        torch.testing.assert_close(plain, expected[:, 0], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "reason"),
+    [
+        ("llama", "packed", None),
+        ("gptj", "packed", None),
+        ("bloom", "padded", "BloomModel"),
+        ("mamba", "padded", "MambaModel"),
+    ],
+)
+def test_sequences_share_a_forward_only_where_that_changes_nothing(name, mode, reason):
+    model = build(name)
+    late = LateStack.load(model, BOUNDARY)
+    assert late.mode == mode
+    assert (late.not_packable or "").startswith(reason or "")
+    assert bool(late.not_packable) == bool(reason)
+    check_every_mode(late, Sequences(model))
+    check_every_mode(late, Sequences(model, (1,), seed=1))
+    check_every_mode(late, Sequences(model, (1, 1, 2), seed=2))
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Shapes ``(B, T)`` of every forward over late blocks from here on."""
+    seen = []
+    forward = LateStack._forward
+
+    def watch(self, state, *args, **more):
+        seen.append(tuple(state.shape[:2]))
+        return forward(self, state, *args, **more)
+
+    monkeypatch.setattr(LateStack, "_forward", watch)
+    return seen
+
+
+def test_padded_batches_stay_within_their_budget(batches):
+    model = build("bloom")
+    late, sequences = LateStack.load(model, BOUNDARY), Sequences(model)
+    batches.clear()
+    late.run(sequences.rows, sequences.offsets, max_tokens=24)
+    assert batches == [(2, 7), (2, 12), (1, 9)]
+    batches.clear()
+    late.run(sequences.rows, sequences.offsets, max_tokens=1)
+    assert batches == [(1, length) for length in LENGTHS]
+    batches.clear()
+    late.run(sequences.rows, sequences.offsets)
+    assert batches == [(len(LENGTHS), max(LENGTHS))]
+
+
+class Mixes(torch.nn.Module):
+    """An MLP that adds the mean of the tokens before it in the batch row, wherever sequences begin."""
+
+    def __init__(self, mlp, ahead):
+        super().__init__()
+        self.mlp, self.ahead = mlp, ahead
+
+    def forward(self, hidden):
+        if self.ahead:
+            return self.mlp(hidden) + hidden.mean(dim=1, keepdim=True)
+        counts = torch.arange(1, hidden.shape[1] + 1)[:, None]
+        return self.mlp(hidden) + hidden.cumsum(dim=1) / counts
+
+
+@pytest.mark.parametrize("block", [BOUNDARY, N_BLOCKS - 1])
+@pytest.mark.parametrize(("ahead", "mode"), [(False, "padded"), (True, "single")])
+def test_a_block_that_mixes_tokens_is_not_packed(block, ahead, mode):
+    model = build("llama")
+    layer = reference.parts(model).blocks[block]
+    layer.mlp = Mixes(layer.mlp, ahead)
+    late = LateStack.load(model, BOUNDARY)
+    assert late.mode == mode
+    assert "differs from the same one alone" in late.not_packable
+    assert late.at(3).mode == mode
+    check_every_mode(late, Sequences(model))
+
+
+def test_a_pass_through_of_the_mixing_block_alone_is_packed():
+    """What the upstream blocks do is no matter of the late stack."""
+    model = build("llama")
+    layer = reference.parts(model).blocks[BOUNDARY - 1]
+    layer.mlp = Mixes(layer.mlp, ahead=False)
+    late = LateStack.load(model, BOUNDARY)
+    assert late.mode == "packed"
+    check_every_mode(late, Sequences(model))
+
+
+def test_sequences_beyond_the_original_positions_do_not_change_their_neighbours():
+    """Rotary angles depend on whether the longest sequence of a forward is beyond the limit."""
+    model = build("phi3 longrope")
+    late = LateStack.load(model, BOUNDARY)
+    assert late.mode == "packed"
+    lengths = (3, LIMIT, 20, 5, LIMIT + 1, LIMIT - 1, 30, 2)
+    sequences = Sequences(model, lengths)
+    check_every_mode(late, sequences)
+    # Otherwise the equality says little: with the long factors, a short sequence ends elsewhere.
+    rope = late._trunk.decoder.rotary_emb
+    before = late.run(sequences.rows[:3], [0, 3])
+    kept = rope.original_inv_freq
+    rope.original_inv_freq = rope.long_inv_freq
+    try:
+        assert (late.run(sequences.rows[:3], [0, 3]) - before).abs().max() > 1e-2
+    finally:
+        rope.original_inv_freq = kept
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_packs_hold_no_sequence_beyond_the_limit_beside_another(mode):
+    late = LateStack.load(build("phi3 longrope"), BOUNDARY)
+    lengths = [3, LIMIT, 20, 5, LIMIT + 1, 2, 1]
+    packs = late._plan(lengths, mode, 100)
+    assert [list(pack) for pack in packs] == [[0, 1], [2], [3], [4], [5, 6]]
+
+
+class ReadsEmbeddings(LlamaModel):
+    """A decoder whose last block also reads the token embeddings."""
+
+    def forward(self, input_ids=None, inputs_embeds=None, **more):
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        self.layers[-1].__dict__["embeddings"] = inputs_embeds
+        return super().forward(inputs_embeds=inputs_embeds, **more)
+
+
+class ReadingLayer(LlamaDecoderLayer):
+    def forward(self, *args, **more):
+        return super().forward(*args, **more) + self.embeddings
+
+
+def test_late_blocks_that_read_the_embeddings_are_refused():
+    model = build("llama")
+    model.model.__class__, model.model.layers[-1].__class__ = ReadsEmbeddings, ReadingLayer
+    with pytest.raises(UnsupportedModelError, match="late blocks read more than the state at the boundary"):
+        LateStack.load(model, BOUNDARY)
+
+
+def test_boundaries_that_a_late_stack_does_not_have_are_refused():
+    model = build("llama")
+    late = LateStack.load(model, BOUNDARY)
+    with pytest.raises(InputError, match=f"boundary 1 is before {BOUNDARY}, where this late stack begins"):
+        late.at(1)
+    with pytest.raises(InputError, match="boundary 1 is before 2"):
+        late.at(3).at(1)
+    for boundary in (0, N_BLOCKS, -1):
+        with pytest.raises(InputError, match=rf"boundary {boundary} is outside 1\.\.3 \(the model has 4 blocks\)"):
+            late.at(boundary)
+        with pytest.raises(InputError, match=f"boundary {boundary} is outside"):
+            LateStack.load(model, boundary)
+    assert late.at(BOUNDARY) is late
+    assert late.at(3).at(BOUNDARY) is late
+    first = LateStack.load(model, 1)
+    sequences = Sequences(model)
+    between = first.at(3).at(BOUNDARY)  # cut from the first stack, not from the shorter one
+    assert torch.equal(between.run(sequences.rows, sequences.offsets, strict=True), sequences.hooked())
+    model.train()
+    with pytest.raises(InputError, match="training mode"):
+        LateStack.load(model, BOUNDARY)
+
+
+@pytest.mark.parametrize(
+    ("rows", "offsets", "words"),
+    [
+        (
+            torch.zeros(4, WIDTH, dtype=torch.bfloat16),
+            [0, 4],
+            "rows are torch.bfloat16, this late stack is torch.float32",
+        ),
+        (torch.zeros(4, 5), [0, 4], r"rows have shape \(4, 5\), expected \[N, 32\]"),
+        (torch.zeros(1, 4, WIDTH), [0, 4], r"rows have shape \(1, 4, 32\)"),
+        (torch.zeros(4, WIDTH), [0, 3], "offsets must run from 0 to the number of rows, 4"),
+        (torch.zeros(4, WIDTH), [1, 4], "offsets must run from 0"),
+        (torch.zeros(4, WIDTH), [], "offsets must run from 0"),
+        (torch.zeros(4, WIDTH), [0, 2, 2, 4], "sequence 1 has 0 rows; each needs at least one"),
+        (torch.zeros(4, WIDTH), [0, 3, 2, 4], "sequence 1 has -1 rows"),
+        (torch.zeros(70, WIDTH), [0, 4, 70], "sequence 1 has 66 rows; the model has 64 positions"),
+    ],
+)
+def test_rows_and_offsets_that_do_not_fit_are_refused(rows, offsets, words):
+    late = LateStack.load(build("llama"), BOUNDARY)
+    with pytest.raises(InputError, match=words):
+        late.run(rows, offsets)
+
+
+def test_a_stack_is_as_before_after_an_error():
+    model = build("llama")
+    late, sequences = LateStack.load(model, BOUNDARY), Sequences(model)
+    expected = sequences.hooked()
+
+    def fail(rows, at):
+        raise KeyError
+
+    for site in ({}, {"site": "mlp", "layers": (3,)}, {"site": "attention", "layers": (2,)}):
+        for positions in ("last", "all"):
+            variants = [Variant("a"), Variant("b", [Edit(Call(fail, "fail"), positions, **site)])]
+            for strict in (True, False):
+                with pytest.raises(KeyError):
+                    late.run_variants(sequences.rows, sequences.offsets, variants, strict=strict)
+                assert torch.equal(late.run(sequences.rows, sequences.offsets, strict=True), expected)
+                torch.testing.assert_close(late.run(sequences.rows, sequences.offsets), expected, rtol=0, atol=1e-4)
+    assert late._trunk.config._attn_implementation == "sdpa"
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_others_may_replay_while_variants_are_being_iterated():
+    model = build("llama")
+    late, sequences = LateStack.load(model, BOUNDARY), Sequences(model)
+    variants = [Variant(f"{layer}", [Edit(Add(SHIFT), site="mlp", layers=(layer,))]) for layer in (2, 3, 2, 3)]
+    expected = late.run_variants(sequences.rows, sequences.offsets, variants, max_tokens=5)
+    plain = late.run(sequences.rows, sequences.offsets, strict=True)
+    first, second = (late.iterate_variants(sequences.rows, sequences.offsets, variants, max_tokens=5) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(late.run(sequences.rows, sequences.offsets, strict=True), plain)
+        for numbers, indices, hidden in (one, other):
+            assert torch.equal(hidden, expected[numbers, indices])
+    half = late.iterate_variants(sequences.rows, sequences.offsets, variants, max_tokens=5)
+    next(half)
+    assert torch.equal(late.run(sequences.rows, sequences.offsets, strict=True), plain)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_donors_in_padded_batches_are_those_of_the_same_rows():
+    model = build("bloom")
+    late, sequences, other = LateStack.load(model, BOUNDARY), Sequences(model), Sequences(model, seed=9)
+    variants = [Variant("half", [Edit(Interpolate("other", 0.5), "all")]), Variant("last", [Edit(Replace("other"))])]
+    found = late.run_variants(sequences.rows, sequences.offsets, variants, donors={"other": other.rows})
+    halves = Sequences(model)
+    halves.states = [torch.lerp(a, b, 0.5) for a, b in zip(sequences.states, other.states, strict=True)]
+    lasts = Sequences(model)
+    lasts.states = [torch.cat([a[:-1], b[-1:]]) for a, b in zip(sequences.states, other.states, strict=True)]
+    expected = torch.stack([halves.hooked(), lasts.hooked()], dim=1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
