@@ -690,7 +690,9 @@ def test_effects_are_averaged_by_variant(strict_cells):
     # With IT's state everywhere, PT's upstream is IT's: what is left is what the late layers make.
     for boundary in NAMES:
         plain, everywhere = (groups[boundary, "prefix", "common_it", name] for name in ("none", "everywhere"))
-        assert everywhere["late_from_pt"]["mean"] == everywhere["late_from_it"]["mean"] == plain["late_from_it"]["mean"]
+        assert everywhere["late_from_pt"]["mean"] == everywhere["late_from_it"]["mean"]
+        # The plain diagonal is the capture forward's own, which was packed.
+        assert everywhere["late_from_it"]["mean"] == pytest.approx(plain["late_from_it"]["mean"], abs=1e-4)
         assert everywhere["interaction"]["mean"] == 0
 
 
