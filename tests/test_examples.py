@@ -8,9 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 
+import actcache
+from actcache.cli import main
 from actcache.feed import ActivationBuffer, RowFeed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -61,3 +65,17 @@ def test_dictionary_learning_draws_from_the_buffer(tiny_run):
         dictionary = trainers.top_k.AutoEncoderTopK.from_pretrained(str(folder / "trainer_0" / "ae.pt"))
         losses.append((dictionary(check) - check).square().mean().item())
     assert losses[1] < losses[0] / 2
+
+
+def test_the_example_sweep_over_the_demo_pair(tmp_path):
+    """As its first line says, with fewer prompts."""
+    demo = Path(actcache.__file__).parent / "demo"
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join((demo / "prompts.jsonl").read_text().splitlines(keepends=True)[:4]))
+    words = ["run", "--pt", demo / "pt", "--it", demo / "it", "--prompts", prompts, "--out", tmp_path / "run"]
+    assert main([*map(str, words), "--max-new", "48", "--stability", "0"]) == 0
+    assert main(["grid", str(tmp_path / "run"), "--sweep", str(EXAMPLES / "sweep.toml")]) == 0
+    cells = pq.read_table(tmp_path / "run" / "cells.parquet")
+    assert len(set(cells["variant"].to_pylist())) == 1 + 4 + 4 + 1
+    assert set(cells["scope"].to_pylist()) == {"prefix", "position"}
+    assert pc.all(pc.is_finite(cells["margin"])).as_py()
