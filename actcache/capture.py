@@ -124,7 +124,6 @@ def capture(
     left = [(name, shard) for name, shard in shards if name not in committed]
     if not left:
         return
-
     load = load or (lambda label: load_trunk(lineup, label, settings))
     job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, say)
     n_prompts = {name: len(shard) for name, shard in left}

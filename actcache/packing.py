@@ -33,7 +33,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # before torch 2.10
+except ImportError:  # an older torch
     varlen_attn = None
 
 IMPLEMENTATION = "actcache_packed"

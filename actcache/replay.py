@@ -43,7 +43,6 @@ Mode = Literal["packed", "padded", "single"]
 # the machine's rate; a GPU wants more.
 MAX_TOKENS = {"cpu": 1024, "cuda": 8192}
 
-
 # A pack of one sequence shorter than this is a strict replay: a second step would cost more calls than it saves.
 _IN_TWO_STEPS_FROM = 64
 

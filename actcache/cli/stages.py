@@ -104,6 +104,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _check_grid_asked(args: argparse.Namespace) -> None:
     """What is wrong with the grid that is asked for is said before anything is captured."""
+    quiet_libraries()
     from actcache.grid import check_servable
     from actcache.lineup import Lineup
 
