@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -246,6 +247,17 @@ def _shallow(module: nn.Module) -> Any:
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
     return clone
+
+
+def shareable(model: PreTrainedModel, apart: Collection[nn.Module] = ()) -> Iterator[Any]:
+    """What deep copies of a model may share, one for each thread: weights, the functions hooked to its modules, and
+    modules without parts and config, except for those that are to be ``apart``."""
+    yield from model.parameters()
+    for module in model.modules():
+        yield from (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        told = any(isinstance(value, PreTrainedConfig) for value in vars(module).values())
+        if not (module._modules or told or module in apart or isinstance(module, UpstreamStandIn)):
+            yield module
 
 
 def find_site(block: nn.Module, site: Literal["attention", "mlp"]) -> nn.Module:

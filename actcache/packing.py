@@ -59,6 +59,20 @@ def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[range]:
     return packs
 
 
+def plan_evenly(plan: Callable[[int], list[range]], max_tokens: int, n_workers: int) -> list[range]:
+    """``plan(budget)`` at the lowest budget that takes no more rounds than ``max_tokens`` does, where ``n_workers``
+    packs run in a round: the same work for every worker, as near as sequences allow."""
+    n_rounds = -(-len(plan(max_tokens)) // n_workers)
+    enough, too_few = max_tokens, 0
+    while enough - too_few > 1:
+        budget = (enough + too_few) // 2
+        if len(plan(budget)) <= n_rounds * n_workers:
+            enough = budget
+        else:
+            too_few = budget
+    return plan(enough)
+
+
 def offsets_of(lengths: Sequence[int]) -> torch.Tensor:
     """``[n + 1]`` int64: where each sequence of these lengths begins when they are concatenated."""
     offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)

@@ -6,14 +6,18 @@ masks, rotary angles and whatever else the late blocks expect, for positions tha
 Nobody reads what the last block makes of any position but p. So a pack runs up to the last block's keys and values, and
 that block runs on for the rows at p alone. The same two steps serve variants that change nothing before p: the pack
 runs once, leaving every block's keys and values, and each variant costs one row through the late blocks.
+
+On the CPU several packs run at once, each by a copy of the stack on its own part of torch's threads (workers.py).
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,23 +32,45 @@ from actcache.blocks import (
     find_anatomy,
     find_site,
     shallow_clone,
+    shareable,
 )
 from actcache.edits import PLAIN, Rows, Variant
 from actcache.errors import InputError
 from actcache.lineup import Checkpoint, load_weights
-from actcache.packing import Prefix, offsets_of, plan_packs
+from actcache.packing import Prefix, offsets_of, plan_evenly, plan_packs
 from actcache.probe import probe_late_blocks
 from actcache.readout import Readout
 from actcache.trunk import FAILURES, Trunk, rounding_of, why_failed
+from actcache.workers import share_threads, side_by_side
 
 Mode = Literal["packed", "padded", "single"]
 
 # Tokens of one pack. On the CPU few enough that a block's activations stay in the caches, enough for matrix products at
 # the machine's rate; a GPU wants more.
-MAX_TOKENS = {"cpu": 1024, "cuda": 8192}
+MAX_TOKENS = {"cpu": 512, "cuda": 8192}
 
 # A pack of one sequence shorter than this is a strict replay: a second step would cost more calls than it saves.
 _IN_TWO_STEPS_FROM = 64
+
+# Fewer tokens than this are not worth a worker: every one reads all the weights.
+_TOKENS_OF_A_WORKER = 256
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """What one call replays, and how: everything that its packs have in common."""
+
+    rows: torch.Tensor  # [N, D]
+    bounds: list[int]
+    places: Rows  # of all rows
+    variants: Sequence[Variant]
+    shared: frozenset[int]  # the variants that go through one replay of the earlier positions together
+    mode: Mode
+    budget: int  # tokens of one forward
+
+
+# Indices of sequences and variants, [m] each, and [m, D] on the CPU.
+_Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 class LateStack:
@@ -256,28 +282,58 @@ class LateStack:
             keys=keys or [str(number) for number in range(len(lengths))],
             donors=donors,
         )
-        mode: Mode = "single" if strict else self.mode
-        budget = max_tokens or MAX_TOKENS.get(self.device.type, MAX_TOKENS["cuda"])
+        mode, budget = self._how(strict, max_tokens)
         shared = [i for i, v in enumerate(variants) if v.at_last_only] if mode == "packed" else []
         if len(shared) < 2:  # nothing to share
             shared = []
-        alone = [i for i in range(len(variants)) if i not in set(shared)]
-        for pack in self._plan(lengths, mode, budget):
-            at = every.chosen(torch.arange(bounds[pack.start], bounds[pack.stop]))
-            state = rows[bounds[pack.start] : bounds[pack.stop]].to(self.device)
-            local = [bound - bounds[pack.start] for bound in bounds[pack.start : pack.stop + 1]]
-            sequences = torch.arange(pack.start, pack.stop)
-            for number in alone:
-                hidden = self._run_pack(state, local, at, variants[number], mode)
-                yield sequences, torch.full_like(sequences, number), hidden.cpu()
-            if shared:
-                for some, hidden in self._run_shared(state, local, at, [variants[i] for i in shared], budget):
-                    numbers = torch.tensor([shared[i] for i in some])
-                    yield (
-                        sequences.repeat_interleave(len(numbers)),
-                        numbers.repeat(len(sequences)),
-                        hidden.cpu(),
-                    )
+        batch = _Batch(rows, bounds, every, variants, frozenset(shared), mode, budget)
+        packs = self.packs(lengths, strict=strict, max_tokens=max_tokens)
+        n_workers, n_threads = self._share_threads(mode, len(rows))
+        if n_workers == 1:
+            for pack in packs:
+                yield from self._iterate_pack(batch, pack)
+            return
+        copies = self._copies(n_workers, variants)
+
+        def run(pack: range, worker: int) -> Iterator[_Result]:
+            return copies[worker]._iterate_pack(batch, pack)
+
+        yield from side_by_side([partial(run, pack) for pack in packs], n_workers, n_threads)
+
+    def packs(self, lengths: Sequence[int], *, strict: bool = False, max_tokens: int | None = None) -> list[range]:
+        """How :meth:`run` cuts sequences of these lengths into forwards."""
+        mode, budget = self._how(strict, max_tokens)
+        n_workers, _ = self._share_threads(mode, sum(lengths))
+        if n_workers == 1:
+            return self._plan(lengths, mode, budget)
+        return plan_evenly(lambda tokens: self._plan(lengths, mode, tokens), budget, n_workers)
+
+    # ---- who runs it ----
+
+    def _how(self, strict: bool, max_tokens: int | None) -> tuple[Mode, int]:
+        return "single" if strict else self.mode, max_tokens or MAX_TOKENS.get(self.device.type, MAX_TOKENS["cuda"])
+
+    def _share_threads(self, mode: Mode, n_tokens: int) -> tuple[int, int]:
+        """How many packs run at once, on how many threads each. One that shall be what a plain forward is takes all."""
+        if mode == "single" or self.device.type != "cpu":
+            return 1, torch.get_num_threads()
+        return share_threads(n_tokens // _TOKENS_OF_A_WORKER)
+
+    def _copies(self, n: int, variants: Sequence[Variant]) -> list[LateStack]:
+        """This stack n times over, with modules and config of its own each: a forward sets switches on them, and hooks.
+
+        Made anew for every call, so that whatever was done to the blocks since is in them.
+        """
+        views: dict[int, LateStack] = {}
+        for boundary in (self.boundary, self.n_blocks - 1):
+            views[boundary] = copy.copy(self.at(boundary))
+            views[boundary]._views = views
+        sites = {(layer, edit.site) for variant in variants for layer, edit in variant.inside()}
+        hooked = {*self._trunk.blocks, *(self._module_at(layer, site) for layer, site in sites)}
+        shared = {id(self.readout): self.readout}
+        for view in views.values():
+            shared.update((id(one), one) for one in shareable(view._model, hooked))
+        return [copy.deepcopy(views[self.boundary], dict(shared)) for _ in range(n)]
 
     # ---- one pack ----
 
@@ -296,6 +352,25 @@ class LateStack:
             else:
                 packs.append(range(number, number + 1))
         return packs
+
+    @torch.no_grad()
+    def _iterate_pack(self, batch: _Batch, pack: range) -> Iterator[_Result]:
+        """All variants of a pack's sequences, as :meth:`iterate_variants` yields them."""
+        first, last = batch.bounds[pack.start], batch.bounds[pack.stop]
+        at = batch.places.chosen(torch.arange(first, last))
+        state = batch.rows[first:last].to(self.device)
+        bounds = [bound - first for bound in batch.bounds[pack.start : pack.stop + 1]]
+        sequences = torch.arange(pack.start, pack.stop)
+        for number, variant in enumerate(batch.variants):
+            if number not in batch.shared:
+                hidden = self._run_pack(state, bounds, at, variant, batch.mode)
+                yield sequences, torch.full_like(sequences, number), hidden.cpu()
+        if batch.shared:
+            shared = sorted(batch.shared)
+            variants = [batch.variants[i] for i in shared]
+            for some, hidden in self._run_shared(state, bounds, at, variants, batch.budget):
+                numbers = torch.tensor([shared[i] for i in some])
+                yield sequences.repeat_interleave(len(numbers)), numbers.repeat(len(sequences)), hidden.cpu()
 
     def _run_pack(
         self, state: torch.Tensor, bounds: Sequence[int], at: Rows, variant: Variant, mode: Mode
@@ -352,9 +427,12 @@ class LateStack:
                 by_site.setdefault((layer, edit.site), []).append((edit, index, replace(at, layer=layer)))
         with ExitStack() as hooks:
             for (layer, site), edits in by_site.items():
-                module = find_site(self._trunk.blocks[layer], site)  # type: ignore[arg-type]
+                module = self._module_at(layer, site)
                 hooks.callback(module.register_forward_hook(_editing_hook(edits)).remove)
             yield
+
+    def _module_at(self, layer: int, site: str) -> nn.Module:
+        return find_site(self._trunk.blocks[layer], site)  # type: ignore[arg-type]
 
     def _forward(self, state: torch.Tensor) -> torch.Tensor:
         """A plain forward over ``[B, T, D]`` states -> ``[B, T, D]`` last block's output."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import tiny
 import torch
 
 import actcache
+from actcache import replay
 from actcache.cli import main
 
 MAX_NEW = 24
@@ -66,3 +67,20 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]
         return runs[key]
 
     return run
+
+
+@pytest.fixture
+def three_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Replays on the CPU are shared by three workers, however few their tokens are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    monkeypatch.setattr(replay, "_TOKENS_OF_A_WORKER", 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["alone", "three workers"])
+def workers(request: pytest.FixtureRequest) -> None:
+    """A test that uses this one runs twice."""
+    if request.param == "three workers":
+        request.getfixturevalue("three_workers")

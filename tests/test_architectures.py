@@ -136,6 +136,20 @@ def test_late_blocks_that_read_more_than_the_state_are_found_out(name):
         probe_late_blocks(cut, families.BOUNDARY, source)
 
 
+@pytest.mark.usefixtures("three_workers")
+@pytest.mark.parametrize("name", REPLAYED)
+def test_several_packs_at_once_are_what_they_are_one_by_one(name):
+    model = families.build(name)
+    late = LateStack.load(model, families.BOUNDARY)
+    rows, offsets, expected = table.hooked(model, table.LENGTHS * 2)
+    allowed = 1e-4 * float(expected.abs().max())
+    first = late.run(rows, offsets, max_tokens=2 * max(table.LENGTHS))
+    assert (first - expected).abs().max() <= allowed
+    for _ in range(3):  # a race would show one time or another
+        assert torch.equal(late.run(rows, offsets, max_tokens=2 * max(table.LENGTHS)), first)
+    assert torch.equal(late.run(rows, offsets, strict=True), expected)
+
+
 class ShiftsTokens(nn.Module):
     """An MLP that also reads the token before, as convolutions and token shifts do."""
 

@@ -556,6 +556,7 @@ def test_strict_variants_are_bit_identical_to_a_hooked_forward(arch, dtype, leng
         assert not torch.equal(expected[:, a], expected[:, b]), "two variants are one: their equality says little"
 
 
+@pytest.mark.usefixtures("workers")
 @CASES
 @DTYPES
 @ARCHS
@@ -587,6 +588,7 @@ def test_the_order_of_variants_changes_nothing_but_rounding(arch):
             torch.testing.assert_close(mixed, straight[:, order], rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("workers")
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
 def test_hundreds_of_variants_in_small_packs(arch):
     study, late = study_of(arch, FLOAT32), late_of(arch, FLOAT32)
@@ -607,6 +609,7 @@ def test_hundreds_of_variants_in_small_packs(arch):
             torch.testing.assert_close(found[number, index], expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.usefixtures("workers")
 def test_random_edits_are_the_same_in_every_mode_and_pack():
     """A draw is a function of the event and the place: strict and packed, together and one by one, any neighbours."""
     study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
@@ -630,6 +633,7 @@ def test_random_edits_are_the_same_in_every_mode_and_pack():
     assert (other[:, :3] - packed[:, :3]).abs().amax(dim=(0, 2)).min() > 1e-3, "keys name the draws"
 
 
+@pytest.mark.usefixtures("workers")
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("positions", ["last", "all"])
 def test_an_edit_is_told_where_its_rows_stand(positions, strict):
@@ -800,6 +804,7 @@ def test_a_site_that_the_architecture_does_not_have_is_refused():
         block._modules["mlp"] = mlp
 
 
+@pytest.mark.usefixtures("workers")
 def test_no_variants_and_no_sequences_give_nothing():
     late = late_of("llama", FLOAT32)
     assert late.run_variants(torch.zeros(0, late.width), [0], [PLAIN]).shape == (0, 1, late.width)

@@ -116,6 +116,7 @@ def check_every_mode(late, sequences, tolerance=1e-4):
         torch.testing.assert_close(plain, expected[:, 0], rtol=0, atol=tolerance)
 
 
+@pytest.mark.usefixtures("workers")
 @pytest.mark.parametrize(
     ("name", "mode", "reason"),
     [
@@ -297,6 +298,7 @@ def test_rows_and_offsets_that_do_not_fit_are_refused(rows, offsets, words):
         late.run(rows, offsets)
 
 
+@pytest.mark.usefixtures("workers")
 def test_a_stack_is_as_before_after_an_error():
     model = build("llama")
     late, sequences = LateStack.load(model, BOUNDARY), Sequences(model)
@@ -317,6 +319,7 @@ def test_a_stack_is_as_before_after_an_error():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+@pytest.mark.usefixtures("workers")
 def test_others_may_replay_while_variants_are_being_iterated():
     model = build("llama")
     late, sequences = LateStack.load(model, BOUNDARY), Sequences(model)
@@ -334,6 +337,7 @@ def test_others_may_replay_while_variants_are_being_iterated():
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.usefixtures("workers")
 def test_donors_in_padded_batches_are_those_of_the_same_rows():
     model = build("bloom")
     late, sequences, other = LateStack.load(model, BOUNDARY), Sequences(model), Sequences(model, seed=9)
@@ -345,3 +349,66 @@ def test_donors_in_padded_batches_are_those_of_the_same_rows():
     lasts.states = [torch.cat([a[:-1], b[-1:]]) for a, b in zip(sequences.states, other.states, strict=True)]
     expected = torch.stack([halves.hooked(), lasts.hooked()], dim=1)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+
+
+# ---- several packs at once ----
+
+
+@pytest.mark.usefixtures("three_workers")
+def test_workers_share_weights_and_nothing_that_a_forward_changes():
+    model = build("llama")
+    late = LateStack.load(model, BOUNDARY)
+    variants = [Variant("inside", [Edit(Add(SHIFT), site="mlp", layers=(3,))])]
+    one, other = late._copies(2, variants)
+    for stack in (one, other, one.at(N_BLOCKS - 1)):
+        ours = dict(late._model.named_parameters())
+        assert all(weight is ours[name] for name, weight in stack._model.named_parameters())
+        assert stack._model.config is not late._model.config
+        assert all(block is not own for block, own in zip(stack.blocks, late.blocks[-len(stack.blocks) :], strict=True))
+        assert stack._source is not late._source
+        for block in stack.blocks:
+            assert block.self_attn.config is stack._trunk.config
+            assert block.mlp is not late._trunk.blocks[3].mlp
+    assert {id(module) for module in one.blocks} & {id(module) for module in other.blocks} == set()
+
+
+class Recorder:
+    """A hook with a memory of its own."""
+
+    def __init__(self):
+        self.n_tokens = 0
+
+    def hook(self, module, args, output):
+        self.n_tokens += (output if isinstance(output, torch.Tensor) else output[0]).shape[:-1].numel()
+
+
+@pytest.mark.usefixtures("three_workers")
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_workers_run_what_is_hooked_to_the_blocks_or_done_to_them_between_calls(name):
+    model = build(name)
+    late, sequences, recorder = LateStack.load(model, BOUNDARY), Sequences(model), Recorder()
+    before = late.run(sequences.rows, sequences.offsets)
+    handle = late.blocks[0].register_forward_hook(recorder.hook)
+    late.run(sequences.rows, sequences.offsets, max_tokens=12)
+    assert recorder.n_tokens >= sum(LENGTHS)
+    handle.remove()
+    block = late.blocks[0]
+    block.forward = lambda hidden_states, *args, **more: (hidden_states,) if name == "bloom" else hidden_states
+    skipped = late.run(sequences.rows, sequences.offsets, max_tokens=12)
+    torch.testing.assert_close(skipped, late.run(sequences.rows, sequences.offsets, strict=True), rtol=0, atol=1e-4)
+    assert (skipped - before).abs().amax(dim=1)[[0, 2, 3, 4]].min() > 1e-2
+
+
+def test_every_worker_has_as_much_to_do(three_workers):
+    late = LateStack.load(build("llama"), BOUNDARY)
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (200,), generator=generator).tolist()
+    for max_tokens in (None, 100, 300):
+        packs = late.packs(lengths, max_tokens=max_tokens)
+        n_tokens = [sum(lengths[i] for i in pack) for pack in packs]
+        assert [i for pack in packs for i in pack] == list(range(len(lengths)))
+        assert max(n_tokens) <= (max_tokens or 512)
+        assert len(packs) % 3 == 0
+        assert max(n_tokens) <= sum(n_tokens) / len(n_tokens) + 30
+    torch.set_num_threads(1)
+    assert len(late.packs(lengths)) == -(-sum(lengths) // 512)
