@@ -126,7 +126,7 @@ class Bench:
             "replay": lambda: self.ours.replay(boundary, self.ours.read(boundary)),
             "grid": lambda: self.ours.grid(boundary, self.cells),
         }
-        work = self.study.replay_work(self.ours.store, boundary, 4)
+        work = self.ours.replay_work(boundary, 4)
         self.products.expect(work)
         seconds = in_turn({**runs, LIMIT: self.products.sample}, self.repeat, clean)
         limit_s = self.products.seconds(work)

@@ -140,7 +140,8 @@ def bench_cold(
     for rival in rivals.values():
         score(rival)()
     store = study.capture(folder / "first", [boundary])
-    products.expect(study.cold_work(store, boundary))
+    work = Ours(study, store).cold_work(boundary)
+    products.expect(work)
     products.sample()
 
     runs = {SEARCH: search, **{name: score(rival) for name, rival in rivals.items()}, "actcache": ours}
@@ -153,7 +154,7 @@ def bench_cold(
         "run",
         times,
         dict.fromkeys(times, 1),
-        products.seconds(study.cold_work(store, boundary)),
+        products.seconds(work),
         COLD_TARGETS,
     ), store
 
@@ -295,7 +296,7 @@ class Sweep:
         margins = ours()
         self._check("position edits", {(i, k): float(margins[i, k]) for i, k in expected}, runs, expected)
 
-        work = self.study.edits_work(self.store, self.boundary, n)
+        work = self.ours.edits_work(self.boundary, n)
         per = {name: len(self.sampled) * n for name, n in n_of.items()} | {"actcache": len(self.events) * n}
         return self._timed(f"position edits, {n} an event", "variant", runs, ours, work, per, {"hooks": EDIT_TARGET})
 
@@ -314,7 +315,7 @@ class Sweep:
         """Check and time a workload of replayed cells; ``n_ours`` says how many actcache makes, by default all four."""
         self._check(name, found, runs, runs["hooks"]())
         n_cells = n_ours or 2 * self.n_crossed
-        work = self.study.replay_work(self.store, boundary, n_cells // len(self.events))
+        work = self.ours.replay_work(boundary, n_cells // len(self.events))
         per = dict.fromkeys(runs, self.n_crossed) | {"actcache": n_cells}
         late_fraction = (self.study.n_blocks - boundary) / self.study.n_blocks
         return self._timed(name, "cell", runs, ours, work, per, {"hooks": HEADROOM / late_fraction}, before)

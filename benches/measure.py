@@ -7,9 +7,10 @@ import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from actcache.workers import share_threads, side_by_side
 
 PACKAGES = (
     "actcache",
@@ -87,8 +90,9 @@ class Work:
 class Products:
     """The machine's own rate of matrix products, shape by shape: what no forward on this machine can exceed by much.
 
-    ``sample`` times every expected product (rows times weight, as a linear layer makes it) and keeps the best of all
-    samples so far: call it all through a run, so that a slow spell of the machine does not pass for its rate.
+    ``sample`` times every expected product (rows times weight, as a linear layer makes it), on all threads and as many
+    at once as there are threads, and keeps the best of all samples so far: call it all through a run, so that a slow
+    spell of the machine does not pass for its rate.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -103,11 +107,25 @@ class Products:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """Time every expected product three times."""
+        """Time every expected product three times in each of the two ways."""
+        n_workers, n_threads = share_threads(torch.get_num_threads())
         for rows, n_in, n_out in self.best_s:
             given, weight = torch.randn(rows, n_in).to(self.dtype), torch.randn(n_out, n_in).to(self.dtype)
-            seconds = min(timed(lambda: torch.nn.functional.linear(given, weight))[0] for _ in range(3))  # noqa: B023
-            self.best_s[rows, n_in, n_out] = min(seconds, self.best_s[rows, n_in, n_out])
+
+            def product() -> Any:
+                return torch.nn.functional.linear(given, weight)  # noqa: B023
+
+            start = threading.Barrier(n_workers)
+
+            def at_once(_: int) -> Iterator[float]:
+                with torch.no_grad():
+                    product()
+                    start.wait()  # noqa: B023
+                    yield statistics.mean(timed(product)[0] for _ in range(3))
+
+            together = max(side_by_side([at_once] * n_workers, n_workers, n_threads)) / n_workers
+            one_by_one = min(timed(product)[0] for _ in range(3))
+            self.best_s[rows, n_in, n_out] = min(together, one_by_one, self.best_s[rows, n_in, n_out])
 
     def seconds(self, works: Iterable[Work]) -> float:
         """How long this work takes at the rates sampled."""

@@ -109,32 +109,6 @@ class Study:
         blocks: Any = model.get_submodule(find_anatomy(model).blocks)
         return Counter(shape for block in blocks[boundary:] for shape in _shapes(block))
 
-    def replay_work(self, store: Store, boundary: int, n_replays: int) -> list[Work]:
-        """The multiply-adds of replaying every event of ``store`` ``n_replays`` times, in packs."""
-        return [Work(self.matrices(boundary), packs_of(lengths), n_replays) for lengths in segment_lengths(store)]
-
-    def cold_work(self, store: Store, boundary: int) -> list[Work]:
-        """Those of a plain forward of both checkpoints over every event's sequence, and of four replays of it."""
-        packs = [
-            packs_of(lengths, store.fingerprint.get("max_tokens") or MAX_TOKENS["cpu"])
-            for lengths in segment_lengths(store)
-        ]
-        forwards = [Work(self.matrices(), rows, 2) for rows in packs]
-        return forwards + self.replay_work(store, boundary, 4)
-
-    def edits_work(self, store: Store, boundary: int, n_variants: int) -> list[Work]:
-        """Those of position edits: every sequence once, up to its last position, and that position once a variant."""
-        works = []
-        for lengths in segment_lengths(store):
-            packs = packs_of([length - 1 for length in lengths if length > 1])
-            works.append(Work(self.matrices(boundary), [*packs, *packs_of([n_variants] * len(lengths))]))
-        return works
-
-
-def packs_of(lengths: Sequence[int], max_tokens: int = MAX_TOKENS["cpu"]) -> list[int]:
-    """Rows of the packs that sequences of these lengths are run in."""
-    return [sum(lengths[i] for i in pack) for pack in plan_packs(lengths, max_tokens)]
-
 
 def segment_lengths(store: Store) -> list[list[int]]:
     """Of the events' sequences, segment by segment."""
@@ -220,6 +194,35 @@ class Ours:
             for upstream in labels
             for late in labels
         }
+
+    def replay_work(self, boundary: int, n_replays: int) -> list[Work]:
+        """The multiply-adds of replaying every event ``n_replays`` times, in packs."""
+        return [
+            Work(self.study.matrices(boundary), self._packs(boundary, lengths), n_replays)
+            for lengths in segment_lengths(self.store)
+        ]
+
+    def cold_work(self, boundary: int) -> list[Work]:
+        """Those of a plain forward of both checkpoints over every event's sequence, and of four replays of it."""
+        max_tokens = self.store.fingerprint["max_tokens"]
+        forwards = [
+            Work(self.study.matrices(), [sum(lengths[i] for i in pack) for pack in plan_packs(lengths, max_tokens)], 2)
+            for lengths in segment_lengths(self.store)
+        ]
+        return forwards + self.replay_work(boundary, 4)
+
+    def edits_work(self, boundary: int, n_variants: int) -> list[Work]:
+        """Those of position edits: every sequence once, up to its last position, and that position once a variant."""
+        works = []
+        for lengths in segment_lengths(self.store):
+            earlier = self._packs(boundary, [length - 1 for length in lengths if length > 1])
+            rows = [len(pack) * n_variants for pack in plan_packs([n_variants] * len(lengths), MAX_TOKENS["cpu"])]
+            works.append(Work(self.study.matrices(boundary), [*earlier, *rows]))
+        return works
+
+    def _packs(self, boundary: int, lengths: Sequence[int]) -> list[int]:
+        """Rows of the packs that sequences of these lengths are replayed in."""
+        return [sum(lengths[i] for i in pack) for pack in self.late("it", boundary).packs(lengths)]
 
     def prefix_edit(self, boundary: int, vector: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
         """(upstream, late) -> ``[E]`` margins of the crossed cells with ``vector`` added at every position."""
