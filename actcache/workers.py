@@ -17,7 +17,7 @@ import torch
 
 T = TypeVar("T")
 
-# Python runs one thread at a time, and a small model's pack keeps it busy for some hundredths of the time that it takes.
+# Python runs one thread at a time, and a small model's pack keeps it busy for some hundredths of the time it takes.
 MOST_WORKERS = 8
 
 _END = object()

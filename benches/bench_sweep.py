@@ -5,6 +5,8 @@
     cold grid         from models in memory to scored 2x2 cells: search, states, cells. The rivals share one search
                       (cached greedy decoding, a prompt at a time); each then runs two native passes and two replays an
                       event. actcache also writes its store to disk and reads it again.
+    replay            the final states of all four cells, from states in the store, at the boundary and at three blocks
+                      before the end: against the multiply-adds alone
     added boundary    the cells of a second boundary whose states are there already: in the store for actcache, in
                       memory for the rivals
     added readout     the cells again, read by IT's norm and head after they were read by each stack's own
@@ -17,11 +19,12 @@ run up to 16 position edits of one event in one batch. Times are per replayed ce
 that take turns. Rivals are timed on some of the position edits of some events, spread evenly: what a variant costs them
 does not depend on how many there are.
 
-The limit is a count of multiply-adds, each matrix product at the rate that this machine reached for its very shape and
-number of rows (that of actcache's packs) in the course of the run: the late blocks over every position once a cell; for
-the cold grid also one plain forward of both checkpoints over the final sequences; for position edits the late blocks
-over the earlier positions once an event, and over one position a variant. actcache runs the last block only where its
-output is read, so that a replay of few blocks may fall below it. An added readout could do without any of them.
+The limit is a count of multiply-adds, each matrix product at the rate that this machine has for its very shape and
+number of rows (that of actcache's packs): the median of samples taken in turn with the rest, and in brackets the best
+of them all. For a cell those are the late blocks over every position; for the cold grid also one plain forward of both
+checkpoints over the final sequences; for position edits the late blocks over the earlier positions once an event, and
+over one position a variant. actcache runs the last block only where its output is read, so that a replay of few blocks
+may fall below it. An added readout could do without any of them.
 
 The last line of stdout is JSON.
 """
@@ -42,7 +45,17 @@ import torch
 from hooks import HookEvent
 from measure import LIMIT, Products, Workload, in_turn, print_result, print_workloads
 from rivals import Cells, Rival, available, grid
-from study import CROSSED, TOLERANCE, Ours, PositionEdit, Study, add_pair_arguments, events_of, position_edits
+from study import (
+    CROSSED,
+    REPLAY_TARGET,
+    TOLERANCE,
+    Ours,
+    PositionEdit,
+    Study,
+    add_pair_arguments,
+    events_of,
+    position_edits,
+)
 
 from actcache.capture import parse_boundaries
 from actcache.lineup import DTYPES
@@ -81,11 +94,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(scratch)
         products = Products(DTYPES[args.dtype])
         cold, store = bench_cold(study, rivals, boundary, folder, products, args.cold_repeat)
-        sweep = Sweep(
-            study, rivals, study.capture(folder / "both", [boundary, added]), boundary, folder, products, args
-        )
-        workloads = [cold, sweep.added_boundary(added), sweep.added_readout(), sweep.prefix_edit()]
-        workloads.append(sweep.position_edits())
+        late = study.n_blocks - 3
+        swept = study.capture(folder / "swept", sorted({boundary, added, late}))
+        sweep = Sweep(study, rivals, swept, boundary, folder, products, args)
+        workloads = [cold, *(sweep.replay(one) for one in dict.fromkeys((boundary, late)))]
+        workloads += [sweep.added_boundary(added), sweep.added_readout(), sweep.prefix_edit(), sweep.position_edits()]
         summary = store.summary()
     print_workloads(workloads)
     result = {
@@ -241,6 +254,24 @@ class Sweep:
 
     # ---- workloads ----
 
+    def replay(self, boundary: int) -> Workload:
+        """All cells of a boundary, from the store to the final states."""
+
+        def ours() -> dict[tuple[str, str], torch.Tensor]:
+            return self.ours.replay(boundary, self.ours.read(boundary))
+
+        final = ours()
+        found = {
+            (i, upstream, late): margin
+            for upstream, late in CROSSED
+            for i, margin in enumerate(self.ours.margins(late, boundary, final[upstream, late]).tolist())
+        }
+        self._check(f"replay at {boundary}", found, {}, self.crossed(self.rivals["hooks"], boundary))
+        work = self.ours.replay_work(boundary, len(final))
+        per = {"actcache": 2 * self.n_crossed}
+        name = f"replay, boundary {boundary} of {self.study.n_blocks}"
+        return self._timed(name, "cell", {}, ours, work, per, {LIMIT: REPLAY_TARGET})
+
     def added_boundary(self, added: int) -> Workload:
         """The cells of another boundary."""
         cells = self.folder / "added"
@@ -338,7 +369,8 @@ class Sweep:
             lambda means: before() if means == "actcache" else None,
         )
         del seconds[LIMIT]
-        return Workload.of(name, unit, seconds, per, self.products.seconds(work) / per["actcache"], targets)
+        median_s, best_s = (seconds / per["actcache"] for seconds in self.products.seconds(work))
+        return Workload.of(name, unit, seconds, per, (median_s, best_s), targets)
 
     def _crossed_of(self, table: Any, readout: str) -> dict[tuple[int, str, str], float]:
         order = {name: i for i, name in enumerate(events_of(self.store))}

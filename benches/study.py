@@ -37,6 +37,7 @@ from actcache.store import Store, open_store
 from actcache.trunk import Trunk
 
 CROSSED = (("pt", "it"), ("it", "pt"))  # (upstream, late)
+REPLAY_TARGET = 1.15  # times the limit
 READOUTS = ("native", "common_it", "common_pt")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}  # of a margin, between two ways to compute it
 DEMO = Path(actcache.__file__).parent / "demo"
@@ -223,6 +224,11 @@ class Ours:
     def _packs(self, boundary: int, lengths: Sequence[int]) -> list[int]:
         """Rows of the packs that sequences of these lengths are replayed in."""
         return [sum(lengths[i] for i in pack) for pack in self.late("it", boundary).packs(lengths)]
+
+    def margins(self, late: str, boundary: int, final_hidden: torch.Tensor) -> torch.Tensor:
+        """``[E]`` margins of final states of all events, by a late stack's own readout."""
+        logits = self.late(late, boundary).readout.scores(final_hidden, self.pair_ids)
+        return logits[:, 1] - logits[:, 0]
 
     def prefix_edit(self, boundary: int, vector: torch.Tensor) -> dict[tuple[str, str], torch.Tensor]:
         """(upstream, late) -> ``[E]`` margins of the crossed cells with ``vector`` added at every position."""
