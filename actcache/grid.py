@@ -132,8 +132,9 @@ def run_grid(
             if late.not_packable and not settings.strict:
                 say(f"{late.mode} sequences, not packed: {late.not_packable}")
                 break
+        natives: _Natives = {}
         for work, states in _read_ahead(todo):
-            work.score({label: late.at(work.boundary) for label, late in lates.items()}, states, on_cells)
+            work.score({label: late.at(work.boundary) for label, late in lates.items()}, states, natives, on_cells)
     return read_cells(store, folder, settings)
 
 
@@ -342,15 +343,20 @@ class _Work:
         final = {label: self.store.final(label, self._indices) for label in self.store.checkpoints}
         return _States({label: rows for label, (rows, _) in read.items()}, next(iter(read.values()))[1], final)
 
-    def score(self, lates: dict[str, LateStack], states: _States, on_cells: Callable[[int], None]) -> None:
-        """Replay and score every cell; publish the files."""
+    def score(
+        self, lates: dict[str, LateStack], states: _States, natives: _Natives, on_cells: Callable[[int], None]
+    ) -> None:
+        """Replay and score every cell; publish the files. ``natives`` is filled with what other boundaries need too."""
         events = self.store.events.slice(self._indices.start, len(self._indices))
         pair_ids = torch.tensor([events["y_pt"].to_pylist(), events["y_it"].to_pylist()]).T
         names = list(dict.fromkeys(name for _, names in self.groups.values() for name in names))
         columns: dict[str, list[dict[str, Any]]] = {scope: [] for scope in self.groups}
         for label, late in lates.items():
-            readouts = {name: lates[label if name == "native" else name.removeprefix(COMMON)].readout for name in names}
-            native = {name: _score(readout, states.final[label], pair_ids) for name, readout in readouts.items()}
+            whose = {name: label if name == "native" else name.removeprefix(COMMON) for name in names}
+            readouts = {one: lates[one].readout for one in whose.values()}  # one head may go by two names
+            for one, readout in readouts.items():
+                if (self.segment.name, label, one) not in natives:
+                    natives[self.segment.name, label, one] = _score(readout, states.final[label], pair_ids)
             for base in lates:
                 replays = self._replays(base, label, list(lates))
                 table = _ScoreTable(replays, readouts, pair_ids, self._wants_top1, 1 if self.settings.strict else None)
@@ -367,11 +373,12 @@ class _Work:
                     on_cells(sum(len(replays[number].cells) for number in numbers.tolist()))
                 table.finish()
                 for number, scope, upstream, name in self._cells(replays):
-                    scored, noop = table.scores(number, name), None
+                    scored, noop = table.scores(number, whose[name]), None
                     if upstream == label and replays[number].name == PLAIN.name:
-                        noop = scored.margin - native[name].margin
-                        self._check_noop(events, label, name, native[name], noop)
-                        scored = native[name]
+                        native = natives[self.segment.name, label, whose[name]]
+                        noop = scored.margin - native.margin
+                        self._check_noop(events, label, name, native, noop)
+                        scored = native
                     column = {"boundary": self.boundary, "scope": scope, "upstream": upstream, "late": label}
                     column |= {"readout": name, "variant": replays[number].name}
                     columns[scope].append(
@@ -472,12 +479,16 @@ class _Scores:
         return self.logits[:, 1] - self.logits[:, 0]
 
 
+_Natives = dict[tuple[str, str, str], _Scores]  # of the capture's own final states: segment, checkpoint, whose readout
+
+
 def _score(readout: Readout, final_hidden: torch.Tensor, pair_ids: torch.Tensor) -> _Scores:
     return _Scores(readout.scores(final_hidden, pair_ids), readout.top2(final_hidden)[0][:, 0])
 
 
 class _ScoreTable:
-    """Scores of several replays of the same events by several readouts, filled as final hidden states come in."""
+    """Scores of several replays of the same events by several checkpoints' readouts, filled as final hidden states come
+    in."""
 
     def __init__(
         self,
@@ -513,11 +524,9 @@ class _ScoreTable:
                 self._top1[name][replays, events] = readout.top2(final_hidden)[0][:, 0]
         self._waiting = []
 
-    def scores(self, replay: int, readout: str) -> _Scores:
-        """Those of one replay by one readout."""
-        return _Scores(
-            self._logits[readout][replay], self._top1[readout][replay] if replay in self._with_top1 else None
-        )
+    def scores(self, replay: int, whose: str) -> _Scores:
+        """Those of one replay by one checkpoint's readout."""
+        return _Scores(self._logits[whose][replay], self._top1[whose][replay] if replay in self._with_top1 else None)
 
 
 def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]]) -> pa.Table:
