@@ -47,7 +47,7 @@ Mode = Literal["packed", "padded", "single"]
 
 # Tokens of one pack. On the CPU few enough that a block's activations stay in the caches, enough for matrix products at
 # the machine's rate; a GPU wants more.
-MAX_TOKENS = {"cpu": 512, "cuda": 8192}
+MAX_TOKENS = {"cpu": 1024, "cuda": 8192}
 
 # A pack of one sequence shorter than this is a strict replay: a second step would cost more calls than it saves.
 _IN_TWO_STEPS_FROM = 64

@@ -33,6 +33,16 @@ def rounding_of(dtype: torch.dtype) -> float:
     return {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
 
 
+# glibc gives freed memory back to the system, to be faulted in again page by page, unless it has seen a larger block
+# freed before; beyond this size it always does (M_MMAP_THRESHOLD in mallopt(3)).
+_LARGEST_KEPT = (32 << 20) - (64 << 10)
+
+
+def _keep_freed_memory() -> None:
+    """Have activations take the place of those freed before them: else a tenth of a forward may be page faults."""
+    torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
+
+
 class Trunk:
     """Embeddings and blocks of a causal LM, whose readout stands beside it. The model given is not changed.
 
@@ -48,6 +58,7 @@ class Trunk:
 
     def __init__(self, model: PreTrainedModel, readout: Readout | None = None) -> None:
         """Take a model apart; ``readout`` is the model's, if there is one already."""
+        _keep_freed_memory()
         anatomy = find_anatomy(model)
         self.decoder = model.get_submodule(anatomy.decoder)
         self.blocks: nn.ModuleList = model.get_submodule(anatomy.blocks)  # type: ignore[assignment]

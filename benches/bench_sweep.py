@@ -80,9 +80,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hook-variants", type=int, default=2, help="of each sampled event, for the hooks")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--cold-repeat", type=int, default=3)
+    parser.add_argument("--replay-repeat", type=int, default=7, help="of what no rival takes part in")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.variants, args.sampled_events, args.hook_variants, args.repeat, args.cold_repeat = 24, 2, 2, 1, 1
+        args.variants, args.sampled_events, args.hook_variants = 24, 2, 2
+        args.repeat = args.cold_repeat = args.replay_repeat = 1
     study = Study.open(args)
     (boundary,) = parse_boundaries(args.boundary, study.n_blocks)
     (added,) = parse_boundaries(args.added, study.n_blocks)
@@ -365,7 +367,7 @@ class Sweep:
         self.products.expect(work)
         seconds = in_turn(
             {**runs, "actcache": ours, LIMIT: self.products.sample},
-            self.args.repeat,
+            self.args.repeat if runs else self.args.replay_repeat,
             lambda means: before() if means == "actcache" else None,
         )
         del seconds[LIMIT]

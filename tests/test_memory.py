@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import platform
 import re
 import subprocess
 import sys
@@ -62,3 +64,29 @@ def test_peak_memory_is_that_of_the_late_blocks(tmp_path):
     }
     assert peak["model"] - peak["imports"] > 0.7 * weights, "the measure would see the upstream weights"
     assert peak["late"] - peak["imports"] < 0.4 * weights
+
+
+FAULTS = """
+import resource, sys, torch
+from actcache.replay import LateStack
+torch.set_num_threads(1)
+late = LateStack.load(sys.argv[1], 1)
+rows = torch.randn(1024, late.width)
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+late.run(rows, range(0, 1025, 32), max_tokens=1024)
+before = faults()
+late.run(rows, range(0, 1025, 32), max_tokens=1024)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that gives freed memory back")
+def test_activations_take_the_place_of_those_before_them(tmp_path):
+    """A forward whose blocks write 8 MiB at a time touches few new pages once such a forward has been run."""
+    folder = tiny.make_checkpoint(
+        tmp_path, "llama", num_hidden_layers=6, hidden_size=256, intermediate_size=2048, num_attention_heads=4
+    )
+    ran = subprocess.run([sys.executable, "-c", FAULTS, folder], check=True, capture_output=True, text=True)
+    pages = 5 * 3 * 1024 * 2048 * 4 // os.sysconf("SC_PAGE_SIZE")  # of the MLPs' three products in five late blocks
+    assert int(ran.stdout) < pages / 10

@@ -407,8 +407,8 @@ def test_every_worker_has_as_much_to_do(three_workers):
         packs = late.packs(lengths, max_tokens=max_tokens)
         n_tokens = [sum(lengths[i] for i in pack) for pack in packs]
         assert [i for pack in packs for i in pack] == list(range(len(lengths)))
-        assert max(n_tokens) <= (max_tokens or 512)
+        assert max(n_tokens) <= (max_tokens or 1024)
         assert len(packs) % 3 == 0
         assert max(n_tokens) <= sum(n_tokens) / len(n_tokens) + 30
     torch.set_num_threads(1)
-    assert len(late.packs(lengths)) == -(-sum(lengths) // 512)
+    assert len(late.packs(lengths)) == -(-sum(lengths) // 1024)
