@@ -227,7 +227,8 @@ class Call:
     """Any function of rows ``[m, D]`` and where they stand, row by row.
 
     Attributes:
-        function: ``(rows, at) -> rows``; a row of the result must depend on that row (and its place) alone.
+        function: ``(rows, at) -> rows``; a row of the result must depend on that row (and its place) alone. Replay may
+            call it from several threads at once.
         key: what it is, for resuming: cells are reused as long as the key is the same, so change it with the function.
     """
 

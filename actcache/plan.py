@@ -28,9 +28,11 @@ from actcache.errors import IncompatibleError, InputError
 from actcache.grid import SCOPES
 from actcache.lineup import DTYPES, Lineup
 from actcache.readout import MAX_LOGITS_AT_ONCE
+from actcache.replay import MAX_TOKENS, TOKENS_OF_A_WORKER
 from actcache.shape import ModelShape, Numbers
 from actcache.store import Store
 from actcache.trunk import Trunk
+from actcache.workers import share_threads
 
 # Where no pilot says otherwise. The two pairs tried at hand shared 6 tokens (the shipped one) and 14 (SmolLM2) before
 # they diverged; that every prompt diverges is what costs most in all but the search.
@@ -317,7 +319,10 @@ def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
     if study.groups:
         first = min(group.boundary for group in study.groups)
         late = sum(shape.block_parameters[first:]) + shape.readout_parameters
-        out["grid_memory_bytes"] = study.n_checkpoints * late * size + forward + logits + head + 2 * states
+        n_workers, _ = share_threads(round(segment_tokens) // TOKENS_OF_A_WORKER)
+        replayed = longest if capture.strict else max(longest, min(n_workers * MAX_TOKENS["cpu"], segment_tokens))
+        forwards = forward * replayed / pack_tokens
+        out["grid_memory_bytes"] = study.n_checkpoints * late * size + forwards + logits + head + 2 * states
     return out
 
 

@@ -53,7 +53,7 @@ MAX_TOKENS = {"cpu": 1024, "cuda": 8192}
 _IN_TWO_STEPS_FROM = 64
 
 # Fewer tokens than this are not worth a worker: every one reads all the weights.
-_TOKENS_OF_A_WORKER = 256
+TOKENS_OF_A_WORKER = 256
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class LateStack:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The late blocks themselves."""
+        """The late blocks themselves. What is hooked to them may be called from several threads."""
         return list(self._trunk.blocks)[self.boundary :]
 
     @property
@@ -198,7 +198,8 @@ class LateStack:
             offsets: ``[n + 1]``; sequence i is ``rows[offsets[i]:offsets[i + 1]]``, none empty.
             strict: one sequence a forward with the model's own attention: bit-identical to a full forward whose state
                 at the boundary is overwritten. Otherwise as :attr:`mode` says, which differs by rounding only.
-            max_tokens: tokens of one forward; None for what suits the device.
+            max_tokens: tokens of one forward, of which several may run at once on the CPU (unless ``strict``); None
+                for what suits the device.
 
         Returns:
             ``[n, D]``: last block's output (before the final norm) at the last position of each sequence, on the
@@ -253,7 +254,7 @@ class LateStack:
 
         Yields:
             sequences ``[m]`` and variants ``[m]`` (indices, int64) and their last block's output at p, ``[m, D]`` on
-            the CPU, each pair once.
+            the CPU, each pair once, in no fixed order.
 
         Raises:
             InputError: as :meth:`run`; donors that do not match ``rows``; an edit of a layer or position that does
@@ -317,10 +318,10 @@ class LateStack:
         """How many packs run at once, on how many threads each. One that shall be what a plain forward is takes all."""
         if mode == "single" or self.device.type != "cpu":
             return 1, torch.get_num_threads()
-        return share_threads(n_tokens // _TOKENS_OF_A_WORKER)
+        return share_threads(n_tokens // TOKENS_OF_A_WORKER)
 
     def _copies(self, n: int, variants: Sequence[Variant]) -> list[LateStack]:
-        """This stack n times over, with modules and config of its own each: a forward sets switches on them, and hooks.
+        """This stack n times over, each with modules and config of its own, on which a forward sets switches and hooks.
 
         Made anew for every call, so that whatever was done to the blocks since is in them.
         """

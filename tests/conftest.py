@@ -74,7 +74,7 @@ def three_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Replays on the CPU are shared by three workers, however few their tokens are."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    monkeypatch.setattr(replay, "_TOKENS_OF_A_WORKER", 1)
+    monkeypatch.setattr(replay, "TOKENS_OF_A_WORKER", 1)
     yield
     torch.set_num_threads(before)
 
