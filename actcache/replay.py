@@ -175,7 +175,7 @@ class LateStack:
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The late blocks themselves. What is hooked to them may be called from several threads."""
+        """The late blocks themselves. What is hooked to them may be called from several threads, on copies of them."""
         return list(self._trunk.blocks)[self.boundary :]
 
     @property
@@ -315,8 +315,13 @@ class LateStack:
         return "single" if strict else self.mode, max_tokens or MAX_TOKENS.get(self.device.type, MAX_TOKENS["cuda"])
 
     def _share_threads(self, mode: Mode, n_tokens: int) -> tuple[int, int]:
-        """How many packs run at once, on how many threads each. One that shall be what a plain forward is takes all."""
-        if mode == "single" or self.device.type != "cpu":
+        """How many packs run at once, on how many threads each. One that shall be what a plain forward is takes all.
+
+        So does one through a module whose forward somebody has wrapped: what wraps it may hold on to that module, and
+        would run it in place of its copies.
+        """
+        wrapped = any("forward" in vars(module) for module in self._model.modules())
+        if mode == "single" or self.device.type != "cpu" or wrapped:
             return 1, torch.get_num_threads()
         return share_threads(n_tokens // TOKENS_OF_A_WORKER)
 
