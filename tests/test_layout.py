@@ -33,7 +33,20 @@ FLOW = [
         "trunk",
     ),
     *("divergence", "gather", "store", "export", "rows", "feed"),
-    *("capture", "edits", "replay", "sweep", "grid", "stability", "effects", "plan", "report", "run_folder", "cli"),
+    *(
+        "capture",
+        "edits",
+        "workers",
+        "replay",
+        "sweep",
+        "grid",
+        "stability",
+        "effects",
+        "plan",
+        "report",
+        "run_folder",
+        "cli",
+    ),
 ]
 
 
