@@ -29,6 +29,7 @@ from actcache.packing import (
     branched_attention,
     offsets_of,
     packed_attention,
+    plan_evenly,
     plan_packs,
     restarting_positions,
     takes_varlen,
@@ -81,6 +82,16 @@ def test_packs_are_all_sequences_in_order_within_the_budget(lengths, max_tokens)
         assert len(pack) == 1 or sum(lengths[i] for i in pack) <= max_tokens
     for first, second in itertools.pairwise(packs):  # greedy: the next sequence did not fit
         assert sum(lengths[i] for i in first) + lengths[second.start] > max_tokens
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 60), st.integers(1, 5))
+def test_even_packs_are_those_of_the_lowest_budget_that_takes_no_more_rounds(lengths, max_tokens, n_workers):
+    def rounds(budget):
+        return -(-len(plan_packs(lengths, budget)) // n_workers)
+
+    lowest = next(budget for budget in range(1, max_tokens + 1) if rounds(budget) <= rounds(max_tokens))
+    packs = plan_evenly(lambda budget: plan_packs(lengths, budget), max_tokens, n_workers)
+    assert packs == plan_packs(lengths, lowest)
 
 
 @given(st.lists(st.integers(0, 9), max_size=12))
