@@ -61,7 +61,7 @@ def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[range]:
 
 def plan_evenly(plan: Callable[[int], list[range]], max_tokens: int, n_workers: int) -> list[range]:
     """``plan(budget)`` at the lowest budget that takes no more rounds than ``max_tokens`` does, where ``n_workers``
-    packs run in a round: the same work for every worker, as near as sequences allow."""
+    packs run in a round: the same work for every worker, as near as sequences in their order allow."""
     n_rounds = -(-len(plan(max_tokens)) // n_workers)
     enough, too_few = max_tokens, 0
     while enough - too_few > 1:
