@@ -251,12 +251,15 @@ def _shallow(module: nn.Module) -> Any:
 
 def shareable(model: PreTrainedModel, apart: Collection[nn.Module] = ()) -> Iterator[Any]:
     """What deep copies of a model may share, one for each thread: weights, the functions hooked to its modules, and
-    modules without parts and config, except for those that are to be ``apart``."""
+    torch's own layers, except for those that are to be ``apart``.
+
+    A layer of torch's has no state but its weights. One of a model's own code may (RecurrentGemma's recurrence keeps its
+    last state on itself, without any parts), so each copy has its own.
+    """
     yield from model.parameters()
     for module in model.modules():
         yield from (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        told = any(isinstance(value, PreTrainedConfig) for value in vars(module).values())
-        if not (module._modules or told or module in apart or isinstance(module, UpstreamStandIn)):
+        if not module._modules and type(module).__module__.startswith("torch.nn.modules.") and module not in apart:
             yield module
 
 

@@ -6,10 +6,12 @@ Against forward hooks on the whole model, like everything that is replayed.
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 import reference
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -370,6 +372,27 @@ def test_workers_share_weights_and_nothing_that_a_forward_changes():
             assert block.self_attn.config is stack._trunk.config
             assert block.mlp is not late._trunk.blocks[3].mlp
     assert {id(module) for module in one.blocks} & {id(module) for module in other.blocks} == set()
+
+
+class Remembers(nn.Module):
+    """Has no parts and no config, and state of its own between two of its lines, as RecurrentGemma's recurrence."""
+
+    def forward(self, hidden):
+        self.state = hidden.mean(dim=-1, keepdim=True)
+        time.sleep(0.002)  # the other workers write theirs
+        return self.state * torch.ones_like(hidden)
+
+
+@pytest.mark.usefixtures("three_workers")
+def test_no_worker_reads_the_state_that_a_module_keeps_for_another():
+    model = build("llama")
+    late, sequences = LateStack.load(model, BOUNDARY), Sequences(model)
+    late.blocks[0].mlp = Remembers()
+    offsets = list(range(0, 193, 12))
+    rows = sequences.rows.repeat(6, 1)
+    assert len(late.packs([12] * 16, max_tokens=12)) == 16
+    found = late.run(rows, offsets, max_tokens=12)
+    torch.testing.assert_close(found, late.run(rows, offsets, strict=True), rtol=0, atol=1e-4)
 
 
 class Recorder:

@@ -59,13 +59,19 @@ def test_every_result_comes_once_each_task_in_its_order_and_in_one_thread(sizes,
     assert set(names) <= set(range(n_workers))
 
 
-def test_workers_run_at_once():
-    meeting = threading.Barrier(3, timeout=60)
+def _that_meet(n):
+    """Tasks that yield the number of their worker, once all have begun."""
+    meeting = threading.Barrier(n, timeout=60)
 
     def meet(worker):
-        yield meeting.wait()
+        meeting.wait()
+        yield worker
 
-    assert sorted(side_by_side([meet] * 3, 3, 1)) == [0, 1, 2]
+    return [meet] * n
+
+
+def test_workers_run_at_once():
+    assert sorted(side_by_side(_that_meet(3), 3, 1)) == [0, 1, 2]
 
 
 def test_each_worker_has_its_part_of_torchs_threads_and_nobody_else_loses_any(n_threads):
@@ -112,7 +118,7 @@ def test_an_error_is_raised_here_and_nothing_is_begun_after_it():
         list(side_by_side(map(task, range(100)), 2, 1))
     n_begun = len(begun)
     assert n_begun < 10
-    assert sorted(side_by_side([lambda worker: iter([worker])] * 2, 2, 1)) == [0, 1], "the workers go on"
+    assert sorted(side_by_side(_that_meet(2), 2, 1)) == [0, 1], "the workers go on"
     assert len(begun) == n_begun
 
 
@@ -152,7 +158,7 @@ def test_iterations_that_overlap_share_the_workers():
 
 
 def _in_a_fork(queue):
-    queue.put(sorted(side_by_side([lambda worker: iter([worker])] * 2, 2, 1)))
+    queue.put(sorted(side_by_side(_that_meet(2), 2, 1)))
 
 
 def test_a_fork_has_workers_of_its_own():
