@@ -253,8 +253,8 @@ def shareable(model: PreTrainedModel, apart: Collection[nn.Module] = ()) -> Iter
     """What deep copies of a model may share, one for each thread: weights, the functions hooked to its modules, and
     torch's own layers, except for those that are to be ``apart``.
 
-    A layer of torch's has no state but its weights. One of a model's own code may (RecurrentGemma's recurrence keeps its
-    last state on itself, without any parts), so each copy has its own.
+    A layer of torch's has no state but its weights. One of a model's own code may, though it has no parts:
+    RecurrentGemma's recurrence keeps its last state on itself. So each copy has its own.
     """
     yield from model.parameters()
     for module in model.modules():
