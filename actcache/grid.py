@@ -31,7 +31,7 @@ from actcache.replay import LateStack
 from actcache.store import Segment, Store
 from actcache.sweep import SCOPES, VariantsAt
 
-COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head for every cell
+_COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head for every cell
 
 # How far a replayed diagonal margin may lie from the native one: absolute, and per unit of the larger of the two
 # logits, whose rounding it is. float32 leaves two decimal digits of room over what was seen; bfloat16 keeps 8 bits of
@@ -138,6 +138,16 @@ def run_grid(
     return read_cells(store, folder, settings)
 
 
+def readout_names(checkpoints: Sequence[str]) -> list[str]:
+    """All readouts that there are for these checkpoints."""
+    return ["native", *(_COMMON + label for label in checkpoints)]
+
+
+def whose_head(readout: str, late: str) -> str:
+    """The checkpoint whose final norm and head a readout is, behind the late stack of this one."""
+    return late if readout == "native" else readout.removeprefix(_COMMON)
+
+
 def count_replays(store: Store, settings: GridSettings) -> int:
     """How many (event, scope, upstream, late, variant) combinations a grid scores."""
     n_variants = sum(len(settings.variants_at(boundary)) for boundary in settings.boundaries)
@@ -165,7 +175,7 @@ def check_servable(
     for scope in settings.scopes:
         if scope not in SCOPES:
             raise InputError(f"scope {scope!r} is unknown; choose {' or '.join(SCOPES)}")
-    known = ["native", *(COMMON + label for label in checkpoints)]
+    known = readout_names(checkpoints)
     for readout in settings.readouts:
         if readout not in known:
             raise InputError(f"readout {readout!r} is unknown; choose from {', '.join(known)}")
@@ -352,7 +362,7 @@ class _Work:
         names = list(dict.fromkeys(name for _, names in self.groups.values() for name in names))
         columns: dict[str, list[dict[str, Any]]] = {scope: [] for scope in self.groups}
         for label, late in lates.items():
-            whose = {name: label if name == "native" else name.removeprefix(COMMON) for name in names}
+            whose = {name: whose_head(name, label) for name in names}
             readouts = {one: lates[one].readout for one in whose.values()}  # one head may go by two names
             for one, readout in readouts.items():
                 if (self.segment.name, label, one) not in natives:

@@ -25,7 +25,7 @@ from torch import nn
 from actcache.capture import CaptureSettings
 from actcache.divergence import Outcome, padded_batches
 from actcache.errors import IncompatibleError, InputError
-from actcache.grid import SCOPES
+from actcache.grid import SCOPES, readout_names, whose_head
 from actcache.lineup import DTYPES, Lineup
 from actcache.readout import MAX_LOGITS_AT_ONCE
 from actcache.replay import MAX_TOKENS, TOKENS_OF_A_WORKER
@@ -74,12 +74,16 @@ ESTIMATED = (
 @dataclass(frozen=True)
 class Group:
     """What is scored at one boundary, in one go: in each scope all upstreams crossed with all late stacks, each read by
-    ``n_readouts``, as they are and under ``n_variants`` edits of the state at position p."""
+    all ``readouts``, as they are and under ``n_variants`` edits of the state at position p."""
 
     boundary: int
     scopes: tuple[str, ...] = ("prefix",)
-    n_readouts: int = 3
+    readouts: tuple[str, ...] = ("native", "common_it", "common_pt")
     n_variants: int = 0
+
+    def heads(self, late: str) -> set[str]:
+        """Whose heads read what this late stack returns."""
+        return {whose_head(name, late) for name in self.readouts}
 
     def n_whole(self, n_checkpoints: int) -> int:
         """Replays of whole sequences: scope ``position`` starts from the late checkpoint's own rows alone."""
@@ -177,14 +181,14 @@ def groups_of(
     """
     if n_variants < 0:
         raise InputError(f"{n_variants} variants asked for; give 0 or more")
-    known = {"scope": SCOPES, "readout": ("native", *(f"common_{label}" for label in labels))}
+    known = {"scope": SCOPES, "readout": readout_names(labels)}
     given = {"scope": _names(scopes), "readout": _names(readouts)}
     for what, names in given.items():
         for name in names:
             if name not in known[what]:
                 raise InputError(f"{what} {name!r} is unknown; choose from {', '.join(known[what])}")
-    n_readouts = len(given["readout"])
-    return [Group(boundary, tuple(given["scope"]), n_readouts, n_variants) for boundary in boundaries]
+    scopes_given, readouts_given = tuple(given["scope"]), tuple(given["readout"])
+    return [Group(boundary, scopes_given, readouts_given, n_variants) for boundary in boundaries]
 
 
 def _names(text: str) -> list[str]:
@@ -272,12 +276,15 @@ def _multiply_adds(
         n_whole, n_crossed = group.n_whole(n_checkpoints), group.n_crossed(n_checkpoints)
         step = share * shape.step_products(sequences - 1, first=group.boundary)
         grid += n_whole * share * shape.products(sequences, first=group.boundary) + n_crossed * step
-        # On the diagonal the stored final state is read as well, to compare. Variants look at two tokens only.
-        n_read = n_whole + n_crossed + n_checkpoints * len(group.scopes)
-        grid += n_events * n_read * group.n_readouts * shape.head_products
+        # Each late stack is behind as many cells. Variants look at two tokens only.
+        n_heads = sum(len(group.heads(label)) for label in study.shapes)
+        grid += n_events * (n_whole + n_crossed) / n_checkpoints * n_heads * shape.head_products
         variants += group.n_variants * (n_whole + n_crossed) * step
         # A native pass of each checkpoint, below, scores the diagonal; then one pass a further cell or variant.
         n_passes += n_whole + n_crossed - n_checkpoints + group.n_variants * (n_whole + n_crossed)
+    # The stored final states are read once, to compare the diagonal.
+    natives = {(label, head) for group in study.groups for label in study.shapes for head in group.heads(label)}
+    grid += n_events * len(natives) * shape.head_products
     n_passes += n_checkpoints if study.groups else 0
     out = {
         "capture_multiply_adds": n_checkpoints * (whole + n_choices * shape.head_products),
@@ -468,7 +475,6 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -
     rates, load_s = _rates(timings, known)
     sources |= {"rates": source} if rates else {}
     raw, stored = known["raw_bytes"], known["stored_bytes"]
-    counts = np.bincount([*steps.tolist(), *[round(eventless)] * n_eventless])
     return Assumptions(
         event_share=len(store) / n_prompts,
         shared_tokens=float(steps.mean()),
@@ -476,10 +482,21 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -
         compression=raw / stored,
         rates=rates,
         search_call_s=captured["search_call_s"] if rates else 0.0,
-        shared_counts=counts.tolist(),
+        shared_counts=_shared_counts(store, eventless).tolist(),
         load_s=load_s,
         sources=sources,
     )
+
+
+def _shared_counts(store: Store, eventless: float) -> Numbers:
+    """How many prompts of a run shared 0, 1, 2, ... tokens, where the ``eventless`` did so many on average."""
+    longest = store.fingerprint["max_new"] - 1
+    n_eventless = store.excluded.num_rows
+    n_longest = store.excluded["reason"].to_pylist().count(Outcome.NO_DIVERGENCE.value)
+    n_others = n_eventless - n_longest
+    others = (eventless * n_eventless - longest * n_longest) / max(n_others, 1)
+    lengths = [*store.events["step"].to_pylist(), *[longest] * n_longest, *[max(0, round(others))] * n_others]
+    return np.bincount(lengths).astype(np.float64)
 
 
 def _rates(timings: Mapping[str, Any], known: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
@@ -523,7 +540,7 @@ def check_pilot(lineup: Lineup, paths: Mapping[str, str], capture: CaptureSettin
         if not same and found != checkpoint.fingerprint:
             raise IncompatibleError(
                 f"the pilot is of another pair: its {label} is {paths.get(label)}, the plan's {checkpoint.path}; "
-                "make a pilot of this pair with 'actcache run --limit 20'",
+                "make a pilot of this pair with 'actcache run --limit 40'",
                 field=f"checkpoints.{label}",
             )
     for name in ("dtype", "codec", "max_new", "device", "strict"):

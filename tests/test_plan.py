@@ -6,8 +6,10 @@ import itertools
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -20,7 +22,15 @@ from actcache.capture import CaptureSettings
 from actcache.cli import main
 from actcache.divergence import SearchLimits, propose
 from actcache.lineup import Checkpoint, Lineup
-from actcache.plan import Group, SearchCounter, Study, default_assumptions, estimate, search_batches
+from actcache.plan import (
+    Group,
+    SearchCounter,
+    Study,
+    _shared_counts,
+    default_assumptions,
+    estimate,
+    search_batches,
+)
 from actcache.run_folder import RunFolder
 from actcache.shape import ModelShape
 from actcache.trunk import Trunk
@@ -138,7 +148,11 @@ def test_experts_whose_number_the_config_does_not_tell():
 def test_every_row_against_a_loop_over_events(models):
     shape = models["gemma3"][1]
     capture = CaptureSettings((2, 3), max_new=8, shard_prompts=3, max_tokens=40)
-    groups = [Group(2), Group(3, ("position",), 1), Group(3, ("position", "prefix"), 2, n_variants=5)]
+    groups = [
+        Group(2),
+        Group(3, ("position",), ("native",)),
+        Group(3, ("position", "prefix"), ("native", "common_it"), n_variants=5),
+    ]
     lengths = [9, 4, 30, 12, 7]
     study = Study({"pt": shape, "it": shape}, lengths, capture, groups)
     found = estimate(study, default_assumptions(capture))  # all prompts give an event, after 7 = max_new - 1 tokens
@@ -159,9 +173,10 @@ def test_every_row_against_a_loop_over_events(models):
     grid = variants = 0.0
     for n in (length + 7 for length in lengths):
         whole, last = sequence(n, 3), token(n - 1, 3)
-        grid += 4 * sequence(n, 2) + (4 + 2) * 3 * head
-        grid += 2 * whole + 2 * last + (2 + 2 + 2) * head  # own rows twice, and the other's last row in each
-        grid += 4 * whole + 2 * last + (4 + 2 + 4) * 2 * head
+        grid += 2 * 2 * head  # stored final states, by either head
+        grid += 4 * sequence(n, 2) + 4 * 2 * head  # native is one of the two
+        grid += 2 * whole + 2 * last + (2 + 2) * head  # own rows twice, and the other's last row in each
+        grid += 4 * whole + 2 * last + 3 * (2 + 1) * head  # behind IT, native is common_it
         variants += 5 * (4 + 2) * last
     captured = sum(2 * (sequence(n + 7) + 8 * head) for n in lengths)
     hooked = sum(
@@ -290,6 +305,19 @@ def test_a_run_without_a_plan_is_its_own(piloted, plan, capsys):
     out = capsys.readouterr().out
     assert "2 x llama" in out
     assert " off" not in out
+
+
+def test_how_long_searches_last_is_told_of_every_prompt():
+    """The last one that is undecided keeps its batch going, so the mean of those without an event would not do."""
+    reasons = ["no_divergence", "both_ended", "no_divergence", "position_limit"]
+    store = SimpleNamespace(
+        fingerprint={"max_new": 8},
+        events=pa.table({"step": [0, 2, 2]}),
+        excluded=pa.table({"reason": reasons}),
+    )
+    assert _shared_counts(store, (7 + 3 + 7 + 4) / 4).tolist() == [1, 0, 2, 0, 2, 0, 0, 2]
+    store.excluded = store.excluded.slice(0, 1)
+    assert _shared_counts(store, 7.0).tolist() == [1, 0, 2, 0, 0, 0, 0, 1]
 
 
 def test_what_is_far_off_is_marked(piloted, tmp_path, capsys):

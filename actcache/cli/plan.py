@@ -229,7 +229,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
         groups = []
         for at in sorted({row[0] for row in rows}):
             scopes, readouts, variants = ({row[column] for row in rows if row[0] == at} for column in (1, 2, 3))
-            groups.append(Group(at, tuple(sorted(scopes)), len(readouts), len(variants - {"none"})))
+            groups.append(Group(at, tuple(sorted(scopes)), tuple(sorted(readouts)), len(variants - {"none"})))
     else:
         groups = []
         if capture.row_selection == "prefix":
@@ -244,10 +244,13 @@ def _timings_of(folder: RunFolder, study: Study) -> dict[str, Any]:
 
     timings = folder.timings()
     if (grid := timings.get("grid")) is not None:
-        scopes, n_readouts = tuple(grid["scopes"]), grid["n_readouts"]
+        scopes, readouts = tuple(grid["scopes"]), tuple(grid.get("readouts", ()))  # earlier versions kept their number
         timed = zip(grid["boundaries"], grid["n_variants"], strict=True)
-        asked = {Group(boundary, scopes, n_readouts, n_variants) for boundary, n_variants in timed}
-        if asked != {replace(group, scopes=tuple(sorted(group.scopes))) for group in study.groups}:
+        asked = {Group(boundary, scopes, readouts, n_variants) for boundary, n_variants in timed}
+        if asked != {
+            replace(group, scopes=tuple(sorted(group.scopes)), readouts=tuple(sorted(group.readouts)))
+            for group in study.groups
+        }:
             del timings["grid"]
     return timings
 
@@ -324,7 +327,7 @@ def _notes(study: Study, estimated: Mapping[str, float]) -> dict[str, str]:
                 (n_checkpoints**2, "cell"),
                 (len(groups), "boundary"),
                 (len(groups[0].scopes), "scope"),
-                (groups[0].n_readouts, "readout"),
+                (len(groups[0].readouts), "readout"),
             )
         )
         notes["grid_multiply_adds"] = cells

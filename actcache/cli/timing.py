@@ -83,7 +83,7 @@ class GridClock(_Clock):
         asked = {
             "boundaries": list(settings.boundaries),
             "scopes": sorted(settings.scopes),
-            "n_readouts": len(settings.readouts),
+            "readouts": sorted(settings.readouts),
             "n_variants": [len(settings.variants_at(boundary)) - 1 for boundary in settings.boundaries],
         }
         self._folder.record_timing("grid", times | asked if whole else None)
