@@ -44,6 +44,8 @@ COMPRESSION = {
     ("bfloat16", "blosc"): 1.23,
     ("bfloat16", "actcache.bf16_planes"): 1.49,
 }
+# Bytes that a tokenizer takes for each token of its vocabulary, measured on SmolLM2's.
+TOKENIZER_BYTES = 700
 STAGES = ("capture", "grid")
 _PARTS_OF = {"capture": ("search", "capture"), "grid": ("grid", "variants")}
 RATED = ("search", "capture", "grid")  # variants run at the grid's rate
@@ -299,7 +301,8 @@ def _multiply_adds(
 
 
 def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
-    """Bytes above what the imports take: weights, the largest forward, and the states of the segments on their way."""
+    """Bytes above what the imports take: tokenizers, weights, the largest forward, and the states of the segments on
+    their way."""
     shape, capture, size = study.shape, study.capture, study.itemsize
     longest = max(study.lengths) + assumed.shared_tokens
     segment_tokens = min(len(study.lengths), capture.shard_prompts) * (
@@ -312,12 +315,15 @@ def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
     logits = 4 * min(MAX_LOGITS_AT_ONCE, max(pack_tokens, 1) * shape.vocab_size)
     head = 0 if size == 4 else 4 * shape.head_products
     cache = max(n * (at + assumed.shared_tokens) for at, n in search_batches(study.lengths, capture))
-    cached = study.n_checkpoints * cache * shape.n_blocks * shape.cache_width * size
+    # A cache grows by a copy with every token, and leaves holes as large as itself behind.
+    cached = 2 * study.n_checkpoints * cache * shape.n_blocks * shape.cache_width * size
+    tokenizers = study.n_checkpoints * TOKENIZER_BYTES * shape.vocab_size
     states = segment_tokens * study.n_checkpoints * shape.width * size
     # One segment is computed and concatenated while up to two are written.
     kept = 4 * states * len(capture.boundaries) if capture.row_selection == "prefix" else 0
     out = {
-        "capture_memory_bytes": study.n_checkpoints * shape.n_parameters * size
+        "capture_memory_bytes": tokenizers
+        + study.n_checkpoints * shape.n_parameters * size
         + max(cached, forward)
         + logits
         + head
@@ -329,7 +335,8 @@ def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
         n_workers, _ = share_threads(round(segment_tokens) // TOKENS_OF_A_WORKER)
         replayed = longest if capture.strict else max(longest, min(n_workers * MAX_TOKENS["cpu"], segment_tokens))
         forwards = forward * replayed / pack_tokens
-        out["grid_memory_bytes"] = study.n_checkpoints * late * size + forwards + logits + head + 2 * states
+        weights = study.n_checkpoints * late * size
+        out["grid_memory_bytes"] = tokenizers + weights + forwards + logits + head + 2 * states
     return out
 
 
