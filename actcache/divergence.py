@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
+from actcache.packing import plan_packs
 from actcache.trunk import Trunk
 
 
@@ -86,23 +87,12 @@ def propose(
     """
     proposals: list[Proposal | None] = [None] * len(sequences)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # like lengths together: little padding
-    for batch in padded_batches([len(sequences[i]) for i in order], max_tokens):
+    for batch in plan_packs([len(sequences[i]) for i in order], max_tokens, padded=True):
         members = [order[k] for k in batch]
         found = _lockstep(trunks, [sequences[i] for i in members], [n_compared[i] for i in members], limits, on_done)
         for index, proposal in zip(members, found, strict=True):
             proposals[index] = proposal
     return [proposal for proposal in proposals if proposal is not None]
-
-
-def padded_batches(lengths: Sequence[int], max_tokens: int) -> list[range]:
-    """Cut ascending lengths into batches whose padded size, count x longest, is at most ``max_tokens``."""
-    batches, start = [], 0
-    for index, length in enumerate(lengths):
-        if index > start and (index - start + 1) * length > max_tokens:
-            batches.append(range(start, index))
-            start = index
-    batches.append(range(start, len(lengths)))
-    return [batch for batch in batches if batch]
 
 
 @torch.no_grad()

@@ -45,15 +45,17 @@ _BRANCHES_AT_ONCE = 64
 Mask = torch.Tensor | None  # [1, 1 or H, T, T], boolean or additive; None is plain causal
 
 
-def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[range]:
-    """Cut sequences, in order, into packs of at most ``max_tokens`` tokens (a longer sequence is a pack alone)."""
+def plan_packs(lengths: Sequence[int], max_tokens: int, *, padded: bool = False) -> list[range]:
+    """Cut sequences, in order, into packs of at most ``max_tokens`` tokens (a longer sequence is a pack alone); if
+    ``padded``, each sequence takes as many as the longest of its pack."""
     packs: list[range] = []
-    start, n_tokens = 0, 0
+    start, n_tokens, longest = 0, 0, 0
     for index, length in enumerate(lengths):
-        if index > start and n_tokens + length > max_tokens:
+        longest = max(longest, length)
+        n_tokens = (index - start + 1) * longest if padded else n_tokens + length
+        if index > start and n_tokens > max_tokens:
             packs.append(range(start, index))
-            start, n_tokens = index, 0
-        n_tokens += length
+            start, n_tokens, longest = index, length, length
     if start < len(lengths):
         packs.append(range(start, len(lengths)))
     return packs

@@ -23,10 +23,11 @@ import torch
 from torch import nn
 
 from actcache.capture import CaptureSettings
-from actcache.divergence import Outcome, padded_batches
+from actcache.divergence import Outcome
 from actcache.errors import IncompatibleError, InputError
 from actcache.grid import SCOPES, readout_names, whose_head
 from actcache.lineup import DTYPES, Lineup
+from actcache.packing import plan_packs
 from actcache.readout import MAX_LOGITS_AT_ONCE
 from actcache.replay import MAX_TOKENS, TOKENS_OF_A_WORKER
 from actcache.shape import ModelShape, Numbers
@@ -261,7 +262,7 @@ def search_batches(lengths: Sequence[int], capture: CaptureSettings) -> list[tup
     batches = []
     for start in range(0, len(lengths), capture.shard_prompts):
         ordered = sorted(lengths[start : start + capture.shard_prompts])
-        batches += [(ordered[batch[-1]], len(batch)) for batch in padded_batches(ordered, capture.max_tokens)]
+        batches += [(ordered[batch[-1]], len(batch)) for batch in plan_packs(ordered, capture.max_tokens, padded=True)]
     return batches
 
 

@@ -347,17 +347,8 @@ class LateStack:
         if mode == "single":
             return plan_packs(lengths, 0)
         limit = _same_angles_up_to(self._trunk.config)
-        if mode == "packed":
-            return plan_packs([budget if limit and length > limit else length for length in lengths], budget)
-        packs: list[range] = []
-        for number, length in enumerate(lengths):
-            last = packs[-1] if packs else range(0)
-            longest = max([length, *lengths[last.start : last.stop]])
-            if packs and (len(last) + 1) * longest <= budget and not (limit and longest > limit):
-                packs[-1] = range(last.start, number + 1)
-            else:
-                packs.append(range(number, number + 1))
-        return packs
+        takes = [budget if limit and length > limit else length for length in lengths]
+        return plan_packs(takes, budget, padded=mode == "padded")
 
     @torch.no_grad()
     def _iterate_pack(self, batch: _Batch, pack: range) -> Iterator[_Result]:

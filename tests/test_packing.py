@@ -74,24 +74,30 @@ def build(name, attention="sdpa"):
     return model
 
 
-@given(st.lists(st.integers(1, 30), max_size=40), st.integers(0, 60))
-def test_packs_are_all_sequences_in_order_within_the_budget(lengths, max_tokens):
-    packs = plan_packs(lengths, max_tokens)
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(0, 60), st.booleans())
+def test_packs_are_all_sequences_in_order_within_the_budget(lengths, max_tokens, padded):
+    def tokens(pack):
+        taken = [lengths[i] for i in pack]
+        return len(taken) * max(taken) if padded else sum(taken)
+
+    packs = plan_packs(lengths, max_tokens, padded=padded)
     assert [index for pack in packs for index in pack] == list(range(len(lengths)))
     for pack in packs:
-        assert len(pack) == 1 or sum(lengths[i] for i in pack) <= max_tokens
+        assert len(pack) == 1 or tokens(pack) <= max_tokens
     for first, second in itertools.pairwise(packs):  # greedy: the next sequence did not fit
-        assert sum(lengths[i] for i in first) + lengths[second.start] > max_tokens
+        assert tokens([*first, second.start]) > max_tokens
 
 
-@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 60), st.integers(1, 5))
-def test_even_packs_are_those_of_the_lowest_budget_that_takes_no_more_rounds(lengths, max_tokens, n_workers):
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=40), st.integers(1, 60), st.integers(1, 5), st.booleans())
+def test_even_packs_are_those_of_the_lowest_budget_that_takes_no_more_rounds(lengths, max_tokens, n_workers, padded):
+    def plan(budget):
+        return plan_packs(lengths, budget, padded=padded)
+
     def rounds(budget):
-        return -(-len(plan_packs(lengths, budget)) // n_workers)
+        return -(-len(plan(budget)) // n_workers)
 
     lowest = next(budget for budget in range(1, max_tokens + 1) if rounds(budget) <= rounds(max_tokens))
-    packs = plan_evenly(lambda budget: plan_packs(lengths, budget), max_tokens, n_workers)
-    assert packs == plan_packs(lengths, lowest)
+    assert plan_evenly(plan, max_tokens, n_workers) == plan(lowest)
 
 
 @given(st.lists(st.integers(0, 9), max_size=12))
