@@ -29,6 +29,7 @@ from actcache.blocks import (
     StateSource,
     check_boundary,
     cut_upstream,
+    empty_parts,
     find_anatomy,
     find_site,
     shallow_clone,
@@ -336,10 +337,13 @@ class LateStack:
             views[boundary]._views = views
         sites = {(layer, edit.site) for variant in variants for layer, edit in variant.inside()}
         hooked = {*self._trunk.blocks, *(self._module_at(layer, site) for layer, site in sites)}
-        shared = {id(self.readout): self.readout}
+        shared: dict[int, Any] = {id(self.readout): self.readout}
+        empty: dict[int, type] = {}
         for view in views.values():
             shared.update((id(one), one) for one in shareable(view._model, hooked))
-        return [copy.deepcopy(views[self.boundary], dict(shared)) for _ in range(n)]
+            empty.update((id(one), type(one)) for one in empty_parts(view._model))
+        memos = [shared | {key: kind() for key, kind in empty.items()} for _ in range(n)]
+        return [copy.deepcopy(views[self.boundary], memo) for memo in memos]
 
     # ---- one pack ----
 
