@@ -254,13 +254,14 @@ def shareable(model: PreTrainedModel, apart: Collection[nn.Module] = ()) -> Iter
     """What deep copies of a model may share, one for each thread: weights, the functions hooked to its modules, and
     torch's own layers, except for those that are to be ``apart``.
 
-    A layer of torch's has no state but its weights. One of a model's own code may, though it has no parts:
-    RecurrentGemma's recurrence keeps its last state on itself. So each copy has its own.
+    A layer of torch's has no state but its weights and buffers. One of a model's own code may, though it has no parts:
+    RecurrentGemma's recurrence keeps its last state on itself. So each copy has its own, of buffers as well.
     """
     yield from model.parameters()
     for module in model.modules():
         yield from (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if not module._modules and type(module).__module__.startswith("torch.nn.modules.") and module not in apart:
+        stateless = type(module).__module__.startswith("torch.nn.modules.") and not module._buffers
+        if stateless and not module._modules and module not in apart:
             yield module
 
 

@@ -360,8 +360,12 @@ def test_donors_in_padded_batches_are_those_of_the_same_rows():
 def test_workers_share_weights_and_nothing_that_a_forward_changes():
     model = build("llama")
     late = LateStack.load(model, BOUNDARY)
+    late.blocks[0].mlp.of_torch = nn.BatchNorm1d(3).requires_grad_(False)
     variants = [Variant("inside", [Edit(Add(SHIFT), site="mlp", layers=(3,))])]
     one, other = late._copies(2, variants)
+    buffers = [{id(buffer) for buffer in stack._model.buffers()} for stack in (late, one, other)]
+    assert all(buffers)
+    assert len(set.union(*buffers)) == sum(map(len, buffers))
     for stack in (one, other, one.at(N_BLOCKS - 1)):
         ours = dict(late._model.named_parameters())
         assert all(weight is ours[name] for name, weight in stack._model.named_parameters())
