@@ -2,8 +2,8 @@
 
 From configs, the tokenizer and a prompts file alone; a model is built without weights, on torch's meta device, to count
 its parameters exactly. What no config tells, such as how many tokens a pair shares before it diverges, is a stated
-assumption, or taken from a small earlier run of the pair. The same arithmetic over a finished run gives the truth to
-put beside. Knows models' shapes and stores; knows no command line and no folders of runs.
+assumption, or taken from a small earlier run of the pair (finished.py). Knows models' shapes; knows no stores, no
+command line and no folders of runs.
 
 Multiply-adds are those of blocks (see :class:`ModelShape`), and of the head wherever the code asks for whole-vocabulary
 logits; the two logits of an event's own tokens are not counted. The last block is counted whole, though packed replay
@@ -15,24 +15,20 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from actcache.capture import CaptureSettings
-from actcache.divergence import Outcome
-from actcache.errors import IncompatibleError, InputError
-from actcache.grid import SCOPES, readout_names, whose_head
+from actcache.errors import InputError
+from actcache.grid import SCOPES, GridSettings, readout_names, whose_head
 from actcache.lineup import DTYPES, Lineup
 from actcache.packing import plan_packs
 from actcache.readout import MAX_LOGITS_AT_ONCE
 from actcache.replay import MAX_TOKENS, TOKENS_OF_A_WORKER
 from actcache.shape import ModelShape, Numbers
-from actcache.store import Store
-from actcache.trunk import Trunk
 from actcache.workers import share_threads
 
 # Where no pilot says otherwise. The two pairs tried at hand shared 6 tokens (the shipped one) and 14 (SmolLM2) before
@@ -81,7 +77,7 @@ class Group:
 
     boundary: int
     scopes: tuple[str, ...] = ("prefix",)
-    readouts: tuple[str, ...] = ("native", "common_it", "common_pt")
+    readouts: tuple[str, ...] = GridSettings.readouts
     n_variants: int = 0
 
     def heads(self, late: str) -> set[str]:
@@ -215,7 +211,7 @@ def estimate(study: Study, assumed: Assumptions) -> dict[str, float]:
     rows |= _stored(study, rows["tokens"], rows["events"])
     rows["stored_bytes"] = rows["raw_bytes"] / assumed.compression
     rows["search_multiply_adds"] = _search(study, assumed, search_batches(study.lengths, study.capture))
-    rows |= _multiply_adds(study, sequences, share, rows["events"] * (1 + assumed.shared_tokens), rows)
+    rows |= multiply_adds_of(study, sequences, share, rows["events"] * (1 + assumed.shared_tokens), rows)
     rows["hooks_multiply_adds"] += _search(study, assumed, [(length, 1) for length in study.lengths])
     rows |= _memory(study, assumed)
     for stage in assumed.rates and STAGES:
@@ -266,7 +262,7 @@ def search_batches(lengths: Sequence[int], capture: CaptureSettings) -> list[tup
     return batches
 
 
-def _multiply_adds(
+def multiply_adds_of(
     study: Study, sequences: Numbers, share: float, n_choices: float, rows: Mapping[str, float]
 ) -> dict[str, float]:
     """Of capture, grid, variants and of forward hooks that score the same cells: over ``share`` of these sequences,
@@ -333,231 +329,14 @@ def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
     if study.groups:
         first = min(group.boundary for group in study.groups)
         late = sum(shape.block_parameters[first:]) + shape.readout_parameters
-        n_workers, _ = share_threads(round(segment_tokens) // TOKENS_OF_A_WORKER)
-        replayed = longest if capture.strict else max(longest, min(n_workers * MAX_TOKENS["cpu"], segment_tokens))
+        on_cpu = capture.device == "cpu"
+        n_workers = share_threads(round(segment_tokens) // TOKENS_OF_A_WORKER)[0] if on_cpu else 1
+        at_once = min(n_workers * MAX_TOKENS[capture.device], segment_tokens)
+        replayed = longest if capture.strict else max(longest, at_once)
         forwards = forward * replayed / pack_tokens
         weights = study.n_checkpoints * late * size
         out["grid_memory_bytes"] = tokenizers + weights + forwards + logits + head + 2 * states
     return out
-
-
-# ---- the truth ----
-
-
-class SearchCounter:
-    """Counts and times what the searches of a capture compute: hand every trunk through :meth:`watch`.
-
-    Attributes:
-        multiply_adds: of all checkpoints, padding included.
-        n_choices: next tokens chosen by the first checkpoint watched.
-        n_searches: searches begun by it.
-    """
-
-    def __init__(self) -> None:
-        self.multiply_adds, self.n_choices, self.n_searches = 0.0, 0, 0
-        self._first: Trunk | None = None
-        self._running: tuple[float, float] | None = None  # multiply-adds and start of the forward that runs
-        self._sums = np.zeros(5)  # of 1, x, y, x x and x y: multiply-adds and seconds of each forward
-
-    def watch(self, trunk: Trunk, shape: ModelShape) -> Trunk:
-        """Count the cached forwards of this trunk from now on; returns it."""
-        self._first = self._first or trunk
-
-        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            now = time.perf_counter()
-            self._end_forward(now)
-            if not kwargs.get("use_cache"):  # only a search decodes with a cache
-                return
-            (n, n_new), n_seen = kwargs["input_ids"].shape, kwargs["attention_mask"].shape[1]
-            if n_new == n_seen:
-                products = shape.products(np.array([n_seen], np.float64))
-            else:
-                products = shape.step_products(np.arange(n_seen - n_new, n_seen, dtype=np.float64))
-            products = n * (products + shape.head_products)
-            self.multiply_adds += products
-            if trunk is self._first:
-                self.n_choices += n
-                self.n_searches += n if n_new == n_seen else 0
-            self._running = products, now
-
-        trunk.decoder.register_forward_pre_hook(count, with_kwargs=True)
-        return trunk
-
-    def record(self) -> dict[str, float]:
-        """What was counted; and, if anything was, ``search_s`` with the two numbers that explain it best:
-        ``search_rate`` and ``search_call_s`` (see :class:`Assumptions`)."""
-        counted = {
-            "n_searches": self.n_searches,
-            "search_choices": self.n_choices,
-            "search_multiply_adds": self.multiply_adds,
-        }
-        n, x, y, xx, xy = (float(total) for total in self._sums)
-        if not y:
-            return counted
-        variance = n * xx - x * x
-        per_product = (n * xy - x * y) / variance if variance else 0.0
-        per_call = (y - per_product * x) / n
-        if per_product <= 0 or per_call < 0:  # too few forwards, or too alike, to tell the two apart
-            per_product, per_call = y / x, 0.0
-        return counted | {"search_s": y, "search_rate": 1 / per_product, "search_call_s": per_call}
-
-    def _end_forward(self, now: float) -> None:
-        if self._running is not None:
-            products, start = self._running
-            seconds = now - start
-            self._sums += np.array([1, products, seconds, products * products, products * seconds])
-        self._running = None
-
-
-def settings_of(store: Store) -> CaptureSettings:
-    """The settings that a store was captured with."""
-    names = {field.name for field in fields(CaptureSettings)}
-    given = {name: value for name, value in store.fingerprint.items() if name in names}
-    return CaptureSettings(**given | {"boundaries": tuple(store.boundaries)})
-
-
-def truth(study: Study, store: Store, timings: Mapping[str, Any], *, scored: bool = True) -> dict[str, float]:
-    """What a finished run took, under the names of :func:`estimate`, as far as it is known.
-
-    Args:
-        study: of the run, with the groups that it scored.
-        store: the run's.
-        timings: what its stages recorded of themselves (see ``RunFolder.timings``).
-        scored: whether its cells are scored; otherwise ``study.groups`` are not what was done.
-    """
-    lengths = np.diff(store.token_ids()[1].numpy()).astype(np.float64)
-    summary = store.summary()
-    captured = timings.get("capture", {})
-    rows: dict[str, float] = {
-        "prompts": store.fingerprint["n_prompts"],
-        "prompt_tokens": float(sum(study.lengths)),
-        "events": len(store),
-        "tokens": float(lengths.sum()),
-        "rows": summary["rows"],
-        "raw_bytes": summary["state_bytes"]["raw"],
-        "stored_bytes": summary["state_bytes"]["stored"],
-    }
-    counted = {"search_multiply_adds": captured.get("search_multiply_adds", np.nan)}
-    n_choices = len(store) + int(store.events["step"].to_numpy().sum())
-    rows |= counted | _multiply_adds(study, lengths, 1.0, n_choices, rows | counted)
-    del rows["hooks_multiply_adds"]  # nobody did that
-    if not scored or any(group.n_variants for group in study.groups):  # edits of other positions cost whole replays
-        for name in ("grid_multiply_adds", "variants_multiply_adds", "multiply_adds"):
-            rows[name] = np.nan
-    for stage in STAGES:
-        rows[f"{stage}_s"] = timings.get(stage, {}).get("elapsed_s", np.nan)
-    return {name: rows[name] for name in ESTIMATED if name in rows and not np.isnan(rows[name])}
-
-
-def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -> Assumptions:
-    """Assumptions from a finished run: what :func:`estimate` then says of that run's own prompts is near the truth.
-
-    Args:
-        study: of that run.
-        store: the run's, with at least one event.
-        timings: what its stages recorded of themselves.
-        source: the run, in words.
-
-    Raises:
-        InputError: the store holds no event, or not all prompts.
-    """
-    n_prompts, n_eventless = store.fingerprint["n_prompts"], store.excluded.num_rows
-    if len(store) == 0 or len(store) + n_eventless != n_prompts:
-        raise InputError(
-            f"{store.path} holds {len(store)} events and {n_eventless} prompts without one, of {n_prompts} prompts: "
-            "to learn from it, it must be complete and have an event"
-        )
-    steps = store.events["step"].to_numpy()
-    known = truth(study, store, timings)
-    captured, longest = timings.get("capture", {}), store.fingerprint["max_new"] - 1.0
-    sources = dict.fromkeys(("event_share", "shared_tokens", "eventless_tokens", "compression"), source)
-    if len(steps) > 1:
-        sources["shared_tokens"] += f", {len(steps)} events, standard error {steps.std(ddof=1) / len(steps) ** 0.5:.1f}"
-    eventless = longest
-    if n_eventless and "search_choices" in captured:
-        # Each search chooses one token more than it shares.
-        eventless = (captured["search_choices"] - captured["n_searches"] - int(steps.sum())) / n_eventless
-        eventless = min(max(eventless, 0.0), longest)
-    elif set(store.excluded["reason"].to_pylist()) - {Outcome.NO_DIVERGENCE.value}:
-        sources["eventless_tokens"] = "at most"
-    rates, load_s = _rates(timings, known)
-    sources |= {"rates": source} if rates else {}
-    raw, stored = known["raw_bytes"], known["stored_bytes"]
-    return Assumptions(
-        event_share=len(store) / n_prompts,
-        shared_tokens=float(steps.mean()),
-        eventless_tokens=eventless,
-        compression=raw / stored,
-        rates=rates,
-        search_call_s=captured["search_call_s"] if rates else 0.0,
-        shared_counts=_shared_counts(store, eventless).tolist(),
-        load_s=load_s,
-        sources=sources,
-    )
-
-
-def _shared_counts(store: Store, eventless: float) -> Numbers:
-    """How many prompts of a run shared 0, 1, 2, ... tokens, where the ``eventless`` did so many on average."""
-    longest = store.fingerprint["max_new"] - 1
-    n_eventless = store.excluded.num_rows
-    n_longest = store.excluded["reason"].to_pylist().count(Outcome.NO_DIVERGENCE.value)
-    n_others = n_eventless - n_longest
-    others = (eventless * n_eventless - longest * n_longest) / max(n_others, 1)
-    lengths = [*store.events["step"].to_pylist(), *[longest] * n_longest, *[max(0, round(others))] * n_others]
-    return np.bincount(lengths).astype(np.float64)
-
-
-def _rates(timings: Mapping[str, Any], known: Mapping[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The rates and loads of a run whose stages were all timed; nothing otherwise."""
-    if "search_rate" not in timings.get("capture", {}) or "grid" not in timings:
-        return {}, {}
-    capture, grid = timings["capture"], timings["grid"]
-    forwards_s = capture["elapsed_s"] - capture["load_s"] - capture["search_s"]
-    replays_s = grid["elapsed_s"] - grid["load_s"]
-    replayed = known.get("grid_multiply_adds", 0.0)  # unknown with variants
-    if not (forwards_s > 0 and replays_s > 0 and replayed > 0):
-        return {}, {}
-    rates = {
-        "search": capture["search_rate"],
-        "capture": known["capture_multiply_adds"] / forwards_s,
-        "grid": replayed / replays_s,
-    }
-    return rates, {stage: timings[stage]["load_s"] for stage in STAGES}
-
-
-def check_pilot(lineup: Lineup, paths: Mapping[str, str], capture: CaptureSettings, store: Store) -> None:
-    """Whether a run tells anything about what is planned.
-
-    Weights are only read (to digest them) where the run found a checkpoint in another folder than this.
-
-    Args:
-        lineup: the pair that is planned for.
-        paths: where the run found its checkpoints, by label.
-        capture: what is planned.
-        store: the run's.
-
-    Raises:
-        IncompatibleError: the run is of another pair.
-        InputError: the run was made with other settings that its numbers depend on.
-    """
-    for label, checkpoint in lineup.checkpoints.items():
-        found = store.fingerprint["checkpoints"].get(label, {})
-        same = paths.get(label) == str(checkpoint.path.resolve()) and found["architecture"] == (
-            checkpoint.config.model_type
-        )
-        if not same and found != checkpoint.fingerprint:
-            raise IncompatibleError(
-                f"the pilot is of another pair: its {label} is {paths.get(label)}, the plan's {checkpoint.path}; "
-                "make a pilot of this pair with 'actcache run --limit 40'",
-                field=f"checkpoints.{label}",
-            )
-    for name in ("dtype", "codec", "max_new", "device", "strict"):
-        found, planned = store.fingerprint[name], getattr(capture, name)
-        if found != planned:
-            raise InputError(
-                f"the pilot was made with {name} {found}, the plan has {planned}; its numbers depend on it: make a "
-                "pilot with the plan's, or plan with the pilot's"
-            )
 
 
 # ---- the machine ----

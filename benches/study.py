@@ -38,7 +38,7 @@ from actcache.trunk import Trunk
 
 CROSSED = (("pt", "it"), ("it", "pt"))  # (upstream, late)
 REPLAY_TARGET = 1.15  # times the limit
-READOUTS = ("native", "common_it", "common_pt")
+READOUTS = GridSettings.readouts
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}  # of a margin, between two ways to compute it
 DEMO = Path(actcache.__file__).parent / "demo"
 DEMO_PROMPTS, DEMO_MAX_NEW = 4, 8

@@ -43,6 +43,7 @@ FLOW = [
         "stability",
         "effects",
         "plan",
+        "finished",
         "report",
         "run_folder",
         "cli",

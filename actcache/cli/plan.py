@@ -150,7 +150,8 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptions:
     """Defaults, then what a pilot tells, then what the command line says, then a rate measured here."""
-    from actcache.plan import RATED, check_pilot, default_assumptions, learn, measure_rate
+    from actcache.finished import check_pilot, learn
+    from actcache.plan import RATED, default_assumptions, measure_rate
     from actcache.store import open_store
 
     assumed = default_assumptions(study.capture)
@@ -179,8 +180,9 @@ def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptio
 
 def _compare(args: argparse.Namespace) -> None:
     """A finished run: the estimate, under what its plan assumed, beside the truth."""
+    from actcache.finished import learn, truth
     from actcache.lineup import Lineup
-    from actcache.plan import as_json, assumptions_from_json, estimate, learn, truth
+    from actcache.plan import as_json, assumptions_from_json, estimate
     from actcache.store import open_store
 
     folder = RunFolder(args.run)
@@ -206,7 +208,8 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Path) -> tuple[Study, bool]:
     """What a run computed, and whether its cells are scored."""
-    from actcache.plan import Group, Study, groups_of, settings_of, shapes_of
+    from actcache.finished import settings_of
+    from actcache.plan import Group, Study, groups_of, shapes_of
     from actcache.prompts import digest, read_prompts
 
     fingerprint = store.fingerprint
@@ -247,10 +250,7 @@ def _timings_of(folder: RunFolder, study: Study) -> dict[str, Any]:
         scopes, readouts = tuple(grid["scopes"]), tuple(grid.get("readouts", ()))  # earlier versions kept their number
         timed = zip(grid["boundaries"], grid["n_variants"], strict=True)
         asked = {Group(boundary, scopes, readouts, n_variants) for boundary, n_variants in timed}
-        if asked != {
-            replace(group, scopes=tuple(sorted(group.scopes)), readouts=tuple(sorted(group.readouts)))
-            for group in study.groups
-        }:
+        if asked != set(study.groups):
             del timings["grid"]
     return timings
 

@@ -42,7 +42,7 @@ class CaptureClock(_Clock):
     """Times a capture and counts what its searches compute: pass :meth:`load` to it."""
 
     def __init__(self, lineup: Lineup, settings: CaptureSettings) -> None:
-        from actcache.plan import SearchCounter
+        from actcache.finished import SearchCounter
 
         super().__init__()
         self._lineup, self._settings, self._counter = lineup, settings, SearchCounter()
