@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from actcache.capture import CaptureSettings
+from actcache.cells import Finished
 from actcache.divergence import Outcome
+from actcache.edits import PLAIN
 from actcache.errors import IncompatibleError, InputError
 from actcache.lineup import Lineup
-from actcache.plan import ESTIMATED, STAGES, Assumptions, Study, multiply_adds_of
+from actcache.plan import ESTIMATED, STAGES, Assumptions, Group, Study, multiply_adds_of
 from actcache.shape import ModelShape
 from actcache.store import Store
 from actcache.trunk import Trunk
@@ -96,14 +98,39 @@ def settings_of(store: Store) -> CaptureSettings:
     return CaptureSettings(**given | {"boundaries": tuple(store.boundaries)})
 
 
+def scored_groups(finished: Finished) -> list[Group] | None:
+    """What a run's finished cell groups hold, as if scored in one go; None where a file of an earlier version does not
+    tell what its variants took."""
+    at: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for (_, boundary, scope), files in finished.items():
+        at.setdefault((boundary, scope), []).extend(file.key for file in files)
+    contents: dict[Group, set[str]] = {}  # what is scored at a boundary, without scopes -> the scopes it is scored in
+    for (boundary, scope), keys in sorted(at.items()):
+        if not all("whole" in key for key in keys):
+            return None
+        names = {name for key in keys for name in key["variants"]} - {PLAIN.name}
+        whole = {name for key in keys for name in key["whole"]}
+        content = Group(
+            boundary,
+            (),
+            tuple(sorted({name for key in keys for name in key["readouts"]})),
+            len(names - whole),
+            len(whole),
+            bool(names) and any(key["top1"] for key in keys),
+            keys[-1]["mode"],
+        )
+        contents.setdefault(content, set()).add(scope)
+    return [replace(content, scopes=tuple(sorted(scopes))) for content, scopes in contents.items()]
+
+
 def truth(study: Study, store: Store, timings: Mapping[str, Any], *, scored: bool = True) -> dict[str, float]:
     """What a finished run took, under the names of :func:`actcache.plan.estimate`, as far as it is known.
 
     Args:
-        study: of the run, with the groups that it scored.
+        study: of the run, with the groups that it scored; the multiply-adds are those of scoring them in one go.
         store: the run's.
         timings: what its stages recorded of themselves (see ``RunFolder.timings``).
-        scored: whether its cells are scored; otherwise ``study.groups`` are not what was done.
+        scored: whether it is known what it scored; otherwise ``study.groups`` are not what was done.
     """
     lengths = np.diff(store.token_ids()[1].numpy()).astype(np.float64)
     summary = store.summary()
@@ -121,7 +148,7 @@ def truth(study: Study, store: Store, timings: Mapping[str, Any], *, scored: boo
     n_choices = len(store) + int(store.events["step"].to_numpy().sum())
     rows |= counted | multiply_adds_of(study, lengths, 1.0, n_choices, rows | counted)
     del rows["hooks_multiply_adds"]  # nobody did that
-    if not scored or any(group.n_variants for group in study.groups):  # edits of other positions cost whole replays
+    if not scored:
         for name in ("grid_multiply_adds", "variants_multiply_adds", "multiply_adds"):
             rows[name] = np.nan
     for stage in STAGES:
@@ -195,7 +222,7 @@ def _rates(timings: Mapping[str, Any], known: Mapping[str, float]) -> tuple[dict
     capture, grid = timings["capture"], timings["grid"]
     forwards_s = capture["elapsed_s"] - capture["load_s"] - capture["search_s"]
     replays_s = grid["elapsed_s"] - grid["load_s"]
-    replayed = known.get("grid_multiply_adds", 0.0)  # unknown with variants
+    replayed = known.get("grid_multiply_adds", 0.0) + known.get("variants_multiply_adds", 0.0)
     if not (forwards_s > 0 and replays_s > 0 and replayed > 0):
         return {}, {}
     rates = {

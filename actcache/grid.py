@@ -1,33 +1,28 @@
 """Grid: the cells of a store, scored by replaying late stacks over its states.
 
 A cell group is one segment at one boundary and scope: every upstream crossed with every late stack, scored by every
-readout, plain or under variants. A finished group is one Parquet file, so a killed grid goes on where it stopped;
-``cells.parquet`` is all groups together. Late stacks are loaded once, from the first boundary on; the states of one
-segment at one boundary are read once, while the ones before are being replayed, and serve every late stack, scope,
-readout and variant. Knows store, replay and tables; loads no models itself.
+readout, plain or under variants. A finished group is one file (cells.py), so a killed grid goes on where it stopped.
+Late stacks are loaded once, from the first boundary on; the states of one segment at one boundary are read once, while
+the ones before are being replayed, and serve every late stack, scope, readout and variant. Knows store, replay and
+tables; loads no models itself.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
+from actcache.cells import Finished, finished_groups, gather_cells, store_digest, write_group
 from actcache.edits import PLAIN, Edit, Replace, Variant
 from actcache.errors import CheckError, InputError
-from actcache.files import write_atomically
 from actcache.readout import Readout
-from actcache.replay import LateStack
+from actcache.replay import LateStack, Mode
 from actcache.store import Segment, Store
 from actcache.sweep import SCOPES, VariantsAt
 
@@ -39,20 +34,6 @@ _COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head 
 NOOP_TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.05), torch.float16: (0.02, 0.01)}
 
 _TOP1_AT_ONCE = 256  # states whose whole-vocabulary logits are made together: enough for a matrix product at its rate
-
-# The event columns that cells repeat, before the cell's own; carried prompt columns come last.
-_EVENT_COLUMNS = ("event_id", "prompt_id", "kind", "step", "position", "y_pt", "y_it")
-_CELL_FIELDS = [
-    ("boundary", pa.int32()),
-    ("scope", pa.string()),
-    ("upstream", pa.string()),
-    ("late", pa.string()),
-    ("readout", pa.string()),
-    ("variant", pa.string()),
-    ("margin", pa.float32()),
-    ("top1_id", pa.int64()),
-    ("noop_delta", pa.float32()),
-]
 
 
 @dataclass(frozen=True)
@@ -116,7 +97,7 @@ def run_grid(
     check_settings(store, settings)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    finished = _groups_in(folder, store)
+    finished = finished_groups(folder, store)
     _check_names(finished, settings)
     todo = []
     for segment in (segment for segment in store.segments if segment.n_events):
@@ -135,7 +116,7 @@ def run_grid(
         natives: _Natives = {}
         for work, states in _read_ahead(todo):
             work.score({label: late.at(work.boundary) for label, late in lates.items()}, states, natives, on_cells)
-    return read_cells(store, folder, settings)
+    return gather_cells(folder, store, strict=settings.strict, max_tokens=settings.max_tokens)
 
 
 def readout_names(checkpoints: Sequence[str]) -> list[str]:
@@ -195,69 +176,7 @@ def check_servable(
                 edit.check_layers(boundary, n_blocks, variant.name)
 
 
-def read_cells(store: Store, folder: str | Path, settings: GridSettings) -> pa.Table:
-    """All finished groups of this store in ``folder`` as one table, in a fixed order.
-
-    Those of segments that a compaction has replaced are left out: their events are scored with the merged segment. A
-    variant that stands in two groups (scored in two ways, or by two sweeps that overlap) is taken from the one that was
-    scored as these settings ask, and has the most.
-    """
-
-    def has_most(group: _Group) -> tuple[bool, int, bool]:
-        as_asked = all(group.key[name] == getattr(settings, name) for name in ("strict", "max_tokens"))
-        return as_asked, len(group.key["readouts"]), group.key["top1"]
-
-    tables = [
-        found.table()
-        for groups in _groups_in(folder, store).values()
-        for found in _without_repeats(sorted(groups, key=has_most, reverse=True))
-        if found.names
-    ]
-    empty = _cell_table(store.events.slice(0, 0), [])
-    return pa.concat_tables([empty, *tables], promote_options="permissive").replace_schema_metadata(None)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """A finished group in its file: which variants it scored, by which readouts."""
-
-    path: Path
-    key: dict[str, Any]
-    names: frozenset[str]
-
-    def table(self) -> pa.Table:
-        """Its cells, of the variants named."""
-        table = pq.read_table(self.path)
-        if self.names == set(self.key["variants"]):
-            return table
-        return table.filter(pc.is_in(table["variant"], pa.array(sorted(self.names))))
-
-
-_Finished = dict[tuple[str, int, str], list[_Group]]
-
-
-def _groups_in(folder: str | Path, store: Store) -> _Finished:
-    """Finished groups of the store's segments by (segment, boundary, scope), in the order of their files' names."""
-    digest, segments = _digest(store), {segment.name for segment in store.segments}
-    groups: _Finished = {}
-    for path in sorted(Path(folder).glob("*.parquet")):
-        metadata = (pq.read_schema(path).metadata or {}).get(b"actcache")
-        key = json.loads(metadata) if metadata else {}
-        # Earlier versions scored no variants and named none: scored again, their files are replaced.
-        if key.get("store") == digest and key.get("segment") in segments and "variants" in key:
-            found = _Group(path, key, frozenset(key["variants"]))
-            groups.setdefault((key["segment"], key["boundary"], key["scope"]), []).append(found)
-    return groups
-
-
-def _without_repeats(groups: Sequence[_Group]) -> Iterator[_Group]:
-    seen: set[str] = set()
-    for group in groups:
-        yield _Group(group.path, group.key, group.names - seen)
-        seen |= group.names
-
-
-def _check_names(finished: _Finished, settings: GridSettings) -> None:
+def _check_names(finished: Finished, settings: GridSettings) -> None:
     """A name that stands for one thing in some groups and for another in others would be averaged over both."""
     for boundary in settings.boundaries:
         digests = {variant.name: variant.digest for variant in settings.variants_at(boundary)}
@@ -300,7 +219,7 @@ class _Work:
         boundary: int,
         settings: GridSettings,
         folder: Path,
-        finished: _Finished,
+        finished: Finished,
     ) -> None:
         self.store, self.segment, self.boundary, self.settings = store, segment, boundary, settings
         self._folder = folder
@@ -335,7 +254,7 @@ class _Work:
     def _key(self, scope: str) -> dict[str, Any]:
         """What the cells of a group depend on, its variants and readouts apart."""
         return {
-            "store": _digest(self.store),
+            "store": store_digest(self.store),
             "segment": self.segment.name,
             "boundary": self.boundary,
             "scope": scope,
@@ -394,8 +313,9 @@ class _Work:
                     columns[scope].append(
                         column | {"margin": scored.margin, "top1_id": scored.top1, "noop_delta": noop}
                     )
+        mode = "single" if self.settings.strict else next(iter(lates.values())).mode
         for scope in self.groups:
-            self._publish(scope, events, columns[scope])
+            self._publish(scope, events, columns[scope], mode)
 
     def _cells(self, replays: Sequence[_Replay]) -> Iterator[tuple[int, str, str, str]]:
         """Number of the replay, scope, upstream and readout of every cell that these replays serve."""
@@ -431,26 +351,19 @@ class _Work:
                         replays.append(_Replay(Variant(name, edits), name, base, (("position", upstream),)))
         return replays
 
-    def _publish(self, scope: str, events: pa.Table, columns: Sequence[dict[str, Any]]) -> None:
+    def _publish(self, scope: str, events: pa.Table, columns: Sequence[dict[str, Any]], mode: Mode) -> None:
         variants, readouts = self.groups[scope]
         digests = {variant.name: variant.digest for variant in variants}
+        whole = [variant.name for variant in variants if not variant.at_last_only]
         key = self._key(scope) | {"readouts": sorted(readouts), "variants": digests, "top1": self.top1}
+        key |= {"whole": sorted(whole), "mode": mode}
         names, labels = [variant.name for variant in variants], self.store.checkpoints
 
         def place(column: dict[str, Any]) -> tuple[int, ...]:
             at = names.index(column["variant"]), labels.index(column["upstream"]), labels.index(column["late"])
             return (*at, readouts.index(column["readout"]))
 
-        columns = sorted(columns, key=place)
-        table = _cell_table(events, columns).replace_schema_metadata({b"actcache": json.dumps(key).encode()})
-        # Groups of one set of variants have one name.
-        variant_set = hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()[:16]
-        suffix = "" if set(digests) == {PLAIN.name} else f"+{variant_set}"
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        write_atomically(
-            self._folder / f"b{self.boundary:03d}-{scope}-{self.segment.name}{suffix}.parquet", sink.getvalue()
-        )
+        write_group(self._folder, key, events, sorted(columns, key=place))
 
     def _check_noop(self, events: pa.Table, label: str, readout: str, native: _Scores, noop: torch.Tensor) -> None:
         absolute, relative = NOOP_TOLERANCE[self.store.dtype]
@@ -537,39 +450,6 @@ class _ScoreTable:
     def scores(self, replay: int, whose: str) -> _Scores:
         """Those of one replay by one checkpoint's readout."""
         return _Scores(self._logits[whose][replay], self._top1[whose][replay] if replay in self._with_top1 else None)
-
-
-def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]]) -> pa.Table:
-    """One row an event and entry of ``columns``, event by event."""
-    carried = [
-        name for name in events.column_names if name not in _NOT_CARRIED and not name.startswith(_PER_CHECKPOINT)
-    ]
-    n_events, n_columns = events.num_rows, len(columns)
-    repeated = pa.array(np.repeat(np.arange(n_events), n_columns))
-    out: dict[str, pa.Array | pa.ChunkedArray] = {name: events[name].take(repeated) for name in _EVENT_COLUMNS}
-    for name, kind in _CELL_FIELDS:
-        out[name] = _interleaved([column[name] for column in columns], n_events, kind)
-    for name in carried:
-        out[name] = events[name].take(repeated)
-    return pa.table(out)
-
-
-def _interleaved(values: list[Any], n_events: int, kind: pa.DataType) -> pa.Array:
-    """One value an event and cell, event by event; each of ``values`` is a tensor over events, or the same for all."""
-    if not any(isinstance(value, torch.Tensor) for value in values):
-        return pa.array(values * n_events, kind)
-    dtype = kind.to_pandas_dtype()
-    missing = np.array([value is None for value in values] * n_events)
-    columns = [np.zeros(n_events, dtype) if value is None else value.numpy().astype(dtype) for value in values]
-    return pa.array(np.stack(columns, axis=1).reshape(-1), kind, mask=missing)
-
-
-_PER_CHECKPOINT = ("gap_", "margin_")
-_NOT_CARRIED = {*_EVENT_COLUMNS, "proposed_step", "sequence", "context", "token_pt", "token_it", "segment"}
-
-
-def _digest(store: Store) -> str:
-    return hashlib.sha256(json.dumps(store.fingerprint, sort_keys=True).encode()).hexdigest()
 
 
 def _listed(boundaries: Sequence[int]) -> str:

@@ -23,11 +23,11 @@ import torch
 
 from actcache.capture import CaptureSettings
 from actcache.errors import InputError
-from actcache.grid import SCOPES, GridSettings, readout_names, whose_head
+from actcache.grid import GridSettings, whose_head
 from actcache.lineup import DTYPES, Lineup
 from actcache.packing import plan_packs
 from actcache.readout import MAX_LOGITS_AT_ONCE
-from actcache.replay import MAX_TOKENS, TOKENS_OF_A_WORKER
+from actcache.replay import MAX_TOKENS, TOKENS_OF_A_WORKER, Mode
 from actcache.shape import ModelShape, Numbers
 from actcache.workers import share_threads
 
@@ -73,23 +73,38 @@ ESTIMATED = (
 @dataclass(frozen=True)
 class Group:
     """What is scored at one boundary, in one go: in each scope all upstreams crossed with all late stacks, each read by
-    all ``readouts``, as they are and under ``n_variants`` edits of the state at position p."""
+    all readouts, as they are and under variants.
+
+    Attributes:
+        boundary: first late block.
+        scopes: in their order by name, as are the readouts.
+        readouts: of ``native`` and ``common_<label>``.
+        n_last: variants that change position p alone.
+        n_whole: those that change more: each costs a replay of the sequence in every cell.
+        top1: whether variants are read for their best token too.
+        mode: how sequences share a forward (``LateStack.mode``, or ``single`` where strict). Where they are packed,
+            what changes position p alone costs one token.
+    """
 
     boundary: int
     scopes: tuple[str, ...] = ("prefix",)
-    readouts: tuple[str, ...] = GridSettings.readouts
-    n_variants: int = 0
+    readouts: tuple[str, ...] = tuple(sorted(GridSettings.readouts))
+    n_last: int = 0
+    n_whole: int = 0
+    top1: bool = False
+    mode: Mode = "packed"
 
     def heads(self, late: str) -> set[str]:
         """Whose heads read what this late stack returns."""
         return {whose_head(name, late) for name in self.readouts}
 
-    def n_whole(self, n_checkpoints: int) -> int:
-        """Replays of whole sequences: scope ``position`` starts from the late checkpoint's own rows alone."""
+    def n_bases(self, n_checkpoints: int) -> int:
+        """Cells of an event that begin with a checkpoint's own rows: scope ``position`` replays the late one's alone,
+        and on the diagonal both scopes are one and the same."""
         return n_checkpoints**2 if "prefix" in self.scopes else n_checkpoints
 
     def n_crossed(self, n_checkpoints: int) -> int:
-        """Cells that scope ``position`` adds; on the diagonal both scopes are one and the same."""
+        """Cells that scope ``position`` adds: those rows with another checkpoint's at position p."""
         return n_checkpoints * (n_checkpoints - 1) if "position" in self.scopes else 0
 
 
@@ -170,28 +185,24 @@ def shapes_of(lineup: Lineup) -> dict[str, ModelShape]:
     return {label: ModelShape.of_checkpoint(checkpoint) for label, checkpoint in lineup.checkpoints.items()}
 
 
-def groups_of(
-    boundaries: Sequence[int], scopes: str, readouts: str, labels: Sequence[str], n_variants: int = 0
-) -> list[Group]:
-    """The cells of lists as the command line takes them, ``prefix,position`` and ``native,common_it``.
-
-    Raises:
-        InputError: a scope or readout is unknown, or ``n_variants`` negative.
-    """
-    if n_variants < 0:
-        raise InputError(f"{n_variants} variants asked for; give 0 or more")
-    known = {"scope": SCOPES, "readout": readout_names(labels)}
-    given = {"scope": _names(scopes), "readout": _names(readouts)}
-    for what, names in given.items():
-        for name in names:
-            if name not in known[what]:
-                raise InputError(f"{what} {name!r} is unknown; choose from {', '.join(known[what])}")
-    scopes_given, readouts_given = tuple(given["scope"]), tuple(given["readout"])
-    return [Group(boundary, scopes_given, readouts_given, n_variants) for boundary in boundaries]
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+def groups_of(settings: GridSettings) -> list[Group]:
+    """What a grid with these settings scores, of an architecture whose sequences can be packed."""
+    groups = []
+    for boundary in settings.boundaries:
+        variants = settings.variants_at(boundary)[1:]  # the plain one apart
+        n_last = sum(variant.at_last_only for variant in variants)
+        groups.append(
+            Group(
+                boundary,
+                tuple(sorted(settings.scopes)),
+                tuple(sorted(settings.readouts)),
+                n_last,
+                len(variants) - n_last,
+                settings.top1 and len(variants) > 0,
+                "single" if settings.strict else "packed",
+            )
+        )
+    return groups
 
 
 # ---- the estimate ----
@@ -272,15 +283,18 @@ def multiply_adds_of(
     whole = share * shape.products(sequences)
     grid = variants = n_passes = 0.0
     for group in study.groups:
-        n_whole, n_crossed = group.n_whole(n_checkpoints), group.n_crossed(n_checkpoints)
-        step = share * shape.step_products(sequences - 1, first=group.boundary)
-        grid += n_whole * share * shape.products(sequences, first=group.boundary) + n_crossed * step
-        # Each late stack is behind as many cells. Variants look at two tokens only.
+        n_bases, n_crossed = group.n_bases(n_checkpoints), group.n_crossed(n_checkpoints)
+        n_cells = n_bases + n_crossed
+        replay = share * shape.products(sequences, first=group.boundary)
+        step = share * shape.step_products(sequences - 1, first=group.boundary) if group.mode == "packed" else replay
+        # Each late stack is behind as many cells; a best token takes the whole vocabulary.
         n_heads = sum(len(group.heads(label)) for label in study.shapes)
-        grid += n_events * (n_whole + n_crossed) / n_checkpoints * n_heads * shape.head_products
-        variants += group.n_variants * (n_whole + n_crossed) * step
+        heads = n_events * n_cells / n_checkpoints * n_heads * shape.head_products
+        grid += n_bases * replay + n_crossed * step + heads
+        n_variants = group.n_last + group.n_whole
+        variants += n_cells * (group.n_last * step + group.n_whole * replay) + group.top1 * n_variants * heads
         # A native pass of each checkpoint, below, scores the diagonal; then one pass a further cell or variant.
-        n_passes += n_whole + n_crossed - n_checkpoints + group.n_variants * (n_whole + n_crossed)
+        n_passes += n_cells - n_checkpoints + n_variants * n_cells
     # The stored final states are read once, to compare the diagonal.
     natives = {(label, head) for group in study.groups for label in study.shapes for head in group.heads(label)}
     grid += n_events * len(natives) * shape.head_products
@@ -332,10 +346,16 @@ def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
         on_cpu = capture.device == "cpu"
         n_workers = share_threads(round(segment_tokens) // TOKENS_OF_A_WORKER)[0] if on_cpu else 1
         at_once = min(n_workers * MAX_TOKENS[capture.device], segment_tokens)
-        replayed = longest if capture.strict else max(longest, at_once)
+        single = all(group.mode == "single" for group in study.groups)
+        replayed = longest if single else max(longest, at_once)
         forwards = forward * replayed / pack_tokens
+        # Cells and variants that differ at position p alone share the late keys and values of a pack.
+        shared = any(
+            group.mode == "packed" and (group.n_last or group.n_crossed(study.n_checkpoints)) for group in study.groups
+        )
+        keys = shared * replayed * (shape.n_blocks - first) * shape.cache_width * size
         weights = study.n_checkpoints * late * size
-        out["grid_memory_bytes"] = tokenizers + weights + forwards + logits + head + 2 * states
+        out["grid_memory_bytes"] = tokenizers + weights + forwards + keys + logits + head + 2 * states
     return out
 
 
@@ -361,6 +381,15 @@ def measure_rate(shape: ModelShape, n_tokens: int, dtype: str, device: str, seco
         if stop > end and times:
             break
     return n_tokens * n_rows * n_columns / float(np.median(times))
+
+
+def groups_as_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Plain values, equal for the same groups in whatever order, as JSON gives them back."""
+    as_lists = [
+        {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(group).items()}
+        for group in groups
+    ]
+    return sorted(as_lists, key=str)
 
 
 def as_json(assumed: Assumptions) -> dict[str, Any]:

@@ -39,6 +39,7 @@ FLOW = [
         "workers",
         "replay",
         "sweep",
+        "cells",
         "grid",
         "stability",
         "effects",

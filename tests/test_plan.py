@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -19,11 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 import actcache
 from actcache.capture import CaptureSettings
+from actcache.cells import finished_groups
 from actcache.cli import main
 from actcache.divergence import SearchLimits, propose
-from actcache.finished import SearchCounter, _shared_counts
+from actcache.finished import SearchCounter, _shared_counts, scored_groups
 from actcache.lineup import Checkpoint, Lineup
 from actcache.plan import Group, Study, default_assumptions, estimate, search_batches
+from actcache.replay import LateStack
 from actcache.run_folder import RunFolder
 from actcache.shape import ModelShape
 from actcache.trunk import Trunk
@@ -144,7 +147,9 @@ def test_every_row_against_a_loop_over_events(models):
     groups = [
         Group(2),
         Group(3, ("position",), ("native",)),
-        Group(3, ("position", "prefix"), ("native", "common_it"), n_variants=5),
+        Group(3, ("position", "prefix"), ("native", "common_it"), n_last=5, n_whole=2),
+        Group(4, ("prefix",), ("common_pt",), n_last=3, top1=True),
+        Group(4, ("position",), ("native",), n_last=3, n_whole=1, mode="single"),
     ]
     lengths = [9, 4, 30, 12, 7]
     study = Study({"pt": shape, "it": shape}, lengths, capture, groups)
@@ -170,10 +175,14 @@ def test_every_row_against_a_loop_over_events(models):
         grid += 4 * sequence(n, 2) + 4 * 2 * head  # native is one of the two
         grid += 2 * whole + 2 * last + (2 + 2) * head  # own rows twice, and the other's last row in each
         grid += 4 * whole + 2 * last + 3 * (2 + 1) * head  # behind IT, native is common_it
-        variants += 5 * (4 + 2) * last
+        variants += 5 * (4 + 2) * last + 2 * (4 + 2) * whole
+        grid += 4 * (sequence(n, 4) + head)
+        variants += 3 * 4 * (token(n - 1, 4) + head)  # best tokens too
+        grid += (2 + 2) * (sequence(n, 4) + head)  # not packed: nothing is shared
+        variants += (3 + 1) * (2 + 2) * sequence(n, 4)
     captured = sum(2 * (sequence(n + 7) + 8 * head) for n in lengths)
     hooked = sum(
-        (2 + 2 + 2 + 4 + 30) * (sequence(n + 7) + head)
+        (2 + 2 + 2 + 4 + 42 + 2 + 12 + 2 + 16) * (sequence(n + 7) + head)
         + 2 * (sequence(n) + head + sum(token(n + step) + head for step in range(7)))
         for n in lengths
     )
@@ -355,6 +364,100 @@ def test_a_run_of_other_cells_than_its_time_was_taken_of(piloted, tmp_path, plan
     assert found["truth"]["grid_multiply_adds"] > before["truth"]["grid_multiply_adds"]
 
 
+SWEEP = """
+boundaries = [3]
+scopes = ["prefix", "position"]
+readouts = ["native"]
+top1 = true
+[[variants]]
+name = "towards"
+edits = [{ edit = "interpolate", donor = "it", sweep = { weight = [0.25, 0.5] } }]
+[[variants]]
+name = "no-mlp"
+edits = [{ edit = "replace", vector = "zeros", site = "mlp", layers = [3] }]
+[[variants]]
+name = "everywhere"
+edits = [{ edit = "signed_permutation", seed = 1, positions = "all" }]
+[[variants]]
+name = "elsewhere"
+boundaries = [2]
+edits = [{ edit = "signed_permutation", seed = 1, positions = [0] }]
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP)
+    return path
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_sweep_is_planned_from_its_file_and_known_from_what_it_left(piloted, sweep, tmp_path, plan, strict):
+    _, words = piloted
+    more = ["--sweep", sweep, *(["--strict"] if strict else [])]
+    planned = plan(*words, "--limit", 40, *more, "--rate", "1e9")["estimate"]
+    out = tmp_path / "run"
+    words = [str(word) for word in [*words, "--limit", 40, "--out", out, "--stability", 0, *more]]
+    assert main(["run", *words]) == 0
+    store = actcache.open_store(out / "store")
+    mode = "single" if strict else "packed"
+    expected = [Group(3, ("position", "prefix"), ("native",), n_last=3, n_whole=1, top1=True, mode=mode)]
+    assert scored_groups(finished_groups(out / "cells", store)) == expected
+    found = plan(out)
+    for name in ("grid", "variants", "capture"):
+        assert found["ratio"][f"{name}_multiply_adds"] == pytest.approx(1, abs=0.05), name
+        # Planned without a pilot: 10 shared tokens, and an event of every prompt.
+        assert planned[f"{name}_multiply_adds"] == pytest.approx(found["truth"][f"{name}_multiply_adds"], rel=0.5), name
+    assert "grid_s" in found["truth"]
+    share = found["truth"]["variants_multiply_adds"] / found["truth"]["grid_multiply_adds"]
+    assert share > 3 if strict else share < 3, "variants at position p cost replays only where nothing is shared"
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded", "single"])
+def test_rows_that_go_through_a_late_block_are_those_planned(piloted, sweep, tmp_path, mode, monkeypatch):
+    """Counted in the block itself."""
+    folder, _ = piloted
+    out, counted, lates, load = shutil.copytree(folder / "pilot", tmp_path / "run"), [], [], LateStack.load
+    shutil.rmtree(out / "cells")
+
+    def watched(*args, **more):
+        late = load(*args, **more)
+        late.mode = mode
+        late.blocks[0].register_forward_pre_hook(lambda module, args: counted.append(args[0].shape[:-1].numel()))
+        lates.append(late)
+        return late
+
+    monkeypatch.setattr(LateStack, "load", watched)
+    assert main(["grid", str(out), "--sweep", str(sweep)]) == 0
+    store = actcache.open_store(out / "store")
+    (group,) = scored_groups(finished_groups(out / "cells", store))
+    assert group.mode == mode
+    lengths = np.diff(store.token_ids()[1].numpy())
+    if mode == "packed":
+        # Of the cells' own rows and of every variant; where those share keys and values, the plain cell is one more.
+        expected = sum(4 * (n + 1) + 2 + 6 * (3 + n) for n in lengths)
+    elif mode == "single":
+        expected = 6 * (1 + 3 + 1) * sum(lengths)
+    else:
+        packs = lates[0].packs(lengths.tolist())
+        expected = 6 * (1 + 3 + 1) * sum(len(pack) * max(lengths[pack.start : pack.stop]) for pack in packs)
+    assert sum(counted) == expected
+
+
+def test_what_files_of_earlier_versions_took_is_not_known(piloted, tmp_path, plan):
+    folder, _ = piloted
+    out = shutil.copytree(folder / "pilot", tmp_path / "run")
+    for path in (out / "cells").iterdir():
+        table = pq.read_table(path)
+        key = json.loads(table.schema.metadata[b"actcache"])
+        del key["whole"], key["mode"]
+        pq.write_table(table.replace_schema_metadata({b"actcache": json.dumps(key).encode()}), path)
+    found = plan(out)["truth"]
+    assert not {"grid_multiply_adds", "variants_multiply_adds", "multiply_adds"} & found.keys()
+    assert found["capture_multiply_adds"] > 0
+
+
 # ---- the command line ----
 
 
@@ -428,9 +531,11 @@ def test_bad_input(tiny_run, refused, tmp_path):
     (bare / "config.json").unlink()
     refused("bare has no config.json", "--pt", run.pt, "--it", bare, "--prompts", run.prompts)
     refused("boundary 5 is outside 1..4", *of(run), "--boundary", "5")
-    refused("scope 'suffix' is unknown; choose from prefix, position", *of(run), "--scope", "prefix,suffix")
+    refused("scope 'suffix' is unknown; choose prefix or position", *of(run), "--scope", "prefix,suffix")
     refused("readout 'common_xx' is unknown", *of(run), "--readout", "common_xx")
     refused("-1 variants asked for", *of(run), "--variants", "-1")
+    refused("no such file; give a sweep as .toml or .py", *of(run), "--sweep", tmp_path / "none.toml")
+    refused("keeps no rows to replay: leave out --sweep", *of(run), "--rows", "divergence", "--variants", "3")
     refused("no such prompts file", *of(run)[:-3], tmp_path / "none.jsonl")
     refused("holds no run", tmp_path / "none")
     refused("holds no run", *of(run), "--pilot", tmp_path)

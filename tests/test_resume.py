@@ -19,6 +19,7 @@ import actcache
 from actcache import grid
 from actcache.cli import main
 from actcache.errors import CheckError
+from actcache.files import write_atomically
 from actcache.replay import LateStack
 
 
@@ -85,8 +86,12 @@ def test_a_grid_goes_on_group_by_group(whole, tmp_path, monkeypatch):
     for path in groups[1:4]:
         path.unlink()
     scored = []
-    write = grid.write_atomically
-    monkeypatch.setattr(grid, "write_atomically", lambda path, data: (scored.append(path), write(path, data)))
+
+    def write(path, data):
+        scored.append(path)
+        write_atomically(path, data)
+
+    monkeypatch.setattr("actcache.cells.write_atomically", write)
     assert main(["grid", str(out)]) == 0
     assert sorted(scored) == groups[1:4]
     assert pq.read_table(out / "cells.parquet").equals(cells)

@@ -31,6 +31,7 @@ from actcache.edits import (
 )
 from actcache.effects import effects
 from actcache.errors import InputError
+from actcache.files import write_atomically
 from actcache.grid import GridSettings, run_grid
 from actcache.replay import LateStack
 from actcache.sweep import Sweep, read_sweep
@@ -418,8 +419,12 @@ def group_files(run):
 def scored(monkeypatch):
     """Names of the group files that are written from here on."""
     names = []
-    write = grid.write_atomically
-    monkeypatch.setattr(grid, "write_atomically", lambda path, data: (names.append(path.name), write(path, data)))
+
+    def write(path, data):
+        names.append(path.name)
+        write_atomically(path, data)
+
+    monkeypatch.setattr("actcache.cells.write_atomically", write)
     return names
 
 
@@ -509,25 +514,25 @@ def test_removed_groups_alone_are_scored_again(strict_cells, tmp_path, scored):
 
 def test_a_grid_killed_between_two_groups_goes_on(captured, strict_cells, tmp_path, monkeypatch):
     pair, run = captured
-    store, write, left = actcache.open_store(run / "store"), grid.write_atomically, [3]
+    store, left = actcache.open_store(run / "store"), [3]
 
     def die(path, data):
         if not left[0]:
             raise KeyboardInterrupt
         left[0] -= 1
-        write(path, data)
+        write_atomically(path, data)
 
     def go_on():
         return run_grid(
             store, lambda label, b: LateStack.load(pair[label], b), tmp_path / "cells", settings_of(strict_cells)
         )
 
-    monkeypatch.setattr(grid, "write_atomically", die)
+    monkeypatch.setattr("actcache.cells.write_atomically", die)
     with pytest.raises(KeyboardInterrupt):
         go_on()
     survived = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     assert len(survived) == 3
-    monkeypatch.setattr(grid, "write_atomically", write)
+    monkeypatch.setattr("actcache.cells.write_atomically", write_atomically)
     assert go_on().equals(cells_of(strict_cells))
     for name, written_at in survived.items():
         assert (tmp_path / "cells" / name).stat().st_mtime_ns == written_at

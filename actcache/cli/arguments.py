@@ -100,8 +100,8 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     """What is scored, and how it is replayed."""
     parser.add_argument(
         "--scope",
-        choices=["prefix", "position"],
-        help="whose state the upstream gives: every position's, or the compared one's only (default prefix)",
+        help="whose state the upstream gives: prefix (every position's, the default), position (the compared one's "
+        "only), or both as a list",
     )
     parser.add_argument(
         "--readout",
@@ -141,16 +141,19 @@ def grid_settings(
     boundaries = tuple(captured)
     if (asked := sweep.boundaries or boundary) not in (None, "all"):
         boundaries = parse_boundaries(asked, n_blocks)
-    readouts = tuple(dict.fromkeys(name.strip() for name in (args.readout or READOUTS).split(",")))
     return GridSettings(
         boundaries,
-        sweep.scopes or (args.scope or "prefix",),
-        sweep.readouts or readouts,
+        sweep.scopes or _names(args.scope or "prefix"),
+        sweep.readouts or _names(args.readout or READOUTS),
         sweep.variants_at,
         sweep.top1,
         args.strict,
         args.max_tokens,
     )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
 def add_strict_and_pack(parser: argparse.ArgumentParser) -> None:

@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actcache.cli.arguments import (
-    READOUTS,
     Verbs,
     add_capture_settings,
+    add_grid_arguments,
     add_pair_arguments,
-    add_strict_and_pack,
     add_verb,
     capture_settings,
     check_device,
+    grid_settings,
 )
-from actcache.cli.tables import read_cells
 from actcache.cli.terminal import quiet_libraries
 from actcache.errors import IncompatibleError, InputError
 from actcache.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from actcache.capture import CaptureSettings
     from actcache.lineup import Lineup
     from actcache.plan import Assumptions, Group, Study
     from actcache.store import Store
@@ -64,13 +64,13 @@ def add_verbs(verbs: Verbs) -> None:
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a finished run, instead of a pair")
     add_pair_arguments(parser, required=False)
     add_capture_settings(parser)
-    add_strict_and_pack(parser)
+    add_grid_arguments(parser)
     parser.add_argument(
-        "--scope", default="prefix", help="scopes to score: a list of prefix, position (default %(default)s)"
-    )
-    parser.add_argument("--readout", default=READOUTS, help="readouts to score, a list (default: all)")
-    parser.add_argument(
-        "--variants", type=int, default=0, metavar="N", help="edits at the compared position, in every cell (default 0)"
+        "--variants",
+        type=int,
+        default=0,
+        metavar="N",
+        help="edits at the compared position, in every cell, beside those of a sweep (default 0)",
     )
     parser.add_argument(
         "--pilot", type=Path, metavar="RUN", help="take what follows from an earlier small run of this pair"
@@ -130,22 +130,37 @@ def _plan(args: argparse.Namespace) -> None:
     if missing:
         raise InputError(f"give {', '.join(missing)} to plan a run, or the folder of a finished one")
     from actcache.lineup import Lineup
-    from actcache.plan import Study, as_json, estimate, groups_of, shapes_of
+    from actcache.plan import Study, as_json, estimate, shapes_of
     from actcache.prompts import read_prompts
 
     prompts = read_prompts(args.prompts, args.limit)
     lineup = Lineup.open({"pt": args.pt, "it": args.it}, with_weights=False)
     capture = capture_settings(args, lineup.n_blocks)
-    groups: list[Group] = []
-    if capture.row_selection == "prefix":
-        groups = groups_of(capture.boundaries, args.scope, args.readout, lineup.labels, args.variants)
     lengths = [len(ids) for ids in lineup.encode(prompts)]
-    study = Study(shapes_of(lineup), lengths, capture, groups)
+    study = Study(shapes_of(lineup), lengths, capture, _groups_asked(args, lineup, capture))
     assumed = _assume(args, lineup, study)
     found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
     if args.out is not None:
         RunFolder(args.out).write_plan(found)
     _print(args.json, study, assumed, found)
+
+
+def _groups_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettings) -> list[Group]:
+    """What the arguments, and the sweep that they name, ask to be scored of what is captured."""
+    from actcache.grid import check_servable
+    from actcache.plan import groups_of
+
+    if args.variants < 0:
+        raise InputError(f"{args.variants} variants asked for; give 0 or more")
+    if capture.row_selection != "prefix":
+        if args.sweep or args.variants:
+            raise InputError(
+                f"--rows {capture.row_selection} keeps no rows to replay: leave out --sweep and --variants"
+            )
+        return []
+    settings = grid_settings(args, None, capture.boundaries, lineup.width, lineup.n_blocks)
+    check_servable(settings, lineup.labels, capture.boundaries, lineup.n_blocks)
+    return [replace(group, n_last=group.n_last + args.variants) for group in groups_of(settings)]
 
 
 def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptions:
@@ -207,9 +222,11 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Path) -> tuple[Study, bool]:
-    """What a run computed, and whether its cells are scored."""
-    from actcache.finished import settings_of
-    from actcache.plan import Group, Study, groups_of, shapes_of
+    """What a run computed, and whether it is known what it scored; if not, with the grid that would be scored."""
+    from actcache.cells import finished_groups
+    from actcache.finished import scored_groups, settings_of
+    from actcache.grid import GridSettings
+    from actcache.plan import Study, groups_of, shapes_of
     from actcache.prompts import digest, read_prompts
 
     fingerprint = store.fingerprint
@@ -226,32 +243,21 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
             f"{prompts_path} no longer holds the prompts that {folder.path} was made from; give theirs with --prompts"
         )
     capture = settings_of(store)
-    if folder.cells.is_file():
-        cells = read_cells(folder.cells).select(["boundary", "scope", "readout", "variant"])
-        rows = set(zip(*(column.to_pylist() for column in cells.columns), strict=True))
-        groups = []
-        for at in sorted({row[0] for row in rows}):
-            scopes, readouts, variants = ({row[column] for row in rows if row[0] == at} for column in (1, 2, 3))
-            groups.append(Group(at, tuple(sorted(scopes)), tuple(sorted(readouts)), len(variants - {"none"})))
-    else:
-        groups = []
-        if capture.row_selection == "prefix":
-            groups = groups_of(capture.boundaries, "prefix", READOUTS, lineup.labels)
+    scored = scored_groups(finished_groups(folder.cell_groups, store)) if folder.cells.is_file() else None
+    groups = scored or []
+    if not groups and capture.row_selection == "prefix":
+        groups = groups_of(GridSettings(capture.boundaries, strict=capture.strict))
     lengths = [len(ids) for ids in lineup.encode(prompts)]
-    return Study(shapes_of(lineup), lengths, capture, groups), folder.cells.is_file()
+    return Study(shapes_of(lineup), lengths, capture, groups), bool(scored)
 
 
 def _timings_of(folder: RunFolder, study: Study) -> dict[str, Any]:
     """What the run's stages took, but for a grid that scored other cells than the run now has."""
-    from actcache.plan import Group
+    from actcache.plan import groups_as_json
 
     timings = folder.timings()
-    if (grid := timings.get("grid")) is not None:
-        scopes, readouts = tuple(grid["scopes"]), tuple(grid.get("readouts", ()))  # earlier versions kept their number
-        timed = zip(grid["boundaries"], grid["n_variants"], strict=True)
-        asked = {Group(boundary, scopes, readouts, n_variants) for boundary, n_variants in timed}
-        if asked != set(study.groups):
-            del timings["grid"]
+    if (grid := timings.get("grid")) is not None and grid.get("groups") != groups_as_json(study.groups):
+        del timings["grid"]
     return timings
 
 
@@ -321,17 +327,19 @@ def _notes(study: Study, estimated: Mapping[str, float]) -> dict[str, str]:
     }
     if groups:
         ratio = estimated["hooks_multiply_adds"] / estimated["multiply_adds"]
-        cells = " x ".join(
-            _counted(number, what)
-            for number, what in (
-                (n_checkpoints**2, "cell"),
-                (len(groups), "boundary"),
-                (len(groups[0].scopes), "scope"),
-                (len(groups[0].readouts), "readout"),
-            )
+        cells = [group.n_bases(n_checkpoints) + group.n_crossed(n_checkpoints) for group in groups]
+        boundaries = len({group.boundary for group in groups})
+        readouts = len({name for group in groups for name in group.readouts})
+        notes["grid_multiply_adds"] = (
+            f"an event: {_counted(sum(cells), 'cell')} at {_counted(boundaries, 'boundary')}, "
+            f"{_counted(readouts, 'readout')} each"
         )
-        notes["grid_multiply_adds"] = cells
-        notes["variants_multiply_adds"] = f"{_counted(groups[0].n_variants, 'variant')} of each cell, a token each"
+        edited = {"one token": 0, "the sequence": 0}
+        for group, n_cells in zip(groups, cells, strict=True):
+            edited["one token" if group.mode == "packed" else "the sequence"] += n_cells * group.n_last
+            edited["the sequence"] += n_cells * group.n_whole
+        replays = (f"{_counted(number, 'replay')} of {what}" for what, number in edited.items() if number)
+        notes["variants_multiply_adds"] = f"an event: {', '.join(replays)}"
         notes["hooks_multiply_adds"] = f"full forwards, an event and cell at a time: {ratio:.2f} times as many"
     return notes
 

@@ -158,7 +158,6 @@ def _grid(args: argparse.Namespace) -> None:
 
 def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> None:
     from actcache.grid import check_settings, count_replays, run_grid
-    from actcache.replay import LateStack
     from actcache.store import open_store
 
     store = open_store(folder.store)
@@ -167,16 +166,10 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
     check_settings(store, settings)
     check_same_checkpoints(store, lineup)
 
-    clock = GridClock(folder, settings)
-
-    def load_late(label: str, boundary: int) -> LateStack:
-        with clock.loading():
-            return LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
-
+    clock = GridClock(folder, store, lineup, settings, device)
     with progress("grid", "replay", count_replays(store, settings)) as bar:
-        cells = run_grid(store, load_late, folder.cell_groups, settings, on_cells=bar.update, say=say)
-    n_groups = len(settings.boundaries) * len(settings.scopes)
-    clock.write(n_groups * sum(1 for segment in store.segments if segment.n_events))
+        cells = run_grid(store, clock.load, folder.cell_groups, settings, on_cells=bar.update, say=say)
+    clock.write()
     write_parquet(folder.cells, cells)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from actcache.capture import CaptureSettings
     from actcache.grid import GridSettings
     from actcache.lineup import Lineup
+    from actcache.replay import LateStack, Mode
+    from actcache.store import Store
     from actcache.trunk import Trunk
 
 
@@ -25,7 +28,7 @@ class _Clock:
         self._load_s = 0.0
 
     @contextmanager
-    def loading(self) -> Iterator[None]:
+    def _loading(self) -> Iterator[None]:
         """For the time of a load."""
         start = time.perf_counter()
         self._start = start if self._start is None else self._start
@@ -52,7 +55,7 @@ class CaptureClock(_Clock):
         from actcache.capture import load_trunk
         from actcache.shape import ModelShape
 
-        with self.loading():
+        with self._loading():
             trunk = load_trunk(self._lineup, label, self._settings)
             return self._counter.watch(trunk, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))
 
@@ -66,26 +69,36 @@ class CaptureClock(_Clock):
 
 
 class GridClock(_Clock):
-    """Times a grid: put its loads under :meth:`loading`."""
+    """Times a grid: pass :meth:`load` to it."""
 
-    def __init__(self, folder: RunFolder, settings: GridSettings) -> None:
+    def __init__(self, folder: RunFolder, store: Store, lineup: Lineup, settings: GridSettings, device: str) -> None:
         super().__init__()
-        self._folder, self._settings = folder, settings
+        self._folder, self._store, self._lineup, self._settings, self._device = folder, store, lineup, settings, device
+        self._mode: Mode = "packed"
         self._before = self._groups()
 
-    def write(self, n_groups: int) -> None:
-        """Record a grid of so many cell groups; one of which some were finished before is taken off the record."""
+    def load(self, label: str, boundary: int) -> LateStack:
+        """The late stack of a checkpoint."""
+        from actcache.replay import LateStack
+
+        path, dtype = self._lineup.checkpoints[label].path, self._store.dtype
+        with self._loading():
+            late = LateStack.load(path, boundary, dtype=dtype, device=self._device)
+        self._mode = "single" if self._settings.strict else late.mode
+        return late
+
+    def write(self) -> None:
+        """Record the grid; one of which some cell groups were finished before is taken off the record."""
+        from actcache.plan import groups_as_json, groups_of
+
         times = self._times()
         if times is None:
             return
-        whole = len(self._groups() - self._before) >= n_groups
         settings = self._settings
-        asked = {
-            "boundaries": list(settings.boundaries),
-            "scopes": sorted(settings.scopes),
-            "readouts": sorted(settings.readouts),
-            "n_variants": [len(settings.variants_at(boundary)) - 1 for boundary in settings.boundaries],
-        }
+        n_segments = sum(1 for segment in self._store.segments if segment.n_events)
+        n_groups = len(settings.boundaries) * len(settings.scopes) * n_segments
+        whole = len(self._groups() - self._before) >= n_groups
+        asked = {"groups": groups_as_json([replace(group, mode=self._mode) for group in groups_of(settings)])}
         self._folder.record_timing("grid", times | asked if whole else None)
 
     def _groups(self) -> set[Path]:
