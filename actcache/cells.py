@@ -36,6 +36,7 @@ _CELL_FIELDS = [
     ("margin", pa.float32()),
     ("top1_id", pa.int64()),
     ("noop_delta", pa.float32()),
+    ("kl", pa.float32()),  # where it was asked for
 ]
 _PER_CHECKPOINT = ("gap_", "margin_")
 _NOT_CARRIED = {*_EVENT_COLUMNS, "proposed_step", "sequence", "context", "token_pt", "token_it", "segment"}
@@ -49,16 +50,20 @@ class FinishedGroup:
     Attributes:
         path: of the file.
         key: ``store`` (:func:`store_digest`), ``segment``, ``boundary``, ``scope``, ``strict`` and ``max_tokens``, upon
-            which the cells depend; ``readouts``, ``variants`` (name -> digest of its edits, the plain ``none`` too)
-            and ``top1`` (whether variants have ``top1_id`` too): what was scored; ``whole``, names of the variants that
-            change more than position p, and ``mode``, how sequences shared a forward: what it took (missing from
-            files of earlier versions).
+            which the cells depend; ``readouts``, ``variants`` (name -> digest of its edits, the plain ``none`` too),
+            ``top1`` (whether variants have ``top1_id`` too) and ``kl``: what was scored; ``whole``, names of the
+            variants that change more than position p, and ``mode``, how sequences shared a forward: what it took.
+            Files of earlier versions have no ``kl`` and do not say what they took.
         names: the variants that count, of those in it.
     """
 
     path: Path
     key: dict[str, Any]
     names: frozenset[str]
+
+    def has(self, what: str) -> bool:
+        """Whether its variants have ``top1`` or all of its cells ``kl``."""
+        return bool(self.key.get(what, False))
 
     def table(self) -> pa.Table:
         """Its cells, of the variants named."""
@@ -97,7 +102,9 @@ def write_group(folder: str | Path, key: dict[str, Any], events: pa.Table, colum
         events: of the segment.
         columns: one for each cell of an event: the cell's fields, each a tensor over the events or the same for all.
     """
-    table = _cell_table(events, columns).replace_schema_metadata({_METADATA: json.dumps(key).encode()})
+    table = _cell_table(events, columns, with_kl=key["kl"]).replace_schema_metadata(
+        {_METADATA: json.dumps(key).encode()}
+    )
     # Groups of one set of variants have one name.
     variant_set = hashlib.sha256(json.dumps(sorted(key["variants"].items())).encode()).hexdigest()[:16]
     suffix = "" if set(key["variants"]) == {PLAIN.name} else f"+{variant_set}"
@@ -114,9 +121,9 @@ def gather_cells(folder: str | Path, store: Store, *, strict: bool, max_tokens: 
     was scored with these settings, and has the most.
     """
 
-    def has_most(group: FinishedGroup) -> tuple[bool, int, bool]:
+    def has_most(group: FinishedGroup) -> tuple[bool, int, bool, bool]:
         as_asked = group.key["strict"] == strict and group.key["max_tokens"] == max_tokens
-        return as_asked, len(group.key["readouts"]), group.key["top1"]
+        return as_asked, len(group.key["readouts"]), group.has("kl"), group.has("top1")
 
     tables = [
         found.table()
@@ -124,7 +131,8 @@ def gather_cells(folder: str | Path, store: Store, *, strict: bool, max_tokens: 
         for found in _without_repeats(sorted(groups, key=has_most, reverse=True))
         if found.names
     ]
-    empty = _cell_table(store.events.slice(0, 0), [])
+    with_kl = any("kl" in table.column_names for table in tables)
+    empty = _cell_table(store.events.slice(0, 0), [], with_kl=with_kl)
     return pa.concat_tables([empty, *tables], promote_options="permissive").replace_schema_metadata(None)
 
 
@@ -140,7 +148,7 @@ def _without_repeats(groups: Sequence[FinishedGroup]) -> Iterator[FinishedGroup]
         seen |= group.names
 
 
-def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]]) -> pa.Table:
+def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]], *, with_kl: bool) -> pa.Table:
     """One row an event and entry of ``columns``, event by event."""
     carried = [
         name for name in events.column_names if name not in _NOT_CARRIED and not name.startswith(_PER_CHECKPOINT)
@@ -148,7 +156,7 @@ def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]]) -> pa.Table
     n_events, n_columns = events.num_rows, len(columns)
     repeated = pa.array(np.repeat(np.arange(n_events), n_columns))
     out: dict[str, pa.Array | pa.ChunkedArray] = {name: events[name].take(repeated) for name in _EVENT_COLUMNS}
-    for name, kind in _CELL_FIELDS:
+    for name, kind in _CELL_FIELDS if with_kl else _CELL_FIELDS[:-1]:
         out[name] = _interleaved([column[name] for column in columns], n_events, kind)
     for name in carried:
         out[name] = events[name].take(repeated)

@@ -117,6 +117,7 @@ def scored_groups(finished: Finished) -> list[Group] | None:
             len(names - whole),
             len(whole),
             bool(names) and any(key["top1"] for key in keys),
+            any(key["kl"] for key in keys),
             keys[-1]["mode"],
         )
         contents.setdefault(content, set()).add(scope)

@@ -33,7 +33,7 @@ _COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head 
 # each state, and a margin is a difference of two sums over D of them.
 NOOP_TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.05), torch.float16: (0.02, 0.01)}
 
-_TOP1_AT_ONCE = 256  # states whose whole-vocabulary logits are made together: enough for a matrix product at its rate
+_WHOLE_AT_ONCE = 256  # states whose whole-vocabulary logits are made together: enough for a matrix product at its rate
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,8 @@ class GridSettings:
         variants: scored beside the plain grid; the same at every boundary, or a function of the boundary. Their edits
             change the rows that the cell replays, and name checkpoints of the store as donors.
         top1: whether variants get ``top1_id``, which takes the whole vocabulary, too; plain cells always do.
+        kl: whether cells get ``kl``, how far their next-token distribution is from what the late checkpoint makes of
+            its own states (read by the same readout): KL(own || cell) in nats. Variants then get ``top1_id`` too.
         strict: one sequence a forward; bit-identical to a hooked full forward, whatever else is scored with it.
         max_tokens: tokens of one forward otherwise; None for what suits the device.
     """
@@ -56,6 +58,7 @@ class GridSettings:
     readouts: tuple[str, ...] = ("native", "common_it", "common_pt")
     variants: Sequence[Variant] | VariantsAt = ()
     top1: bool = False
+    kl: bool = False
     strict: bool = False
     max_tokens: int | None = None
 
@@ -137,6 +140,8 @@ def count_replays(store: Store, settings: GridSettings) -> int:
 
 def check_settings(store: Store, settings: GridSettings) -> None:
     """Raise InputError for a boundary, scope, readout or variant that the store cannot serve."""
+    if settings.kl and "kl" in store.events.column_names:
+        raise InputError("the prompts of this store carry a column 'kl', which would be the cells': leave kl out")
     if store.fingerprint["row_selection"] != "prefix":
         raise InputError("the store keeps rows of event positions only; the grid needs prefix rows: capture again")
     check_servable(settings, store.checkpoints, store.boundaries, store.fingerprint["n_blocks"])
@@ -224,7 +229,7 @@ class _Work:
         self.store, self.segment, self.boundary, self.settings = store, segment, boundary, settings
         self._folder = folder
         self.groups: dict[str, tuple[tuple[Variant, ...], tuple[str, ...]]] = {}  # scope -> variants, readouts
-        self.top1 = settings.top1
+        self.top1, self.kl = settings.top1 or settings.kl, settings.kl
         self.n_done = 0
         variants = settings.variants_at(boundary)
         names = {variant.name for variant in variants}
@@ -235,12 +240,14 @@ class _Work:
                 if any(group.key.get(name) != value for name, value in self._key(scope).items()):
                     continue
                 enough = set(settings.readouts) <= set(group.key["readouts"])
-                in_full = group.key["top1"] or not settings.top1
+                enough &= group.has("kl") or not settings.kl
+                in_full = group.has("top1") or not settings.top1
                 found = (group.names if in_full else group.names & {PLAIN.name}) if enough else frozenset()
                 scored |= found
                 if names & (group.names - found):  # scored again with all it has, so that nothing scored is lost
                     readouts |= set(group.key["readouts"])
-                    self.top1 |= group.key["top1"]
+                    self.top1 |= group.has("top1")
+                    self.kl |= group.has("kl")
             left = tuple(variant for variant in variants if variant.name not in scored)
             self.n_done += (len(variants) - len(left)) * self._n_replays
             if left:
@@ -288,7 +295,14 @@ class _Work:
                     natives[self.segment.name, label, one] = _score(readout, states.final[label], pair_ids)
             for base in lates:
                 replays = self._replays(base, label, list(lates))
-                table = _ScoreTable(replays, readouts, pair_ids, self._wants_top1, 1 if self.settings.strict else None)
+                table = _ScoreTable(
+                    replays,
+                    readouts,
+                    pair_ids,
+                    wants_whole=self._wants_whole,
+                    at_once=1 if self.settings.strict else _WHOLE_AT_ONCE,
+                    own=states.final[label] if self.kl else None,
+                )
                 for sequences, numbers, hidden in late.iterate_variants(
                     states.rows[base],
                     states.offsets,
@@ -309,7 +323,7 @@ class _Work:
                         self._check_noop(events, label, name, native, noop)
                         scored = native
                     column = {"boundary": self.boundary, "scope": scope, "upstream": upstream, "late": label}
-                    column |= {"readout": name, "variant": replays[number].name}
+                    column |= {"readout": name, "variant": replays[number].name, "kl": scored.kl}
                     columns[scope].append(
                         column | {"margin": scored.margin, "top1_id": scored.top1, "noop_delta": noop}
                     )
@@ -324,7 +338,7 @@ class _Work:
                 for name in self.groups[scope][1]:
                     yield number, scope, upstream, name
 
-    def _wants_top1(self, replay: _Replay) -> bool:
+    def _wants_whole(self, replay: _Replay) -> bool:
         return replay.name == PLAIN.name or self.top1
 
     def _replays(self, base: str, late: str, labels: Sequence[str]) -> list[_Replay]:
@@ -355,8 +369,8 @@ class _Work:
         variants, readouts = self.groups[scope]
         digests = {variant.name: variant.digest for variant in variants}
         whole = [variant.name for variant in variants if not variant.at_last_only]
-        key = self._key(scope) | {"readouts": sorted(readouts), "variants": digests, "top1": self.top1}
-        key |= {"whole": sorted(whole), "mode": mode}
+        key = self._key(scope) | {"readouts": sorted(readouts), "variants": digests}
+        key |= {"top1": self.top1, "kl": self.kl, "whole": sorted(whole), "mode": mode}
         names, labels = [variant.name for variant in variants], self.store.checkpoints
 
         def place(column: dict[str, Any]) -> tuple[int, ...]:
@@ -395,6 +409,7 @@ class _Scores:
 
     logits: torch.Tensor  # [n, 2] float32, of y_pt and y_it
     top1: torch.Tensor | None  # [n] int64
+    kl: torch.Tensor | None = None  # [n] float32
 
     @property
     def margin(self) -> torch.Tensor:
@@ -406,7 +421,8 @@ _Natives = dict[tuple[str, str, str], _Scores]  # of the capture's own final sta
 
 
 def _score(readout: Readout, final_hidden: torch.Tensor, pair_ids: torch.Tensor) -> _Scores:
-    return _Scores(readout.scores(final_hidden, pair_ids), readout.top2(final_hidden)[0][:, 0])
+    best, kl = readout.top2(final_hidden)[0][:, 0], torch.zeros(len(final_hidden))  # nothing is nearer than itself
+    return _Scores(readout.scores(final_hidden, pair_ids), best, kl)
 
 
 class _ScoreTable:
@@ -418,38 +434,49 @@ class _ScoreTable:
         replays: Sequence[_Replay],
         readouts: dict[str, Readout],
         pair_ids: torch.Tensor,
-        wants_top1: Callable[[_Replay], bool],
-        top1_at_once: int | None,
+        *,
+        wants_whole: Callable[[_Replay], bool],
+        at_once: int,
+        own: torch.Tensor | None,
     ) -> None:
-        self._readouts, self._pair_ids = readouts, pair_ids
-        self._logits = {name: torch.full((len(replays), len(pair_ids), 2), torch.nan) for name in readouts}
-        self._with_top1 = [number for number, replay in enumerate(replays) if wants_top1(replay)]
-        self._top1_at_once = top1_at_once or _TOP1_AT_ONCE
+        """``wants_whole`` tells which replays are scored by the whole vocabulary, so many final states ``at_once``;
+        those are compared with the late checkpoint's ``own`` ``[n, D]``, if given."""
+        self._readouts, self._pair_ids, self._own = readouts, pair_ids, own
         shape = len(replays), len(pair_ids)
+        self._logits = {name: torch.full((*shape, 2), torch.nan) for name in readouts}
+        self._whole = [number for number, replay in enumerate(replays) if wants_whole(replay)]
+        self._at_once = at_once
         self._top1 = {name: torch.full(shape, -1, dtype=torch.int64) for name in readouts}
+        self._kl = {name: torch.full(shape, torch.nan) for name in readouts}
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def add(self, events: torch.Tensor, replays: torch.Tensor, final_hidden: torch.Tensor) -> None:
         """Take ``[m, D]`` final hidden states of so many (event, replay) pairs."""
         for name, readout in self._readouts.items():
             self._logits[name][replays, events] = readout.scores(final_hidden, self._pair_ids[events])
-        chosen = torch.isin(replays, torch.tensor(self._with_top1, dtype=torch.int64))
+        chosen = torch.isin(replays, torch.tensor(self._whole, dtype=torch.int64))
         if chosen.any():
             self._waiting.append((events[chosen], replays[chosen], final_hidden[chosen]))
-            if sum(len(part[0]) for part in self._waiting) >= self._top1_at_once:
+            if sum(len(part[0]) for part in self._waiting) >= self._at_once:
                 self.finish()
 
     def finish(self) -> None:
-        """Find the best tokens of what waits for it: the head's whole weight is read for each lot."""
+        """Score what waits for it by the whole vocabulary: the head's whole weight is read for each lot."""
         if self._waiting:
             events, replays, final_hidden = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             for name, readout in self._readouts.items():
-                self._top1[name][replays, events] = readout.top2(final_hidden)[0][:, 0]
+                if self._own is None:
+                    self._top1[name][replays, events] = readout.top2(final_hidden)[0][:, 0]
+                else:
+                    best, kl = readout.compare(final_hidden, self._own, events)
+                    self._top1[name][replays, events], self._kl[name][replays, events] = best, kl
         self._waiting = []
 
     def scores(self, replay: int, whose: str) -> _Scores:
         """Those of one replay by one checkpoint's readout."""
-        return _Scores(self._logits[whose][replay], self._top1[whose][replay] if replay in self._with_top1 else None)
+        logits, whole = self._logits[whose][replay], replay in self._whole
+        kl = self._kl[whose][replay] if whole and self._own is not None else None
+        return _Scores(logits, self._top1[whose][replay] if whole else None, kl)
 
 
 def _listed(boundaries: Sequence[int]) -> str:

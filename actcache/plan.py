@@ -82,6 +82,7 @@ class Group:
         n_last: variants that change position p alone.
         n_whole: those that change more: each costs a replay of the sequence in every cell.
         top1: whether variants are read for their best token too.
+        kl: whether every cell is compared with the late checkpoint's own distribution.
         mode: how sequences share a forward (``LateStack.mode``, or ``single`` where strict). Where they are packed,
             what changes position p alone costs one token.
     """
@@ -92,6 +93,7 @@ class Group:
     n_last: int = 0
     n_whole: int = 0
     top1: bool = False
+    kl: bool = False
     mode: Mode = "packed"
 
     def heads(self, late: str) -> set[str]:
@@ -198,7 +200,8 @@ def groups_of(settings: GridSettings) -> list[Group]:
                 tuple(sorted(settings.readouts)),
                 n_last,
                 len(variants) - n_last,
-                settings.top1 and len(variants) > 0,
+                (settings.top1 or settings.kl) and len(variants) > 0,
+                settings.kl,
                 "single" if settings.strict else "packed",
             )
         )
@@ -290,7 +293,8 @@ def multiply_adds_of(
         # Each late stack is behind as many cells; a best token takes the whole vocabulary.
         n_heads = sum(len(group.heads(label)) for label in study.shapes)
         heads = n_events * n_cells / n_checkpoints * n_heads * shape.head_products
-        grid += n_bases * replay + n_crossed * step + heads
+        # What a cell is compared with takes as much again; variants of a cell are compared with the same.
+        grid += n_bases * replay + n_crossed * step + (2 if group.kl else 1) * heads
         n_variants = group.n_last + group.n_whole
         variants += n_cells * (group.n_last * step + group.n_whole * replay) + group.top1 * n_variants * heads
         # A native pass of each checkpoint, below, scores the diagonal; then one pass a further cell or variant.

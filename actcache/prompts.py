@@ -32,6 +32,7 @@ RESERVED_KEYS = frozenset(
         "margin",
         "top1_id",
         "noop_delta",
+        "kl",
         "context",
         "token_pt",
         "token_it",

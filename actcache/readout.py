@@ -95,6 +95,40 @@ class Readout:
             logits[rows] = torch.stack([best, second], 1).cpu()
         return ids, logits
 
+    @torch.no_grad()
+    def compare(
+        self, final_hidden: torch.Tensor, references: torch.Tensor, which: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The best token of the whole vocabulary, and how far the next-token distribution is from a reference's.
+
+        Args:
+            final_hidden: ``[n, D]``, last block's output, in the model's dtype.
+            references: ``[m, D]``, the same of what to compare with.
+            which: ``[n]`` int64, the reference of each row.
+
+        Returns:
+            token ids ``[n]`` int64, of equal logits the lower; and KL(reference || row) ``[n]`` float32, in nats, from
+            float32 logits, summed in float64.
+        """
+        ids = torch.empty(len(final_hidden), dtype=torch.int64)
+        kl = torch.empty(len(final_hidden), dtype=torch.float32)
+        step = max(1, MAX_LOGITS_AT_ONCE // (4 * self.vocab_size))  # float64, and twice
+        for rows in which.argsort(stable=True).split(step):
+            distinct, of_row = which[rows].unique(return_inverse=True)
+            own = self._logits(self._norm(references[None, distinct].to(self.device)), None).double()
+            every = self._logits(self._norm(final_hidden[None, rows].to(self.device)), None)
+            ids[rows] = every.argmax(dim=-1).cpu()
+            own_sum = own.logsumexp(dim=-1)
+            for reference, logits in enumerate(own):
+                of_reference = of_row == reference
+                found = every[of_reference.to(self.device)].double()
+                p = (logits - own_sum[reference]).exp()
+                # A token that a model masks has no probability on either side: it adds nothing.
+                lower = (logits - found).masked_fill(p == 0, 0.0) @ p
+                divergence = lower + found.logsumexp(dim=-1) - own_sum[reference]
+                kl[rows[of_reference]] = divergence.clamp_min(0.0).float().cpu()
+        return ids, kl
+
     def _logits(self, normed: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """``[1, n, D]`` normed states -> ``[n, k or V]`` logits, through the model's own forward."""
         self._decoder.state, self._head.token_ids = normed, token_ids

@@ -4,6 +4,7 @@
     scopes = ["prefix", "position"]
     readouts = ["native", "common_it"]
     top1 = false                           # the whole vocabulary's best token for variants too, not only the margin
+    kl = false                             # how far each cell's next-token distribution is from the late model's own
 
     [[variants]]
     name = "towards-it"
@@ -69,6 +70,7 @@ class Sweep:
         readouts: of ``native`` and ``common_<label>``.
         variants: the same at every boundary, or a function of the boundary.
         top1: whether variants get their best token of the whole vocabulary too.
+        kl: whether cells get KL(own || cell) (see :class:`actcache.grid.GridSettings`).
     """
 
     boundaries: str | None = None
@@ -76,6 +78,7 @@ class Sweep:
     readouts: tuple[str, ...] | None = None
     variants: Sequence[Variant] | VariantsAt = ()
     top1: bool = False
+    kl: bool = False
 
     def variants_at(self, boundary: int) -> tuple[Variant, ...]:
         """The variants to score at a boundary."""
@@ -145,7 +148,7 @@ class _Reader:
         self._tensors: dict[tuple[Path, str, int], torch.Tensor] = {}  # those that many variants share
 
     def sweep(self, described: dict[str, Any]) -> Sweep:
-        _check_keys("the sweep", described, {"boundaries", "scopes", "readouts", "top1", "variants"})
+        _check_keys("the sweep", described, {"boundaries", "scopes", "readouts", "top1", "kl", "variants"})
         boundaries = described.get("boundaries")
         if isinstance(boundaries, list):
             boundaries = ",".join(str(boundary) for boundary in _listed("boundaries", boundaries, int))
@@ -156,9 +159,10 @@ class _Reader:
             if scope not in SCOPES:
                 raise InputError(f"scope {scope!r} is unknown; choose {' or '.join(SCOPES)}")
         written = _listed("variants", described.get("variants", []), dict)
-        top1 = described.get("top1", False)
-        if not isinstance(top1, bool):
-            raise InputError(f"top1 is {top1!r}, expected true or false")
+        flags = {name: described.get(name, False) for name in ("top1", "kl")}
+        for name, value in flags.items():
+            if not isinstance(value, bool):
+                raise InputError(f"{name} is {value!r}, expected true or false")
 
         @functools.cache
         def variants_at(boundary: int) -> list[Variant]:
@@ -173,7 +177,7 @@ class _Reader:
             scopes=scopes,
             readouts=_names("readouts", described),
             variants=variants_at,
-            top1=top1,
+            **flags,
         )
 
     def _variants(self, one: dict[str, Any], boundary: int | None) -> list[Variant]:

@@ -148,7 +148,7 @@ def test_every_row_against_a_loop_over_events(models):
         Group(2),
         Group(3, ("position",), ("native",)),
         Group(3, ("position", "prefix"), ("native", "common_it"), n_last=5, n_whole=2),
-        Group(4, ("prefix",), ("common_pt",), n_last=3, top1=True),
+        Group(4, ("prefix",), ("common_pt",), n_last=3, top1=True, kl=True),
         Group(4, ("position",), ("native",), n_last=3, n_whole=1, mode="single"),
     ]
     lengths = [9, 4, 30, 12, 7]
@@ -176,7 +176,7 @@ def test_every_row_against_a_loop_over_events(models):
         grid += 2 * whole + 2 * last + (2 + 2) * head  # own rows twice, and the other's last row in each
         grid += 4 * whole + 2 * last + 3 * (2 + 1) * head  # behind IT, native is common_it
         variants += 5 * (4 + 2) * last + 2 * (4 + 2) * whole
-        grid += 4 * (sequence(n, 4) + head)
+        grid += 4 * (sequence(n, 4) + 2 * head)  # and what each is compared with
         variants += 3 * 4 * (token(n - 1, 4) + head)  # best tokens too
         grid += (2 + 2) * (sequence(n, 4) + head)  # not packed: nothing is shared
         variants += (3 + 1) * (2 + 2) * sequence(n, 4)

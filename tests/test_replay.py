@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from actcache.edits import Add, Call, Edit, Interpolate, Replace, Variant
 from actcache.errors import InputError, UnsupportedModelError
+from actcache.readout import Readout
 from actcache.replay import LateStack
 
 WIDTH, N_BLOCKS, BOUNDARY, VOCAB_SIZE = 32, 4, 2, 50
@@ -445,3 +446,36 @@ def test_every_worker_has_as_much_to_do(three_workers):
         assert max(n_tokens) <= sum(n_tokens) / len(n_tokens) + 30
     torch.set_num_threads(1)
     assert len(late.packs(lengths)) == -(-sum(lengths) // 1024)
+
+
+# ---- readouts ----
+
+
+@pytest.mark.parametrize("n_at_once", [1, 2, 100])
+@pytest.mark.parametrize("name", ["llama", "gptj"])  # without a bias of the head, and with one
+def test_distributions_are_compared_with_their_references_however_many_at_once(name, n_at_once, monkeypatch):
+    model = build(name)
+    generator = torch.Generator().manual_seed(1)
+    hidden, references = torch.randn(9, WIDTH, generator=generator), torch.randn(3, WIDTH, generator=generator)
+    which = torch.tensor([2, 0, 0, 2, 2, 0, 2, 2, 2])
+    hidden[3] = references[2]
+    monkeypatch.setattr("actcache.readout.MAX_LOGITS_AT_ONCE", 4 * VOCAB_SIZE * n_at_once)
+    ids, kl = Readout(model).compare(hidden, references, which)
+    for row, own in enumerate(references[which]):
+        p, q = (reference.readout(model, one).double().softmax(-1) for one in (own, hidden[row]))
+        assert ids[row] == q.argmax()
+        assert kl[row].item() == pytest.approx(float((p * (p / q).log()).sum()), rel=1e-5, abs=1e-12)
+    assert kl[3] < 1e-12 < kl[4]
+
+
+def test_tokens_that_no_distribution_has_add_nothing(monkeypatch):
+    readout, logits = Readout(build("llama")), Readout._logits
+
+    def masked(self, normed, token_ids):
+        return logits(self, normed, token_ids).index_fill(1, torch.tensor([4, 7]), -torch.inf)
+
+    monkeypatch.setattr(Readout, "_logits", masked)
+    hidden = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(0))
+    _, kl = readout.compare(hidden, hidden.flip(0), torch.tensor([0, 1]))
+    assert torch.isfinite(kl).all()
+    assert (kl > 0).all()

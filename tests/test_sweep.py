@@ -121,7 +121,8 @@ def test_every_kind_of_edit_is_what_it_says(written):
     for boundary in (1, 2):
         assert digests(sweep.variants_at(boundary)) == digests(expected)
         assert [variant.name for variant in sweep.variants_at(boundary)] == [variant.name for variant in expected]
-    assert (sweep.boundaries, sweep.scopes, sweep.readouts, sweep.top1) == (None, None, None, False)
+    assert (sweep.boundaries, sweep.scopes, sweep.readouts) == (None, None, None)
+    assert (sweep.top1, sweep.kl) == (False, False)
 
 
 def test_sweep_tables_expand_to_their_product(written):
@@ -221,8 +222,9 @@ FILE = 'file = "x.safetensors"'
     ("text", "words"),
     [
         ("variants = ", "is not TOML"),
-        ("boundary = 3", "the sweep has a key 'boundary'; it may have boundaries, readouts, scopes, top1, variants"),
+        ("boundary = 3", "a key 'boundary'; it may have boundaries, kl, readouts, scopes, top1, variants"),
         ("top1 = 1", "top1 is 1, expected true or false"),
+        ("kl = 'yes'", "kl is 'yes', expected true or false"),
         ("boundaries = true", "boundaries is True, expected"),
         ("boundaries = [2, 0.5]", r"boundaries is \[2, 0.5\], expected a list of whole numbers"),
         ("boundaries = { a = 1 }", "boundaries is .*, expected"),
@@ -679,6 +681,75 @@ def test_the_best_token_of_a_variant_is_looked_up_only_if_asked(run, written, sc
     more = score(run, "--sweep", written(FIRST))
     assert more["top1_id"].null_count == 0, "a best token found before is lost"
     assert set(more["readout"].to_pylist()) == set(READOUTS)
+
+
+@pytest.fixture(scope="module")
+def compared(captured, tmp_path_factory):
+    """A strict run with ``kl``, of two of its variants."""
+    folder = tmp_path_factory.mktemp("compared")
+    run = shutil.copytree(captured[1], folder / "run")
+    save_file(TENSORS, folder / "x.safetensors")
+    (folder / "s.toml").write_text("kl = true\n" + FIRST)
+    score(run, "--sweep", folder / "s.toml", "--strict", "--boundary", "3")
+    return run
+
+
+def test_kl_is_that_of_hooked_forwards(captured, compared):
+    pair, _ = captured
+    models = {label: reference.load(path, torch.float32) for label, path in pair.items()}
+    store = actcache.open_store(compared / "store")
+    ids, offsets = store.token_ids()
+    index_of = {name: index for index, name in enumerate(store.events["event_id"].to_pylist())}
+    cells = [cell for cell in cells_of(compared).to_pylist() if index_of[cell["event_id"]] < 3]
+    n_checked = 0
+    for cell in cells:
+        if cell["variant"] not in ("none", "towards"):
+            continue
+        index, u, late = index_of[cell["event_id"]], cell["upstream"], cell["late"]
+        sequence = ids[offsets[index] : offsets[index + 1]].tolist()
+        state = {label: reference.states(model, sequence, 3) for label, model in models.items()}
+        rows = state[u].clone()
+        if cell["variant"] == "towards":
+            rows[-1] = torch.lerp(rows[-1], state["it"][-1], 0.5)
+        model = models[late]
+        own, found = (hooked(Study(model, [sequence], [r], [state["it"]], 3), 0, []) for r in (state[late], rows))
+        by = models[READOUTS[cell["readout"]] or late]
+        p, q = (reference.readout(by, hidden).double().log_softmax(-1) for hidden in (own, found))
+        expected = float((p.exp() * (p - q)).sum())
+        assert cell["kl"] == pytest.approx(expected, abs=1e-6, rel=1e-4)
+        assert cell["top1_id"] == int(q.argmax())
+        if cell["variant"] == "none" and u == late:
+            assert cell["kl"] == 0
+        n_checked += 1
+    assert n_checked == 3 * 4 * len(READOUTS) * 2
+    assert max(cell["kl"] for cell in cells) > 0.01, "nothing is far from anything"
+
+
+def test_packed_kl_equals_strict_to_rounding(run, compared, written):
+    packed = by_key(score(run, "--sweep", written("kl = true\n" + FIRST), "--boundary", "3"), "kl", "top1_id")
+    strict = by_key(cells_of(compared), "kl", "top1_id")
+    assert packed.keys() == strict.keys()
+    for key, (kl, top1) in packed.items():
+        assert kl == pytest.approx(strict[key][0], abs=1e-5)
+        assert top1 == strict[key][1]
+
+
+def test_kl_is_there_only_if_asked_and_is_not_lost(run, written, scored):
+    asked = written("kl = true\n" + FIRST, "kl.toml")
+    without = score(run, "--sweep", written(FIRST))
+    assert "kl" not in without.column_names
+    scored.clear()
+    with_kl = score(run, "--sweep", asked)
+    assert with_kl.column_names.index("kl") == with_kl.column_names.index("noop_delta") + 1
+    assert with_kl["kl"].null_count == with_kl["top1_id"].null_count == 0
+    assert by_key(with_kl, "margin", "noop_delta") == by_key(without, "margin", "noop_delta")
+    n_files = len(scored)
+    assert score(run, "--sweep", asked).equals(with_kl)
+    assert score(run, "--sweep", written(FIRST)).equals(with_kl)
+    assert score(run).equals(with_kl)
+    assert len(scored) == n_files, "scored again"
+    more = score(run, "--sweep", written(FIRST.replace("towards", "another")))
+    assert more["kl"].null_count == pc.sum(pc.equal(more["variant"], "another")).as_py()
 
 
 def test_effects_are_averaged_by_variant(strict_cells):

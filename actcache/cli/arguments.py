@@ -146,9 +146,10 @@ def grid_settings(
         sweep.scopes or _names(args.scope or "prefix"),
         sweep.readouts or _names(args.readout or READOUTS),
         sweep.variants_at,
-        sweep.top1,
-        args.strict,
-        args.max_tokens,
+        top1=sweep.top1,
+        kl=sweep.kl,
+        strict=args.strict,
+        max_tokens=args.max_tokens,
     )
 
 
