@@ -73,7 +73,7 @@ class FinishedGroup:
         return table.filter(pc.is_in(table["variant"], pa.array(sorted(self.names))))
 
 
-Finished = dict[tuple[str, int, str], list[FinishedGroup]]
+Finished = dict[tuple[str, int, str], list[FinishedGroup]]  # by segment, boundary and scope
 
 
 def finished_groups(folder: str | Path, store: Store) -> Finished:

@@ -34,6 +34,7 @@ from actcache.errors import InputError
 from actcache.files import write_atomically
 from actcache.grid import GridSettings, run_grid
 from actcache.replay import LateStack
+from actcache.run_folder import RunFolder
 from actcache.sweep import Sweep, read_sweep
 
 WIDTH = 32
@@ -824,6 +825,28 @@ def test_a_sweep_that_says_what_an_argument_says_is_refused(run, written, capfd)
     assert "says what --boundary 3 says too" in refused(capfd, "grid", run, "--sweep", path, "--boundary", 3)
     assert not (run / "cells.parquet").exists()
     assert set(score(run, "--sweep", path, "--scope", "position")["boundary"].to_pylist()) == {2}
+
+
+def test_scopes_may_be_a_list(run, capfd):
+    both = score(run, "--scope", "position,prefix", "--boundary", "3")
+    assert set(both["scope"].to_pylist()) == {"prefix", "position"}
+    said = refused(capfd, "grid", run, "--scope", "prefix,suffix")
+    assert said == "actcache: scope 'suffix' is unknown; choose prefix or position"
+
+
+def test_a_carried_column_is_not_overwritten_by_kl(run, written, tmp_path, monkeypatch, capfd):
+    """One that an earlier version let into a store; now such prompts are refused."""
+    record = RunFolder(run).record()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"id": "a", "prompt": "Once upon a time", "kl": 3}) + "\n")
+    words = ["--pt", record.checkpoints["pt"], "--it", record.checkpoints["it"], "--prompts", prompts]
+    words += ["--out", tmp_path / "carries", "--boundary", "3", "--max-new", 24]
+    assert "key 'kl'" in refused(capfd, "capture", *words)
+    monkeypatch.setattr("actcache.prompts.RESERVED_KEYS", frozenset())
+    assert main([str(word) for word in ["capture", *words]]) == 0
+    said = refused(capfd, "grid", tmp_path / "carries", "--sweep", written("kl = true"))
+    assert "carry a column 'kl'" in said
+    assert score(tmp_path / "carries")["kl"].unique().to_pylist() == [3]
 
 
 @pytest.mark.parametrize(
