@@ -116,7 +116,7 @@ def scored_groups(finished: Finished) -> list[Group] | None:
             tuple(sorted({name for key in keys for name in key["readouts"]})),
             len(names - whole),
             len(whole),
-            bool(names) and any(key["top1"] for key in keys),
+            any(key["top1"] for key in keys),
             any(key["kl"] for key in keys),
             keys[-1]["mode"],
         )

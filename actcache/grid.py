@@ -62,6 +62,11 @@ class GridSettings:
     strict: bool = False
     max_tokens: int | None = None
 
+    @property
+    def wants_top1(self) -> bool:
+        """Whether variants are scored by the whole vocabulary."""
+        return self.top1 or self.kl
+
     def variants_at(self, boundary: int) -> tuple[Variant, ...]:
         """Everything to score at a boundary, the plain grid first."""
         return (PLAIN, *(self.variants(boundary) if callable(self.variants) else self.variants))
@@ -229,7 +234,7 @@ class _Work:
         self.store, self.segment, self.boundary, self.settings = store, segment, boundary, settings
         self._folder = folder
         self.groups: dict[str, tuple[tuple[Variant, ...], tuple[str, ...]]] = {}  # scope -> variants, readouts
-        self.top1, self.kl = settings.top1 or settings.kl, settings.kl
+        self.top1, self.kl = settings.wants_top1, settings.kl
         self.n_done = 0
         variants = settings.variants_at(boundary)
         names = {variant.name for variant in variants}
@@ -241,7 +246,7 @@ class _Work:
                     continue
                 enough = set(settings.readouts) <= set(group.key["readouts"])
                 enough &= group.has("kl") or not settings.kl
-                in_full = group.has("top1") or not settings.top1
+                in_full = group.has("top1") or not settings.wants_top1
                 found = (group.names if in_full else group.names & {PLAIN.name}) if enough else frozenset()
                 scored |= found
                 if names & (group.names - found):  # scored again with all it has, so that nothing scored is lost

@@ -13,6 +13,7 @@ computes no more of it than keys and values but at the last position.
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -109,6 +110,10 @@ class Group:
         """Cells that scope ``position`` adds: those rows with another checkpoint's at position p."""
         return n_checkpoints * (n_checkpoints - 1) if "position" in self.scopes else 0
 
+    def n_cells(self, n_checkpoints: int) -> int:
+        """Of an event, readouts and variants apart."""
+        return self.n_bases(n_checkpoints) + self.n_crossed(n_checkpoints)
+
 
 @dataclass(frozen=True)
 class Study:
@@ -200,7 +205,7 @@ def groups_of(settings: GridSettings) -> list[Group]:
                 tuple(sorted(settings.readouts)),
                 n_last,
                 len(variants) - n_last,
-                (settings.top1 or settings.kl) and len(variants) > 0,
+                settings.wants_top1,
                 settings.kl,
                 "single" if settings.strict else "packed",
             )
@@ -286,15 +291,14 @@ def multiply_adds_of(
     whole = share * shape.products(sequences)
     grid = variants = n_passes = 0.0
     for group in study.groups:
-        n_bases, n_crossed = group.n_bases(n_checkpoints), group.n_crossed(n_checkpoints)
-        n_cells = n_bases + n_crossed
+        n_cells, n_crossed = group.n_cells(n_checkpoints), group.n_crossed(n_checkpoints)
         replay = share * shape.products(sequences, first=group.boundary)
         step = share * shape.step_products(sequences - 1, first=group.boundary) if group.mode == "packed" else replay
         # Each late stack is behind as many cells; a best token takes the whole vocabulary.
         n_heads = sum(len(group.heads(label)) for label in study.shapes)
         heads = n_events * n_cells / n_checkpoints * n_heads * shape.head_products
         # What a cell is compared with takes as much again; variants of a cell are compared with the same.
-        grid += n_bases * replay + n_crossed * step + (2 if group.kl else 1) * heads
+        grid += group.n_bases(n_checkpoints) * replay + n_crossed * step + (2 if group.kl else 1) * heads
         n_variants = group.n_last + group.n_whole
         variants += n_cells * (group.n_last * step + group.n_whole * replay) + group.top1 * n_variants * heads
         # A native pass of each checkpoint, below, scores the diagonal; then one pass a further cell or variant.
@@ -388,12 +392,9 @@ def measure_rate(shape: ModelShape, n_tokens: int, dtype: str, device: str, seco
 
 
 def groups_as_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Plain values, equal for the same groups in whatever order, as JSON gives them back."""
-    as_lists = [
-        {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(group).items()}
-        for group in groups
-    ]
-    return sorted(as_lists, key=str)
+    """Plain values, as JSON gives them back."""
+    values: list[dict[str, Any]] = json.loads(json.dumps([asdict(group) for group in groups]))
+    return values
 
 
 def as_json(assumed: Assumptions) -> dict[str, Any]:

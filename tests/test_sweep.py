@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 
@@ -223,7 +224,10 @@ FILE = 'file = "x.safetensors"'
     ("text", "words"),
     [
         ("variants = ", "is not TOML"),
-        ("boundary = 3", "a key 'boundary'; it may have boundaries, kl, readouts, scopes, top1, variants"),
+        (
+            "boundary = 3",
+            "the sweep has a key 'boundary'; it may have boundaries, kl, readouts, scopes, top1, variants",
+        ),
         ("top1 = 1", "top1 is 1, expected true or false"),
         ("kl = 'yes'", "kl is 'yes', expected true or false"),
         ("boundaries = true", "boundaries is True, expected"),
@@ -431,25 +435,30 @@ def scored(monkeypatch):
     return names
 
 
-def test_cells_under_variants_equal_hooked_forwards(captured, strict_cells):
-    pair, _ = captured
-    models = {label: reference.load(path, torch.float32) for label, path in pair.items()}
-    store = actcache.open_store(strict_cells / "store")
+def models_and_events(captured, run):
+    """What cells are recomputed from: whole models by label, and events, each with its token ids, by name."""
+    models = {label: reference.load(path, torch.float32) for label, path in captured[0].items()}
+    store = actcache.open_store(run / "store")
     ids, offsets = store.token_ids()
-    events = {event["event_id"]: (index, event) for index, event in enumerate(store.events.to_pylist())}
+    sequences = [ids[start:stop].tolist() for start, stop in itertools.pairwise(offsets.tolist())]
+    events = zip(store.events.to_pylist(), sequences, strict=True)
+    return models, {event["event_id"]: (event, sequence) for event, sequence in events}
+
+
+def test_cells_under_variants_equal_hooked_forwards(captured, strict_cells):
+    models, events = models_and_events(captured, strict_cells)
     cells = cells_of(strict_cells)
     n_variants = sum(len(names) + 1 for names in NAMES.values())
-    assert cells.num_rows == len(store) * 2 * 4 * len(READOUTS) * n_variants
+    assert cells.num_rows == len(events) * 2 * 4 * len(READOUTS) * n_variants
     some = sorted(events)[:: max(1, len(events) // 3)][:3]
     hidden, n_checked = {}, 0
     for cell in cells.to_pylist():
         if cell["event_id"] not in some:
             continue
-        index, event = events[cell["event_id"]]
+        event, sequence = events[cell["event_id"]]
         boundary, scope, u, late = (cell[name] for name in ("boundary", "scope", "upstream", "late"))
         key = tuple(cell[name] for name in KEYS if name != "readout")
         if key not in hidden:
-            sequence = ids[offsets[index] : offsets[index + 1]].tolist()
             state = {label: reference.states(model, sequence, boundary) for label, model in models.items()}
             rows = state[u] if scope == "prefix" else torch.cat([state[late][:-1], state[u][-1:]])
             study = Study(models[late], [sequence], [rows], [state["it"]], boundary)
@@ -696,18 +705,13 @@ def compared(captured, tmp_path_factory):
 
 
 def test_kl_is_that_of_hooked_forwards(captured, compared):
-    pair, _ = captured
-    models = {label: reference.load(path, torch.float32) for label, path in pair.items()}
-    store = actcache.open_store(compared / "store")
-    ids, offsets = store.token_ids()
-    index_of = {name: index for index, name in enumerate(store.events["event_id"].to_pylist())}
-    cells = [cell for cell in cells_of(compared).to_pylist() if index_of[cell["event_id"]] < 3]
-    n_checked = 0
+    models, events = models_and_events(captured, compared)
+    some, n_checked = list(events)[:3], 0
+    cells = [cell for cell in cells_of(compared).to_pylist() if cell["event_id"] in some]
     for cell in cells:
         if cell["variant"] not in ("none", "towards"):
             continue
-        index, u, late = index_of[cell["event_id"]], cell["upstream"], cell["late"]
-        sequence = ids[offsets[index] : offsets[index + 1]].tolist()
+        (_, sequence), u, late = events[cell["event_id"]], cell["upstream"], cell["late"]
         state = {label: reference.states(model, sequence, 3) for label, model in models.items()}
         rows = state[u].clone()
         if cell["variant"] == "towards":

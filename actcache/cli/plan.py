@@ -327,7 +327,7 @@ def _notes(study: Study, estimated: Mapping[str, float]) -> dict[str, str]:
     }
     if groups:
         ratio = estimated["hooks_multiply_adds"] / estimated["multiply_adds"]
-        cells = [group.n_bases(n_checkpoints) + group.n_crossed(n_checkpoints) for group in groups]
+        cells = [group.n_cells(n_checkpoints) for group in groups]
         boundaries = len({group.boundary for group in groups})
         readouts = len({name for group in groups for name in group.readouts})
         notes["grid_multiply_adds"] = (

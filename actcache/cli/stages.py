@@ -158,6 +158,7 @@ def _grid(args: argparse.Namespace) -> None:
 
 def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> None:
     from actcache.grid import check_settings, count_replays, run_grid
+    from actcache.replay import LateStack
     from actcache.store import open_store
 
     store = open_store(folder.store)
@@ -166,9 +167,14 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
     check_settings(store, settings)
     check_same_checkpoints(store, lineup)
 
-    clock = GridClock(folder, store, lineup, settings, device)
+    clock = GridClock(folder, store)
+
+    def load_late(label: str, boundary: int) -> LateStack:
+        with clock.loading():
+            return LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
+
     with progress("grid", "replay", count_replays(store, settings)) as bar:
-        cells = run_grid(store, clock.load, folder.cell_groups, settings, on_cells=bar.update, say=say)
+        cells = run_grid(store, load_late, folder.cell_groups, settings, on_cells=bar.update, say=say)
     clock.write()
     write_parquet(folder.cells, cells)
 

@@ -5,17 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actcache.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from actcache.capture import CaptureSettings
-    from actcache.grid import GridSettings
+    from actcache.cells import Finished
     from actcache.lineup import Lineup
-    from actcache.replay import LateStack, Mode
     from actcache.store import Store
     from actcache.trunk import Trunk
 
@@ -28,7 +25,7 @@ class _Clock:
         self._load_s = 0.0
 
     @contextmanager
-    def _loading(self) -> Iterator[None]:
+    def loading(self) -> Iterator[None]:
         """For the time of a load."""
         start = time.perf_counter()
         self._start = start if self._start is None else self._start
@@ -55,7 +52,7 @@ class CaptureClock(_Clock):
         from actcache.capture import load_trunk
         from actcache.shape import ModelShape
 
-        with self._loading():
+        with self.loading():
             trunk = load_trunk(self._lineup, label, self._settings)
             return self._counter.watch(trunk, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))
 
@@ -69,37 +66,25 @@ class CaptureClock(_Clock):
 
 
 class GridClock(_Clock):
-    """Times a grid: pass :meth:`load` to it."""
+    """Times a grid: put its loads under :meth:`loading`."""
 
-    def __init__(self, folder: RunFolder, store: Store, lineup: Lineup, settings: GridSettings, device: str) -> None:
+    def __init__(self, folder: RunFolder, store: Store) -> None:
         super().__init__()
-        self._folder, self._store, self._lineup, self._settings, self._device = folder, store, lineup, settings, device
-        self._mode: Mode = "packed"
-        self._before = self._groups()
-
-    def load(self, label: str, boundary: int) -> LateStack:
-        """The late stack of a checkpoint."""
-        from actcache.replay import LateStack
-
-        path, dtype = self._lineup.checkpoints[label].path, self._store.dtype
-        with self._loading():
-            late = LateStack.load(path, boundary, dtype=dtype, device=self._device)
-        self._mode = "single" if self._settings.strict else late.mode
-        return late
+        self._folder, self._store = folder, store
+        self._from_nothing = not self._finished()
 
     def write(self) -> None:
-        """Record the grid; one of which some cell groups were finished before is taken off the record."""
-        from actcache.plan import groups_as_json, groups_of
+        """Record the grid, with what it scored; one of which something was finished before is taken off the record."""
+        from actcache.finished import scored_groups
+        from actcache.plan import groups_as_json
 
         times = self._times()
         if times is None:
             return
-        settings = self._settings
-        n_segments = sum(1 for segment in self._store.segments if segment.n_events)
-        n_groups = len(settings.boundaries) * len(settings.scopes) * n_segments
-        whole = len(self._groups() - self._before) >= n_groups
-        asked = {"groups": groups_as_json([replace(group, mode=self._mode) for group in groups_of(settings)])}
-        self._folder.record_timing("grid", times | asked if whole else None)
+        scored = {"groups": groups_as_json(scored_groups(self._finished()) or [])}
+        self._folder.record_timing("grid", times | scored if self._from_nothing else None)
 
-    def _groups(self) -> set[Path]:
-        return set(self._folder.cell_groups.glob("*.parquet"))
+    def _finished(self) -> Finished:
+        from actcache.cells import finished_groups
+
+        return finished_groups(self._folder.cell_groups, self._store)
