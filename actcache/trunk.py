@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import find_anatomy, mixes_tokens, text_config
+from actcache.blocks import find_anatomy, mixes_tokens, text_config, without_queries
 from actcache.errors import UnsupportedModelError
 from actcache.packing import (
     PackStoppedError,
@@ -106,7 +106,8 @@ class Trunk:
     def forward_to_last_keys(
         self, bounds: Sequence[int], *, every_block: bool, **inputs: torch.Tensor
     ) -> tuple[torch.Tensor, Prefix]:
-        """Run a pack up to the last block's keys and values, and no further.
+        """Run a pack up to the last block's keys and values, and no further; its queries are left out, where they are
+        made by a layer of their own.
 
         Args:
             bounds: as :meth:`forward`.
@@ -127,7 +128,8 @@ class Trunk:
             handle = self.blocks[-1].register_forward_pre_hook(stop_inside, with_kwargs=True)
             try:
                 positions = restarting_positions(bounds, self.device)
-                self.decoder(**inputs, position_ids=positions, use_cache=False)
+                with without_queries(self.blocks[-1]):
+                    self.decoder(**inputs, position_ids=positions, use_cache=False)
             except PackStoppedError:
                 return entering[0], prefix
             finally:

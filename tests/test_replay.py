@@ -15,6 +15,8 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
+    DeepseekV3Config,
+    GPT2Config,
     GPTJConfig,
     LlamaConfig,
     LlamaModel,
@@ -23,6 +25,7 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from actcache.blocks import without_queries
 from actcache.edits import Add, Call, Edit, Interpolate, Replace, Variant
 from actcache.errors import InputError, UnsupportedModelError
 from actcache.readout import Readout
@@ -39,7 +42,12 @@ FACTORS = {"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [3.0, 5.0, 7.0, 
 LIMIT = 8  # positions of the original training
 CONFIGS = {
     "llama": LlamaConfig(**LLAMA),
+    "gpt2": GPT2Config(n_embd=WIDTH, n_layer=N_BLOCKS, n_head=4, n_positions=64, **TOKENS),
     "gptj": GPTJConfig(n_embd=WIDTH, n_layer=N_BLOCKS, n_head=4, rotary_dim=4, n_positions=64, **TOKENS),
+    "deepseek_v3": DeepseekV3Config(
+        **LLAMA | {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 12, "first_k_dense_replace": N_BLOCKS},
+        **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
+    ),
     "bloom": BloomConfig(hidden_size=WIDTH, n_layer=N_BLOCKS, n_head=4, **TOKENS),
     "mamba": MambaConfig(hidden_size=WIDTH, state_size=4, num_hidden_layers=N_BLOCKS, **TOKENS),
     "phi3 longrope": Phi3Config(
@@ -354,6 +362,64 @@ def test_donors_in_padded_batches_are_those_of_the_same_rows():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+# ---- what the last block computes ----
+
+
+class Recorder:
+    """A hook with a memory of its own."""
+
+    def __init__(self):
+        self.n_tokens = 0
+
+    def hook(self, module, args, output):
+        self.n_tokens += (output if isinstance(output, torch.Tensor) else output[0]).shape[:-1].numel()
+
+
+@pytest.mark.parametrize(
+    ("name", "queries", "keys", "made_apart"),
+    [
+        ("llama", "self_attn.q_proj", "self_attn.k_proj", True),
+        ("gptj", "attn.q_proj", "attn.k_proj", True),
+        ("deepseek_v3", "self_attn.q_b_proj", "self_attn.kv_b_proj", True),
+        ("gpt2", "attn.c_attn", "attn.c_attn", False),
+    ],
+)
+def test_the_last_block_makes_queries_at_the_ends_only(name, queries, keys, made_apart):
+    model = build(name)
+    late, sequences = LateStack.load(model, BOUNDARY), Sequences(model)
+    assert late.mode == "packed"
+    last = late.blocks[-1]
+    layer, counts = last.get_submodule(queries), {queries: Recorder(), keys: Recorder()}
+    for path, recorder in counts.items():
+        last.get_submodule(path).register_forward_hook(recorder.hook)
+    late.run(sequences.rows, sequences.offsets)
+    ends, every = len(LENGTHS), sum(LENGTHS)
+    assert counts[keys].n_tokens == every + ends
+    assert counts[queries].n_tokens == (ends if made_apart else every + ends)
+    assert last.get_submodule(queries) is layer  # as before, for whoever else holds the model
+
+    last.get_submodule(keys).register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        late.run(sequences.rows, sequences.offsets)
+    assert last.get_submodule(queries) is layer
+
+
+def test_queries_are_made_everywhere_where_two_layers_could_be_the_ones():
+    block = build("llama").model.layers[-1]
+    block.other = nn.Module()
+    block.other.q_proj = nn.Linear(WIDTH, WIDTH)
+    layers = block.self_attn.q_proj, block.other.q_proj
+    with without_queries(block):
+        assert (block.self_attn.q_proj, block.other.q_proj) == layers
+    del block.other
+    states = torch.randn(1, 3, WIDTH)
+    with without_queries(block):
+        queries = block.self_attn.q_proj(states)
+        assert queries.shape == (1, 3, WIDTH)
+        assert queries.count_nonzero() == 0
+    assert block.self_attn.q_proj is layers[0]
+
+
 # ---- several packs at once ----
 
 
@@ -398,16 +464,6 @@ def test_no_worker_reads_the_state_that_a_module_keeps_for_another():
     assert len(late.packs([12] * 16, max_tokens=12)) == 16
     found = late.run(rows, offsets, max_tokens=12)
     torch.testing.assert_close(found, late.run(rows, offsets, strict=True), rtol=0, atol=1e-4)
-
-
-class Recorder:
-    """A hook with a memory of its own."""
-
-    def __init__(self):
-        self.n_tokens = 0
-
-    def hook(self, module, args, output):
-        self.n_tokens += (output if isinstance(output, torch.Tensor) else output[0]).shape[:-1].numel()
 
 
 @pytest.mark.usefixtures("three_workers")
