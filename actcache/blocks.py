@@ -10,7 +10,6 @@ import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,9 +36,6 @@ _SITE_NAMES = {
 # What goes by these names is either part, or a recurrence, depending on the block: the name of its class decides.
 _AMBIGUOUS_NAMES = ("mixer", "temporal_block")
 _SITE_CLASSES = {"attention": ("attention",), "mlp": ("mlp", "moe")}
-
-# The names of a linear layer that makes queries and nothing else; the second is latent attention's.
-_QUERY_NAMES = ("q_proj", "q_b_proj")
 
 
 @dataclass(frozen=True)
@@ -311,43 +307,6 @@ def _adds_residual(module: nn.Module) -> bool:
         if isinstance(part, nn.Module)
         for name in inspect.signature(part.forward).parameters
     )
-
-
-class _UnreadLayer(nn.Module):
-    """Takes the place of a linear layer whose output nobody reads: zeros in its shape, nothing is computed."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.weight, self.bias = layer.weight, layer.bias  # some models look at these for the dtype
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        return states.new_zeros(*states.shape[:-1], self.out_features)
-
-
-@contextmanager
-def without_queries(block: nn.Module) -> Iterator[None]:
-    """Within this context a block's attention makes keys and values, but its queries are zeros that cost nothing.
-
-    Only where one linear layer makes the queries and nothing else; where they come out of one product together with
-    keys and values (GPT-2, GPT-NeoX, Phi-3), nothing changes.
-    """
-    layers = [
-        (parent, name)
-        for parent in block.modules()
-        for name, layer in parent.named_children()
-        if name in _QUERY_NAMES and type(layer) is nn.Linear
-    ]
-    if len(layers) != 1:
-        yield
-        return
-    ((parent, name),) = layers
-    layer = parent._modules[name]
-    parent._modules[name] = _UnreadLayer(layer)  # type: ignore[arg-type]
-    try:
-        yield
-    finally:
-        parent._modules[name] = layer
 
 
 def mixes_tokens(block: nn.Module) -> str | None:

@@ -37,6 +37,7 @@ from actcache.blocks import (
 )
 from actcache.edits import PLAIN, Rows, Variant
 from actcache.errors import InputError
+from actcache.linear import fast_products
 from actcache.lineup import Checkpoint, load_weights
 from actcache.packing import Prefix, offsets_of, plan_evenly, plan_packs
 from actcache.probe import probe_late_blocks
@@ -445,7 +446,8 @@ class LateStack:
         n, longest = len(bounds) - 1, max(b - a for a, b in itertools.pairwise(bounds))
         padded = state.new_zeros(n * longest, state.shape[1])
         padded[self._padded_index(bounds).to(state.device)] = state
-        return self._forward(padded.view(n, longest, -1)).flatten(0, 1)
+        with fast_products(self._trunk.blocks):
+            return self._forward(padded.view(n, longest, -1)).flatten(0, 1)
 
     @staticmethod
     def _padded_index(bounds: Sequence[int]) -> torch.Tensor:

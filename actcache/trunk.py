@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import find_anatomy, mixes_tokens, text_config, without_queries
+from actcache.blocks import find_anatomy, mixes_tokens, text_config
 from actcache.errors import UnsupportedModelError
+from actcache.linear import fast_products, without_queries
 from actcache.packing import (
     PackStoppedError,
     Prefix,
@@ -85,7 +86,7 @@ class Trunk:
         """
         if len(bounds) == 2:
             return self.run(**inputs, use_cache=False)[0]
-        with packed_attention(self.config, bounds):
+        with packed_attention(self.config, bounds), fast_products(self.blocks):
             positions = restarting_positions(bounds, self.device)
             return self.run(**inputs, position_ids=positions, use_cache=False)[0]
 
@@ -128,7 +129,7 @@ class Trunk:
             handle = self.blocks[-1].register_forward_pre_hook(stop_inside, with_kwargs=True)
             try:
                 positions = restarting_positions(bounds, self.device)
-                with without_queries(self.blocks[-1]):
+                with without_queries(self.blocks[-1]), fast_products(self.blocks):
                     self.decoder(**inputs, position_ids=positions, use_cache=False)
             except PackStoppedError:
                 return entering[0], prefix
@@ -150,7 +151,7 @@ class Trunk:
         Returns:
             ``[n, D]``, last block's output.
         """
-        with branched_attention(self.config, prefix, sequence_of):
+        with branched_attention(self.config, prefix, sequence_of), fast_products(self.blocks):
             return self.run(**inputs, position_ids=positions[None], use_cache=False)[0]
 
     @property

@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -90,10 +91,10 @@ class Work:
 class Products:
     """The machine's own rate of matrix products, shape by shape: what no forward on this machine can exceed by much.
 
-    ``sample`` times every expected product (rows times weight, as a linear layer makes it), on all threads and as many
-    at once as there are threads, and keeps the better: call it all through a run, in turn with what it bounds, so that
-    fast and slow spells of the machine are in both. What counts is the median of a product's samples, as it is of
-    everything else that is timed.
+    ``sample`` times every expected product (rows times weight, as a linear layer makes it), by torch's usual means and
+    by oneDNN, on all threads and as many at once as there are threads, and keeps the best: call it all through a run,
+    in turn with what it bounds, so that fast and slow spells of the machine are in both. What counts is the median of a
+    product's samples, as it is of everything else that is timed.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -109,25 +110,13 @@ class Products:
 
     @torch.no_grad()
     def sample(self) -> None:
-        """Time every expected product three times in each of the two ways."""
-        n_workers, n_threads = share_threads(torch.get_num_threads())
+        """Time every expected product three times in each of the ways."""
         for (rows, n_in, n_out), samples in self.samples_s.items():
             given, weight = torch.randn(rows, n_in).to(self.dtype), torch.randn(n_out, n_in).to(self.dtype)
-
-            def product() -> Any:
-                return torch.nn.functional.linear(given, weight)  # noqa: B023
-
-            start = threading.Barrier(n_workers)
-
-            def at_once(_: int) -> Iterator[float]:
-                with torch.no_grad():
-                    product()
-                    start.wait()  # noqa: B023
-                    yield statistics.mean(timed(product)[0] for _ in range(3))
-
-            together = max(side_by_side([at_once] * n_workers, n_workers, n_threads)) / n_workers
-            one_by_one = min(timed(product)[0] for _ in range(3))
-            samples.append(min(together, one_by_one))
+            products = [partial(torch.nn.functional.linear, given, weight)]
+            if torch.backends.mkldnn.is_available():
+                products.append(partial(torch.ops.mkldnn._linear_pointwise, given, weight, None, "none", [], ""))
+            samples.append(min(_fastest(product) for product in products))
 
     def seconds(self, works: Sequence[Work]) -> tuple[float, float]:
         """How long this work takes at the rates sampled: by the medians, and if every product were the fastest seen."""
@@ -148,6 +137,22 @@ class Products:
             f"{rows}x{n_in}x{n_out}": rows * n_in * n_out / statistics.median(samples)
             for (rows, n_in, n_out), samples in sorted(self.samples_s.items())
         }
+
+
+def _fastest(product: Callable[[], Any]) -> float:
+    """Seconds of one product: the better of one on all threads, and of one on each at once."""
+    n_workers, n_threads = share_threads(torch.get_num_threads())
+    start = threading.Barrier(n_workers)
+
+    def at_once(_: int) -> Iterator[float]:
+        with torch.no_grad():
+            product()
+            start.wait()
+            yield statistics.mean(timed(product)[0] for _ in range(3))
+
+    together = max(side_by_side([at_once] * n_workers, n_workers, n_threads)) / n_workers
+    product()
+    return min(together, *(timed(product)[0] for _ in range(3)))
 
 
 @dataclass

@@ -29,6 +29,7 @@ FLOW = [
         "probe",
         "shape",
         "packing",
+        "linear",
         "readout",
         "trunk",
     ),

@@ -21,13 +21,15 @@ from transformers import (
     LlamaConfig,
     LlamaModel,
     MambaConfig,
+    OPTConfig,
     Phi3Config,
+    Qwen3Config,
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from actcache.blocks import without_queries
 from actcache.edits import Add, Call, Edit, Interpolate, Replace, Variant
 from actcache.errors import InputError, UnsupportedModelError
+from actcache.linear import without_queries
 from actcache.readout import Readout
 from actcache.replay import LateStack
 
@@ -49,6 +51,11 @@ CONFIGS = {
         **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8},
     ),
     "bloom": BloomConfig(hidden_size=WIDTH, n_layer=N_BLOCKS, n_head=4, **TOKENS),
+    "opt": OPTConfig(
+        **{"hidden_size": WIDTH, "num_hidden_layers": N_BLOCKS, "num_attention_heads": 4, "ffn_dim": 48, **TOKENS},
+        **{"word_embed_proj_dim": WIDTH, "max_position_embeddings": 64},
+    ),
+    "qwen3": Qwen3Config(**LLAMA, head_dim=8),
     "mamba": MambaConfig(hidden_size=WIDTH, state_size=4, num_hidden_layers=N_BLOCKS, **TOKENS),
     "phi3 longrope": Phi3Config(
         **LLAMA,

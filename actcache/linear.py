@@ -1,0 +1,127 @@
+"""Linear layers by other means than torch's usual product, for the length of one packed forward.
+
+Where nobody reads what a layer makes, zeros; and where torch's float32 product is a slow one, oneDNN's. torch
+multiplies float32 with MKL, which uses AVX-512 on Intel's CPUs only; on others that have it, oneDNN, which torch ships
+as well, is twice as fast. Both differ by rounding, as packs do anyway: a forward that shall be the model's own does not
+come here.
+
+Knows torch's modules; knows no models, no packs.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import nn
+
+# The names of a linear layer that makes queries and nothing else; the second is latent attention's.
+_QUERY_NAMES = ("q_proj", "q_b_proj")
+
+
+@contextmanager
+def without_queries(block: nn.Module) -> Iterator[None]:
+    """Within this context a block's attention makes keys and values, but its queries are zeros that cost nothing.
+
+    Only where one linear layer makes the queries and nothing else; where they come out of one product together with
+    keys and values (GPT-2, GPT-NeoX, Phi-3), nothing changes.
+    """
+    layers = [(parent, name) for parent, name in _linear_layers(block) if name in _QUERY_NAMES]
+    with _replaced(layers if len(layers) == 1 else [], _Unread):
+        yield
+
+
+@contextmanager
+def fast_products(blocks: nn.Module) -> Iterator[None]:
+    """Within this context the linear layers in ``blocks`` are computed by oneDNN, on CPUs where it is the faster one.
+
+    Only float32 on the CPU, outside of autograd, and layers that nobody has hooked or wrapped. The layers are replaced
+    in the modules that hold them: not for use from two threads on one model.
+    """
+    if not onednn_is_faster() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        yield
+        return
+    with _replaced([place for place in _linear_layers(blocks) if _is_plain(_layer_at(place))], _by_onednn):
+        yield
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether this machine's CPU has AVX-512 and is not Intel's, and torch has both MKL and oneDNN."""
+    if not torch.backends.mkl.is_available() or not torch.backends.mkldnn.is_available():
+        return False
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    try:
+        vendor = re.search(r"^vendor_id\s*:\s*(\w+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:  # not Linux: who made the CPU is not known
+        return False
+    return vendor is not None and vendor[1] != "GenuineIntel"
+
+
+_Place = tuple[nn.Module, str]  # the module that holds a layer, and the name that it has there
+
+
+def _linear_layers(module: nn.Module) -> list[_Place]:
+    """Where torch's own linear layers are: of subclasses nobody knows what they compute."""
+    return [
+        (parent, name)
+        for parent in module.modules()
+        for name, layer in parent._modules.items()
+        if type(layer) is nn.Linear
+    ]
+
+
+def _layer_at(place: _Place) -> nn.Linear:
+    parent, name = place
+    return parent._modules[name]  # type: ignore[return-value]
+
+
+@contextmanager
+def _replaced(places: list[_Place], make: Callable[[nn.Linear], nn.Module]) -> Iterator[None]:
+    layers = [_layer_at(place) for place in places]
+    try:
+        for (parent, name), layer in zip(places, layers, strict=True):
+            parent._modules[name] = make(layer)
+        yield
+    finally:
+        for (parent, name), layer in zip(places, layers, strict=True):
+            parent._modules[name] = layer
+
+
+class _Unread(nn.Module):
+    """Takes the place of a linear layer whose output nobody reads: zeros in its shape, nothing is computed."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias  # some models look at these for the dtype
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return states.new_zeros(*states.shape[:-1], self.out_features)
+
+
+class _OneDnnLinear(nn.Linear):
+    """A linear layer by oneDNN: the operation that torch's own compiler uses for it."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        if states.dtype != torch.float32 or not states.numel():
+            return super().forward(states)
+        return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+
+
+def _by_onednn(layer: nn.Linear) -> nn.Module:
+    other = copy.copy(layer)  # with the same weights
+    other.__class__ = _OneDnnLinear
+    return other
+
+
+def _is_plain(layer: nn.Linear) -> bool:
+    weight = layer.weight
+    touched = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous() and not touched
