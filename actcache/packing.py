@@ -4,14 +4,14 @@ A *pack* is one forward over ``[1, T]`` tokens that belong to several sequences;
 each begins. Everything but attention works on tokens one by one, so only attention has to know. The registered
 attention function cuts queries, keys and values at the offsets and hands each sequence to the model's *own* attention
 implementation, with the mask that the model's own mask builder makes for it: windows, soft-caps, scales, grouped
-heads and sinks stay the model's. Positions restart at 0 in every sequence. On CUDA, packs whose masks are causal or
-causal within a window go to one varlen kernel instead.
+heads and sinks stay the model's. Positions restart at 0 in every sequence. Packs whose masks are causal, or causal
+within a window, go to one kernel instead: torch's varlen attention on CUDA, the native core's on the CPU.
 
 A pack can leave behind its :class:`Prefix`: the keys and values of all positions but the last of every sequence. A
 second forward over *branches*, tokens that stand at that last position, then reads them: a thousand variants of one
 state cost a thousand tokens, not a thousand sequences.
 
-Knows tensors and transformers' attention registry; knows no model, no tokens, no files.
+Knows tensors, transformers' attention registry and the native core; knows no model, no tokens, no files.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from actcache.native import native
+
 varlen_attn: Callable[..., Any] | None
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -37,6 +39,9 @@ except ImportError:  # an older torch
     varlen_attn = None
 
 IMPLEMENTATION = "actcache_packed"
+
+# Beyond this many tokens torch's attention, which cuts keys into tiles, is as fast as the core's.
+_LONGEST_IN_CORE = 1024
 
 # Branches of one sequence that one attention call takes: each sees its own key only, so the keys of the others are
 # masked work, which grows with their number, while the calls grow with its inverse.
@@ -246,11 +251,14 @@ class PackedSequences:
                 raise PackStoppedError
         if takes_varlen(module, query, key, value, masks, arguments):
             return attend_varlen(query, key, value, self._bounds, arguments)
+        lengths = [stop - start for start, stop in spans]
+        if max(lengths) <= _LONGEST_IN_CORE and takes_core(module, query, key, value, masks, arguments):
+            # Where no mask was made the model's own attention, too, takes no notice of a window.
+            window = arguments.get("sliding_window") if any(mask is not None for mask in masks) else None
+            return attend_in_core(query, key, value, self._bounds, arguments.get("scaling"), window)
         attend = _own_attention(module, self._implementation)
-        outputs = []
-        for (start, stop), mask in zip(spans, masks, strict=True):
-            part = slice(start, stop)
-            outputs.append(attend(module, query[:, :, part], key[:, :, part], value[:, :, part], mask, **arguments)[0])
+        parts = (tensor.split(lengths, dim=2) for tensor in (query, key, value))
+        outputs = [attend(module, q, k, v, mask, **arguments)[0] for q, k, v, mask in zip(*parts, masks, strict=True)]
         return torch.cat(outputs, dim=1)
 
 
@@ -327,18 +335,43 @@ def takes_varlen(
 ) -> bool:
     """Whether torch's varlen kernel computes this attention: CUDA, half precision, no soft-cap, sink or bias, and masks
     that are causal, or causal within the window that the module names."""
-    known = {"scaling", "sliding_window", "dropout", "is_causal", "position_ids", "softcap", "s_aux"}
-    # Models hand these through to attention, where nothing reads them.
-    known |= {"use_cache", "output_attentions", "output_router_logits"}
     if varlen_attn is None or not query.is_cuda or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or query.shape[-1] % 8:
         return False
-    if getattr(module, "sinks", None) is not None or arguments.get("is_causal") is False:
+    return _is_plain(module, masks, arguments)
+
+
+def takes_core(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    masks: Sequence[Mask],
+    arguments: dict[str, Any],
+) -> bool:
+    """Whether the native core computes this attention: float32 on a CPU with AVX2, outside of autograd, otherwise as
+    :func:`takes_varlen`."""
+    if torch.is_grad_enabled() or any(one.device.type != "cpu" for one in (query, key, value)):
+        return False
+    if any(one.dtype != torch.float32 for one in (query, key, value)) or len(query) != 1:
+        return False
+    core = native("cpu")[0]
+    return core is not None and core.isa() > 0 and _is_plain(module, masks, arguments)
+
+
+def _is_plain(module: torch.nn.Module, masks: Sequence[Mask], arguments: dict[str, Any]) -> bool:
+    """Whether this is softmax attention, causal or causal within the window that the module names, and nothing else."""
+    known = {"scaling", "sliding_window", "dropout", "is_causal", "position_ids", "softcap", "s_aux"}
+    # Models hand these through to attention, where nothing reads them.
+    known |= {"use_cache", "output_attentions", "output_router_logits"}
+    if getattr(module, "sinks", None) is not None or not getattr(module, "is_causal", True):
         return False
     if any(value is not None for name, value in arguments.items() if name not in known) or arguments.get("dropout"):
         return False
     if arguments.get("softcap") is not None or arguments.get("s_aux") is not None:
+        return False
+    if arguments.get("is_causal") is False:
         return False
     return all(_is_window(mask, arguments.get("sliding_window")) for mask in masks if mask is not None)
 
@@ -366,3 +399,35 @@ def attend_varlen(
     options["enable_gqa"] = q.shape[1] != k.shape[1]
     assert varlen_attn is not None, "takes_varlen() said so"
     return varlen_attn(q, k, v, offsets, offsets, longest, longest, **options).unsqueeze(0)
+
+
+def attend_in_core(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: Sequence[int],
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    """The native core's attention over the whole pack: query ``[1, H, T, d]``, key ``[1, H_kv, T, d]`` and value
+    ``[1, H_kv, T, d_v]`` -> ``[1, T, H, d_v]``."""
+    query, key, value = (one if one.stride(-1) == 1 else one.contiguous() for one in (query, key, value))
+    n_tokens, width = query.shape[2:]
+    out = query.new_empty(1, n_tokens, query.shape[1], value.shape[-1])
+    offsets = torch.tensor(bounds, dtype=torch.int64)
+    core = native("cpu")[0]
+    assert core is not None, "takes_core() said so"
+    core.attend(
+        *(tensor.data_ptr() for tensor in (query, key, value, out, offsets)),
+        n_sequences=len(bounds) - 1,
+        n_tokens=n_tokens,
+        n_heads=(query.shape[1], key.shape[1]),
+        widths=(width, value.shape[-1]),
+        query_strides=(query.stride(2), query.stride(1)),
+        key_strides=(key.stride(2), key.stride(1)),
+        value_strides=(value.stride(2), value.stride(1)),
+        window=window or n_tokens,
+        scale=width**-0.5 if scaling is None else scaling,
+        n_threads=torch.get_num_threads(),
+    )
+    return out

@@ -1,8 +1,11 @@
 // actcache._core: the CPU side. Pointers come as integers; the caller keeps what they point to alive.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 
+#include "attention.h"
 #include "bindings.h"
 #include "isa.h"
 
@@ -44,7 +47,9 @@ py::bytes encode(const actcache::PlanesInput& input) {
 }  // namespace
 
 PYBIND11_MODULE(_core, module) {
-    module.doc() = "Native core of actcache on the CPU: row gather and scatter, planes of bf16 words and their codec.";
+    module.doc() =
+        "Native core of actcache on the CPU: row gather and scatter, planes of bf16 words and "
+        "their codec, attention within packed sequences.";
     module.def("version", [] { return ACTCACHE_VERSION; }, "The version of actcache that this module was built from.");
     module.def(
         "gather_rows",
@@ -103,6 +108,40 @@ PYBIND11_MODULE(_core, module) {
         py::arg("row_stride_bytes"), py::arg("col_stride_bytes"), py::arg("row_ids_ptr"), py::arg("n_rows"),
         py::arg("exponents_ptr"), py::arg("rests_ptr"), py::arg("n_threads"),
         "As gather_rows, for 2-byte words, which are split on the way into contiguous planes of exponents and rests.");
+    module.def(
+        "attend",
+        [](std::uintptr_t query, std::uintptr_t key, std::uintptr_t value, std::uintptr_t out, std::uintptr_t offsets,
+           std::int64_t n_sequences, std::int64_t n_tokens, std::array<std::int64_t, 2> n_heads,
+           std::array<std::int64_t, 2> widths, std::array<std::int64_t, 2> query_strides,
+           std::array<std::int64_t, 2> key_strides, std::array<std::int64_t, 2> value_strides, std::int64_t window,
+           float scale, int n_threads) {
+            const actcache::AttentionParams params = {reinterpret_cast<const float*>(query),
+                                                      reinterpret_cast<const float*>(key),
+                                                      reinterpret_cast<const float*>(value),
+                                                      reinterpret_cast<float*>(out),
+                                                      reinterpret_cast<const std::int64_t*>(offsets),
+                                                      n_sequences,
+                                                      n_tokens,
+                                                      n_heads[0],
+                                                      n_heads[1],
+                                                      widths[0],
+                                                      widths[1],
+                                                      {query_strides[0], query_strides[1]},
+                                                      {key_strides[0], key_strides[1]},
+                                                      {value_strides[0], value_strides[1]},
+                                                      window,
+                                                      scale};
+            if (const char* refusal = actcache::check(params)) throw py::value_error(std::string("attend: ") + refusal);
+            check_threads("attend", n_threads);
+            const py::gil_scoped_release unlocked;
+            actcache::attend_cpu(params, n_threads);
+        },
+        py::arg("query_ptr"), py::arg("key_ptr"), py::arg("value_ptr"), py::arg("out_ptr"), py::arg("offsets_ptr"),
+        py::arg("n_sequences"), py::arg("n_tokens"), py::arg("n_heads"), py::arg("widths"), py::arg("query_strides"),
+        py::arg("key_strides"), py::arg("value_strides"), py::arg("window"), py::arg("scale"), py::arg("n_threads"),
+        "Causal float32 attention of each sequence to itself; see attention.h. n_heads are those of queries and of "
+        "keys, widths those of keys and of values, strides in floats from token to token and from head to head. "
+        "ValueError (sizes, offsets) is raised before anything is written.");
     module.def(
         "encode_words",
         [](std::uintptr_t words, std::size_t n_words, std::size_t row_words) {

@@ -15,7 +15,8 @@ Isa of_this_machine() {
         __builtin_cpu_supports("avx512vl")) {
         return Isa::kAvx512;
     }
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi")) return Isa::kAvx2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi"))
+        return Isa::kAvx2;
 #endif
     return Isa::kPortable;
 }

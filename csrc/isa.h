@@ -4,7 +4,7 @@
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ACTCACHE_X86 1
-#define ACTCACHE_AVX2 __attribute__((target("avx2,popcnt,bmi")))
+#define ACTCACHE_AVX2 __attribute__((target("avx2,fma,popcnt,bmi")))
 #define ACTCACHE_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt,bmi")))
 #endif
 

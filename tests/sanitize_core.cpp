@@ -2,6 +2,8 @@
 // Buffers are of exactly the size that each function may touch, on the heap, so that one byte too far is an error.
 // Exits 0 and prints how many checks passed, or aborts at the first that did not. With the argument `rows` only what
 // has threads runs.
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -9,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "attention.h"
 #include "gather.h"
 #include "isa.h"
 #include "planes.h"
@@ -196,6 +199,71 @@ void rows() {
     check(back == table, "threads share the rows");
 }
 
+// Each result against the sum that defines it, over sequences of their own lengths, one of them empty.
+void attention() {
+    for (int round = 0; round < 60; ++round) {
+        const auto up_to = [](unsigned most) { return static_cast<std::int64_t>(1 + rng() % most); };
+        const std::int64_t n_key_heads = up_to(2), n_heads = n_key_heads * up_to(3);
+        const std::int64_t widths[2] = {up_to(40), up_to(70)};
+        std::vector<std::int64_t> offsets{0, up_to(40)};
+        offsets.push_back(offsets.back());
+        offsets.push_back(offsets.back() + up_to(9));
+        const std::int64_t n = offsets.back(), window = round % 2 == 0 ? n : up_to(12);
+        const auto random = [](std::int64_t size) {
+            std::unique_ptr<float[]> floats(new float[static_cast<std::size_t>(size)]);
+            for (std::int64_t i = 0; i < size; ++i) floats[i] = static_cast<float>(rng() % 2001) / 1000.0f - 1.0f;
+            return floats;
+        };
+        const auto query = random(n * n_heads * widths[0]), key = random(n * n_key_heads * widths[0]);
+        const auto value = random(n * n_key_heads * widths[1]), out = random(n * n_heads * widths[1]);
+        // Queries by token, keys by head.
+        const AttentionParams params = {query.get(),
+                                        key.get(),
+                                        value.get(),
+                                        out.get(),
+                                        offsets.data(),
+                                        3,
+                                        n,
+                                        n_heads,
+                                        n_key_heads,
+                                        widths[0],
+                                        widths[1],
+                                        {n_heads * widths[0], widths[0]},
+                                        {widths[0], n * widths[0]},
+                                        {n_key_heads * widths[1], widths[1]},
+                                        window,
+                                        0.25f};
+        check(actcache::check(params) == nullptr, "good attention passes");
+        attend_cpu(params, 1 + round % 3);
+        for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
+            for (std::int64_t i = offsets[s]; i < offsets[s + 1]; ++i) {
+                for (std::int64_t h = 0; h < n_heads; ++h) {
+                    const std::int64_t g = h / (n_heads / n_key_heads);
+                    std::vector<double> mixed(static_cast<std::size_t>(widths[1]), 0.0);
+                    double sum = 0;
+                    for (std::int64_t j = std::max(offsets[s], i + 1 - window); j <= i; ++j) {
+                        double score = 0;
+                        for (std::int64_t c = 0; c < widths[0]; ++c) {
+                            score += static_cast<double>(query[(i * n_heads + h) * widths[0] + c]) *
+                                     static_cast<double>(key[(g * n + j) * widths[0] + c]);
+                        }
+                        const double weight = std::exp(0.25 * score);
+                        sum += weight;
+                        for (std::int64_t c = 0; c < widths[1]; ++c) {
+                            mixed[static_cast<std::size_t>(c)] +=
+                                weight * static_cast<double>(value[(j * n_key_heads + g) * widths[1] + c]);
+                        }
+                    }
+                    for (std::int64_t c = 0; c < widths[1]; ++c) {
+                        const double found = static_cast<double>(out[(i * n_heads + h) * widths[1] + c]);
+                        check(std::abs(found - mixed[static_cast<std::size_t>(c)] / sum) < 1e-5, "attention");
+                    }
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -206,6 +274,7 @@ int main(int argc, char** argv) {
         if (!only_rows) codec();
         if (!only_rows) damage();
         rows();
+        attention();
     }
     std::printf("%zu checks\n", n_checks);
     return 0;

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from actcache import packing
+from actcache.native import native
 from actcache.packing import (
     Prefix,
+    attend_in_core,
     attend_varlen,
     branched_attention,
     offsets_of,
@@ -32,6 +34,7 @@ from actcache.packing import (
     plan_evenly,
     plan_packs,
     restarting_positions,
+    takes_core,
     takes_varlen,
 )
 
@@ -155,6 +158,156 @@ def test_branches_equal_sequences_with_another_last_token(name, attention, monke
         ]
     torch.testing.assert_close(found, torch.stack(whole), rtol=1e-5, atol=2e-5)
     assert model.config._attn_implementation == attention
+
+
+# ---- the native core's attention ----
+
+
+def slow_attention(query, key, value, bounds, scale, window):
+    """One query of one head after the other, in float64: ``[T, H, d]`` -> ``[T, H, d_v]``."""
+    out = torch.zeros(len(query), query.shape[1], value.shape[2], dtype=torch.float64)
+    group = query.shape[1] // key.shape[1]
+    for start, stop in itertools.pairwise(bounds):
+        for head, i in itertools.product(range(query.shape[1]), range(start, stop)):
+            seen = range(max(start, i + 1 - (window or len(query))), i + 1)
+            keys, values = (tensor[seen.start : seen.stop, head // group].double() for tensor in (key, value))
+            out[i, head] = (keys @ query[i, head].double() * scale).softmax(0) @ values
+    return out
+
+
+def laid_out(tensor, how):
+    """``[T, H, d]`` as ``[1, H, T, d]``, in one of the forms that models hand to attention."""
+    as_given = tensor.transpose(0, 1)[None]
+    if how == "heads first":
+        return as_given.contiguous()
+    if how == "sliced":
+        wide = torch.full((len(tensor), tensor.shape[1] + 2, tensor.shape[2] + 3), torch.nan)
+        wide[:, 1:-1, 2:-1] = tensor
+        return wide[:, 1:-1, 2:-1].transpose(0, 1)[None]
+    return as_given.transpose(2, 3).contiguous().transpose(2, 3) if how == "turned" else as_given
+
+
+needs_core = pytest.mark.skipif(native("cpu")[0] is None, reason="no native core")
+
+
+@needs_core
+@pytest.mark.parametrize("isa", [0, 1, 2])
+@given(
+    lengths=st.lists(st.integers(1, 70), min_size=1, max_size=5),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 1), (2, 2)]),
+    widths=st.tuples(st.integers(1, 70), st.integers(1, 70)),
+    how=st.sampled_from(["tokens first", "heads first", "sliced", "turned"]),
+    window=st.none() | st.integers(1, 80),
+    scale=st.sampled_from([None, 0.02, 0.5]),
+    n_threads=st.integers(1, 3),
+    seed=st.integers(0, 99),
+)
+@settings(deadline=None, max_examples=40)
+def test_attend_in_core_equals_one_query_after_the_other(
+    isa, lengths, heads, widths, how, window, scale, n_threads, seed
+):
+    generator = torch.Generator().manual_seed(seed)
+    bounds = offsets_of(lengths).tolist()
+    shapes = [(heads[0], widths[0]), (heads[1], widths[0]), (heads[1], widths[1])]
+    query, key, value = (torch.randn(bounds[-1], *shape, generator=generator) for shape in shapes)
+    expected = slow_attention(query, key, value, bounds, widths[0] ** -0.5 if scale is None else scale, window)
+    core, before = native("cpu")[0], torch.get_num_threads()
+    widest = core.isa()
+    core.limit_isa(isa)
+    torch.set_num_threads(n_threads)
+    try:
+        found = attend_in_core(*(laid_out(one, how) for one in (query, key, value)), bounds, scale, window)
+    finally:
+        core.limit_isa(widest)
+        torch.set_num_threads(before)
+    assert found.shape == (1, *expected.shape)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found[0].double(), expected, rtol=0, atol=2e-5)
+
+
+@needs_core
+def test_attend_in_core_hands_on_what_is_not_finite():
+    query, key, value = torch.randn(3, 1, 2, 40, 16)
+    key[0, 0, 5, 3], value[0, 1, 33, 7] = torch.nan, torch.inf
+    found = attend_in_core(query, key, value, [0, 30, 40], None, None)[0]
+    assert found[:5].isfinite().all()
+    assert found[5:30, 0].isnan().all()
+    assert found[5:, 1].nan_to_num(0, 0, 0).isfinite().all()
+    assert not found[33:, 1, 7].isfinite().any()
+    assert found[30:, 0].isfinite().all()  # another sequence
+    huge = attend_in_core(1e4 * query, torch.ones_like(key), value.nan_to_num(0, 0, 0), [0, 40], 1.0, 1)[0]
+    torch.testing.assert_close(huge, value[0].nan_to_num(0, 0, 0).transpose(0, 1))  # one key seen: its value
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"n_heads": (3, 2)}, "n_heads must be a multiple"),
+        ({"widths": (0, 4)}, "widths and window must be at least 1"),
+        ({"window": 0}, "widths and window must be at least 1"),
+        ({"n_tokens": 6}, "offsets must run from 0 to n_tokens"),
+        ({"n_sequences": -1}, "counts must not be negative"),
+        ({"n_threads": 0}, "n_threads is 0, expected 1 or more"),
+        ({"out_ptr": 0}, "must not be null"),
+        ({"offsets_ptr": 0}, "offsets must not be null"),
+        ({"widths": (2**62, 2**62)}, "must not exceed"),
+        ({"offsets": [0, 5, 3, 5], "n_sequences": 3}, "offsets must not decrease"),
+    ],
+    ids=str,
+)
+def test_attention_in_core_refuses_what_does_not_fit(change, words):
+    tensors = [torch.zeros(5, 2, 4) for _ in range(4)]
+    change = dict(change)
+    offsets = torch.tensor(change.pop("offsets", [0, 2, 5]))
+    names = ("query_ptr", "key_ptr", "value_ptr", "out_ptr")
+    given = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
+    given |= {"offsets_ptr": offsets.data_ptr(), "n_sequences": 2, "n_tokens": 5, "n_heads": (2, 2), "widths": (4, 4)}
+    given |= {f"{name}_strides": (8, 4) for name in ("query", "key", "value")}
+    with pytest.raises(ValueError, match=words):
+        native("cpu")[0].attend(**given | {"window": 5, "scale": 1.0, "n_threads": 1} | change)
+
+
+@needs_core
+@pytest.mark.parametrize(
+    ("name", "attention", "taken"),
+    [
+        ("llama", "sdpa", [True] * 4),
+        ("qwen3", "sdpa", [True] * 4),
+        ("mistral with a window", "sdpa", [True] * 4),
+        ("gemma3 with windows", "sdpa", [True] * 4),
+        ("gpt2", "sdpa", [True] * 3),
+        ("llama", "eager", [False] * 4),
+        ("gemma2 with soft-caps", "eager", [False] * 4),
+        ("gpt-oss with sinks and windows", "eager", [False] * 4),
+    ],
+)
+def test_packs_go_to_the_core_where_it_computes_the_same(name, attention, taken, monkeypatch):
+    model, answers = build(name, attention), []
+
+    def decide(*given):
+        answers.append(takes_core(*given))
+        return answers[-1]
+
+    monkeypatch.setattr(packing, "takes_core", decide)
+    ids = [torch.randint(2, 50, (1, length)) for length in LENGTHS]
+    bounds = offsets_of(LENGTHS).tolist()
+
+    def packed():
+        with packed_attention(model.config, bounds):
+            return model(torch.cat(ids, dim=1), position_ids=restarting_positions(bounds), use_cache=False).logits
+
+    with torch.no_grad():
+        alone = torch.cat([model(one, use_cache=False).logits for one in ids], dim=1)
+        torch.testing.assert_close(packed(), alone, rtol=1e-5, atol=2e-5)
+        assert answers == (taken if native("cpu")[0].isa() else [False] * len(taken))
+        answers.clear()
+        monkeypatch.setattr(packing, "_LONGEST_IN_CORE", max(LENGTHS) - 1)
+        torch.testing.assert_close(packed(), alone, rtol=1e-5, atol=2e-5)
+        assert answers == []
+    monkeypatch.setattr(packing, "_LONGEST_IN_CORE", max(LENGTHS))
+    torch.testing.assert_close(packed(), alone, rtol=1e-5, atol=2e-5)  # with gradients, which the core has none of
+    assert answers == [False] * len(taken)
 
 
 # ---- the varlen kernel ----
