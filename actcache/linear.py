@@ -46,7 +46,7 @@ def fast_products(blocks: nn.Module) -> Iterator[None]:
     if not onednn_is_faster() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         yield
         return
-    with _replaced([place for place in _linear_layers(blocks) if _is_plain(_layer_at(place))], _by_onednn):
+    with _replaced([place for place in _linear_layers(blocks) if _is_untouched(_layer_at(place))], _by_onednn):
         yield
 
 
@@ -121,7 +121,7 @@ def _by_onednn(layer: nn.Linear) -> nn.Module:
     return other
 
 
-def _is_plain(layer: nn.Linear) -> bool:
+def _is_untouched(layer: nn.Linear) -> bool:
     weight = layer.weight
     touched = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous() and not touched
