@@ -1,11 +1,14 @@
 """Linear layers by other means than torch's usual product, for the length of one packed forward.
 
-Where nobody reads what a layer makes, zeros; and where torch's float32 product is a slow one, oneDNN's. torch
-multiplies float32 with MKL, which uses AVX-512 on Intel's CPUs only; on others that have it, oneDNN, which torch ships
-as well, is twice as fast. Both differ by rounding, as packs do anyway: a forward that shall be the model's own does not
-come here.
+Where nobody reads what a layer makes, zeros; and where a CPU can multiply float32 faster than torch does, that way:
 
-Knows torch's modules; knows no models, no packs.
+- by matrix tiles (Intel's AMX), which the native core uses to float32's precision (csrc/linear.h);
+- by oneDNN, which torch ships as well, on CPUs with AVX-512 that are not Intel's: torch multiplies float32 with MKL,
+  which uses AVX-512 on Intel's only.
+
+These differ from torch's by rounding, as packs do anyway: a forward that shall be the model's own does not come here.
+
+Knows torch's modules and the native core; knows no models, no packs.
 """
 
 from __future__ import annotations
@@ -20,8 +23,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from actcache.native import native
+
 # The names of a linear layer that makes queries and nothing else; the second is latent attention's.
 _QUERY_NAMES = ("q_proj", "q_b_proj")
+
+# Of fewer rows torch's product is the faster one: splitting the weights costs as much as so many rows.
+_ROWS_FOR_TILES = 128
 
 
 @contextmanager
@@ -38,16 +46,36 @@ def without_queries(block: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fast_products(blocks: nn.Module) -> Iterator[None]:
-    """Within this context the linear layers in ``blocks`` are computed by oneDNN, on CPUs where it is the faster one.
+    """Within this context the linear layers in ``blocks`` are computed by the fastest means that this CPU has.
 
     Only float32 on the CPU, outside of autograd, and layers that nobody has hooked or wrapped. The layers are replaced
     in the modules that hold them: not for use from two threads on one model.
     """
-    if not onednn_is_faster() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    means = _fastest_means()
+    if means is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         yield
         return
-    with _replaced([place for place in _linear_layers(blocks) if _is_untouched(_layer_at(place))], _by_onednn):
+
+    def make(layer: nn.Linear) -> nn.Linear:
+        other = copy.copy(layer)  # with the same weights
+        other.__class__ = means
+        return other
+
+    with _replaced([place for place in _linear_layers(blocks) if _is_untouched(_layer_at(place))], make):
         yield
+
+
+def _fastest_means() -> type[nn.Linear] | None:
+    """By what the CPU is, not by a measurement: a run that goes on later takes the same path."""
+    if tiles_are_there():
+        return _TileLinear
+    return _OneDnnLinear if onednn_is_faster() else None
+
+
+def tiles_are_there() -> bool:
+    """Whether the native core has matrix tiles on this machine."""
+    core = native("cpu")[0]
+    return core is not None and core.has_tiles()
 
 
 @cache
@@ -115,13 +143,44 @@ class _OneDnnLinear(nn.Linear):
         return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
 
 
-def _by_onednn(layer: nn.Linear) -> nn.Module:
-    other = copy.copy(layer)  # with the same weights
-    other.__class__ = _OneDnnLinear
-    return other
+class _TileLinear(nn.Linear):
+    """A linear layer by the native core's matrix tiles."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        n_rows = states.numel() // max(1, self.in_features)
+        if states.dtype != torch.float32 or n_rows < _ROWS_FOR_TILES:
+            return super().forward(states)
+        return linear_in_core(states, self.weight, self.bias)
+
+
+def linear_in_core(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The native core's linear layer, float32 on the CPU: states ``[..., n_in]``, of any strides, contiguous weight
+    ``[n_out, n_in]`` and bias ``[n_out]`` -> ``[..., n_out]``.
+
+    A row's result is the same, bit for bit, whatever the other rows and the number of threads.
+    """
+    core = native("cpu")[0]
+    assert core is not None, "tiles_are_there() said so"
+    rows = states.reshape(-1, weight.shape[1])
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    out = states.new_empty(*states.shape[:-1], weight.shape[0])
+    core.linear(
+        rows.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        n_rows=rows.shape[0],
+        n_in=weight.shape[1],
+        n_out=weight.shape[0],
+        row_stride=rows.stride(0),
+        n_threads=torch.get_num_threads(),
+    )
+    return out
 
 
 def _is_untouched(layer: nn.Linear) -> bool:
-    weight = layer.weight
-    touched = layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)
-    return weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous() and not touched
+    if layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
+        return False
+    weights = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    return all(one.device.type == "cpu" and one.dtype == torch.float32 and one.is_contiguous() for one in weights)

@@ -8,6 +8,7 @@
 #include "attention.h"
 #include "bindings.h"
 #include "isa.h"
+#include "linear.h"
 
 namespace py = pybind11;
 
@@ -49,7 +50,7 @@ py::bytes encode(const actcache::PlanesInput& input) {
 PYBIND11_MODULE(_core, module) {
     module.doc() =
         "Native core of actcache on the CPU: row gather and scatter, planes of bf16 words and "
-        "their codec, attention within packed sequences.";
+        "their codec, attention within packed sequences, linear layers by matrix tiles.";
     module.def("version", [] { return ACTCACHE_VERSION; }, "The version of actcache that this module was built from.");
     module.def(
         "gather_rows",
@@ -142,6 +143,28 @@ PYBIND11_MODULE(_core, module) {
         "Causal float32 attention of each sequence to itself; see attention.h. n_heads are those of queries and of "
         "keys, widths those of keys and of values, strides in floats from token to token and from head to head. "
         "ValueError (sizes, offsets) is raised before anything is written.");
+    module.def(
+        "linear",
+        [](std::uintptr_t rows, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::int64_t n_rows,
+           std::int64_t n_in, std::int64_t n_out, std::int64_t row_stride, int n_threads) {
+            const actcache::LinearParams params = {reinterpret_cast<const float*>(rows),
+                                                   reinterpret_cast<const float*>(weight),
+                                                   reinterpret_cast<const float*>(bias),
+                                                   reinterpret_cast<float*>(out),
+                                                   n_rows,
+                                                   n_in,
+                                                   n_out,
+                                                   row_stride};
+            if (const char* refusal = actcache::check(params)) throw py::value_error(std::string("linear: ") + refusal);
+            check_threads("linear", n_threads);
+            const py::gil_scoped_release unlocked;
+            actcache::linear_cpu(params, n_threads);
+        },
+        py::arg("rows_ptr"), py::arg("weight_ptr"), py::arg("bias_ptr"), py::arg("out_ptr"), py::arg("n_rows"),
+        py::arg("n_in"), py::arg("n_out"), py::arg("row_stride"), py::arg("n_threads"),
+        "A linear layer of float32 by bfloat16 products; see linear.h. bias_ptr may be 0; row_stride is in floats. "
+        "ValueError (sizes) is raised before anything is written.");
+    module.def("has_tiles", &actcache::has_tiles, "Whether linear() has matrix tiles; without, it is slow.");
     module.def(
         "encode_words",
         [](std::uintptr_t words, std::size_t n_words, std::size_t row_words) {

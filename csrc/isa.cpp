@@ -4,6 +4,11 @@
 #include <algorithm>
 #include <atomic>
 
+#if defined(ACTCACHE_AMX)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace actcache {
 namespace {
 
@@ -21,7 +26,26 @@ Isa of_this_machine() {
     return Isa::kPortable;
 }
 
+bool tiles_of_this_machine() {
+#if defined(ACTCACHE_AMX)
+    if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16") ||
+        !__builtin_cpu_supports("avx512bf16")) {
+        return false;
+    }
+    // Linux's "Using XSTATE features in user space applications"; glibc names neither.
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+    return false;
+#endif
+}
+
 }  // namespace
+
+bool has_tiles() {
+    static const bool found = of_this_machine() == Isa::kAvx512 && tiles_of_this_machine();
+    return found && isa() == Isa::kAvx512;
+}
 
 Isa isa() {
     static const Isa found = of_this_machine();

@@ -8,6 +8,12 @@
 #define ACTCACHE_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt,bmi")))
 #endif
 
+// Matrix tiles, for which Linux asks to be asked; compilers know them from these on.
+#if defined(ACTCACHE_X86) && defined(__linux__) && \
+    ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#define ACTCACHE_AMX __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+#endif
+
 #if defined(__GNUC__)
 #define ACTCACHE_BODY inline __attribute__((always_inline))
 #else
@@ -20,6 +26,10 @@ enum class Isa { kPortable, kAvx2, kAvx512 };
 
 // isa.cpp. The widest instruction set of this machine, not above what limit_isa() allows.
 Isa isa();
+
+// Whether matrix tiles multiply bfloat16 here: AVX-512 in use, AMX and AVX512-BF16 present, and leave given by Linux,
+// which is asked for it at the first call.
+bool has_tiles();
 
 // For tests: no wider than this from now on. Not for use beside a running call.
 void limit_isa(Isa widest);

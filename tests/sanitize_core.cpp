@@ -14,6 +14,7 @@
 #include "attention.h"
 #include "gather.h"
 #include "isa.h"
+#include "linear.h"
 #include "planes.h"
 #include "scatter.h"
 
@@ -264,6 +265,37 @@ void attention() {
     }
 }
 
+// Each result against the sum that defines it; more than is laid out at a time either way, in rows and steps.
+void linear() {
+    for (int round = 0; round < 12; ++round) {
+        const auto up_to = [](unsigned most) { return static_cast<std::int64_t>(1 + rng() % most); };
+        const std::int64_t n_rows = up_to(70), n_in = round % 4 == 0 ? 760 + up_to(40) : up_to(70), n_out = up_to(70);
+        const std::int64_t stride = n_in + static_cast<std::int64_t>(rng() % 3);
+        const auto random = [](std::int64_t size) {
+            std::unique_ptr<float[]> floats(new float[static_cast<std::size_t>(size)]);
+            for (std::int64_t i = 0; i < size; ++i) floats[i] = static_cast<float>(rng() % 2001) / 1000.0f - 1.0f;
+            return floats;
+        };
+        // The last row ends where its numbers end.
+        const auto rows = random((n_rows - 1) * stride + n_in), weight = random(n_out * n_in);
+        const auto bias = random(n_out), out = random(n_rows * n_out);
+        const bool with_bias = round % 2 == 0;
+        const LinearParams params = {
+            rows.get(), weight.get(), with_bias ? bias.get() : nullptr, out.get(), n_rows, n_in, n_out, stride};
+        check(actcache::check(params) == nullptr, "a good linear layer passes");
+        linear_cpu(params, 1 + round % 3);
+        for (std::int64_t r = 0; r < n_rows; ++r) {
+            for (std::int64_t c = 0; c < n_out; ++c) {
+                double sum = with_bias ? static_cast<double>(bias[c]) : 0.0;
+                for (std::int64_t k = 0; k < n_in; ++k) {
+                    sum += static_cast<double>(rows[r * stride + k]) * static_cast<double>(weight[c * n_in + k]);
+                }
+                check(std::abs(static_cast<double>(out[r * n_out + c]) - sum) < 1e-3, "a linear layer");
+            }
+        }
+    }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -275,6 +307,7 @@ int main(int argc, char** argv) {
         if (!only_rows) damage();
         rows();
         attention();
+        linear();
     }
     std::printf("%zu checks\n", n_checks);
     return 0;
