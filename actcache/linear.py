@@ -72,6 +72,16 @@ def _fastest_means() -> type[nn.Linear] | None:
     return _OneDnnLinear if onednn_is_faster() else None
 
 
+def describe_products() -> str:
+    """One line: what multiplies in packed float32 forwards on the CPU."""
+    names: dict[type[nn.Linear] | None, str] = {
+        _TileLinear: "matrix tiles (AMX), by actcache._core",
+        _OneDnnLinear: "oneDNN",
+        None: "torch",
+    }
+    return f"float32 products in packs on the CPU: {names[_fastest_means()]}"
+
+
 def tiles_are_there() -> bool:
     """Whether the native core has matrix tiles on this machine."""
     core = native("cpu")[0]

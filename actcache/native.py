@@ -1,7 +1,7 @@
 """The native core: which of its modules serve, chosen once a process by what is installed. Knows no tensors.
 
 ``ACTCACHE_ENGINE=torch`` leaves it out everywhere: torch and NumPy then do its work, with the same bits, but for packed
-attention, which differs by rounding.
+attention and linear layers, which differ by rounding.
 """
 
 from __future__ import annotations

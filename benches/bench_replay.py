@@ -40,6 +40,7 @@ from rivals import Hooks, grid
 from study import REPLAY_TARGET, TOLERANCE, Ours, Study, add_pair_arguments, events_of
 
 from actcache.capture import parse_boundaries
+from actcache.linear import describe_products
 from actcache.lineup import DTYPES, Lineup
 from actcache.replay import LateStack
 from actcache.store import Store
@@ -79,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "workloads": [workload.as_json() for workload in workloads],
         "largest_difference": worst,
         "multiply_adds_per_s": products.rates(),
+        "in_packs": describe_products(),
         "peak_bytes": peaks,
     }
     print_result("replay", result)

@@ -59,6 +59,7 @@ from study import (
 )
 
 from actcache.capture import parse_boundaries
+from actcache.linear import describe_products
 from actcache.lineup import DTYPES
 from actcache.store import Store
 
@@ -119,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "workloads": [workload.as_json() for workload in workloads],
         "largest_difference": sweep.worst,
         "multiply_adds_per_s": products.rates(),
+        "in_packs": describe_products(),
         "bytes_per_event": {kind: summary["state_bytes"][kind] / len(sweep.events) for kind in ("raw", "stored")},
     }
     print_result("sweep", result)

@@ -18,7 +18,7 @@ import torch
 BENCHES = Path(__file__).parent.parent / "benches"
 
 
-@pytest.mark.parametrize("name", ["codec", "feed", "gather", "store"])
+@pytest.mark.parametrize("name", ["codec", "feed", "gather", "linear", "store"])
 def test_a_bench_at_a_small_size(name):
     """Each compares what it times first, bit for bit, and exits otherwise."""
     ran = run_smoke(name)

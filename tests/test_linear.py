@@ -314,15 +314,16 @@ def test_onednn_is_for_cpus_with_avx512_that_mkl_does_not_use(vendor, capability
 
 
 def test_tiles_come_first_then_onednn_and_neither_without_reason(monkeypatch):
-    for tiles, onednn, expected in (
-        (True, True, linear._TileLinear),
-        (True, False, linear._TileLinear),
-        (False, True, linear._OneDnnLinear),
-        (False, False, None),
+    for tiles, onednn, expected, said in (
+        (True, True, linear._TileLinear, ": matrix tiles (AMX), by actcache._core"),
+        (True, False, linear._TileLinear, ": matrix tiles (AMX), by actcache._core"),
+        (False, True, linear._OneDnnLinear, ": oneDNN"),
+        (False, False, None, ": torch"),
     ):
         monkeypatch.setattr(linear, "tiles_are_there", lambda tiles=tiles: tiles)
         monkeypatch.setattr(linear, "onednn_is_faster", lambda onednn=onednn: onednn)
         assert linear._fastest_means() is expected
+        assert linear.describe_products().endswith(said)
 
 
 @needs_core

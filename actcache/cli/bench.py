@@ -13,13 +13,13 @@ from actcache.cli.arguments import Verbs, add_verb
 from actcache.errors import CheckError, InputError
 from actcache.files import write_atomically
 
-BENCHES = ("gather", "codec", "store", "feed")
+BENCHES = ("gather", "linear", "codec", "store", "feed")
 
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verb of this module."""
     bench = add_verb(
-        verbs, "bench", _bench, "measure gather, codec, store and feed on this machine and disk, beside their rivals"
+        verbs, "bench", _bench, "measure gather, linear, codec, store and feed on this machine, beside their rivals"
     )
     bench.add_argument(
         "names", nargs="*", type=_bench_name, metavar="NAME", help=f"of {', '.join(BENCHES)}; default all"

@@ -15,9 +15,11 @@ from actcache.errors import InputError
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs of this module."""
-    inspect = add_verb(verbs, "inspect", _inspect, "what a store holds, or which engine gathers rows here")
+    inspect = add_verb(verbs, "inspect", _inspect, "what a store holds, or what gathers and multiplies here")
     inspect.add_argument("store", nargs="?", metavar="STORE", help="a store (folder or URL), or the folder of a run")
-    inspect.add_argument("--engine", action="store_true", help="say which engine gathers rows on each device")
+    inspect.add_argument(
+        "--engine", action="store_true", help="say what gathers rows on each device, and what multiplies in packs"
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     verify = add_verb(verbs, "verify", _verify, "re-read a whole store and name everything that is not as committed")
@@ -50,8 +52,9 @@ def _inspect(args: argparse.Namespace) -> None:
 
     if args.engine:
         from actcache.gather import describe_engines
+        from actcache.linear import describe_products
 
-        print("\n".join(describe_engines()))
+        print(*describe_engines(), describe_products(), sep="\n")
     if args.store is None:
         if not args.engine:
             raise InputError("give a store or the folder of a run, or --engine")
