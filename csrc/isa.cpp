@@ -5,6 +5,7 @@
 #include <atomic>
 
 #if defined(ACTCACHE_AMX)
+#include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -28,10 +29,11 @@ Isa of_this_machine() {
 
 bool tiles_of_this_machine() {
 #if defined(ACTCACHE_AMX)
-    if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16") ||
-        !__builtin_cpu_supports("avx512bf16")) {
-        return false;
-    }
+    // Asked of the processor itself: not every compiler's __builtin_cpu_supports() knows these names.
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    constexpr unsigned kTiles = 1u << 24 | 1u << 22, kAvx512Bf16 = 1u << 5;  // AMX-TILE and AMX-BF16
+    if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || (edx & kTiles) != kTiles) return false;
+    if (!__get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) || (eax & kAvx512Bf16) == 0) return false;
     // Linux's "Using XSTATE features in user space applications"; glibc names neither.
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;

@@ -36,7 +36,7 @@ constexpr std::int64_t kStepBytes = 2 * kStepWords;
 // How much is laid out at a time: steps of n_in, blocks of rows (in half of a second cache), blocks of weights.
 constexpr std::int64_t kMostSteps = 24;
 constexpr std::int64_t kRowBytes = std::int64_t{1} << 20;
-constexpr std::int64_t kWeightBytes = std::int64_t{8} << 20;
+constexpr std::int64_t kWeightBytes = std::int64_t{6} << 20;
 
 constexpr std::int64_t ceil_div(std::int64_t n, std::int64_t by) { return (n + by - 1) / by; }
 
@@ -259,12 +259,17 @@ struct Plan {
     std::int64_t columns_at_once;  // blocks
 };
 
-// Words at a multiple of 64 bytes.
+// Words at a multiple of 64 bytes, kept until more are wanted.
 class Words {
    public:
-    explicit Words(std::int64_t n)
-        : words_(static_cast<std::uint16_t*>(
-              ::operator new(static_cast<std::size_t>(n) * sizeof(std::uint16_t), std::align_val_t{64}))) {}
+    void reserve(std::int64_t n) {
+        if (n <= size_) return;
+        words_.reset();
+        size_ = 0;
+        words_.reset(static_cast<std::uint16_t*>(
+            ::operator new(static_cast<std::size_t>(n) * sizeof(std::uint16_t), std::align_val_t{64})));
+        size_ = n;
+    }
     std::uint16_t* at(std::int64_t i) const { return words_.get() + i; }
 
    private:
@@ -272,12 +277,14 @@ class Words {
         void operator()(std::uint16_t* words) const { ::operator delete(words, std::align_val_t{64}); }
     };
     std::unique_ptr<std::uint16_t, Free> words_;
+    std::int64_t size_ = 0;
 };
 
 struct Workspace {
-    explicit Workspace(const Plan& plan)
-        : rows(plan.rows_at_once * plan.steps_at_once * kStepWords),
-          weights(plan.columns_at_once * plan.steps_at_once * kStepWords) {}
+    void reserve(const Plan& plan) {
+        rows.reserve(plan.rows_at_once * plan.steps_at_once * kStepWords);
+        weights.reserve(plan.columns_at_once * plan.steps_at_once * kStepWords);
+    }
 
     Words rows;     // [block][step][kStepWords]
     Words weights;  // likewise
@@ -367,9 +374,12 @@ void linear_cpu(const LinearParams& params, int n_threads) {
         std::min(p.n_rows * p.n_in, kMaxBytes >> 20) * std::min<std::int64_t>(p.n_out, 1 << 20) / 64;
     const auto n_shares = std::min<std::int64_t>(n_threads, n_blocks);
     const Plan plan(p, ceil_div(n_blocks, n_shares) * kBlock);
-    // All memory is taken here: an exception within a thread would end the process.
-    std::vector<Workspace> spaces;
-    for (std::int64_t i = 0; i < n_shares; ++i) spaces.emplace_back(plan);
+    // Kept from call to call: new memory is faulted in page by page, which would take as long as the product. And taken
+    // here: an exception within a thread would end the process.
+    thread_local std::vector<Workspace> kept;
+    if (kept.size() < static_cast<std::size_t>(n_shares)) kept.resize(static_cast<std::size_t>(n_shares));
+    std::vector<Workspace>& spaces = kept;  // other threads have one of their own by that name
+    for (std::int64_t i = 0; i < n_shares; ++i) spaces[static_cast<std::size_t>(i)].reserve(plan);
     std::atomic<std::size_t> n_taken{0};
     deal_out(n_blocks, std::max<std::int64_t>(bytes, 1), n_threads, [&](std::int64_t begin, std::int64_t end) {
         linear_rows(p, begin * kBlock, std::min(end * kBlock, p.n_rows), plan, spaces[n_taken++]);
