@@ -1,6 +1,6 @@
 """Linear layers by other means than torch's usual product, for the length of one packed forward.
 
-Where nobody reads what a layer makes, zeros; and where a CPU can multiply float32 faster than torch does, that way:
+Where nobody reads what a layer makes, zeros; and on CPUs with better means for float32 than torch's product, those:
 
 - by matrix tiles (Intel's AMX), which the native core uses to float32's precision (csrc/linear.h);
 - by oneDNN, which torch ships as well, on CPUs with AVX-512 that are not Intel's: torch multiplies float32 with MKL,
@@ -46,7 +46,7 @@ def without_queries(block: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fast_products(blocks: nn.Module) -> Iterator[None]:
-    """Within this context the linear layers in ``blocks`` are computed by the fastest means that this CPU has.
+    """Within this context the linear layers in ``blocks`` are computed by the means that suit this CPU.
 
     Only float32 on the CPU, outside of autograd, and layers that nobody has hooked or wrapped. The layers are replaced
     in the modules that hold them: not for use from two threads on one model.

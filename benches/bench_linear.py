@@ -1,6 +1,6 @@
 """Linear layers in float32: the native core's matrix tiles beside torch's product and oneDNN's, results compared first.
 
-    python benches/bench_linear.py [--shapes 576x192,576x576,576x1536,1536x576 --rows 64,256,1024 --threads 1]
+    python benches/bench_linear.py [--shapes 576x192,576x576,576x1536,1536x576 --rows 64,128,256,1024]
 
 G multiply-adds a second of every number of rows with every n_in x n_out (the defaults are a SmolLM2 block's), and their
 share of a ceiling, the rate at matrices of 2048 x 2048: of float32, torch's or oneDNN's, whichever is faster; for
@@ -13,18 +13,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from measure import in_turn, median, print_result
+from measure import LINEAR, in_turn, median, print_result
 
 from actcache.linear import describe_products, linear_in_core, tiles_are_there
 
-WAYS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"torch": torch.nn.functional.linear}
-if torch.backends.mkldnn.is_available():
-    WAYS["oneDNN"] = lambda rows, weight: torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
 PRODUCTS = 6  # of bfloat16, for one of float32
 TOLERANCE = 1e-6  # of the size of the sums
 
@@ -59,7 +56,7 @@ def measure(n_rows: int, n_in: int, n_out: int, repeat: int, ceiling_size: int) 
     """Rates and errors of each way to one product. Exits where a result is not the product."""
     generator = torch.Generator().manual_seed(0)
     rows, weight = (torch.randn(n, n_in, generator=generator) for n in (n_rows, n_out))
-    ways = {name: partial(way, rows, weight) for name, way in WAYS.items()}
+    ways = {name: partial(way, rows, weight) for name, way in LINEAR.items()}
     if tiles_are_there():
         ways["tiles"] = partial(linear_in_core, rows, weight, None)
     truth = rows.double() @ weight.double().t()
@@ -68,8 +65,8 @@ def measure(n_rows: int, n_in: int, n_out: int, repeat: int, ceiling_size: int) 
     if not max(errors.values()) <= TOLERANCE:
         sys.exit(f"results differ from the product: {errors}, allowed {TOLERANCE}")
     large = torch.randn(ceiling_size, ceiling_size, generator=generator)
-    ceilings = {f"{name}, large": partial(way, large, large) for name, way in WAYS.items()}
-    ceilings["bfloat16, large"] = partial(WAYS["torch"], large.bfloat16(), large.bfloat16())
+    ceilings = {f"{name}, large": partial(way, large, large) for name, way in LINEAR.items()}
+    ceilings["bfloat16, large"] = partial(LINEAR["torch"], large.bfloat16(), large.bfloat16())
     seconds = in_turn(ways | ceilings, repeat)
     most = {name: ceiling_size**3 / median(seconds[name]) for name in ceilings}
     of_tiles = most.pop("bfloat16, large") / PRODUCTS

@@ -37,6 +37,11 @@ PACKAGES = (
 )
 LIMIT = "limit"
 
+# What torch ships to multiply rows by a weight, as a linear layer does.
+LINEAR: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"torch": torch.nn.functional.linear}
+if torch.backends.mkldnn.is_available():
+    LINEAR["oneDNN"] = lambda rows, weight: torch.ops.mkldnn._linear_pointwise(rows, weight, None, "none", [], "")
+
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
     """Seconds and result."""
@@ -113,10 +118,7 @@ class Products:
         """Time every expected product three times in each of the ways."""
         for (rows, n_in, n_out), samples in self.samples_s.items():
             given, weight = torch.randn(rows, n_in).to(self.dtype), torch.randn(n_out, n_in).to(self.dtype)
-            products = [partial(torch.nn.functional.linear, given, weight)]
-            if torch.backends.mkldnn.is_available():
-                products.append(partial(torch.ops.mkldnn._linear_pointwise, given, weight, None, "none", [], ""))
-            samples.append(min(_fastest(product) for product in products))
+            samples.append(min(_fastest(partial(linear, given, weight)) for linear in LINEAR.values()))
 
     def seconds(self, works: Sequence[Work]) -> tuple[float, float]:
         """How long this work takes at the rates sampled: by the medians, and if every product were the fastest seen."""

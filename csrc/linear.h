@@ -1,6 +1,6 @@
 // A linear layer of float32 by bfloat16 products: out[r, c] = bias[c] + sum over k of rows[r, k] * weight[c, k].
 //
-// CPUs with matrix tiles (Intel's AMX) multiply bfloat16 sixteen times as fast as float32. A float32 has 24 significant
+// CPUs with matrix tiles (Intel's AMX) multiply bfloat16 many times as fast as float32. A float32 has 24 significant
 // bits, a bfloat16 has 8 and the same exponents: x = x0 + x1 + x2, each the bfloat16 nearest to what is left of x. Of the
 // nine products of two such sums six are made; the other three are below 2^-23 of the whole. Products of bfloat16 are
 // exact in float32, and sums are float32's: the result is as near to the true one as a product of float32 is.

@@ -196,8 +196,8 @@ class OwnTiles {
     TileShapes before_;
 };
 
-// Tiles 0 to 3 hold results, 4 and 5 a piece of the rows, 6 and 7 one of the weights. Two pieces of weights are never
-// read beside each other, so one operand changes at a time.
+// Tiles 0 to 3 hold results, 4 and 5 a piece of the rows, 6 and 7 one of the weights. From product to product
+// one of the two changes, so that half as many are loaded.
 ACTCACHE_AMX void multiply_amx(const std::uint16_t* rows, const std::uint16_t* weights, std::int64_t n_steps,
                                float* block) {
 #define LOAD_ROWS(piece)                              \
@@ -374,7 +374,7 @@ void linear_cpu(const LinearParams& params, int n_threads) {
         std::min(p.n_rows * p.n_in, kMaxBytes >> 20) * std::min<std::int64_t>(p.n_out, 1 << 20) / 64;
     const auto n_shares = std::min<std::int64_t>(n_threads, n_blocks);
     const Plan plan(p, ceil_div(n_blocks, n_shares) * kBlock);
-    // Kept from call to call: new memory is faulted in page by page, which would take as long as the product. And taken
+    // Kept from call to call: new memory would be faulted in page by page, which can outlast a small product. And taken
     // here: an exception within a thread would end the process.
     thread_local std::vector<Workspace> kept;
     if (kept.size() < static_cast<std::size_t>(n_shares)) kept.resize(static_cast<std::size_t>(n_shares));
