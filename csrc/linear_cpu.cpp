@@ -1,8 +1,9 @@
 // Linear layers by bfloat16 products on the CPU, by blocks of rows dealt out to threads.
 //
 // Rows and weights are split into pieces and laid out as the tiles read them, with zeros where a matrix ends. A block of
-// results stays in four tiles while two tiles of rows and two of weights go by, piece by piece, step by step. The rows
-// laid out at a time stay in the second cache while all weights pass by.
+// results stays in four tiles while two tiles of rows and two of weights go by, piece by piece, step by step; pieces that
+// a block of weights does not have are passed over. The rows laid out at a time stay in the second cache while all
+// weights pass by.
 #include <algorithm>
 #include <atomic>
 #include <cstring>
@@ -64,8 +65,10 @@ float as_float(std::uint16_t word) {
 }
 
 // A tile of each piece of the part, kPieceWords apart; of weights turned over by pairs of words, which is how a tile
-// holds the second factor: [k / 2][row][k % 2] instead of [row][k].
-void lay_out_portable(const Part& part, bool turned, std::uint16_t* to) {
+// holds the second factor: [k / 2][row][k % 2] instead of [row][k]. Returns how many pieces are not all zeros: one where
+// the floats came from bfloat16.
+std::int64_t lay_out_portable(const Part& part, bool turned, std::uint16_t* to) {
+    std::int64_t n_pieces = 1;
     for (std::int64_t row = 0; row < kTile; ++row) {
         for (std::int64_t k = 0; k < kStep; ++k) {
             float left = row < part.n_rows && k < part.n_columns ? part.from[row * part.stride + k] : 0.0f;
@@ -73,19 +76,23 @@ void lay_out_portable(const Part& part, bool turned, std::uint16_t* to) {
             for (std::int64_t piece = 0; piece < kPieces; ++piece) {
                 const std::uint16_t word = nearest_bfloat16(left);
                 to[piece * kPieceWords + at] = word;
+                if (word != 0) n_pieces = std::max(n_pieces, piece + 1);
                 const bool finite = (word & 0x7f80u) != 0x7f80u;
                 left = finite ? left - as_float(word) : 0.0f;
             }
         }
     }
+    return n_pieces;
 }
 
-// block[kBlock][kBlock] = the products of two blocks' pieces, summed over so many steps.
-void multiply_portable(const std::uint16_t* rows, const std::uint16_t* weights, std::int64_t n_steps, float* block) {
+// block[kBlock][kBlock] = the products of two blocks' pieces, summed over so many steps. The weights' further pieces are
+// zeros.
+void multiply_portable(const std::uint16_t* rows, const std::uint16_t* weights, std::int64_t n_steps,
+                       std::int64_t n_pieces, float* block) {
     std::fill(block, block + kBlock * kBlock, 0.0f);
     for (std::int64_t step = 0; step < n_steps; ++step, rows += kStepWords, weights += kStepWords) {
         for (std::int64_t i = 0; i < kPieces; ++i) {
-            for (std::int64_t j = 0; i + j < kPieces; ++j) {
+            for (std::int64_t j = 0; i + j < kPieces && j < n_pieces; ++j) {
                 for (std::int64_t r = 0; r < kBlock; ++r) {
                     const std::uint16_t* row = rows + i * kPieceWords + r * kStep;
                     for (std::int64_t c = 0; c < kBlock; ++c) {
@@ -100,6 +107,13 @@ void multiply_portable(const std::uint16_t* rows, const std::uint16_t* weights, 
                 }
             }
         }
+    }
+}
+
+// A block of results, or the part of it that lies within the matrix.
+void store_portable(const float* block, float* out, std::int64_t stride, std::int64_t n_rows, std::int64_t n_columns) {
+    for (std::int64_t i = 0; i < n_rows; ++i) {
+        std::memcpy(out + i * stride, block + i * kBlock, static_cast<std::size_t>(n_columns) * sizeof(float));
     }
 }
 
@@ -151,23 +165,32 @@ ACTCACHE_AMX inline void turn_over(__m512i (&rows)[kTile]) {
     }
 }
 
-ACTCACHE_AMX void lay_out_amx(const Part& part, bool turned, std::uint16_t* to) {
+ACTCACHE_AMX std::int64_t lay_out_amx(const Part& part, bool turned, std::uint16_t* to) {
     const auto columns = static_cast<__mmask32>(part.n_columns == kStep ? ~0u : (1u << part.n_columns) - 1u);
     __m512i words[kPieces][kTile] = {};
+    __m512i any[kPieces] = {};
     for (std::int64_t row = 0; row < part.n_rows; ++row) {
         const float* from = part.from + row * part.stride;
         __builtin_prefetch(from + 2 * kStep);  // more rows than processors look ahead in by themselves
         __builtin_prefetch(from + 2 * kStep + kTile);
         __m512i pieces[kPieces];
         split(from, columns, pieces);
-        for (std::int64_t piece = 0; piece < kPieces; ++piece) words[piece][row] = pieces[piece];
+        for (std::int64_t piece = 0; piece < kPieces; ++piece) {
+            words[piece][row] = pieces[piece];
+            any[piece] = _mm512_or_si512(any[piece], pieces[piece]);
+        }
     }
+    std::int64_t n_pieces = 1;
     for (std::int64_t piece = 0; piece < kPieces; ++piece) {
-        if (turned) turn_over(words[piece]);
+        if (_mm512_test_epi32_mask(any[piece], any[piece]) != 0) {
+            n_pieces = piece + 1;
+            if (turned) turn_over(words[piece]);
+        }
         for (std::int64_t row = 0; row < kTile; ++row) {
             _mm512_store_si512(to + piece * kPieceWords + row * kStep, words[piece][row]);
         }
     }
+    return n_pieces;
 }
 
 // What the tile registers look like, as the processor takes it.
@@ -198,8 +221,9 @@ class OwnTiles {
 
 // Tiles 0 to 3 hold results, 4 and 5 a piece of the rows, 6 and 7 one of the weights. From product to product
 // one of the two changes, so that half as many are loaded.
-ACTCACHE_AMX void multiply_amx(const std::uint16_t* rows, const std::uint16_t* weights, std::int64_t n_steps,
-                               float* block) {
+template <std::int64_t n_pieces>
+ACTCACHE_AMX void multiply_pieces(const std::uint16_t* rows, const std::uint16_t* weights, std::int64_t n_steps,
+                                  float* block) {
 #define LOAD_ROWS(piece)                              \
     _tile_loadd(4, rows + (piece) * kPieceWords, 64); \
     _tile_loadd(5, rows + (piece) * kPieceWords + kTileWords, 64)
@@ -217,13 +241,19 @@ ACTCACHE_AMX void multiply_amx(const std::uint16_t* rows, const std::uint16_t* w
     _tile_zero(2);
     _tile_zero(3);
     for (std::int64_t step = 0; step < n_steps; ++step, rows += kStepWords, weights += kStepWords) {
-        LOAD_ROWS(0);
-        LOAD_WEIGHTS(2);
-        MULTIPLY();
-        LOAD_WEIGHTS(1);
-        MULTIPLY();
+        if constexpr (n_pieces > 1) {
+            LOAD_ROWS(0);
+            if constexpr (n_pieces > 2) {
+                LOAD_WEIGHTS(2);
+                MULTIPLY();
+            }
+            LOAD_WEIGHTS(1);
+            MULTIPLY();
+        }
         LOAD_ROWS(1);
-        MULTIPLY();
+        if constexpr (n_pieces > 1) {
+            MULTIPLY();
+        }
         LOAD_WEIGHTS(0);
         MULTIPLY();
         LOAD_ROWS(2);
@@ -239,6 +269,26 @@ ACTCACHE_AMX void multiply_amx(const std::uint16_t* rows, const std::uint16_t* w
 #undef LOAD_ROWS
 #undef LOAD_WEIGHTS
 #undef MULTIPLY
+}
+
+ACTCACHE_AMX void multiply_amx(const std::uint16_t* rows, const std::uint16_t* weights, std::int64_t n_steps,
+                               std::int64_t n_pieces, float* block) {
+    if (n_pieces == 1) return multiply_pieces<1>(rows, weights, n_steps, block);
+    if (n_pieces == 2) return multiply_pieces<2>(rows, weights, n_steps, block);
+    multiply_pieces<kPieces>(rows, weights, n_steps, block);
+}
+
+// Past the caches, as far as lines are written whole: results are larger than the second cache, and a line that is not
+// in it would be fetched only to be overwritten.
+ACTCACHE_AMX void store_amx(const float* block, float* out, std::int64_t stride, std::int64_t n_rows,
+                            std::int64_t n_columns) {
+    constexpr std::uintptr_t kLine = 64;
+    const bool whole = reinterpret_cast<std::uintptr_t>(out) % kLine == 0 && stride % kTile == 0;
+    if (!whole || n_columns < kBlock) return store_portable(block, out, stride, n_rows, n_columns);
+    for (std::int64_t i = 0; i < n_rows; ++i, block += kBlock, out += stride) {
+        _mm512_stream_ps(out, _mm512_load_ps(block));
+        _mm512_stream_ps(out + kTile, _mm512_load_ps(block + kTile));
+    }
 }
 
 #endif  // ACTCACHE_AMX
@@ -284,68 +334,77 @@ struct Workspace {
     void reserve(const Plan& plan) {
         rows.reserve(plan.rows_at_once * plan.steps_at_once * kStepWords);
         weights.reserve(plan.columns_at_once * plan.steps_at_once * kStepWords);
+        n_pieces.resize(static_cast<std::size_t>(plan.columns_at_once));
     }
 
-    Words rows;     // [block][step][kStepWords]
-    Words weights;  // likewise
+    Words rows;                          // [block][step][kStepWords]
+    Words weights;                       // likewise
+    std::vector<std::int64_t> n_pieces;  // of every block of weights
 };
 
-// Two tiles of each of these steps: rows first..first + kBlock of a matrix of n_rows x n_columns.
-template <typename LayOut>
-ACTCACHE_BODY void lay_out_block(const LayOut& lay_out, bool turned, const float* matrix, std::int64_t stride,
-                                 std::int64_t n_rows, std::int64_t n_columns, std::int64_t first,
-                                 std::int64_t first_step, std::int64_t n_steps, std::uint16_t* to) {
+// Two tiles of each of these steps: rows first..first + kBlock of a matrix of n_rows x n_columns. Returns how many
+// pieces are not all zeros.
+template <typename Means>
+ACTCACHE_BODY std::int64_t lay_out_block(const Means& means, bool turned, const float* matrix, std::int64_t stride,
+                                         std::int64_t n_rows, std::int64_t n_columns, std::int64_t first,
+                                         std::int64_t first_step, std::int64_t n_steps, std::uint16_t* to) {
+    std::int64_t n_pieces = 1;
     for (std::int64_t row = first; row < first + kBlock; row += kTile, to += kTileWords) {
         const std::int64_t rows_left = std::clamp(n_rows - row, std::int64_t{0}, kTile);
         for (std::int64_t s = 0; s < n_steps; ++s) {
             const std::int64_t column = (first_step + s) * kStep;
             const float* from = rows_left == 0 ? matrix : matrix + row * stride + column;
-            lay_out({from, stride, rows_left, std::min(kStep, n_columns - column)}, turned, to + s * kStepWords);
+            const Part part{from, stride, rows_left, std::min(kStep, n_columns - column)};
+            n_pieces = std::max(n_pieces, means.lay_out(part, turned, to + s * kStepWords));
         }
     }
+    return n_pieces;
 }
 
-// Adds a block of sums to what is there, or to the bias where these are the first.
-void put(const float* block, bool is_first, const LinearParams& p, std::int64_t row, std::int64_t end,
-         std::int64_t column) {
-    const std::int64_t n_columns = std::min(kBlock, p.n_out - column);
-    for (std::int64_t i = 0; i < std::min(kBlock, end - row); ++i, block += kBlock) {
-        float* out = p.out + (row + i) * p.n_out + column;
-        if (is_first && p.bias == nullptr) {
-            std::memcpy(out, block, static_cast<std::size_t>(n_columns) * sizeof(float));
-            continue;
+// Puts a block of sums where it belongs: over what is there, or added to it, or to the bias where these are the first.
+template <typename Means>
+ACTCACHE_BODY void put(const Means& means, const float* block, bool is_first, bool is_last, const LinearParams& p,
+                       std::int64_t row, std::int64_t end, std::int64_t column) {
+    const std::int64_t n_rows = std::min(kBlock, end - row), n_columns = std::min(kBlock, p.n_out - column);
+    float* out = p.out + row * p.n_out + column;
+    if (is_first && is_last && p.bias == nullptr) return means.store(block, out, p.n_out, n_rows, n_columns);
+    for (std::int64_t i = 0; i < n_rows; ++i, block += kBlock, out += p.n_out) {
+        for (std::int64_t j = 0; j < n_columns; ++j) {
+            const float before = !is_first ? out[j] : p.bias == nullptr ? 0.0f : p.bias[column + j];
+            out[j] = before + block[j];
         }
-        const float* sums = is_first ? p.bias + column : out;
-        for (std::int64_t j = 0; j < n_columns; ++j) out[j] = sums[j] + block[j];
     }
 }
 
 // Rows begin..end - 1 of the result.
-template <typename LayOut, typename Multiply>
-ACTCACHE_BODY void linear_body(const LayOut& lay_out, const Multiply& multiply, const LinearParams& p,
-                               std::int64_t begin, std::int64_t end, const Plan& plan, const Workspace& work) {
+template <typename Means>
+ACTCACHE_BODY void linear_body(const Means& means, const LinearParams& p, std::int64_t begin, std::int64_t end,
+                               const Plan& plan, Workspace& work) {
     alignas(64) float block[kBlock * kBlock];
     const std::int64_t rows_at_once = plan.rows_at_once * kBlock;
     for (std::int64_t step = 0; step < plan.steps; step += plan.steps_at_once) {
         const std::int64_t n_steps = std::min(plan.steps_at_once, plan.steps - step);
         const std::int64_t block_words = n_steps * kStepWords;
+        const bool is_first = step == 0, is_last = step + n_steps == plan.steps;
         for (std::int64_t column = 0; column < plan.column_blocks; column += plan.columns_at_once) {
             const std::int64_t n_columns = std::min(plan.columns_at_once, plan.column_blocks - column);
             for (std::int64_t row = begin; row < end; row += rows_at_once) {
                 const std::int64_t n_rows = ceil_div(std::min(rows_at_once, end - row), kBlock);
                 for (std::int64_t r = 0; r < n_rows; ++r) {
-                    lay_out_block(lay_out, false, p.rows, p.row_stride, end, p.n_in, row + r * kBlock, step, n_steps,
+                    lay_out_block(means, false, p.rows, p.row_stride, end, p.n_in, row + r * kBlock, step, n_steps,
                                   work.rows.at(r * block_words));
                 }
                 for (std::int64_t c = 0; c < n_columns; ++c) {
                     const std::int64_t first = (column + c) * kBlock;
                     std::uint16_t* weights = work.weights.at(c * block_words);
+                    std::int64_t& n_pieces = work.n_pieces[static_cast<std::size_t>(c)];
                     if (row == begin) {
-                        lay_out_block(lay_out, true, p.weight, p.n_in, p.n_out, p.n_in, first, step, n_steps, weights);
+                        n_pieces = lay_out_block(means, true, p.weight, p.n_in, p.n_out, p.n_in, first, step, n_steps,
+                                                 weights);
                     }
                     for (std::int64_t r = 0; r < n_rows; ++r) {
-                        multiply(work.rows.at(r * block_words), weights, n_steps, block);
-                        put(block, step == 0, p, row + r * kBlock, end, first);
+                        means.multiply(work.rows.at(r * block_words), weights, n_steps, n_pieces, block);
+                        put(means, block, is_first, is_last, p, row + r * kBlock, end, first);
                     }
                 }
             }
@@ -353,14 +412,30 @@ ACTCACHE_BODY void linear_body(const LayOut& lay_out, const Multiply& multiply, 
     }
 }
 
-void linear_rows(const LinearParams& p, std::int64_t begin, std::int64_t end, const Plan& plan, const Workspace& work) {
+struct Portable {
+    static constexpr auto lay_out = lay_out_portable;
+    static constexpr auto multiply = multiply_portable;
+    static constexpr auto store = store_portable;
+};
+
+#if defined(ACTCACHE_AMX)
+struct Amx {
+    static constexpr auto lay_out = lay_out_amx;
+    static constexpr auto multiply = multiply_amx;
+    static constexpr auto store = store_amx;
+};
+#endif
+
+void linear_rows(const LinearParams& p, std::int64_t begin, std::int64_t end, const Plan& plan, Workspace& work) {
 #if defined(ACTCACHE_AMX)
     if (has_tiles()) {
         const OwnTiles tiles;
-        return linear_body(lay_out_amx, multiply_amx, p, begin, end, plan, work);
+        linear_body(Amx(), p, begin, end, plan, work);
+        _mm_sfence();  // before others are told of the result: what went past the caches is in no order
+        return;
     }
 #endif
-    linear_body(lay_out_portable, multiply_portable, p, begin, end, plan, work);
+    linear_body(Portable(), p, begin, end, plan, work);
 }
 
 }  // namespace

@@ -278,6 +278,7 @@ void linear() {
         };
         // The last row ends where its numbers end.
         const auto rows = random((n_rows - 1) * stride + n_in), weight = random(n_out * n_in);
+        if (round % 3 == 1) std::fill_n(weight.get(), n_out * n_in, 0.75f);  // pieces are left out
         const auto bias = random(n_out), out = random(n_rows * n_out);
         const bool with_bias = round % 2 == 0;
         const LinearParams params = {
