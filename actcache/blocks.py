@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -130,15 +131,27 @@ class StateSource:
     """The state at the boundary that the stand-ins of one late stack hand on; set before each forward.
 
     Attributes:
-        state: ``[B, T, D]``.
+        state: ``[B, T, D]``, or None. Each thread has one of its own: several may run copies of one late stack at once.
         in_tuple: whether this architecture's blocks return ``(hidden_states, ...)``.
         n_more: how many values follow the hidden states in that tuple; the stand-ins return None for each.
     """
 
     def __init__(self) -> None:
-        self.state: torch.Tensor | None = None
+        self._states: dict[int, torch.Tensor] = {}  # by thread
         self.in_tuple = False
         self.n_more = 0
+
+    @property
+    def state(self) -> torch.Tensor | None:
+        """This thread's."""
+        return self._states.get(threading.get_ident())
+
+    @state.setter
+    def state(self, state: torch.Tensor | None) -> None:
+        if state is None:
+            self._states.pop(threading.get_ident(), None)
+        else:
+            self._states[threading.get_ident()] = state
 
 
 class UpstreamStandIn(nn.Module):
@@ -251,8 +264,8 @@ def _shallow(module: nn.Module) -> Any:
 
 
 def shareable(model: PreTrainedModel, apart: Collection[nn.Module] = ()) -> Iterator[Any]:
-    """What deep copies of a model may share, one for each thread: weights, the functions hooked to its modules, and
-    torch's own layers, except for those that are to be ``apart``.
+    """What deep copies of a model may share, one for each thread: weights, the functions hooked to its modules, torch's
+    own layers and stand-ins, except for those that are to be ``apart``.
 
     A layer of torch's has no state but its weights and buffers. One of a model's own code may, though it has no parts:
     RecurrentGemma's recurrence keeps its last state on itself. So each copy has its own, of buffers as well.
@@ -260,7 +273,10 @@ def shareable(model: PreTrainedModel, apart: Collection[nn.Module] = ()) -> Iter
     yield from model.parameters()
     for module in model.modules():
         yield from (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        stateless = type(module).__module__.startswith("torch.nn.modules.") and not module._buffers
+        if isinstance(module, UpstreamStandIn):
+            yield module._source
+        known = type(module).__module__.startswith("torch.nn.modules.") or type(module) is UpstreamStandIn
+        stateless = known and not module._buffers
         if stateless and not module._modules and module not in apart:
             yield module
 

@@ -337,7 +337,7 @@ class LateStack:
             views[boundary] = copy.copy(self.at(boundary))
             views[boundary]._views = views
         sites = {(layer, edit.site) for variant in variants for layer, edit in variant.inside()}
-        hooked = {*self._trunk.blocks, *(self._module_at(layer, site) for layer, site in sites)}
+        hooked = {*self.blocks, *(self._module_at(layer, site) for layer, site in sites)}
         shared: dict[int, Any] = {id(self.readout): self.readout}
         empty: dict[int, type] = {}
         for view in views.values():

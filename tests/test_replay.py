@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import reference
@@ -445,11 +446,27 @@ def test_workers_share_weights_and_nothing_that_a_forward_changes():
         assert all(weight is ours[name] for name, weight in stack._model.named_parameters())
         assert stack._model.config is not late._model.config
         assert all(block is not own for block, own in zip(stack.blocks, late.blocks[-len(stack.blocks) :], strict=True))
-        assert stack._source is not late._source
         for block in stack.blocks:
             assert block.self_attn.config is stack._trunk.config
             assert block.mlp is not late._trunk.blocks[3].mlp
     assert {id(module) for module in one.blocks} & {id(module) for module in other.blocks} == set()
+
+
+def test_a_thread_hands_on_its_own_state_and_no_others():
+    late = LateStack.load(build("llama"), BOUNDARY)
+    stand_in, (one, two) = late._trunk.blocks[0], torch.randn(2, 1, 3, WIDTH)
+
+    def elsewhere():
+        found = [stand_in()]
+        with late._handing_on(two):
+            found.append(stand_in())
+        return [*found, stand_in()]
+
+    with ThreadPoolExecutor(1) as other, late._handing_on(one):
+        before, during, after = other.submit(elsewhere).result()
+        assert torch.equal(stand_in(), one)
+    assert torch.equal(during, two)
+    assert before is after is stand_in() is None
 
 
 class Remembers(nn.Module):
