@@ -1,12 +1,14 @@
 """Linear layers in float32: the native core's matrix tiles beside torch's product and oneDNN's, results compared first.
 
     python benches/bench_linear.py [--shapes 576x192,576x576,576x1536,1536x576 --rows 64,128,256,1024]
+                                   [--stored-as bfloat16]
 
 G multiply-adds a second of every number of rows with every n_in x n_out (the defaults are a SmolLM2 block's), and their
 share of a ceiling, the rate at matrices of 2048 x 2048: of float32, torch's or oneDNN's, whichever is faster; for
-tiles, a sixth of torch's of bfloat16, as they make six such products for one of float32. All of these take turns, and
-medians are taken. How near each comes to the sums in float64: the root of the mean squared difference, over that of
-the sums themselves. Without tiles only torch and oneDNN are measured. The last line of stdout is JSON.
+tiles, a sixth of torch's of bfloat16, as they make six such products for one of float32 (three where the weights were
+stored as bfloat16, five for float16). All of these take turns, and medians are taken. How near each comes to the sums
+in float64: the root of the mean squared difference, over that of the sums themselves. Without tiles only torch and
+oneDNN are measured. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from measure import LINEAR, in_turn, median, print_result
 
 from actcache.linear import describe_products, linear_in_core, tiles_are_there
 
-PRODUCTS = 6  # of bfloat16, for one of float32
+PRODUCTS = {"float32": 6, "float16": 5, "bfloat16": 3}  # of bfloat16, for one of float32, by what the weights were
 TOLERANCE = 1e-6  # of the size of the sums
 
 
@@ -31,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="576x192,576x576,576x1536,1536x576", help="n_in x n_out (%(default)s)")
     parser.add_argument("--rows", default="64,128,256,1024", help="numbers of rows (%(default)s)")
+    parser.add_argument("--stored-as", choices=list(PRODUCTS), default="float32", help="the weights (%(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="%(default)s")
     parser.add_argument("--repeat", type=int, default=25, help="rounds (%(default)s)")
     parser.add_argument("--ceiling-size", type=int, default=2048, help=argparse.SUPPRESS)
@@ -43,19 +46,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     tables = []
     for n_rows in map(int, args.rows.split(",")):
         for n_in, n_out in (map(int, shape.split("x")) for shape in args.shapes.split(",")):
-            ways = measure(n_rows, n_in, n_out, args.repeat, args.ceiling_size)
+            ways = measure(n_rows, n_in, n_out, args.stored_as, args.repeat, args.ceiling_size)
             tables.append({"rows": n_rows, "n_in": n_in, "n_out": n_out, "ways": ways})
             print_table(tables[-1])
-    result = {"products": tables, "threads": args.threads, "repeat": args.repeat, "in_packs": describe_products()}
-    print_result("linear", result)
+    about = {"stored_as": args.stored_as, "threads": args.threads, "repeat": args.repeat}
+    print_result("linear", {"products": tables, **about, "in_packs": describe_products()})
     return 0
 
 
 @torch.no_grad()
-def measure(n_rows: int, n_in: int, n_out: int, repeat: int, ceiling_size: int) -> dict[str, dict[str, Any]]:
+def measure(
+    n_rows: int, n_in: int, n_out: int, stored_as: str, repeat: int, ceiling_size: int
+) -> dict[str, dict[str, Any]]:
     """Rates and errors of each way to one product. Exits where a result is not the product."""
     generator = torch.Generator().manual_seed(0)
     rows, weight = (torch.randn(n, n_in, generator=generator) for n in (n_rows, n_out))
+    weight = weight.to(getattr(torch, stored_as)).float()
     ways = {name: partial(way, rows, weight) for name, way in LINEAR.items()}
     if tiles_are_there():
         ways["tiles"] = partial(linear_in_core, rows, weight, None)
@@ -69,7 +75,7 @@ def measure(n_rows: int, n_in: int, n_out: int, repeat: int, ceiling_size: int) 
     ceilings["bfloat16, large"] = partial(LINEAR["torch"], large.bfloat16(), large.bfloat16())
     seconds = in_turn(ways | ceilings, repeat)
     most = {name: ceiling_size**3 / median(seconds[name]) for name in ceilings}
-    of_tiles = most.pop("bfloat16, large") / PRODUCTS
+    of_tiles = most.pop("bfloat16, large") / PRODUCTS[stored_as]
     of_float32 = max(most.values())
     n_products = n_rows * n_in * n_out
     table: dict[str, dict[str, Any]] = {}
