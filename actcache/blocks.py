@@ -268,16 +268,17 @@ def shareable(model: PreTrainedModel, apart: Collection[nn.Module] = ()) -> Iter
     own layers and stand-ins, except for those that are to be ``apart``.
 
     A layer of torch's has no state but its weights and buffers. One of a model's own code may, though it has no parts:
-    RecurrentGemma's recurrence keeps its last state on itself. So each copy has its own, of buffers as well.
+    RecurrentGemma's recurrence keeps its last state on itself. So each copy has its own, of buffers as well. What a
+    stand-in hands on is its thread's.
     """
     yield from model.parameters()
     for module in model.modules():
         yield from (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        if isinstance(module, UpstreamStandIn):
+        is_stand_in = isinstance(module, UpstreamStandIn)
+        if is_stand_in:
             yield module._source
-        known = type(module).__module__.startswith("torch.nn.modules.") or type(module) is UpstreamStandIn
-        stateless = known and not module._buffers
-        if stateless and not module._modules and module not in apart:
+        stateless = is_stand_in or type(module).__module__.startswith("torch.nn.modules.")
+        if stateless and not module._buffers and not module._modules and module not in apart:
             yield module
 
 

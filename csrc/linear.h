@@ -3,9 +3,9 @@
 // CPUs with matrix tiles (Intel's AMX) multiply bfloat16 many times as fast as float32. A float32 has 24 significant
 // bits, a bfloat16 has 8 and the same exponents: x = x0 + x1 + x2, each the bfloat16 nearest to what is left of x. Of the
 // nine products of two such sums six are made; the other three are below 2^-23 of the whole. Products of bfloat16 are
-// exact in float32, and sums are float32's: the result is as near to the true one as a product of float32 is. Where all
-// of a block of weights has no x2, or neither x1 nor x2, products with those are left out: weights that were made or
-// stored as bfloat16 take three products, those of up to 16 bits (quantized ones, float16) five. No sum changes by it.
+// exact in float32, and sums are float32's: the result is as near to the true one as a product of float32 is. Where a
+// block of weights is all zeros in x2, or in x1 and x2, products with those are left out, which changes no finite sum:
+// weights that came as bfloat16 take three products; five, where 16 bits hold them (float16, some quantized ones).
 //
 // Unlike float32: what rounds to infinity as a bfloat16 (the last 0.4% of the range) is infinite; a result that an
 // infinity goes into may be NaN; pieces below 2^-126 are 0, so that values below some 1e-33 lose digits.
