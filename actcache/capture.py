@@ -22,10 +22,11 @@ import torch
 
 from actcache import prompts as prompts_module
 from actcache.blocks import check_boundary
+from actcache.checkpoint import DTYPES
 from actcache.divergence import Outcome, SearchLimits, propose
 from actcache.errors import InputError
 from actcache.gather import gather_rows
-from actcache.lineup import DTYPES, Lineup, as_fingerprint
+from actcache.lineup import Lineup, as_fingerprint
 from actcache.packing import offsets_of, plan_packs
 from actcache.probe import check_replayable
 from actcache.prompts import Prompt

@@ -23,9 +23,10 @@ import numpy as np
 import torch
 
 from actcache.capture import CaptureSettings
+from actcache.checkpoint import DTYPES
 from actcache.errors import InputError
 from actcache.grid import GridSettings, whose_head
-from actcache.lineup import DTYPES, Lineup
+from actcache.lineup import Lineup
 from actcache.packing import plan_packs
 from actcache.readout import MAX_LOGITS_AT_ONCE
 from actcache.replay import MAX_TOKENS, TOKENS_OF_A_WORKER, Mode

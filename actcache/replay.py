@@ -35,10 +35,10 @@ from actcache.blocks import (
     shallow_clone,
     shareable,
 )
+from actcache.checkpoint import Checkpoint, load_weights
 from actcache.edits import PLAIN, Rows, Variant
 from actcache.errors import InputError
 from actcache.linear import fast_products
-from actcache.lineup import Checkpoint, load_weights
 from actcache.packing import Prefix, offsets_of, plan_evenly, plan_packs
 from actcache.probe import probe_late_blocks
 from actcache.readout import Readout

@@ -19,8 +19,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from actcache.blocks import find_anatomy
+from actcache.checkpoint import Checkpoint
 from actcache.errors import InputError
-from actcache.lineup import Checkpoint
 
 Numbers = npt.NDArray[np.float64]
 

@@ -26,9 +26,9 @@ import pyarrow.parquet as pq
 import torch
 
 from actcache.capture import PAIR
+from actcache.checkpoint import DTYPES
 from actcache.errors import InputError
 from actcache.files import write_atomically
-from actcache.lineup import DTYPES
 from actcache.packing import plan_packs
 from actcache.store import Store, layout
 from actcache.trunk import Trunk

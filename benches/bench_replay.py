@@ -40,8 +40,9 @@ from rivals import Hooks, grid
 from study import REPLAY_TARGET, TOLERANCE, Ours, Study, add_pair_arguments, events_of
 
 from actcache.capture import parse_boundaries
+from actcache.checkpoint import DTYPES
 from actcache.linear import describe_products
-from actcache.lineup import DTYPES, Lineup
+from actcache.lineup import Lineup
 from actcache.replay import LateStack
 from actcache.store import Store
 

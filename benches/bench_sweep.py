@@ -59,8 +59,8 @@ from study import (
 )
 
 from actcache.capture import parse_boundaries
+from actcache.checkpoint import DTYPES
 from actcache.linear import describe_products
-from actcache.lineup import DTYPES
 from actcache.store import Store
 
 COLD_TARGETS = {"hooks": 1.8, "nnsight": 1.25}

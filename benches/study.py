@@ -27,9 +27,10 @@ from transformers.utils import logging
 import actcache
 from actcache.blocks import find_anatomy
 from actcache.capture import CaptureSettings, capture
+from actcache.checkpoint import DTYPES
 from actcache.edits import Add, Edit, Interpolate, Variant
 from actcache.grid import GridSettings, run_grid
-from actcache.lineup import DTYPES, Lineup
+from actcache.lineup import Lineup
 from actcache.packing import plan_packs
 from actcache.prompts import Prompt, read_prompts
 from actcache.replay import MAX_TOKENS, LateStack

@@ -18,7 +18,7 @@ PEAK = """
 import re, sys, torch
 from pathlib import Path
 from actcache.replay import LateStack
-from actcache.lineup import Checkpoint
+from actcache.checkpoint import Checkpoint
 what, folder = sys.argv[1:]
 if what == "model":
     model = Checkpoint.open("x", folder).load(torch.float32)

@@ -21,10 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 import actcache
 from actcache.capture import CaptureSettings
 from actcache.cells import finished_groups
+from actcache.checkpoint import Checkpoint
 from actcache.cli import main
 from actcache.divergence import SearchLimits, propose
 from actcache.finished import SearchCounter, _shared_counts, scored_groups
-from actcache.lineup import Checkpoint, Lineup
+from actcache.lineup import Lineup
 from actcache.plan import Group, Study, default_assumptions, estimate, search_batches
 from actcache.replay import LateStack
 from actcache.run_folder import RunFolder

@@ -73,7 +73,7 @@ def test_a_finished_run_loads_no_weights(whole, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("actcache.lineup.load_weights", refuse)
+    monkeypatch.setattr("actcache.checkpoint.load_weights", refuse)
     monkeypatch.setattr(LateStack, "load", refuse)
     assert main(command(pair, prompts, out)) == 0
     assert bytes_below(out) == before

@@ -293,7 +293,7 @@ def test_what_was_checked_is_not_checked_again(tiny_run, tmp_path, monkeypatch, 
     path = out / "stability.parquet"
     before = path.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("actcache.lineup.load_weights", refuse)
+        patched.setattr("actcache.checkpoint.load_weights", refuse)
         for sample in ("16", "5"):  # fewer are among them
             assert main(["stability", str(out), "--sample", sample]) == 0
             assert path.read_bytes() == before
@@ -306,7 +306,7 @@ def test_what_was_checked_is_not_checked_again(tiny_run, tmp_path, monkeypatch, 
     assert main(["stability", str(out), "--dtype", "bfloat16"]) == 0
     n_events = len(run.store)
     assert pq.read_table(path)["dtype"].to_pylist() == ["float32"] * 16 + ["bfloat16"] * n_events
-    monkeypatch.setattr("actcache.lineup.load_weights", refuse)
+    monkeypatch.setattr("actcache.checkpoint.load_weights", refuse)
     words = run.arguments()
     words[words.index("--out") + 1] = str(out)
     after = path.read_bytes()
