@@ -117,7 +117,7 @@ def capture(
     """
     for boundary in settings.boundaries:
         check_boundary(boundary, lineup.n_blocks)
-    prompt_ids = lineup.encode(prompts)
+    prompt_ids = lineup.encode(prompts, say)
     writer = StoreWriter(store, fingerprint(lineup, prompts, settings))
     shards = list(_shards(len(prompts), settings.shard_prompts))[part[0] :: part[1]]
     committed = writer.committed
@@ -227,8 +227,8 @@ class _Capture:
     ) -> None:
         self.trunks = trunks
         self.settings = settings
-        self.tokenizer = lineup.tokenizer
-        self.vocab = frozenset(self.tokenizer.get_vocab().values())
+        self.decode = lineup.decode
+        self.vocabulary = lineup.vocabulary
         self.limits = SearchLimits(settings.max_new, lineup.end_ids, lineup.max_positions)
         self.pack_tokens = settings.max_tokens
         if not settings.strict:
@@ -317,7 +317,7 @@ class _Capture:
             margins = self._margins({label: final[label][last : last + 1] for label in final}, tokens)
             if not margins["pt"] < 0 < margins["it"]:
                 yield search, "tie"
-            elif not self.vocab.issuperset(tokens.values()):
+            elif not self.vocabulary.issuperset(tokens.values()):
                 yield search, "token_outside_vocabulary"
             else:
                 gaps = {label: float(best[label][1][last, 0] - best[label][1][last, 1]) for label in PAIR}
@@ -380,9 +380,9 @@ class _Capture:
             "position": column((e.position for e in captured), pa.int64()),
             "y_pt": column((e.tokens["pt"] for e in captured), pa.int64()),
             "y_it": column((e.tokens["it"] for e in captured), pa.int64()),
-            "context": column((self.tokenizer.decode(e.sequence[-CONTEXT_TOKENS:]) for e in captured), pa.string()),
-            "token_pt": column((self.tokenizer.decode([e.tokens["pt"]]) for e in captured), pa.string()),
-            "token_it": column((self.tokenizer.decode([e.tokens["it"]]) for e in captured), pa.string()),
+            "context": column((self.decode(e.sequence[-CONTEXT_TOKENS:]) for e in captured), pa.string()),
+            "token_pt": column((self.decode([e.tokens["pt"]]) for e in captured), pa.string()),
+            "token_it": column((self.decode([e.tokens["it"]]) for e in captured), pa.string()),
             "carried": column((_carried(e.search.prompt) for e in captured), pa.string()),
         }
         for label in PAIR:

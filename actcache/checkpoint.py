@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from actcache.errors import InputError, UnsupportedModelError
+from actcache.tokens import Encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -80,11 +81,16 @@ class Checkpoint:
             raise UnsupportedModelError(f"{self.path}: {self.config.model_type!r} has no causal language model")
         return mapping[type(self.config)]
 
-    @cached_property
+    @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's own tokenizer."""
+        """The folder's own tokenizer, with truncation and padding off."""
+        return self.encoder.tokenizer
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """What gives the ids of a text by the folder's own tokenizer."""
         try:
-            return AutoTokenizer.from_pretrained(self.path, **_LOCAL)
+            return Encoder.of(AutoTokenizer.from_pretrained(self.path, **_LOCAL))
         except (ValueError, KeyError, OSError) as error:
             raise InputError(f"checkpoint {self.label}: no tokenizer in {self.path}: {_first_line(error)}") from error
 
@@ -108,7 +114,9 @@ class Checkpoint:
         """Digests (SHA-256) of weights, config and tokenizer, with the architecture and attention they run under."""
         config = json.loads((self.path / "config.json").read_text())
         config = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
-        return {
+        # Earlier versions kept what the tokenizer appends: their stores hold other sequences.
+        left_off = {"left_off": ", ".join(map(str, self.encoder.left_off))} if self.encoder.left_off else {}
+        return left_off | {
             "architecture": self.config.model_type,
             "weights": digest_weights(self.path),
             "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),

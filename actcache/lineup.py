@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from actcache.checkpoint import Checkpoint
 from actcache.errors import IncompatibleError, InputError
@@ -60,9 +59,20 @@ class Lineup:
         return self._first.decoder_config.hidden_size
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that all checkpoints share."""
-        return self._first.tokenizer
+    def vocab_size(self) -> int:
+        """V, rows of every checkpoint's embedding and head."""
+        return self._first.decoder_config.vocab_size
+
+    @cached_property
+    def vocabulary(self) -> frozenset[int]:
+        """Ids of the tokens that a tokenizer of the lineup has and every model can read and emit."""
+        known = frozenset().union(*(checkpoint.encoder.token_of for checkpoint in self.checkpoints.values()))
+        return frozenset(index for index in known if index < self.vocab_size)
+
+    @property
+    def has_one_vocabulary(self) -> bool:
+        """Whether every tokenizer has all of :attr:`vocabulary`."""
+        return all(c.encoder.token_of.keys() >= self.vocabulary for c in self.checkpoints.values())
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -79,47 +89,88 @@ class Lineup:
     def _first(self) -> Checkpoint:
         return next(iter(self.checkpoints.values()))
 
-    def encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
-        """Raw prompt ids (no chat template), the same from every checkpoint's tokenizer.
+    def encode(self, prompts: Sequence[Prompt], say: Callable[[str], None] = lambda line: None) -> list[list[int]]:
+        """Raw prompt ids (no chat template), the same from every checkpoint's tokenizer; they end with the text.
+
+        Args:
+            prompts: what to encode.
+            say: told, in one line each, what the tokenizers would have done to texts and does not happen here.
 
         Raises:
             IncompatibleError: two tokenizers give different ids for a prompt.
-            InputError: a prompt has no tokens, or more than the model has positions.
+            InputError: a prompt has no tokens, a second BOS, a token beyond the embeddings, or more tokens than the
+                model has positions.
         """
-        encoded = {label: self._encode_with(label, prompts) for label in self.labels}
-        ids_of = encoded[self._first.label]
-        for label, others in encoded.items():
-            for prompt, ids, other in zip(prompts, ids_of, others, strict=True):
-                if ids != other:
-                    at = next((i for i, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b), len(ids))
-                    raise IncompatibleError(
-                        f"prompt {prompt.id!r}: the tokenizers of {self._first.label} and {label} give different ids "
-                        f"from token {at} on ({ids[at : at + 3]} and {other[at : at + 3]})",
-                        field="tokenizer",
-                    )
+        for line in self._left_undone():
+            say(line)
+        texts = [prompt.text for prompt in prompts]
+        first, *others = self.checkpoints.values()
+        ids_of = first.encoder.encode(texts)
+        for other in others:
+            if first.encoder.is_equal(other.encoder):
+                continue
+            for prompt, ids, theirs in zip(prompts, ids_of, other.encoder.encode(texts), strict=True):
+                if ids != theirs:
+                    raise self._different_ids(prompt, first, ids, other, theirs)
         for prompt, ids in zip(prompts, ids_of, strict=True):
-            if not ids:
-                raise InputError(f"prompt {prompt.id!r} has no tokens")
-            if self.max_positions is not None and len(ids) > self.max_positions:
-                raise InputError(
-                    f"prompt {prompt.id!r} has {len(ids)} tokens; the model has {self.max_positions} positions"
-                )
+            self._check_ids(prompt, ids)
         return ids_of
 
-    def _encode_with(self, label: str, prompts: Sequence[Prompt]) -> list[list[int]]:
-        tokenizer = self.checkpoints[label].tokenizer
-        return [list(ids) for ids in tokenizer([prompt.text for prompt in prompts], verbose=False)["input_ids"]]
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, by a tokenizer that has them all, or else by the first."""
+        encoders = [checkpoint.encoder for checkpoint in self.checkpoints.values()]
+        knows = (encoder for encoder in encoders if encoder.token_of.keys() >= set(ids))
+        return next(knows, encoders[0]).decode(ids)
+
+    def _left_undone(self) -> Iterator[str]:
+        labels_of: dict[str, list[str]] = {}
+        for label, checkpoint in self.checkpoints.items():
+            for line in checkpoint.encoder.left_undone():
+                labels_of.setdefault(line, []).append(label)
+        for line, labels in labels_of.items():
+            yield f"checkpoint{'s' * (len(labels) > 1)} {', '.join(labels)}: {line}"
+
+    def _check_ids(self, prompt: Prompt, ids: list[int]) -> None:
+        encoder = self._first.encoder
+        if not ids:
+            raise InputError(f"prompt {prompt.id!r} has no tokens")
+        if self.max_positions is not None and len(ids) > self.max_positions:
+            raise InputError(
+                f"prompt {prompt.id!r} has {len(ids)} tokens; the model has {self.max_positions} positions"
+            )
+        if max(ids) >= self.vocab_size:
+            beyond = encoder.describe(max(ids))
+            raise InputError(
+                f"prompt {prompt.id!r}: token {beyond} is beyond the {self.vocab_size} rows of the embeddings; leave "
+                "it out of the prompt, or resize the embeddings with the tokenizer"
+            )
+        if (at := encoder.second_start(ids)) is not None:
+            raise InputError(
+                f"prompt {prompt.id!r}: token {at} is a second {encoder.describe(ids[at])}; text that a chat template "
+                "has rendered begins with one already, which the tokenizer puts before every text: leave it out"
+            )
+
+    @staticmethod
+    def _different_ids(
+        prompt: Prompt, first: Checkpoint, ids: list[int], other: Checkpoint, theirs: list[int]
+    ) -> IncompatibleError:
+        at = next((i for i, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b), min(len(ids), len(theirs)))
+        here, there = (c.encoder.describe(*of[at : at + 1]) for c, of in ((first, ids), (other, theirs)))
+        return IncompatibleError(
+            f"prompt {prompt.id!r}: the tokenizers of {first.label} and {other.label} give different ids from token "
+            f"{at} on: {here} and {there}; leave out what only one of them knows, or give both folders one tokenizer",
+            field="tokenizer",
+        )
 
 
 def _check_same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
     """Both tokenizers must map ids to the same tokens; special tokens that only one of them adds are no conflict."""
-    a, b = first.tokenizer.get_vocab(), other.tokenizer.get_vocab()
+    a, b = first.encoder.token_of, other.encoder.token_of
     if a == b:
         return
     added = set(first.tokenizer.get_added_vocab()) | set(other.tokenizer.get_added_vocab())
-    by_id_a, by_id_b = ({index: token for token, index in vocab.items()} for vocab in (a, b))
-    for index in sorted(by_id_a.keys() | by_id_b.keys()):
-        token_a, token_b = by_id_a.get(index), by_id_b.get(index)
+    for index in sorted(a.keys() | b.keys()):
+        token_a, token_b = a.get(index), b.get(index)
         if token_a != token_b and not (None in (token_a, token_b) and {token_a, token_b} & added):
             raise IncompatibleError(
                 f"checkpoints {first.label} and {other.label} have different tokenizers: id {index} is {token_a!r} in "
@@ -130,4 +181,8 @@ def _check_same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
 
 def as_fingerprint(lineup: Lineup, **settings: Any) -> dict[str, Any]:
     """What identifies a store: every checkpoint's digests, then the settings that its content depends on."""
-    return {"checkpoints": {label: c.fingerprint for label, c in lineup.checkpoints.items()}, **settings}
+    found: dict[str, Any] = {"checkpoints": {label: c.fingerprint for label, c in lineup.checkpoints.items()}}
+    # Only where a store would differ from one of an earlier version, which resumes otherwise.
+    if not lineup.has_one_vocabulary:
+        found["vocabulary"] = "of any checkpoint"
+    return found | settings

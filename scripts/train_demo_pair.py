@@ -49,6 +49,7 @@ from transformers.utils import logging as transformers_logging
 from actcache.divergence import Outcome, SearchLimits, propose
 from actcache.errors import InputError
 from actcache.lineup import Lineup
+from actcache.prompts import Prompt
 from actcache.trunk import Trunk
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "actcache" / "demo"
@@ -645,7 +646,7 @@ def count_divergences(pair: Path, prompts: Sequence[dict[str, str]]) -> dict[str
     """
     lineup = Lineup.open({label: pair / label for label in ("pt", "it")})
     trunks = [Trunk(checkpoint.load(torch.float32)) for checkpoint in lineup.checkpoints.values()]
-    ids = [list(lineup.tokenizer(prompt["prompt"])["input_ids"]) for prompt in prompts]
+    ids = lineup.encode([Prompt(prompt["id"], prompt["prompt"]) for prompt in prompts])
     limits = SearchLimits(MAX_NEW, lineup.end_ids, lineup.max_positions)
     found = propose(trunks, ids, [0] * len(ids), limits)
     diverged = [proposal.outcome is Outcome.DIVERGED for proposal in found]

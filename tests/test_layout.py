@@ -24,6 +24,7 @@ FLOW = [
         "planes",
         "zarr_codec",
         "prompts",
+        "tokens",
         "checkpoint",
         "lineup",
         "blocks",

@@ -215,7 +215,7 @@ def test_the_counter_counts_what_a_search_runs(tmp_path):
     for checkpoint in lineup.checkpoints.values():
         shapes.append(ModelShape.of_checkpoint(checkpoint))
         trunks.append(counter.watch(Trunk(checkpoint.load(torch.float32)), shapes[-1]))
-    ids = lineup.tokenizer("In the morning the baker")["input_ids"]
+    ids = lineup.checkpoints["pt"].tokenizer("In the morning the baker")["input_ids"]
     (proposal,) = propose(trunks, [ids], [0], SearchLimits(MAX_NEW, lineup.end_ids, None))
     n, steps = len(ids), len(proposal.shared)
     one = shapes[0].products(np.array([n], float)) + shapes[0].step_products(np.arange(n, n + steps, dtype=float))

@@ -20,7 +20,7 @@ from actcache.cli.arguments import (
     check_device,
     grid_settings,
 )
-from actcache.cli.terminal import quiet_libraries
+from actcache.cli.terminal import quiet_libraries, say
 from actcache.errors import IncompatibleError, InputError
 from actcache.run_folder import RunFolder
 
@@ -136,7 +136,7 @@ def _plan(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts, args.limit)
     lineup = Lineup.open({"pt": args.pt, "it": args.it}, with_weights=False)
     capture = capture_settings(args, lineup.n_blocks)
-    lengths = [len(ids) for ids in lineup.encode(prompts)]
+    lengths = [len(ids) for ids in lineup.encode(prompts, say)]
     study = Study(shapes_of(lineup), lengths, capture, _groups_asked(args, lineup, capture))
     assumed = _assume(args, lineup, study)
     found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
