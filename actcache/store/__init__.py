@@ -1,8 +1,8 @@
 """The store: states, events and what identifies them, in Zarr v3, as immutable checksummed segments (see FORMAT.md).
 
-``storage`` is where files lie, ``layout`` says what a segment holds and how, ``shard`` encodes and decodes one array;
-``writer`` makes and commits segments, ``background`` does so beside other work, ``reader`` reads committed ones,
-``verify`` re-reads everything, ``compact`` merges small ones. Knows files and rows; knows no models.
+``storage`` and ``objects`` are where files lie, ``layout`` says what a segment holds and how, ``shard`` encodes and
+decodes one array; ``writer`` makes and commits segments, ``background`` does so beside other work, ``reader`` reads
+committed ones, ``verify`` re-reads everything, ``compact`` merges small ones. Knows files and rows; knows no models.
 """
 
 from actcache.store.background import BackgroundWriter

@@ -2,23 +2,21 @@
 
 A key is the path of a file from the store's root, with slashes. Both kinds give the same promise, on which the commit
 protocol stands (see FORMAT.md): a file that appears under its key is whole, and of several writers that create the same
-key at once, one succeeds. They differ in how two writers of one segment are kept apart. On a local disk the one that
-holds the lock of its commit record writes, and clears what a dead one left. An object store has no locks, so each
-writer fills a folder of its own, and creating the commit record, which names that folder, decides which one counts.
+key at once, one succeeds. On a local disk the writer that holds the lock of a segment's commit record writes it, and
+clears what a dead one left. Object stores, which have no locks, are in ``objects``.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from actcache.errors import CorruptStoreError, InputError
 from actcache.files import fsync, is_draft, make_folder, sole_creator, write_durably
@@ -67,7 +65,11 @@ class Storage(Protocol):
         """Every file below a folder, by path from it, and its bytes."""
 
     def prepare(self, folders: Iterable[str]) -> None:
-        """Make the store's own folder and these below it, where folders exist at all."""
+        """Make the store's own folder and these below it, where folders exist at all.
+
+        Raises:
+            InputError: an object store does not keep the promise that the commit protocol stands on; says which.
+        """
 
     def put(self, key: str, data: bytes) -> None:
         """Write a small file, durably, in place of what may be there; one that dies may leave it half."""
@@ -75,15 +77,15 @@ class Storage(Protocol):
     def creating(self, key: str) -> AbstractContextManager[Publish]:
         """A context that yields ``publish(data)``, which creates the file ``key``, whole and durable.
 
-        ``publish`` raises FileExistsError where another writer was first. The block itself looks whether the file was
-        there before.
+        ``publish`` raises FileExistsError where another writer was first. After any other error of a far storage the
+        file may still appear, so what it names must stay. The block itself looks whether the file was there before.
         """
 
     def exclusively(self, key: str) -> AbstractContextManager[object]:
         """A context that one process at a time is in; waits for the others on a local disk.
 
         Raises:
-            InputError: on an object store, another is in it, or died there; says what to do.
+            InputError: on an object store, another is in it, or died there; says whose, since when and what to do.
         """
 
     def new_folder(self, folder: str) -> AbstractContextManager[Write]:
@@ -111,20 +113,15 @@ def open_storage(place: Place) -> Storage:
     Raises:
         InputError: a URL that obstore does not take, or obstore is not installed.
     """
-    if isinstance(place, LocalStorage | ObjectStorage):
+    if isinstance(place, LocalStorage):
         return place
     if isinstance(place, Path) or (isinstance(place, str) and "://" not in place):
         return LocalStorage(Path(place))
     try:
-        from obstore.store import from_url
+        from actcache.store import objects
     except ModuleNotFoundError as error:
         raise InputError(f"{place}: object stores need obstore; pip install 'actcache[s3]'") from error
-    if not isinstance(place, str):
-        return ObjectStorage(place, str(place))  # type: ignore[arg-type]
-    try:
-        return ObjectStorage(from_url(place), place.rstrip("/"))
-    except Exception as error:
-        raise InputError(f"{place}: not an address of an object store ({_first_line(error)})") from error
+    return objects.open_objects(place)
 
 
 class LocalStorage:
@@ -235,159 +232,3 @@ class LocalStorage:
             yield handle
         finally:
             os.close(handle)
-
-
-class ObjectStorage:
-    """A prefix of an object store that can create an object only if it is not there (S3, Google, Azure...)."""
-
-    is_far = True
-    parallel_reads = 16
-    parallel_writes = 16
-
-    def __init__(self, objects: obstore.store.ObjectStore, where: str) -> None:
-        self.objects = objects
-        self.where = where
-
-    def __str__(self) -> str:
-        return self.where
-
-    def read(self, key: str) -> bytes:
-        import obstore
-
-        with _as_oserror(key):
-            found = obstore.get(self.objects, key)
-            if found.meta["size"] > MAX_JSON_BYTES:
-                raise CorruptStoreError(f"{key}: {found.meta['size']} bytes, expected at most {MAX_JSON_BYTES}")
-            return bytes(found.bytes())
-
-    def read_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
-        import obstore
-
-        with _as_oserror(key):
-            starts, lengths = zip(*ranges, strict=True)
-            return [bytes(part) for part in obstore.get_ranges(self.objects, key, starts=starts, lengths=lengths)]
-
-    def size(self, key: str) -> int | None:
-        import obstore
-
-        try:
-            with _as_oserror(key):
-                return int(obstore.head(self.objects, key)["size"])
-        except FileNotFoundError:
-            return None
-
-    def names(self, folder: str) -> list[str]:
-        import obstore
-
-        with _as_oserror(folder):
-            found = obstore.list_with_delimiter(self.objects, folder)
-            paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
-            return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
-
-    def sizes(self, folder: str) -> dict[str, int]:
-        import obstore
-
-        with _as_oserror(folder):
-            entries = obstore.list(self.objects, folder).collect()
-            return {entry["path"].removeprefix(f"{folder}/"): entry["size"] for entry in sorted(entries, key=_path_of)}
-
-    def prepare(self, folders: Iterable[str]) -> None:
-        pass
-
-    def put(self, key: str, data: bytes) -> None:
-        import obstore
-
-        with _as_oserror(key):
-            obstore.put(self.objects, key, data)
-
-    @contextmanager
-    def creating(self, key: str) -> Iterator[Publish]:
-        def publish(data: bytes) -> None:
-            import obstore
-
-            try:
-                with _as_oserror(key):
-                    obstore.put(self.objects, key, data, mode="create", use_multipart=False)
-            except FileExistsError:
-                # A put that is sent again after a lost answer finds its own object.
-                if self.read(key) != data:
-                    raise
-
-        yield publish
-
-    @contextmanager
-    def exclusively(self, key: str) -> Iterator[None]:
-        import obstore
-
-        try:
-            with _as_oserror(key):
-                obstore.put(self.objects, key, b"", mode="create", use_multipart=False)
-        except FileExistsError as error:
-            raise InputError(
-                f"{self.where}: {key} is held by another process; wait for it, or delete that object if it died"
-            ) from error
-        try:
-            yield
-        finally:
-            self.remove(key)
-
-    @contextmanager
-    def new_folder(self, folder: str) -> Iterator[Write]:
-        import obstore
-
-        def put(path: str, data: bytes) -> None:
-            with _as_oserror(path):
-                obstore.put(self.objects, f"{folder}/{path}", data)
-
-        def write(path: str, parts: Iterable[bytes]) -> int:
-            data = b"".join(parts)
-            durable.append(pool.submit(put, path, data))
-            return len(data)
-
-        with ThreadPoolExecutor(self.parallel_writes) as pool:
-            durable: list[Future[None]] = []
-            yield write
-            for done in durable:
-                done.result()
-
-    def folder_for(self, segment: str) -> str:
-        return f"{segment}.{secrets.token_hex(6)}"
-
-    def remove_folder(self, folder: str) -> None:
-        import obstore
-
-        with _as_oserror(folder):
-            for entries in obstore.list(self.objects, folder):
-                obstore.delete(self.objects, [entry["path"] for entry in entries])
-
-    def remove(self, key: str) -> None:
-        import obstore
-
-        with _as_oserror(key):
-            obstore.delete(self.objects, key)
-
-    def describe_drafts(self) -> list[str]:
-        return []
-
-
-def _path_of(entry: Any) -> str:
-    return str(entry["path"])
-
-
-@contextmanager
-def _as_oserror(key: str) -> Iterator[None]:
-    """obstore's errors as what they would be on a disk."""
-    from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
-
-    try:
-        yield
-    except AlreadyExistsError as error:
-        raise FileExistsError(errno.EEXIST, _first_line(error), key) from error
-    except PermissionDeniedError as error:
-        raise PermissionError(errno.EACCES, _first_line(error), key) from error
-    except BaseError as error:
-        raise OSError(errno.EIO, _first_line(error), key) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200]

@@ -88,7 +88,8 @@ class StoreWriter:
             AlreadyCommittedError: a segment of this name is committed, or was while this one was being written; the
                 committed one is as it was.
             InputError: the content does not fit the fingerprint, or the name is none.
-            OSError: the disk or the net refuses. The files of this segment are removed; the store is as it was.
+            OSError: the disk or the net refuses. The files of this segment are removed and the store is as it was; but
+                where an object store did not say whether the segment was committed, it may still become so, whole.
         """
         layout.check_name(name, "segment name")
         self._check_fits(segment)
@@ -120,14 +121,24 @@ class StoreWriter:
             }
             try:
                 files = _write_files(self.storage, f"{layout.SEGMENTS}/{folder}", segment, codecs, self._encoding)
+            except BaseException:
+                self._discard(folder)
+                raise
+            try:
                 publish(layout.encode_record(record | _describe_files(files, segment)))
             except FileExistsError as error:
-                self.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")
+                self._discard(folder)
                 raise AlreadyCommittedError(f"segment {name!r} was committed by another writer meanwhile") from error
             except BaseException:
-                if not self._published(name, folder):  # it may have been interrupted just after it was
-                    self.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")
+                # The record may be there, or on an object store appear at any later time: then its files must be too.
+                if not self.storage.is_far and not self._published(name, folder):
+                    self._discard(folder)
                 raise
+
+    def _discard(self, folder: str) -> None:
+        """Remove files that no record can name; where that fails they stay, listed as uncommitted."""
+        with contextlib.suppress(OSError):
+            self.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")
 
     def _published(self, name: str, folder: str) -> bool:
         try:
