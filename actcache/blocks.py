@@ -10,15 +10,17 @@ import copy
 import inspect
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import InputError, UnsupportedModelError
+
+T = TypeVar("T")
 
 # The names that transformers' decoders give to the norm after the last block, beside their list of blocks.
 FINAL_NORM_NAMES = (
@@ -154,6 +156,28 @@ class StateSource:
             self._states[threading.get_ident()] = state
 
 
+class Turns:
+    """A lock under which threads take turns, and one thread may enter again; each copy of what holds it has its own."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Turns:
+        return Turns()
+
+
+def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook, for calls from the thread that asks for it; others pass by. A module may be another thread's, too."""
+    own = threading.get_ident()
+    return lambda *args: hook(*args) if threading.get_ident() == own else None
+
+
 class UpstreamStandIn(nn.Module):
     """Takes the place of one upstream block: ignores its input and hands on the state at the boundary.
 
@@ -263,13 +287,29 @@ def _shallow(module: nn.Module) -> Any:
     return clone
 
 
-def shareable(model: PreTrainedModel, apart: Collection[nn.Module] = ()) -> Iterator[Any]:
-    """What deep copies of a model may share, one for each thread: weights, the functions hooked to its modules, torch's
-    own layers and stand-ins, except for those that are to be ``apart``.
+def apart(
+    holder: T, models: Iterable[PreTrainedModel], n: int, *, hooked: Collection[nn.Module], share: Sequence[Any] = ()
+) -> list[T]:
+    """``n`` copies of what holds these models, each with modules and configs of its own: forwards and hooks of one
+    change nothing in the others, nor in ``models``.
+
+    Weights are shared, and what is hooked to the modules is, but ``hooked`` names those that more will be hooked to;
+    so is what ``share`` names. What a stand-in hands on is its thread's.
+    """
+    memo: dict[int, Any] = {id(one): one for one in share}
+    empty: dict[int, type] = {}
+    for model in models:
+        memo.update((id(one), one) for one in _shareable(model, hooked))
+        empty.update((id(one), type(one)) for one in _empty_parts(model))
+    return [copy.deepcopy(holder, memo | {key: kind() for key, kind in empty.items()}) for _ in range(n)]
+
+
+def _shareable(model: PreTrainedModel, hooked: Collection[nn.Module]) -> Iterator[Any]:
+    """What copies of a model may share, one for each thread: weights, the functions hooked to its modules, torch's own
+    layers and stand-ins, except for those that more will be hooked to.
 
     A layer of torch's has no state but its weights and buffers. One of a model's own code may, though it has no parts:
-    RecurrentGemma's recurrence keeps its last state on itself. So each copy has its own, of buffers as well. What a
-    stand-in hands on is its thread's.
+    RecurrentGemma's recurrence keeps its last state on itself. So each copy has its own, of buffers as well.
     """
     yield from model.parameters()
     for module in model.modules():
@@ -278,15 +318,21 @@ def shareable(model: PreTrainedModel, apart: Collection[nn.Module] = ()) -> Iter
         if is_stand_in:
             yield module._source
         stateless = is_stand_in or type(module).__module__.startswith("torch.nn.modules.")
-        if stateless and not module._buffers and not module._modules and module not in apart:
+        if stateless and not module._buffers and not module._modules and module not in hooked:
             yield module
 
 
-def empty_parts(model: nn.Module) -> Iterator[Any]:
+def _empty_parts(model: nn.Module) -> Iterator[Any]:
     """Where modules would keep hooks and names of buffers, and have none: a thousand sets and ordered dicts, which deep
     copies of a model spend a third of their time on."""
     for module in model.modules():
         yield from (value for value in vars(module).values() if type(value) in (OrderedDict, set) and not value)
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether somebody has wrapped the forward of a module: what wraps it may hold on to that very module, and would
+    run it in place of its copies."""
+    return any("forward" in vars(module) for module in model.modules())
 
 
 def find_site(block: nn.Module, site: Literal["attention", "mlp"]) -> nn.Module:

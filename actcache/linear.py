@@ -49,7 +49,7 @@ def fast_products(blocks: nn.Module) -> Iterator[None]:
     """Within this context the linear layers in ``blocks`` are computed by the means that suit this CPU.
 
     Only float32 on the CPU, outside of autograd, and layers that nobody has hooked or wrapped. The layers are replaced
-    in the modules that hold them: not for use from two threads on one model.
+    in the modules that hold them: for blocks that no other thread runs meanwhile.
     """
     means = _fastest_means()
     if means is None or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):

@@ -144,7 +144,7 @@ def packed_attention(
     """Within this block, models that share ``config`` treat a ``[1, T]`` batch as sequences cut at ``bounds``.
 
     ``prefix`` is filled if given. The switch is on the config object, which the attention modules read at every call:
-    not for use from two threads on one model.
+    for a model that no other thread runs meanwhile.
     """
     mode = PackedSequences(tuple(bounds), config._attn_implementation, prefix)
     with _switched(config, mode):

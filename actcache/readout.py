@@ -7,6 +7,7 @@ that hands over the normed state, and the head by one that multiplies in float32
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -39,13 +40,14 @@ class Readout:
         anatomy = find_anatomy(model)
         self._norm = model.get_submodule(anatomy.final_norm)
         head = model.get_output_embeddings()
-        self._head = _Float32Head(head)
+        self._given = _Given()
+        self._head = _Float32Head(head, self._given)
         # What the causal LM itself calls may hold more than the decoder: an image tower, a wrapper.
         outermost = anatomy.decoder.partition(".")[0]
-        self._decoder = _NormedState(model.get_submodule(outermost))
+        decoder = _NormedState(model.get_submodule(outermost), self._given)
         head_path = next(path for path, module in model.named_modules() if module is head)
         self._shell = shallow_clone(model)
-        replace(self._shell, outermost, self._decoder)
+        replace(self._shell, outermost, decoder)
         replace(self._shell, head_path, self._head)
         self.vocab_size: int = head.weight.shape[0]
         self.width = anatomy.width
@@ -131,7 +133,7 @@ class Readout:
 
     def _logits(self, normed: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """``[1, n, D]`` normed states -> ``[n, k or V]`` logits, through the model's own forward."""
-        self._decoder.state, self._head.token_ids = normed, token_ids
+        self._given.state, self._given.token_ids = normed, token_ids
         dummy = torch.zeros(1, normed.shape[1], dtype=torch.int64, device=normed.device)
         return self._shell(input_ids=dummy, use_cache=False).logits[0]
 
@@ -152,6 +154,18 @@ class Readout:
             raise UnsupportedModelError(f"{name}: logits of chosen tokens differ from those of the whole vocabulary")
 
 
+class _Given(threading.local):
+    """What one call of the model's own head code is about; each thread's own.
+
+    Attributes:
+        state: ``[1, n, D]``, normed.
+        token_ids: ``[n, k]``, whose logits are wanted; None for all tokens.
+    """
+
+    state = torch.empty(0)
+    token_ids: torch.Tensor | None = None
+
+
 class _DecoderOutput(BaseModelOutputWithPast):
     """A final state; every further output that some model's forward passes on (router logits...) is None."""
 
@@ -164,12 +178,12 @@ class _NormedState(nn.Module):
     """Stands for the decoder: hands a given final state to the model's own head code, which may read plain attributes
     off it (a scale of the logits, for example)."""
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: nn.Module, given: _Given) -> None:
         super().__init__()
         for name, value in vars(decoder).items():
             if not name.startswith("_") and name not in ("training", "forward"):
                 setattr(self, name, value)
-        self.state = torch.empty(0)
+        self._given = given
 
     @property
     def decoder(self) -> nn.Module:
@@ -177,7 +191,7 @@ class _NormedState(nn.Module):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return _DecoderOutput(last_hidden_state=self.state)
+        return _DecoderOutput(last_hidden_state=self._given.state)
 
 
 class _Float32Head(nn.Module):
@@ -186,20 +200,21 @@ class _Float32Head(nn.Module):
     weight: torch.Tensor
     bias: torch.Tensor | None
 
-    def __init__(self, head: nn.Module) -> None:
+    def __init__(self, head: nn.Module, given: _Given) -> None:
         super().__init__()
+        self._given = given
         # Plain attributes, not parameters: the weights stay the model's.
         self.__dict__["weight"] = head.weight
         self.__dict__["bias"] = getattr(head, "bias", None)
-        self.token_ids: torch.Tensor | None = None
 
     def forward(self, normed: torch.Tensor) -> torch.Tensor:
         """``[1, n, D]`` -> ``[1, n, V]`` float32, or ``[1, n, k]`` float64 for ``token_ids [n, k]``."""
-        if self.token_ids is None:
+        token_ids = self._given.token_ids
+        if token_ids is None:
             bias = None if self.bias is None else self.bias.float()
             return nn.functional.linear(normed.float(), self.weight.float(), bias)
-        rows = self.weight[self.token_ids].double()
+        rows = self.weight[token_ids].double()
         scored = (rows * normed[0, :, None].double()).sum(-1)
         if self.bias is not None:
-            scored = scored + self.bias[self.token_ids].double()
+            scored = scored + self.bias[token_ids].double()
         return scored[None]

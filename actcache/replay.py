@@ -7,7 +7,9 @@ Nobody reads what the last block makes of any position but p. So a pack runs up 
 that block runs on for the rows at p alone. The same two steps serve variants that change nothing before p: the pack
 runs once, leaving every block's keys and values, and each variant costs one row through the late blocks.
 
-On the CPU several packs run at once, each by a copy of the stack on its own part of torch's threads (workers.py).
+Every call runs copies of the stack, which share its weights: threads may call at once, and the model that a stack was
+made of stays as it is, also during a call. On the CPU several packs run at once, each by a copy on its own part of
+torch's threads (workers.py).
 """
 
 from __future__ import annotations
@@ -27,13 +29,15 @@ from transformers import PreTrainedModel
 
 from actcache.blocks import (
     StateSource,
+    Turns,
+    apart,
     check_boundary,
     cut_upstream,
-    empty_parts,
     find_anatomy,
     find_site,
+    is_wrapped,
+    of_this_thread,
     shallow_clone,
-    shareable,
 )
 from actcache.checkpoint import Checkpoint, load_weights
 from actcache.edits import PLAIN, Rows, Variant
@@ -96,13 +100,17 @@ class LateStack:
         if like:
             source.in_tuple, source.n_more = like._source.in_tuple, like._source.n_more
         else:
-            probe_late_blocks(model, boundary, source)
+            anatomy = find_anatomy(model)
+            hooked = {*model.get_submodule(anatomy.blocks).children(), model.get_submodule(anatomy.final_norm)}
+            probed = model if is_wrapped(model) else apart(model, [model], 1, hooked=hooked)[0]
+            probe_late_blocks(probed, boundary, source)
         self._model = model
         self._source: StateSource = source
         self._trunk = Trunk(model, like.readout if like else None)
         self.boundary = boundary
         self.n_blocks, self.width, self.dtype = self._trunk.n_blocks, self._trunk.width, self._trunk.dtype
         self.readout: Readout = self._trunk.readout
+        self._cutting: Turns = like._cutting if like else Turns()
         self._views: dict[int, LateStack] = like._views if like else {}
         self._views[boundary] = self
         self.mode: Mode = like.mode if like else "packed"
@@ -123,8 +131,8 @@ class LateStack:
         """Load the late blocks and the readout only, or take them from a model in memory.
 
         From a folder, transformers' own loader fills a model that has no upstream parameters: upstream weights (and
-        token embeddings that are not tied to the head) are never read. A model in memory is not changed and shares
-        its weights; it must be in eval mode.
+        token embeddings that are not tied to the head) are never read. A model in memory shares its weights and stays
+        as it is, also while it is probed and replayed; it must be in eval mode.
 
         Args:
             path_or_model: model folder (safetensors), or a causal LM.
@@ -166,14 +174,17 @@ class LateStack:
             InputError: the boundary is before this stack's own, or beyond the last block.
         """
         check_boundary(boundary, self.n_blocks)
-        first = min(self._views)
-        if boundary < first:
-            raise InputError(f"boundary {boundary} is before {first}, where this late stack begins: load it from there")
-        if boundary not in self._views:
-            whole = self._views[first]  # this one may lack blocks from that boundary on
-            model = shallow_clone(whole._model, find_anatomy(whole._model).blocks)
-            LateStack(model, cut_upstream(model, boundary), boundary, like=whole)
-        return self._views[boundary]
+        with self._cutting:
+            first = min(self._views)
+            if boundary < first:
+                raise InputError(
+                    f"boundary {boundary} is before {first}, where this late stack begins: load it from there"
+                )
+            if boundary not in self._views:
+                whole = self._views[first]  # this one may lack blocks from that boundary on
+                model = shallow_clone(whole._model, find_anatomy(whole._model).blocks)
+                LateStack(model, cut_upstream(model, boundary), boundary, like=whole)
+            return self._views[boundary]
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -292,11 +303,11 @@ class LateStack:
         batch = _Batch(rows, bounds, every, variants, frozenset(shared), mode, budget)
         packs = self.packs(lengths, strict=strict, max_tokens=max_tokens)
         n_workers, n_threads = self._share_threads(mode, len(rows))
+        copies = self._copies(n_workers, variants)
         if n_workers == 1:
             for pack in packs:
-                yield from self._iterate_pack(batch, pack)
+                yield from copies[0]._iterate_pack(batch, pack)
             return
-        copies = self._copies(n_workers, variants)
 
         def run(pack: range, worker: int) -> Iterator[_Result]:
             return copies[worker]._iterate_pack(batch, pack)
@@ -314,37 +325,32 @@ class LateStack:
     # ---- who runs it ----
 
     def _how(self, strict: bool, max_tokens: int | None) -> tuple[Mode, int]:
-        return "single" if strict else self.mode, max_tokens or MAX_TOKENS.get(self.device.type, MAX_TOKENS["cuda"])
+        mode: Mode = "single" if strict or is_wrapped(self._model) else self.mode
+        return mode, max_tokens or MAX_TOKENS.get(self.device.type, MAX_TOKENS["cuda"])
 
     def _share_threads(self, mode: Mode, n_tokens: int) -> tuple[int, int]:
-        """How many packs run at once, on how many threads each. One that shall be what a plain forward is takes all.
-
-        So does one through a module whose forward somebody has wrapped: what wraps it may hold on to that module, and
-        would run it in place of its copies.
-        """
-        wrapped = any("forward" in vars(module) for module in self._model.modules())
-        if mode == "single" or self.device.type != "cpu" or wrapped:
+        """How many packs run at once, on how many threads each. One that shall be what a plain forward is takes all."""
+        if mode == "single" or self.device.type != "cpu":
             return 1, torch.get_num_threads()
         return share_threads(n_tokens // TOKENS_OF_A_WORKER)
 
     def _copies(self, n: int, variants: Sequence[Variant]) -> list[LateStack]:
-        """This stack n times over, each with modules and config of its own, on which a forward sets switches and hooks.
+        """This stack n times over, each with modules and config of its own, on which a forward sets switches and hooks:
+        the model itself, and whoever else runs it, sees none of them.
 
-        Made anew for every call, so that whatever was done to the blocks since is in them.
+        Made anew for every call, so that whatever was done to the blocks since is in them. One whose forward somebody
+        has wrapped is run itself, a sequence at a time, which switches nothing.
         """
+        if is_wrapped(self._model):
+            return [self]
         views: dict[int, LateStack] = {}
         for boundary in (self.boundary, self.n_blocks - 1):
             views[boundary] = copy.copy(self.at(boundary))
             views[boundary]._views = views
         sites = {(layer, edit.site) for variant in variants for layer, edit in variant.inside()}
         hooked = {*self.blocks, *(self._module_at(layer, site) for layer, site in sites)}
-        shared: dict[int, Any] = {id(self.readout): self.readout}
-        empty: dict[int, type] = {}
-        for view in views.values():
-            shared.update((id(one), one) for one in shareable(view._model, hooked))
-            empty.update((id(one), type(one)) for one in empty_parts(view._model))
-        memos = [shared | {key: kind() for key, kind in empty.items()} for _ in range(n)]
-        return [copy.deepcopy(views[self.boundary], memo) for memo in memos]
+        models = [view._model for view in views.values()]
+        return apart(views[self.boundary], models, n, hooked=hooked, share=[self.readout])
 
     # ---- one pack ----
 
@@ -430,7 +436,8 @@ class LateStack:
         with ExitStack() as hooks:
             for (layer, site), edits in by_site.items():
                 module = self._module_at(layer, site)
-                hooks.callback(module.register_forward_hook(_editing_hook(edits)).remove)
+                hook = of_this_thread(_editing_hook(edits))
+                hooks.callback(module.register_forward_hook(hook).remove)
             yield
 
     def _module_at(self, layer: int, site: str) -> nn.Module:
@@ -508,9 +515,14 @@ class LateStack:
         first, changed, second = (  # the second is padded, where there is padding
             torch.randn(n_tokens, self.width, generator=generator).to(self.device, self.dtype) for n_tokens in (5, 5, 4)
         )
-        self.not_packable = self._trunk.not_packable or self._why_not("packed", first, changed, second)
+        if is_wrapped(self._model):
+            self.mode = "single"
+            self.not_packable = f"{type(self._trunk.decoder).__name__}: the forward of one of its modules is wrapped"
+            return
+        (late,) = self._copies(1, [])
+        self.not_packable = self._trunk.not_packable or late._why_not("packed", first, changed, second)
         if self.not_packable:
-            self.mode = "single" if self._why_not("padded", first, changed, second) else "padded"
+            self.mode = "single" if late._why_not("padded", first, changed, second) else "padded"
 
     def _why_not(self, mode: Mode, first: torch.Tensor, changed: torch.Tensor, second: torch.Tensor) -> str | None:
         """The reason why sequences that share a forward in this mode are not what each is alone, or None.

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import find_anatomy, mixes_tokens, text_config
+from actcache.blocks import Turns, find_anatomy, mixes_tokens, of_this_thread, text_config
 from actcache.errors import UnsupportedModelError
 from actcache.linear import fast_products, without_queries
 from actcache.packing import (
@@ -45,7 +45,10 @@ def _keep_freed_memory() -> None:
 
 
 class Trunk:
-    """Embeddings and blocks of a causal LM, whose readout stands beside it. The model given is not changed.
+    """Embeddings and blocks of a causal LM, whose readout stands beside it.
+
+    During a forward of a pack the model given is switched over, so it shall be nobody else's; afterwards it is as
+    before. Threads take turns.
 
     Attributes:
         decoder: the transformers module that runs them.
@@ -60,6 +63,7 @@ class Trunk:
     def __init__(self, model: PreTrainedModel, readout: Readout | None = None) -> None:
         """Take a model apart; ``readout`` is the model's, if there is one already."""
         _keep_freed_memory()
+        self._turns = Turns()
         anatomy = find_anatomy(model)
         self.decoder = model.get_submodule(anatomy.decoder)
         self.blocks: nn.ModuleList = model.get_submodule(anatomy.blocks)  # type: ignore[assignment]
@@ -86,7 +90,7 @@ class Trunk:
         """
         if len(bounds) == 2:
             return self.run(**inputs, use_cache=False)[0]
-        with packed_attention(self.config, bounds), fast_products(self.blocks):
+        with self._turns, packed_attention(self.config, bounds), fast_products(self.blocks):
             positions = restarting_positions(bounds, self.device)
             return self.run(**inputs, position_ids=positions, use_cache=False)[0]
 
@@ -97,11 +101,12 @@ class Trunk:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             outputs.append(output if isinstance(output, torch.Tensor) else output[0])
 
-        handle = self.blocks[-1].register_forward_hook(keep)
-        try:
-            self.decoder(**inputs)
-        finally:
-            handle.remove()
+        with self._turns:
+            handle = self.blocks[-1].register_forward_hook(of_this_thread(keep))
+            try:
+                self.decoder(**inputs)
+            finally:
+                handle.remove()
         return outputs[0]
 
     def forward_to_last_keys(
@@ -120,7 +125,7 @@ class Trunk:
         """
         prefix = Prefix()
         entering: list[torch.Tensor] = []
-        with packed_attention(self.config, bounds, prefix if every_block else None) as pack:
+        with self._turns, packed_attention(self.config, bounds, prefix if every_block else None) as pack:
 
             def stop_inside(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 entering.append((args[0] if args else kwargs["hidden_states"])[0])
@@ -151,7 +156,7 @@ class Trunk:
         Returns:
             ``[n, D]``, last block's output.
         """
-        with branched_attention(self.config, prefix, sequence_of), fast_products(self.blocks):
+        with self._turns, branched_attention(self.config, prefix, sequence_of), fast_products(self.blocks):
             return self.run(**inputs, position_ids=positions[None], use_cache=False)[0]
 
     @property

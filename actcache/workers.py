@@ -7,6 +7,7 @@ the slowest; two packs on half of the threads each do not. Knows threads; knows 
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -22,10 +23,14 @@ MOST_WORKERS = 8
 
 _END = object()
 
+# While workers start, torch's number of threads is theirs for every thread that has not asked for it yet.
+_starting = threading.Lock()
+
 
 def share_threads(n_tasks: int) -> tuple[int, int]:
     """How many workers suit this many tasks of like size, and how many of torch's threads each has."""
-    n_threads = torch.get_num_threads()
+    with _starting:
+        n_threads = torch.get_num_threads()
     each = -(-n_threads // max(1, min(n_tasks, n_threads, MOST_WORKERS)))
     return n_threads // each, each
 
@@ -41,7 +46,8 @@ def side_by_side(tasks: Iterable[Callable[[int], Iterator[T]]], n_workers: int, 
     Each worker is at most one result ahead of who reads them, so memory stays bounded. Iterations that overlap share
     the threads, never two at once in one. An exception of a task is raised here; no further task is begun after it.
     """
-    executors = _executors(n_workers, n_threads, os.getpid())
+    with _starting:
+        executors = _executors(n_workers, n_threads, os.getpid())
     left = deque(tasks)
 
     def stream(number: int) -> Iterator[T]:
