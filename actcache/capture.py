@@ -229,6 +229,7 @@ class _Capture:
         self.settings = settings
         self.decode = lineup.decode
         self.vocabulary = lineup.vocabulary
+        self.special = lineup.special_ids
         self.limits = SearchLimits(settings.max_new, lineup.end_ids, lineup.max_positions)
         self.pack_tokens = settings.max_tokens
         if not settings.strict:
@@ -386,6 +387,7 @@ class _Capture:
             "carried": column((_carried(e.search.prompt) for e in captured), pa.string()),
         }
         for label in PAIR:
+            columns[f"special_{label}"] = column((int(e.tokens[label] in self.special) for e in captured), pa.int32())
             columns[f"gap_{label}"] = column((e.gaps[label] for e in captured), pa.float32())
         for label in self.trunks:
             columns[f"margin_{label}"] = column((e.margins[label] for e in captured), pa.float32())

@@ -10,7 +10,8 @@ Here ``pt_it`` always reads upstream PT, late IT. From the four cells:
 ``late_from_pt``       A = Y(PT, IT) - Y(PT, PT)         what IT's late stack adds to PT's state
 ``late_from_it``       B = Y(IT, IT) - Y(IT, PT)         what it adds to IT's own state
 ``interaction``        B - A                             the part that needs IT's own state
-``native_shift``       Y(IT, IT) - Y(PT, PT)             how far the two unpatched checkpoints are apart
+``native_shift``       Y(IT, IT) - Y(PT, PT)             how far the diagonal's cells are apart; under the native
+                                                         readout these are the two unpatched checkpoints
 ``portable_share``     mean(A) / mean(B)                 the part of the late effect that PT's state suffices for
 ``interaction_share``  mean(B - A) / mean(native_shift)  the part of the native shift that is interaction
 =====================  ================================  ====================================================
@@ -35,6 +36,9 @@ GROUP_COLUMNS = ("kind", "boundary", "scope", "readout", "variant")
 
 CELLS = ("pt_pt", "pt_it", "it_pt", "it_it")
 """The four cells in table order: upstream first, late second."""
+
+FEWEST_PROMPTS = 10
+"""An interval needs at least as many: a percentile bootstrap over fewer prompts covers far less than it claims."""
 
 _REQUIRED = ("event_id", "prompt_id", "step", *GROUP_COLUMNS, "upstream", "late", "margin")
 
@@ -130,10 +134,14 @@ def effects(
         A dict ready for json: ``draws``, ``seed``, ``level`` and ``groups``, one per (kind, boundary, scope, readout,
         variant) in sorted order, each with these five, the labels ``pt`` and ``it``, ``n_events``, ``n_prompts``,
         ``cells`` (pt_pt, pt_it, it_pt, it_it) and the six quantities of this module's table. Every number is
-        ``{"mean", "low", "high"}``, in logits except for the shares. ``low`` and ``high`` are None where there is one
-        prompt (nothing to resample), and for a share whose denominator's own interval reaches 0 (the ratio then has
+        ``{"mean", "low", "high"}``, in logits except for the shares. ``low`` and ``high`` are None below
+        ``FEWEST_PROMPTS`` prompts, and for a share whose denominator's own interval reaches 0 (the ratio then has
         no bounded interval). A share is None altogether where its denominator is 0 to rounding. ``groups`` is empty
         for a table without rows. The same for any order of the rows.
+
+        Where every cell of a group has them, two more entries follow. ``choices`` gives the shares of events whose
+        best token in a cell is y_pt, y_it or another (columns top1_id, y_pt, y_it). ``kl`` gives the mean over events
+        of column kl, in nats.
 
     Raises:
         InputError: as :func:`contrasts`, or draws, seed or level out of range.
@@ -152,9 +160,15 @@ def effects(
         alike = [index for index, of_prompts in enumerate(sums) if len(of_prompts) == n_prompts]
         for first in range(0, len(alike), _GROUPS_PER_PASS):
             batch = alike[first : first + _GROUPS_PER_PASS]
-            drawn = _resample([sums[index] for index in batch], draws, seed) if n_prompts > 1 else [None] * len(batch)
+            drawn: list[Floats] | list[None] = [None] * len(batch)
+            if n_prompts >= FEWEST_PROMPTS:
+                drawn = _resample([sums[index] for index in batch], draws, seed)
             for index, totals in zip(batch, drawn, strict=True):
                 groups[index].update(_estimates(sums[index].sum(axis=0), totals, level))
+    choices, kl = _cell_means(cells, pt, it)
+    for group in groups:
+        key = tuple(group[name] for name in GROUP_COLUMNS)
+        group.update({name: of[key] for name, of in (("choices", choices), ("kl", kl)) if key in of})
     return {"draws": draws, "seed": seed, "level": level, "groups": groups}
 
 
@@ -306,6 +320,39 @@ def _contrast_table(events: pa.Table, y: Floats) -> pa.Table:
     return table
 
 
+def _cell_means(cells: pa.Table, pt: str, it: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """Shares of choices, and mean KL, of the cells of every group in which each cell has them, by the group's key."""
+    columns: dict[str, Any] = {}
+    if {"top1_id", "y_pt", "y_it"} <= set(cells.column_names):
+        best = cells["top1_id"]
+        columns |= {name: pc.cast(pc.equal(best, cells[name]), pa.float64()) for name in ("y_pt", "y_it")}
+        columns["other"] = pc.subtract(pc.subtract(1.0, columns["y_pt"]), columns["y_it"])
+    if "kl" in cells.column_names:
+        columns["kl"] = cells["kl"].cast(pa.float64())
+    choices: dict[Any, Any] = {}
+    kl: dict[Any, Any] = {}
+    if not columns or not cells.num_rows:
+        return choices, kl
+    keys = [cells[name] for name in GROUP_COLUMNS]
+    of_cell = pa.array(2 * _label_index(cells, "upstream", pt, it) + _label_index(cells, "late", pt, it))
+    table = pa.table([*keys, of_cell, *columns.values()], [*GROUP_COLUMNS, "cell", *columns])
+    of_pair = pc.and_(*(pc.is_in(cells[name].cast(pa.string()), pa.array([pt, it])) for name in ("upstream", "late")))
+    # A null in any row makes the mean of that cell null: such a group has no means.
+    means = (
+        table.filter(of_pair)
+        .group_by([*GROUP_COLUMNS, "cell"])
+        .aggregate([(name, "mean", pc.ScalarAggregateOptions(skip_nulls=False)) for name in columns])
+    )
+    for row in means.to_pylist():
+        key, name = tuple(row[column] for column in GROUP_COLUMNS), CELLS[row["cell"]]
+        if "y_pt" in columns:
+            choices.setdefault(key, {})[name] = {share: row[f"{share}_mean"] for share in ("y_pt", "y_it", "other")}
+        if "kl" in columns:
+            kl.setdefault(key, {})[name] = row["kl_mean"]
+    known = {key: of for key, of in choices.items() if all(cell["other"] is not None for cell in of.values())}
+    return known, {key: of for key, of in kl.items() if None not in of.values()}
+
+
 def _groups(table: pa.Table) -> list[pa.Table]:
     """The sorted table of contrasts cut where a group column changes."""
     if table.num_rows == 0:
@@ -359,7 +406,7 @@ _SHARES = {"portable_share": ("late_from_pt", "late_from_it"), "interaction_shar
 
 
 def _estimates(total: Floats, drawn: Floats | None, level: float) -> dict[str, Any]:
-    """The quantities of one group as {"mean", "low", "high"}; ``drawn`` [draws, 5] is None for a single prompt."""
+    """The quantities of one group as {"mean", "low", "high"}; ``drawn`` [draws, 5] is None below ``FEWEST_PROMPTS``."""
     tails = [(1 - level) / 2, (1 + level) / 2]
     point = {name: float(value) for name, value in _quantities(total).items()}
     spread = _quantities(drawn) if drawn is not None else {}

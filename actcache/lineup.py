@@ -116,6 +116,11 @@ class Lineup:
             self._check_ids(prompt, ids)
         return ids_of
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that are special tokens of any of the tokenizers."""
+        return frozenset().union(*(checkpoint.encoder.special_ids for checkpoint in self.checkpoints.values()))
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some ids, by a tokenizer that has them all, or else by the first."""
         encoders = [checkpoint.encoder for checkpoint in self.checkpoints.values()]

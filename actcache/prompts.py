@@ -41,7 +41,7 @@ RESERVED_KEYS = frozenset(
         "segment",
     }
 )
-RESERVED_PREFIXES = ("gap_", "margin_")
+RESERVED_PREFIXES = ("gap_", "margin_", "special_")
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,12 @@ class Encoder:
         return {index: token for token, index in self.tokenizer.get_vocab().items()}
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text of their own, such as the end of a text or of a turn."""
+        added = self.tokenizer.added_tokens_decoder.items()
+        return frozenset(self.tokenizer.all_special_ids) | {index for index, token in added if token.special}
+
+    @cached_property
     def around(self) -> tuple[list[int], list[int]]:
         """Ids that the tokenizer puts before and after every text."""
         # A text without special tokens; an alphabet without that letter (of proteins, say) has one of its own.

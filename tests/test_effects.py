@@ -115,7 +115,7 @@ def test_published_shares_follow_from_the_published_effects():
 @pytest.mark.parametrize("per_pass", [1, 40, 1 << 21])
 def test_equals_the_slow_twin(monkeypatch, per_pass):
     monkeypatch.setattr(module, "_DRAWN_PER_PASS", per_pass)
-    prompts = ["p0", "p1", "p1", "p2", "p3", "p3", "p3", "p4", "p5", "p6", "p7"]
+    prompts = ["p0", "p1", "p1", "p2", "p3", "p3", "p3", "p4", "p5", "p6", "p7", "p8", "p9"]
     cells = cell_table(random_grids(len(prompts)), prompts)
     expected = slow_effects(cells, draws=120, seed=3, level=0.9)
     group = effects(cells, draws=120, seed=3, level=0.9)["groups"][0]
@@ -126,7 +126,7 @@ def test_equals_the_slow_twin(monkeypatch, per_pass):
 def test_groups_do_not_touch_each_other(monkeypatch):
     monkeypatch.setattr(module, "_GROUPS_PER_PASS", 2)
     parts = [
-        cell_table(random_grids(9, seed), boundary=boundary, readout=readout)
+        cell_table(random_grids(12, seed), boundary=boundary, readout=readout)
         for seed, (boundary, readout) in enumerate([(5, "native"), (5, "common_it"), (20, "native"), (20, "common_it")])
     ]
     parts.append(cell_table(random_grids(4, 7), kind="later_disagreement"))
@@ -178,13 +178,48 @@ def test_means_are_over_events_not_over_prompts():
     assert group["cells"]["it_it"]["mean"] == 2.0
 
 
-def test_one_prompt_has_no_interval():
-    group = effects(cell_table(random_grids(3), ["only"] * 3))["groups"][0]
-    assert group["n_prompts"] == 1
-    for number in flat(group).values():
+@pytest.mark.parametrize(("n_prompts", "has_interval"), [(1, False), (2, False), (9, False), (10, True)])
+def test_an_interval_needs_ten_prompts(n_prompts, has_interval):
+    n_events = 3 * n_prompts
+    prompts = [f"p{i % n_prompts}" for i in range(n_events)]
+    group = effects(cell_table(random_grids(n_events), prompts))["groups"][0]
+    assert group["n_prompts"] == n_prompts
+    for name, number in flat(group).items():
         assert number["mean"] is not None
-        assert number["low"] is None
-        assert number["high"] is None
+        if not name.endswith("_share"):
+            assert (number["low"] is not None, number["high"] is not None) == (has_interval, has_interval)
+
+
+def test_choices_and_kl_of_each_cell():
+    grids = random_grids(12)
+    cells = cell_table(grids)
+    best = np.array([[7, 8, 8, 8], [7, 7, 9, 8], [7, 7, 7, 8]] * 4).ravel()
+    with_best = (
+        cells.append_column("y_pt", pa.array([7] * 48))
+        .append_column("y_it", pa.array([8] * 48))
+        .append_column("top1_id", pa.array(best))
+    )
+    group = effects(with_best, draws=10)["groups"][0]
+    third = pytest.approx(1 / 3)
+    assert group["choices"] == {
+        "pt_pt": {"y_pt": 1, "y_it": 0, "other": 0},
+        "pt_it": {"y_pt": pytest.approx(2 / 3), "y_it": third, "other": 0},
+        "it_pt": {"y_pt": third, "y_it": third, "other": third},
+        "it_it": {"y_pt": 0, "y_it": 1, "other": 0},
+    }
+    kl = np.arange(48) % 4 / 10
+    group = effects(with_best.append_column("kl", pa.array(kl, pa.float32())), draws=10)["groups"][0]
+    assert group["kl"] == pytest.approx({"pt_pt": 0, "pt_it": 0.1, "it_pt": 0.2, "it_it": 0.3}, abs=1e-6)
+    # Variants that were not looked up have neither, and no group is told apart by what others have.
+    unknown = pa.concat_tables(
+        [with_best, with_best.set_column(cells.column_names.index("variant"), "variant", pa.array(["x"] * 48))]
+    )
+    at = unknown.column_names.index("top1_id")
+    unknown = unknown.set_column(at, "top1_id", pa.array([*best.tolist(), *[None] * 48], pa.int64()))
+    plain, variant = effects(unknown, draws=10)["groups"]
+    assert "choices" in plain
+    assert "choices" not in variant
+    assert "kl" not in plain
 
 
 def test_a_share_without_a_denominator_is_null():
@@ -201,7 +236,7 @@ def test_rounding_is_not_a_denominator():
 
 
 def test_a_share_whose_denominator_may_be_zero_has_no_interval():
-    grids = [(0, 1, 0, b) for b in (-1.0, 1.5, -0.5, 0.7, -0.4, 0.2)]
+    grids = [(0, 1, 0, b) for b in (-1.0, 1.5, -0.5, 0.7, -0.4, 0.2) * 2]
     group = effects(cell_table(grids))["groups"][0]
     assert group["late_from_it"]["low"] < 0 < group["late_from_it"]["high"]
     assert group["portable_share"]["mean"] == pytest.approx(12.0)

@@ -2,9 +2,11 @@
 
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from actcache.effects import effects, select_events
@@ -306,9 +308,94 @@ def test_the_answer_in_words(late_it, sentence):
 def test_one_event():
     page = Page(page_of(run_tables(1)))
     assert "1 event from 1 prompt;" in "".join(page.text)
-    assert "all events come from one prompt, so there is no interval" in page.section("answer")
+    assert "these are the means of 1 prompt. Fewer than 10 give no interval" in page.section("answer")
     assert "bootstrap" not in page.section("answer")
     assert "All events, largest interaction first" in page.section("examples")
+
+
+@pytest.mark.parametrize(("n_prompts", "interval", "caution"), [(9, False, False), (10, True, True), (30, True, False)])
+def test_few_prompts_are_said_to_be_few(n_prompts, interval, caution):
+    answer = Page(page_of(run_tables(2 * n_prompts))).section("answer")
+    assert f"these are the means of {n_prompts} prompts. Fewer than 10 give no interval" in answer or interval
+    assert (f"Caution: {n_prompts} prompts are few" in answer) == caution
+    assert ("percentile bootstrap over prompts" in answer) == interval
+
+
+def test_a_common_readout_is_not_the_checkpoints_as_they_are(tables):
+    cells, events, excluded = tables
+    result = effects(cells, draws=200)
+    native, common = (next(g for g in result["groups"] if g["readout"] == name) for name in ("native", "common_it"))
+    assert native["native_shift"]["mean"] != common["native_shift"]["mean"]
+    page = Page(build_report(cells, result, events, excluded, SETTINGS))
+    answer = page.section("answer")
+    assert f"the two cells of the diagonal are {signed(common['native_shift']['mean'], 2)}" in answer
+    assert (
+        f"Unpatched, each read by its own head, the two checkpoints are {signed(native['native_shift']['mean'], 2)}"
+        in (answer)
+    )
+    assert "read here by common_it and not by its own head" in page.section("grid")
+    page = Page(page_of(run_tables(readouts=("common_pt", "native"))))
+    assert "The diagonal is the two checkpoints as they are" in page.section("grid")
+    page = Page(page_of(run_tables(readouts=("common_it",))))
+    assert "Unpatched" not in page.section("answer")
+
+
+def test_equal_readouts_are_told_once():
+    cells, events, excluded = run_tables(20, boundaries=(5, 10), readouts=("common_it",))
+    at = cells.column_names.index("readout")
+    same, other = (
+        cells.set_column(at, "readout", pa.array([name] * cells.num_rows)) for name in ("native", "common_pt")
+    )
+    at = cells.column_names.index("margin")
+    other = other.set_column(at, "margin", pc.add(other["margin"], 0.5))
+    page = Page(page_of((pa.concat_tables([cells, same, other]), events, excluded)))
+    table = page.section("groups")
+    assert table.count("common_it = native") == 2
+    assert table.count("common_pt") == 2
+    assert "readout common_it = native" in page.section("answer")
+    assert "read here by common_it and not" in page.section("grid")
+    # Two that agree at one boundary only are two.
+    apart = same.set_column(at, "margin", pc.if_else(pc.equal(same["boundary"], 5), same["margin"], other["margin"]))
+    assert " = " not in Page(page_of((pa.concat_tables([cells, apart]), events, excluded))).section("groups")
+
+
+def test_choices_and_kl_are_shown(tables):
+    cells, events, excluded = tables
+    assert "choices" not in Page(page_of(tables)).by_section
+    rows = [row | {"y_pt": 1, "y_it": 2, "top1_id": 1 if row["late"] == "pt" else 3} for row in cells.to_pylist()]
+    page = Page(page_of((pa.Table.from_pylist(rows), events, excluded)))
+    assert "pt, pt 100.0% 0.0% 0.0%" in page.section("choices")
+    assert "pt, it 0.0% 0.0% 100.0%" in page.section("choices")
+    assert "KL" not in page.section("choices")
+    rows = [row | {"kl": 0.25} for row in rows]
+    page = Page(page_of((pa.Table.from_pylist(rows), events, excluded)))
+    assert "it, it 0.0% 0.0% 100.0% 0.25" in page.section("choices")
+
+
+def test_special_tokens_are_marked(tables):
+    cells, events, excluded = tables
+    assert "special" not in Page(page_of(tables)).section("examples")
+    marked = events.append_column("special_pt", pa.array([0] * 60, pa.int32()))
+    marked = marked.append_column("special_it", pa.array([int(i < 7) for i in range(60)], pa.int32()))
+    html = page_of((cells, marked, excluded))
+    assert "0 of the choices of pt and 7 of those of it are special" in Page(html).section("examples")
+    every = marked.set_column(marked.column_names.index("special_it"), "special_it", pa.array([1] * 60, pa.int32()))
+    html = page_of((cells, every, excluded))
+    assert html.count('class="chip special" title="special token of it"') == 24
+    assert 'title="special token of pt"' not in html
+
+
+def test_no_home_folder_is_shown(tables):
+    home = {
+        "command": "actcache run --pt /home/alice/models/pt --it=/Users/bob.s/it --out /data/home/runs",
+        "prompts": f"{Path.home()}/p.jsonl (60 prompts)",
+    }
+    html = page_of(tables, home)
+    made = Page(html).section("made")
+    assert "--pt ~/models/pt --it=~/it --out /data/home/runs" in made
+    assert "prompts ~/p.jsonl (60 prompts)" in made
+    assert "alice" not in html
+    assert "bob" not in html
 
 
 def test_equal_events_with_zero_margins():

@@ -191,6 +191,10 @@ def test_both_tokenizers_count_alike(lineup, swapped):
     assert as_fingerprint(found)["vocabulary"], "an earlier version left events out"
 
 
+def found_specials(lineup):
+    return {token for c in lineup.checkpoints.values() for token in c.tokenizer.all_special_tokens}
+
+
 def test_a_choice_that_only_one_tokenizer_has_is_an_event(tmp_path):
     folders = tiny.make_pair(tmp_path, "llama", vocab_size=N_ROWS)
     add("<|one|>", "<|two|>", "<|three|>", "<|four|>")(folders[1])
@@ -205,6 +209,10 @@ def test_a_choice_that_only_one_tokenizer_has_is_an_event(tmp_path):
             *((e["prompt_id"], e["reason"]) for e in found.excluded.to_pylist()),
         ]
         assert "token_outside_vocabulary" not in found.excluded["reason"].to_pylist()
+        special = {"<|one|>", "<|two|>", "<|three|>", "<|four|>", *found_specials(lineup)}
+        for event in found.events.to_pylist():
+            for label in ("pt", "it"):
+                assert event[f"special_{label}"] == (event[f"token_{label}"] in special)
         names = {*found.events["token_pt"].to_pylist(), *found.events["token_it"].to_pylist()}
     assert outcomes["pt"] == outcomes["it"]
     assert any({*choices[0]} & set(range(tiny.VOCAB_SIZE, N_ROWS)) for _, _, *choices in outcomes["pt"] if choices)

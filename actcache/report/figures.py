@@ -33,6 +33,7 @@ _SERIES = ("#010111", "#010112", "#010113", "#010114", "#010115", "#010116")
 _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule", _PT: "--pt", _IT: "--it", _PAPER: "--paper"} | {
     colour: f"--s{i}" for i, colour in enumerate(_SERIES, 1)
 }
+_MARKERS = "osD^v*"
 # From PT's colour through near-white to IT's: the side of zero that a cell is on is the token that it prefers.
 _DIVERGING = LinearSegmentedColormap.from_list("pt_it", ["#8a4200", "#e9a35c", "#f7f4ef", "#7fb2ea", "#0b4a9e"])
 
@@ -142,14 +143,17 @@ def over_boundaries(
     for axes, (scope, lines) in zip(all_axes, panels, strict=True):
         axes.axhline(0, color=_MUTED, linewidth=1)
         axes.axvline(chosen, color=_RULE, linewidth=6, zorder=0)
-        for colour, (readout, groups) in zip(_SERIES, lines, strict=False):
+        for i, (colour, (readout, groups)) in enumerate(zip(_SERIES, lines, strict=False)):
             boundary = [group["boundary"] for group in groups]
             numbers = [group["interaction"] for group in groups]
             if all(number["low"] is not None for number in numbers):
                 low, high = ([number[end] for number in numbers] for end in ("low", "high"))
                 axes.fill_between(boundary, low, high, color=colour, alpha=0.16, linewidth=0)
+            # Narrower and dashed from line to line: one that lies upon another leaves both to be seen.
+            dashes = (0, (1 + 2 * i, i)) if i else "-"
+            axes.plot(boundary, [n["mean"] for n in numbers], color=colour, linewidth=4 / (i + 1), linestyle=dashes)
             axes.plot(
-                boundary, [n["mean"] for n in numbers], "o-", color=colour, linewidth=2, markersize=4, label=readout
+                boundary, [n["mean"] for n in numbers], _MARKERS[i], color=colour, markersize=8 - i, label=readout
             )
             peak = max(groups, key=lambda group: group["interaction"]["mean"])
             value = signed(peak["interaction"]["mean"], places)

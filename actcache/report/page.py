@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
-from actcache.effects import GROUP_COLUMNS, contrasts
+from actcache.effects import FEWEST_PROMPTS, GROUP_COLUMNS, contrasts
 from actcache.errors import InputError
 from actcache.report import figures, visible
 
@@ -28,15 +28,18 @@ TOKEN_CHARACTERS = 32
 MAX_GROUPS = 300
 """Rows of the table of groups; more than these are in effects.json only."""
 MAX_REASONS = 30
+CAUTION_PROMPTS = 30
+"""Below as many prompts an interval gets a word of caution: a percentile bootstrap is then still too narrow."""
 
-# What the page leads with, best first.
-_MAIN = {"kind": ["first_divergence"], "scope": ["prefix"], "readout": ["common_it", "native"], "variant": ["none"]}
 _LOGIT_QUANTITIES = ("late_from_pt", "late_from_it", "interaction", "native_shift")
 _CELLS_COLUMNS = (*GROUP_COLUMNS, "noop_delta")
 _EVENTS_COLUMNS = ("event_id", "prompt_id", "kind", "gap_pt", "gap_it", "context", "token_pt", "token_it")
 _EXCLUDED_COLUMNS = ("prompt_id", "reason")
 
 Group = dict[str, Any]
+
+# Readouts that the page leads with, best first.
+_LEADING = ["common_it", "native"]
 
 
 def build_report(
@@ -59,7 +62,8 @@ def build_report(
         effects: what :func:`actcache.effects.effects` returned for these cells, with what
             :func:`actcache.effects.select_events` noted if it chose them.
         events: one row per event: event_id, prompt_id, kind, gap_pt, gap_it (top-1 minus top-2, logits), context
-            (the text before the divergence), token_pt, token_it (decoded; any text); more columns are ignored.
+            (the text before the divergence), token_pt, token_it (decoded; any text); special_pt, special_it (whether
+            the token is a special one) where the store has them; more columns are ignored.
         excluded: one row per prompt without an event: prompt_id, reason.
         settings: label -> text, shown in this order as how the run was made.
         default_boundary: the boundary to lead with; the nearest one that was run is taken. Without it: 0.6 of the
@@ -82,13 +86,15 @@ def build_report(
         missing = [column for column in columns if column not in table.column_names]
         if missing:
             raise InputError(f"the table of {name} has no column {', '.join(missing)}; found {table.column_names}")
-    groups = [_shown(group) for group in effects["groups"]]
+    groups = _folded([_shown(group) for group in effects["groups"]])
     if cells.num_rows and not groups:
         raise InputError(f"{cells.num_rows} cells but effects without groups: compute the effects of these cells first")
 
     n_prompts = len(events["prompt_id"].unique()) + len(excluded["prompt_id"].unique())
     page: dict[str, Any] = {
-        "settings": [(visible.plain(label), visible.plain(text)) for label, text in settings.items()],
+        "settings": [
+            (visible.plain(label), visible.plain(visible.without_home(text))) for label, text in settings.items()
+        ],
         "level": effects["level"],
         "draws": effects["draws"],
         "seed": effects["seed"],
@@ -110,10 +116,11 @@ def _findings(
     cells: pa.Table, effects: dict[str, Any], groups: list[Group], events: pa.Table, default_boundary: int | None
 ) -> dict[str, Any]:
     """Everything on the page that needs at least one event."""
-    at = _main_index(effects["groups"], default_boundary)
-    main, labels = groups[at], (groups[at]["pt"], groups[at]["it"])
-    per_event = _main_contrasts(cells, effects["groups"][at])
-    of_kind = _matching(events, per_event, str(effects["groups"][at]["kind"]))
+    raw = effects["groups"][_main_index(effects["groups"], default_boundary)]
+    main = _fold_of(groups, _shown(raw))
+    labels = (main["pt"], main["it"])
+    per_event = _main_contrasts(cells, raw)
+    of_kind = _matching(events, per_event, str(raw["kind"]))
     places = visible.decimals(main[name]["mean"] for name in _LOGIT_QUANTITIES)
     interaction = per_event["interaction"].to_numpy()
     gap_pt, gap_it = (of_kind[name].drop_null().to_numpy() for name in ("gap_pt", "gap_it"))
@@ -124,6 +131,10 @@ def _findings(
         "it": labels[1],
         "places": places,
         "verdict": _verdict(main),
+        "caution": FEWEST_PROMPTS <= main["n_prompts"] < CAUTION_PROMPTS,
+        "fewest_prompts": FEWEST_PROMPTS,
+        "unpatched": _unpatched(effects["groups"], raw),
+        "whose_readout": None if raw["readout"] == "native" else main["readout"].partition(" = ")[0],
         "grid_figure": figures.grid(main["cells"], main, labels, places),
         "effects_figure": figures.late_effects(_other_readouts(groups, main), labels[1], places),
         "boundary_figure": _boundary_figure(groups, main, places),
@@ -136,6 +147,7 @@ def _findings(
         "n_positive": int((interaction > 0).sum()),
         "table": _group_table(groups, main),
         "examples": _examples(per_event, of_kind),
+        "special": _special(of_kind),
         "noop": _noop(cells),
     }
 
@@ -155,19 +167,42 @@ def _template() -> Template:
 def _shown(group: Group) -> Group:
     """The group with its labels made fit to show; the boundary stays a number."""
     names = [name for name in (*GROUP_COLUMNS, "pt", "it") if name != "boundary"]
-    return group | {name: visible.head(visible.plain(str(group[name])), 60) for name in names}
+    return (
+        {"choices": None, "kl": None}
+        | group
+        | {name: visible.head(visible.plain(str(group[name])), 60) for name in names}
+    )
+
+
+def _folded(groups: list[Group]) -> list[Group]:
+    """The groups with readouts that agree in every number told once, by all their names: ``common_it = native``."""
+    alike = [name for name in GROUP_COLUMNS if name != "readout"]
+    by_readout: dict[str, dict[Any, Group]] = {}
+    for group in groups:
+        numbers = {name: value for name, value in group.items() if name != "readout"}
+        by_readout.setdefault(group["readout"], {})[tuple(group[name] for name in alike)] = numbers
+    folds: list[list[str]] = []
+    for readout in sorted(by_readout, key=lambda name: (name not in _LEADING, name)):
+        same = next((fold for fold in folds if by_readout[fold[0]] == by_readout[readout]), None)
+        if same is None:
+            folds.append([readout])
+        else:
+            same.append(readout)
+    name_of = {fold[0]: " = ".join(fold) for fold in folds}
+    return [group | {"readout": name_of[group["readout"]]} for group in groups if group["readout"] in name_of]
+
+
+def _fold_of(groups: list[Group], shown: Group) -> Group:
+    """The group that tells the numbers of this one."""
+    alike = [group for group in groups if _same(group, shown, *(name for name in GROUP_COLUMNS if name != "readout"))]
+    return next(group for group in alike if shown["readout"] in group["readout"].split(" = "))
 
 
 def _main_index(groups: list[Group], default_boundary: int | None) -> int:
     """Which group the page leads with."""
     if default_boundary is None:
         default_boundary = round(0.6 * (1 + max(group["boundary"] for group in groups)))
-    wishes = {
-        "kind": ["first_divergence"],
-        "scope": ["prefix"],
-        "readout": ["common_it", "native"],
-        "variant": ["none"],
-    }
+    wishes = {"kind": ["first_divergence"], "scope": ["prefix"], "readout": _LEADING, "variant": ["none"]}
 
     def rank(index: int) -> tuple[int, ...]:
         group = groups[index]
@@ -237,10 +272,24 @@ def _verdict(main: Group) -> str:
     """What the interval of the interaction says, as a key of the template's sentences."""
     low, high = main["interaction"]["low"], main["interaction"]["high"]
     if low is None:
-        return "one prompt"
+        return "few prompts"
     if low > 0:
         return "more"
     return "less" if high < 0 else "open"
+
+
+def _unpatched(groups: list[Group], main: Group) -> dict[str, float | None] | None:
+    """How far apart the two checkpoints are as they are, read by their own heads, at the events of the main group."""
+    native = main | {"readout": "native", "variant": "none"}
+    return next((group["native_shift"] for group in groups if _same(group, native, *GROUP_COLUMNS)), None)
+
+
+def _special(events: pa.Table) -> dict[str, int] | None:
+    """How many choices of each checkpoint are special tokens; None where the store does not say or none is."""
+    if not {"special_pt", "special_it"} <= set(events.column_names):
+        return None
+    counts = {name: int(events[f"special_{name}"].to_numpy().sum()) for name in ("pt", "it")}
+    return counts if any(counts.values()) else None
 
 
 def _group_table(groups: list[Group], main: Group) -> dict[str, Any]:
@@ -289,6 +338,8 @@ def _examples(per_event: pa.Table, events: pa.Table) -> dict[str, Any]:
                 "context": visible.pieces(visible.tail(text["context"] or "", CONTEXT_CHARACTERS), spaces=False),
                 "token_pt": _chip(text["token_pt"]),
                 "token_it": _chip(text["token_it"]),
+                "special_pt": bool(text.get("special_pt")),
+                "special_it": bool(text.get("special_it")),
                 "margins": [event[f"y_{name}"] for name in ("pt_pt", "pt_it", "it_pt", "it_it")],
                 "interaction": event["interaction"],
             }

@@ -7,11 +7,14 @@ text around them. Knows strings and numbers, no HTML: escaping is the template's
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 MINUS = "\u2212"
 _NAMED = {" ": "\u00b7", "\n": "\u21b5", "\r": "\u240d", "\t": "\u21e5", "\x7f": "\u2421"}
+_HOME = re.compile(r"(?<![\w/])/(home|Users)/[^/\s'\":,]+")
 # Part of ordinary writing (Persian and Indic words, emoji), so running text keeps them: space and the two joiners.
 _TEXT_ONLY = " \u200c\u200d"
 
@@ -44,6 +47,11 @@ def pieces(text: str, *, spaces: bool) -> list[Piece]:
 def plain(text: str) -> str:
     """``text`` as one string with the symbols of :func:`pieces` in place, spaces kept."""
     return "".join(piece.text for piece in pieces(text, spaces=False))
+
+
+def without_home(text: str) -> str:
+    """``text`` with every home folder in a path as ``~``: a page is made to be shared, a person's name is not."""
+    return _HOME.sub("~", text.replace(str(Path.home()), "~") if Path.home() != Path("/") else text)
 
 
 def head(text: str, limit: int) -> str:
