@@ -29,6 +29,7 @@ from actcache.gather import gather_rows
 from actcache.lineup import Lineup, as_fingerprint
 from actcache.packing import offsets_of, plan_packs
 from actcache.probe import check_replayable
+from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
 from actcache.store import BackgroundWriter, Place, SegmentData, StoreWriter
 from actcache.trunk import Trunk
@@ -93,7 +94,7 @@ def capture(
     *,
     part: tuple[int, int] = (0, 1),
     load: Callable[[str], Trunk] | None = None,
-    on_prompts: Callable[[int], None] = lambda n: None,
+    on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Find the events of every prompt and store what their replay needs; resumable by the same call.
@@ -105,7 +106,7 @@ def capture(
         settings: what to compute.
         part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
         load: gives the trunk of a checkpoint by label; by default :func:`load_trunk`.
-        on_prompts: called with the number of prompts finished (or found committed).
+        on_progress: told of prompts decided (or found committed), after every step of a search and every pack.
         say: told, in one line, what a person should know (packing not possible, for example).
 
     Raises:
@@ -121,21 +122,17 @@ def capture(
     writer = StoreWriter(store, fingerprint(lineup, prompts, settings))
     shards = list(_shards(len(prompts), settings.shard_prompts))[part[0] :: part[1]]
     committed = writer.committed
-    on_prompts(sum(len(shard) for name, shard in shards if name in committed))
+    tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)
+    tally.add(found=sum(len(shard) for name, shard in shards if name in committed))
     left = [(name, shard) for name, shard in shards if name not in committed]
     if not left:
         return
     load = load or (lambda label: load_trunk(lineup, label, settings))
-    job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, say)
-    n_prompts = {name: len(shard) for name, shard in left}
-
-    def done(name: str) -> None:
-        on_prompts(n_prompts[name])
-
-    with BackgroundWriter(writer, on_committed=done, on_lost=done) as background:
+    job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, tally, say)
+    with BackgroundWriter(writer) as background:
         for name, shard in left:
             if name in writer.committed:  # by another process meanwhile
-                done(name)
+                tally.add(found=len(shard))
                 continue
             segment = job.shard([prompts[i] for i in shard], [prompt_ids[i] for i in shard], background.check)
             background.append(name, segment)
@@ -223,9 +220,15 @@ class _Captured:
 
 class _Capture:
     def __init__(
-        self, lineup: Lineup, trunks: dict[str, Trunk], settings: CaptureSettings, say: Callable[[str], None]
+        self,
+        lineup: Lineup,
+        trunks: dict[str, Trunk],
+        settings: CaptureSettings,
+        tally: Tally,
+        say: Callable[[str], None],
     ) -> None:
         self.trunks = trunks
+        self.tally = tally
         self.settings = settings
         self.decode = lineup.decode
         self.vocabulary = lineup.vocabulary
@@ -247,6 +250,7 @@ class _Capture:
         searches = [_Search(i, p, ids, []) for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))]
         captured: list[_Captured] = []
         excluded: dict[int, str] = {}
+        n_decided = 0
         for _ in range(MAX_ROUNDS):
             proposed = self._propose(searches, excluded)
             searches = []
@@ -259,9 +263,15 @@ class _Capture:
                         searches.append(result)
                     else:
                         excluded[search.index] = result
+                self.tally.add(
+                    len(captured) + len(excluded) - n_decided,
+                    tokens=sum(map(len, (proposed[i].sequence for i in pack))),
+                )
+                n_decided = len(captured) + len(excluded)
             if not searches:
                 break
         excluded.update((search.index, "undecided") for search in searches)
+        self.tally.add(len(prompts) - n_decided)
         captured.sort(key=lambda event: event.search.index)
         return self._segment(captured, [(prompts[index], reason) for index, reason in sorted(excluded.items())])
 
@@ -274,6 +284,10 @@ class _Capture:
             [len(search.shared) for search in open_ended],
             self.limits,
             max_tokens=self.settings.max_tokens,
+            on_step=lambda tokens, step, n_open: self.tally.add(
+                tokens=tokens,
+                doing=f"searching: step {step} of at most {self.limits.max_new}, {n_open} still alike",
+            ),
         )
         diverged = [search for search in searches if search.proposed]
         for search, proposal in zip(open_ended, proposals, strict=True):

@@ -8,16 +8,19 @@ Knows tokens; knows no text, no files and no rows.
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import DynamicCache
 
 from actcache.packing import plan_packs
 from actcache.trunk import Trunk
+
+OnStep: TypeAlias = Callable[[int, int, int], object]  # tokens run, number of the step, sequences still searched
 
 
 class Outcome(StrEnum):
@@ -70,7 +73,7 @@ def propose(
     limits: SearchLimits,
     *,
     max_tokens: int = 4096,
-    on_done: Callable[[int], None] = lambda n: None,
+    on_step: OnStep = lambda tokens, step, n_open: None,
 ) -> list[Proposal]:
     """Search every sequence for the first token at which the two checkpoints differ.
 
@@ -80,7 +83,8 @@ def propose(
         n_compared: how many choices of each sequence were compared before (0 for a bare prompt).
         limits: when to give up.
         max_tokens: padded prompt tokens of one batch.
-        on_done: called with the number of sequences that ended, as they end.
+        on_step: called after each step of a batch with the tokens that each checkpoint has run in it, the step's
+            number from 1 on, and how many sequences are searched further.
 
     Returns:
         One proposal a sequence, in the order given.
@@ -89,7 +93,7 @@ def propose(
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # like lengths together: little padding
     for batch in plan_packs([len(sequences[i]) for i in order], max_tokens, padded=True):
         members = [order[k] for k in batch]
-        found = _lockstep(trunks, [sequences[i] for i in members], [n_compared[i] for i in members], limits, on_done)
+        found = _lockstep(trunks, [sequences[i] for i in members], [n_compared[i] for i in members], limits, on_step)
         for index, proposal in zip(members, found, strict=True):
             proposals[index] = proposal
     return [proposal for proposal in proposals if proposal is not None]
@@ -101,7 +105,7 @@ def _lockstep(
     sequences: Sequence[Sequence[int]],
     n_compared: Sequence[int],
     limits: SearchLimits,
-    on_done: Callable[[int], None],
+    on_step: OnStep,
 ) -> list[Proposal]:
     """Decode one left-padded batch in lockstep; a sequence leaves the batch as soon as its search ends."""
     proposals = [Proposal(Outcome.DIVERGED) for _ in sequences]
@@ -113,7 +117,8 @@ def _lockstep(
         mask[row, longest - len(ids) :] = 1
     caches = [DynamicCache(config=trunk.config) for trunk in trunks]
     active = list(range(len(sequences)))
-    while active:
+    n_tokens = sum(map(len, sequences))
+    for step in itertools.count(1):
         choices = [_choose(trunk, tokens, mask, cache) for trunk, cache in zip(trunks, caches, strict=True)]
         keep, chosen = [], []
         for row, index in enumerate(active):
@@ -130,12 +135,15 @@ def _lockstep(
             keep.append(row)
             chosen.append(token)
         if len(keep) < len(active):
-            on_done(len(active) - len(keep))
             rows = torch.tensor(keep, dtype=torch.int64)
             active = [active[row] for row in keep]
             mask = mask[rows]
             for trunk, cache in zip(trunks, caches, strict=True):
                 cache.batch_select_indices(rows.to(trunk.device))
+        on_step(n_tokens, step, len(active))
+        if not active:
+            break
+        n_tokens = len(active)
         tokens = torch.tensor(chosen, dtype=torch.int64)[:, None]
         mask = torch.cat([mask, torch.ones(len(active), 1, dtype=torch.int64)], dim=1)
     return proposals

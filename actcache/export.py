@@ -26,6 +26,7 @@ import torch
 
 from actcache.errors import CorruptStoreError, InputError
 from actcache.files import fsync, make_folder
+from actcache.progress import OnProgress, Tally, untold
 from actcache.store import Store
 
 FORMATS = ("safetensors", "npy", "arrow")
@@ -62,7 +63,7 @@ def export(
     checkpoints: Sequence[str] | None = None,
     boundaries: Sequence[int] | None = None,
     events: Sequence[int] | slice | None = None,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: OnProgress = untold,
 ) -> None:
     """Write states, final states, token ids and events of a store into a new folder, durable when this returns.
 
@@ -84,7 +85,7 @@ def export(
         checkpoints: labels, all by default.
         boundaries: of those stored, all by default.
         events: numbers in any order, a slice, or None for all.
-        on_progress: called with how many of the (event, array) pairs are written, and of how many.
+        on_progress: told of rows, token ids among them, after every batch.
 
     Raises:
         InputError: an unknown format, label, boundary or event; ``out`` is not empty, or lies within the store.
@@ -236,27 +237,19 @@ def _numbers(events: Sequence[int] | slice | None, n_events: int) -> npt.NDArray
 # ---- how it is written -----------------------------------------------------------------------------------------------
 
 
-def _write_all(
-    store: Store, folder: Path, to: str, arrays: list[_Array], on_progress: Callable[[int, int], None]
-) -> dict[str, Any]:
+def _write_all(store: Store, folder: Path, to: str, arrays: list[_Array], on_progress: OnProgress) -> dict[str, Any]:
     """Every file but the index; the content of the index."""
     write = {"safetensors": _write_safetensors, "npy": _write_npy, "arrow": _write_arrow}[to]
     numbers = arrays[0].events
     table = store.events.take(pa.array(numbers))
     pq.write_table(table, folder / EVENTS_FILE)
     files: dict[str, Any] = {}
-    done, total = 0, len(arrays) * len(numbers)
-
-    def on_events(n: int) -> None:
-        nonlocal done
-        done += n
-        on_progress(done, total)
-
+    tally = Tally(sum(int(array.offsets[-1]) for array in arrays), "rows", on_progress)
     for array in arrays:
         written_as = array.dtype if to == "safetensors" else array.stored_dtype
         files[array.name] = {
             **array.said,
-            "files": write(folder, array, table["event_id"], on_events),
+            "files": write(folder, array, table["event_id"], tally),
             "values": array.column,
             "shape": list(array.shape),
             "dtype": array.dtype,
@@ -273,9 +266,7 @@ def _write_all(
     }
 
 
-def _write_safetensors(
-    folder: Path, array: _Array, event_ids: pa.ChunkedArray, on_events: Callable[[int], None]
-) -> list[str]:
+def _write_safetensors(folder: Path, array: _Array, event_ids: pa.ChunkedArray, tally: Tally) -> list[str]:
     """The header first, which says where everything will lie; then the bytes as they come."""
     header: dict[str, Any] = {"__metadata__": {key: str(value) for key, value in array.said.items()}}
     at = 0
@@ -295,11 +286,11 @@ def _write_safetensors(
         stream.write(len(encoded).to_bytes(8, "little") + encoded)
         if array.is_ragged:
             stream.write(array.offsets.data)
-        _write_rows(stream, array, on_events)
+        _write_rows(stream, array, tally)
     return [file]
 
 
-def _write_npy(folder: Path, array: _Array, event_ids: pa.ChunkedArray, on_events: Callable[[int], None]) -> list[str]:
+def _write_npy(folder: Path, array: _Array, event_ids: pa.ChunkedArray, tally: Tally) -> list[str]:
     (folder / array.name).mkdir()
     files = [f"{array.name}/{array.column}.npy"]
     with open(folder / files[0], "wb") as stream:
@@ -309,22 +300,20 @@ def _write_npy(folder: Path, array: _Array, event_ids: pa.ChunkedArray, on_event
             "shape": array.shape,
         }
         np.lib.format.write_array_header_1_0(stream, described)
-        _write_rows(stream, array, on_events)
+        _write_rows(stream, array, tally)
     if array.is_ragged:
         files.append(f"{array.name}/offsets.npy")
         np.save(folder / files[1], array.offsets)
     return files
 
 
-def _write_rows(stream: BinaryIO, array: _Array, on_events: Callable[[int], None]) -> None:
-    for events, rows in array.batches():
+def _write_rows(stream: BinaryIO, array: _Array, tally: Tally) -> None:
+    for _, rows in array.batches():
         stream.write(np.ascontiguousarray(rows).data)
-        on_events(events.stop - events.start)
+        tally.add(len(rows))
 
 
-def _write_arrow(
-    folder: Path, array: _Array, event_ids: pa.ChunkedArray, on_events: Callable[[int], None]
-) -> list[str]:
+def _write_arrow(folder: Path, array: _Array, event_ids: pa.ChunkedArray, tally: Tally) -> list[str]:
     """An IPC file, a record batch at a time."""
     value = _ARROW_TYPE[array.stored_dtype]
     row = pa.list_(value, *array.row_shape) if array.row_shape else value
@@ -346,5 +335,5 @@ def _write_arrow(
                 values = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), values)
             part = [ids[events.start : events.stop], values.cast(column.type)]
             writer.write_batch(pa.record_batch(part, schema=schema))
-            on_events(events.stop - events.start)
+            tally.add(len(rows))
     return [file]

@@ -21,6 +21,7 @@ import torch
 from actcache.cells import Finished, finished_groups, gather_cells, store_digest, write_group
 from actcache.edits import PLAIN, Edit, Replace, Variant
 from actcache.errors import CheckError, InputError
+from actcache.progress import OnProgress, Tally, untold
 from actcache.readout import Readout
 from actcache.replay import LateStack, Mode
 from actcache.store import Segment, Store
@@ -78,7 +79,7 @@ def run_grid(
     folder: str | Path,
     settings: GridSettings,
     *,
-    on_cells: Callable[[int], None] = lambda n: None,
+    on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
 ) -> pa.Table:
     """Score every cell that is not scored yet.
@@ -89,8 +90,7 @@ def run_grid(
             once a label.
         folder: where finished groups lie; created.
         settings: what to score.
-        on_cells: called with the number of (event, scope, upstream, late, variant) combinations finished or found
-            finished; :func:`count_replays` says how many there are.
+        on_progress: told of replays, an (event, scope, upstream, late, variant) each, after every pack.
         say: told, in one line, what a person should know.
 
     Returns:
@@ -107,11 +107,12 @@ def run_grid(
     folder.mkdir(parents=True, exist_ok=True)
     finished = finished_groups(folder, store)
     _check_names(finished, settings)
+    tally = Tally(count_replays(store, settings), "replays", on_progress)
     todo = []
     for segment in (segment for segment in store.segments if segment.n_events):
         for boundary in settings.boundaries:
             work = _Work(store, segment, boundary, settings, folder, finished)
-            on_cells(work.n_done)
+            tally.add(found=work.n_done)
             if work.groups:
                 todo.append(work)
     if todo:
@@ -123,7 +124,7 @@ def run_grid(
                 break
         natives: _Natives = {}
         for work, states in _read_ahead(todo):
-            work.score({label: late.at(work.boundary) for label, late in lates.items()}, states, natives, on_cells)
+            work.score({label: late.at(work.boundary) for label, late in lates.items()}, states, natives, tally)
     return gather_cells(folder, store, strict=settings.strict, max_tokens=settings.max_tokens)
 
 
@@ -284,9 +285,7 @@ class _Work:
         final = {label: self.store.final(label, self._indices) for label in self.store.checkpoints}
         return _States({label: rows for label, (rows, _) in read.items()}, next(iter(read.values()))[1], final)
 
-    def score(
-        self, lates: dict[str, LateStack], states: _States, natives: _Natives, on_cells: Callable[[int], None]
-    ) -> None:
+    def score(self, lates: dict[str, LateStack], states: _States, natives: _Natives, tally: Tally) -> None:
         """Replay and score every cell; publish the files. ``natives`` is filled with what other boundaries need too."""
         events = self.store.events.slice(self._indices.start, len(self._indices))
         pair_ids = torch.tensor([events["y_pt"].to_pylist(), events["y_it"].to_pylist()]).T
@@ -318,7 +317,7 @@ class _Work:
                     max_tokens=self.settings.max_tokens,
                 ):
                     table.add(sequences, numbers, hidden)
-                    on_cells(sum(len(replays[number].cells) for number in numbers.tolist()))
+                    tally.add(sum(len(replays[number].cells) for number in numbers.tolist()))
                 table.finish()
                 for number, scope, upstream, name in self._cells(replays):
                     scored, noop = table.scores(number, whose[name]), None

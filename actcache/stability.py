@@ -30,8 +30,11 @@ from actcache.checkpoint import DTYPES
 from actcache.errors import InputError
 from actcache.files import write_atomically
 from actcache.packing import plan_packs
+from actcache.progress import OnProgress, Tally, untold
 from actcache.store import Store, layout
 from actcache.trunk import Trunk
+
+UNIT = "decisions"  # what is counted: one event's by one checkpoint in one dtype, strict or packed
 
 _SCHEMA = pa.schema(
     [
@@ -64,7 +67,7 @@ def check_stability(
     *,
     max_tokens: int,
     events: Sequence[int] | None = None,
-    on_events: Callable[[int], None] = lambda n: None,
+    tally: Tally | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> pa.Table:
     """Decide events anew under strict and under packed numerics, and compare.
@@ -79,8 +82,8 @@ def check_stability(
         dtypes: of ``float32`` and ``bfloat16``.
         max_tokens: tokens of one pack. Packs hold the events that are checked, in this order.
         events: indices, or None for all.
-        on_events: called with the number of events that one checkpoint has decided in one dtype, strict or packed:
-            four times the events for each dtype in all.
+        tally: counts the decisions: an event by one checkpoint in one dtype, strict or packed, so four an event for
+            each dtype.
         say: told, in one line, what a person should know (packing not possible, for example).
 
     Returns:
@@ -107,13 +110,14 @@ def check_stability(
     table = store.events.take(pa.array(indices))
     compared = _Compared(ids, offsets.numpy(), table["step"].to_numpy().astype(np.int64))
     stored = _Choices({label: compared.following(table[f"y_{label}"].to_numpy()) for label in PAIR}, {})
+    tally = tally or Tally(len(dtypes) * n_decisions(len(indices)), UNIT, untold)
     parts = []
     for dtype in dtypes:
         strict, packed = _Choices({}, {}), _Choices({}, {})
         reasons = []
         for label in PAIR:
             # Only the called function holds the trunk, so it is gone before the next one is loaded.
-            reason = _choose(load(label, DTYPES[dtype]), compared, label, strict, packed, max_tokens, on_events)
+            reason = _choose(load(label, DTYPES[dtype]), compared, label, strict, packed, max_tokens, tally)
             reasons += [reason] if reason else []
         if reasons:
             packed = strict
@@ -142,20 +146,20 @@ def run_stability(
     *,
     max_tokens: int,
     device: str = "cpu",
-    on_events: Callable[[int], None] = lambda n: None,
+    on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
 ) -> pa.Table:
     """The table of :func:`check_stability` over evenly spread events, kept in a file and made only where it is not.
 
     Args:
-        store: as for :func:`check_stability`, and so are load, max_tokens, on_events and say.
+        store: as for :func:`check_stability`, and so are load, max_tokens and say.
         load: see there.
         path: of the Parquet file, written anew after each dtype. A dtype that it holds is not checked again if it was
             checked for this store on as many events or more, with the same ``max_tokens``, device and library versions.
         samples: dtype -> how many events, None for all.
         max_tokens: see there.
         device: where ``load`` puts the models.
-        on_events: see there.
+        on_progress: told of the decisions, after every pack.
         say: see there.
 
     Returns:
@@ -179,13 +183,14 @@ def run_stability(
     found = read_stability(store, path)
     kept = {dtype: found.filter(pc.equal(found["dtype"], dtype)) for dtype in DTYPES}
     notes = _notes_of(found).get("dtypes", {})
+    tally = Tally(sum(map(n_decisions, wanted.values())), UNIT, on_progress)
     for dtype, n_wanted in wanted.items():
         note = notes.get(dtype, {})
         if {name: note.get(name) for name in made_with} == made_with and note["n_events"] >= n_wanted:
-            on_events(n_decisions(n_wanted))
+            tally.add(found=n_decisions(n_wanted))
             continue
         kept[dtype] = check_stability(
-            store, load, [dtype], max_tokens=max_tokens, events=spread(n_events, n_wanted), on_events=on_events, say=say
+            store, load, [dtype], max_tokens=max_tokens, events=spread(n_events, n_wanted), tally=tally, say=say
         )
         notes[dtype] = {"n_events": n_wanted, **made_with}
         found = pa.concat_tables([_SCHEMA.empty_table(), *kept.values()])
@@ -222,7 +227,7 @@ def spread(n_events: int, n: int) -> list[int]:
 
 
 def n_decisions(n_events: int) -> int:
-    """How many decisions, as ``on_events`` counts them, the check of this many events takes in one dtype."""
+    """How many decisions the check of this many events takes in one dtype."""
     return 2 * len(PAIR) * n_events
 
 
@@ -330,14 +335,14 @@ def _choose(
     strict: _Choices,
     packed: _Choices,
     max_tokens: int,
-    on_events: Callable[[int], None],
+    tally: Tally,
 ) -> str | None:
     """Fill in one checkpoint's choices under both numerics; the reason why packs are not exact, or None."""
     reason = _why_not_packable(trunk)
     for choices, pack_tokens in ((strict, 0), (packed, max_tokens)):
         if choices is packed and reason:
             choices.tokens[label], choices.gaps[label] = strict.tokens[label], strict.gaps[label]
-            on_events(len(compared.step))
+            tally.add(found=len(compared.step))
             continue
         tokens, gaps = [], []
         for pack in plan_packs(np.diff(compared.offsets).tolist(), pack_tokens):
@@ -348,7 +353,7 @@ def _choose(
             best, logits = trunk.readout.top2(hidden[torch.from_numpy(rows).to(hidden.device)])
             tokens.append(best[:, 0].numpy())
             gaps.append((logits[:, 0] - logits[:, 1]).numpy())
-            on_events(len(pack))
+            tally.add(len(pack), tokens=bounds[-1])
         choices.tokens[label], choices.gaps[label] = np.concatenate(tokens), np.concatenate(gaps)
     return reason
 

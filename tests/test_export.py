@@ -22,6 +22,7 @@ import actcache.export
 from actcache.cli import main
 from actcache.errors import CorruptStoreError, InputError
 from actcache.export import FORMATS, export, parse_events
+from actcache.progress import Progress
 from actcache.store import Store, open_store
 
 
@@ -189,11 +190,12 @@ def test_rows_pass_through_memory_a_batch_at_a_time(tmp_path):
 
 def test_progress_counts_to_its_total(tmp_path):
     store, _ = make_twin(tmp_path / "store")
-    told: list[tuple[int, int]] = []
+    told: list[Progress] = []
     with mock.patch.object(actcache.export, "BATCH_BYTES", 1):
-        export(store, tmp_path / "out", "npy", on_progress=lambda done, total: told.append((done, total)))
-    n = 5 * (2 * 2 + 2 + 1)
-    assert told == [(i + 1, n) for i in range(n)]
+        export(store, tmp_path / "out", "npy", on_progress=told.append)
+    assert len(told) == 1 + 5 * (2 * 2 + 2 + 1), "at the start, and an event of an array at a time"
+    assert [step.done for step in told] == sorted({step.done for step in told})
+    assert told[-1].done == told[-1].total == told[0].total
 
 
 # ---- what is refused, and what an error leaves ----------------------------------------------------------------------

@@ -20,6 +20,7 @@ FLOW = [
     *(
         "errors",
         "files",
+        "progress",
         "native",
         "planes",
         "zarr_codec",

@@ -27,6 +27,7 @@ from actcache.effects import effects
 from actcache.errors import InputError
 from actcache.lineup import Lineup
 from actcache.packing import offsets_of, packed_attention, plan_packs, restarting_positions
+from actcache.progress import Tally
 from actcache.stability import check_stability, describe, read_stability, run_stability, spread, summarise
 from actcache.trunk import Trunk
 
@@ -360,10 +361,11 @@ def test_one_model_is_in_memory_at_a_time(tiny_run):
         loaded.append((label, dtype))
         return trunk
 
-    decided = []
-    check_stability(run.store, watched, list(DTYPES), max_tokens=99, events=[3, 1, 4], on_events=decided.append)
+    told = []
+    tally = Tally(3 * 4 * 2, "decisions", told.append)
+    check_stability(run.store, watched, list(DTYPES), max_tokens=99, events=[3, 1, 4], tally=tally)
     assert loaded == [("pt", FLOAT32), ("it", FLOAT32), ("pt", BFLOAT16), ("it", BFLOAT16)]
-    assert sum(decided) == 3 * 4 * 2
+    assert (told[-1].done, told[-1].found) == (told[-1].total, 0)
 
 
 def test_a_store_without_prefix_rows_is_enough(tiny_run, tmp_path, capsys):

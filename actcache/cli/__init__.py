@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from actcache.cli import bench, plan, stability, stages, stores
-from actcache.cli.terminal import one_line
+from actcache.cli.terminal import be_quiet, one_line
 from actcache.errors import ActcacheError, CheckError, CorruptStoreError, KernelError
 
 _FAILED_CHECKS = (CheckError, CorruptStoreError, KernelError)
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    be_quiet(args.quiet)
     try:
         return args.verb(args) or 0
     except ActcacheError as error:

@@ -23,6 +23,7 @@ def add_verb(
 ) -> argparse.ArgumentParser:
     """Give the parser a verb; ``run`` gets its arguments and returns the exit code (None: 0)."""
     parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser.add_argument("--quiet", action="store_true", help="print errors only on stderr, no progress and no notes")
     parser.set_defaults(verb=run)
     return parser
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.cli.arguments import Verbs, add_verb, positive
 from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
-from actcache.cli.terminal import progress, quiet_libraries, say
+from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _stability(args: argparse.Namespace) -> None:
 def _check(
     folder: RunFolder, lineup: Lineup, samples: Mapping[str, int | None], max_tokens: int | None, device: str
 ) -> list[str]:
-    from actcache.stability import describe, n_decisions, run_stability, summarise
+    from actcache.stability import describe, run_stability, summarise
     from actcache.store import open_store
     from actcache.trunk import Trunk
 
@@ -85,11 +85,12 @@ def _check(
     check_complete(store)
     check_same_checkpoints(store, lineup)
 
-    def load(label: str, dtype: torch.dtype) -> Trunk:
-        return Trunk(lineup.checkpoints[label].load(dtype, device))
+    with LiveLine("stability") as line:
 
-    total = sum(n_decisions(len(store) if n is None else min(n, len(store))) for n in samples.values())
-    with progress("stability", "decision", total) as bar:
+        def load(label: str, dtype: torch.dtype) -> Trunk:
+            with line.during(f"loading {label} in {str(dtype).removeprefix('torch.')}"):
+                return Trunk(lineup.checkpoints[label].load(dtype, device))
+
         table = run_stability(
             store,
             load,
@@ -97,7 +98,7 @@ def _check(
             samples,
             max_tokens=max_tokens or store.fingerprint["max_tokens"],
             device=device,
-            on_events=bar.update,
+            on_progress=line,
             say=say,
         )
     return describe(summarise(table), store.fingerprint["dtype"])

@@ -23,7 +23,7 @@ from actcache.cli.arguments import (
 from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
 from actcache.cli.stability import add_run_arguments, check_run, summaries_of
 from actcache.cli.tables import read_cells, write_parquet
-from actcache.cli.terminal import progress, quiet_libraries, say
+from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import InputError
 from actcache.files import write_atomically
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from actcache.lineup import Lineup
     from actcache.store import Store
+    from actcache.trunk import Trunk
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -137,14 +138,14 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
         store=args.store,
     )
     part = getattr(args, "part", (0, 1))
-    firsts = range(0, len(prompts), settings.shard_prompts)[part[0] :: part[1]]
-    n_prompts = sum(len(prompts[first : first + settings.shard_prompts]) for first in firsts)
     clock = CaptureClock(lineup, settings)
-    with (
-        folder.being_captured(record, alone=part[1] == 1),
-        progress("capture", "prompt", n_prompts) as bar,
-    ):
-        capture(lineup, prompts, folder.store, settings, part=part, load=clock.load, on_prompts=bar.update, say=say)
+    with folder.being_captured(record, alone=part[1] == 1), LiveLine("capture") as line:
+
+        def load(label: str) -> Trunk:
+            with line.during(f"loading {label}"):
+                return clock.load(label)
+
+        capture(lineup, prompts, folder.store, settings, part=part, load=load, on_progress=line, say=say)
     clock.write(folder, len(prompts))
     _say_excluded(folder)
     return lineup
@@ -157,7 +158,7 @@ def _grid(args: argparse.Namespace) -> None:
 
 
 def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> None:
-    from actcache.grid import check_settings, count_replays, run_grid
+    from actcache.grid import check_settings, run_grid
     from actcache.replay import LateStack
     from actcache.store import open_store
 
@@ -169,12 +170,13 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
 
     clock = GridClock(folder, store)
 
-    def load_late(label: str, boundary: int) -> LateStack:
-        with clock.loading():
-            return LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
+    with LiveLine("grid") as line:
 
-    with progress("grid", "replay", count_replays(store, settings)) as bar:
-        cells = run_grid(store, load_late, folder.cell_groups, settings, on_cells=bar.update, say=say)
+        def load_late(label: str, boundary: int) -> LateStack:
+            with clock.loading(), line.during(f"loading {label} from block {boundary} on"):
+                return LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
+
+        cells = run_grid(store, load_late, folder.cell_groups, settings, on_progress=line, say=say)
     clock.write()
     write_parquet(folder.cells, cells)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.cli.arguments import Verbs, add_verb, numbers, positive, store_place
-from actcache.cli.terminal import printable, progress
+from actcache.cli.terminal import LiveLine, printable
 from actcache.errors import InputError
 
 
@@ -81,7 +81,8 @@ def _verify(args: argparse.Namespace) -> int:
     from actcache.store import repair, verify
 
     place = store_place(args.store)
-    problems = repair(place) if args.repair else verify(place)
+    with LiveLine("verify") as line:
+        problems = (repair if args.repair else verify)(place, line)
     for problem in problems:
         print(printable(str(problem)))
     if args.repair:
@@ -103,12 +104,7 @@ def _export(args: argparse.Namespace) -> None:
 
     store = open_store(store_place(args.store))
     events = None if args.events is None else parse_events(args.events)
-    with progress("export", "event", 0) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with LiveLine("export") as line:
         export(
             store,
             args.out,
@@ -116,15 +112,15 @@ def _export(args: argparse.Namespace) -> None:
             checkpoints=args.checkpoint,
             boundaries=args.boundary,
             events=events,
-            on_progress=show,
+            on_progress=line,
         )
     print(args.out)
 
 
 def _compact(args: argparse.Namespace) -> None:
-    from actcache.store import compact, open_store
+    from actcache.store import compact
 
     place = store_place(args.store)
-    with progress("compact", "segment", len(open_store(place).segments)) as bar:
-        before, after = compact(place, args.max_mb * 2**20, on_segments=bar.update)
+    with LiveLine("compact") as line:
+        before, after = compact(place, args.max_mb * 2**20, on_progress=line)
     print(f"{place}: {before} segments before, {after} now")

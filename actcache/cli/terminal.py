@@ -1,10 +1,31 @@
-"""What a person sees: progress and notes on stderr, one line for an error."""
+"""What a person sees on stderr: one line that lives, notes above it, one line for an error. Data goes to stdout."""
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from actcache.progress import Progress
+
+_REDRAW_S = 0.25  # of a terminal
+_PLAIN_S = 10.0  # between two lines of a stage where stderr is a file or a pipe
+_TRUST_S = 2.0  # before this much work, its rate says nothing of the rest
+
+_quiet = False
+_shown: LiveLine | None = None  # the stage that is under way
+
+
+def be_quiet(quiet: bool) -> None:
+    """Show errors only from now on, or all."""
+    global _quiet
+    _quiet = quiet
 
 
 def quiet_libraries() -> None:
@@ -15,14 +36,137 @@ def quiet_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def progress(stage: str, unit: str, total: int) -> tqdm:
-    """A bar on stderr; a context manager."""
-    return tqdm(desc=stage, unit=f" {unit}", total=total, file=sys.stderr, dynamic_ncols=True, mininterval=0.5)
+class LiveLine:
+    """Progress of one stage: a line that is drawn anew on a terminal; plain lines, few of them, elsewhere.
+
+    Use it as a context, and pass it on as ``on_progress``. Rate and time left come of work done within the context
+    alone: what was found done counts for neither, nor does the time under :meth:`during`.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self._stage = stage
+        self._now: Progress | None = None
+        self._during: str | None = None
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self._ticker = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> LiveLine:
+        global _shown
+        self._lives = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._began_s = time.monotonic()
+        self._aside_s = 0.0  # spent under during()
+        self._written_s = -float("inf")
+        _shown = self
+        if not _quiet:
+            self._ticker.start()
+        self._update()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _shown
+        _shown = None
+        self._over.set()
+        with self._lock:
+            self.clear()
+            if error is None and not _quiet:
+                print(self._ended(), file=sys.stderr, flush=True)
+
+    def __call__(self, progress: Progress) -> None:
+        """Take in how far the stage is."""
+        with self._lock:
+            self._now = progress
+            self._update()
+
+    @contextmanager
+    def during(self, doing: str) -> Iterator[None]:
+        """Say what is done for the time of the block, whose length tells nothing of the work's rate."""
+        start_s = time.monotonic()
+        with self._lock:
+            self._during = doing
+            self._update()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._during = None
+                self._aside_s += time.monotonic() - start_s
+
+    def clear(self) -> None:
+        """Take the line off the terminal, until it is drawn again."""
+        with self._lock:
+            if self._lives and not _quiet:
+                print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def _tick(self) -> None:
+        while not self._over.wait(_REDRAW_S):
+            with self._lock:
+                if not self._over.is_set():
+                    self._update()
+
+    def _update(self) -> None:
+        now_s = time.monotonic()
+        if _quiet or now_s - self._written_s < (_REDRAW_S if self._lives else _PLAIN_S):
+            return
+        self._written_s = now_s
+        line = self.line()
+        if self._lives:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+            print(f"\r\x1b[K{line[: columns - 1]}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def line(self) -> str:
+        """How far the stage is."""
+        elapsed_s = time.monotonic() - self._began_s
+        said = [*self._counts(), _clock(elapsed_s)]
+        if self._during is not None:
+            said.insert(0, self._during)
+        elif self._now is None:
+            said.insert(0, "reading what it needs")
+        elif (left_s := self._left_s()) is not None:
+            said.append(f"about {_clock(left_s)} left")
+        return f"{self._stage}: {', '.join(said)}"
+
+    def _ended(self) -> str:
+        return f"{self._stage}: {', '.join([*self._counts(), f'took {_clock(time.monotonic() - self._began_s)}'])}"
+
+    def _counts(self) -> list[str]:
+        now = self._now
+        if now is None:
+            return []
+        said = [f"{now.done:,} of {now.total:,} {now.unit}"]
+        if now.found:
+            said[0] += f" ({now.found:,} of them before)"
+        if now.doing and not self._over.is_set():
+            said.append(now.doing)
+        if now.tokens:
+            said.append(f"{now.tokens:,} tokens")
+        n, what = (now.tokens, "tokens") if now.tokens else (now.done - now.found, now.unit)
+        if n and (worked_s := self._worked_s()) > _TRUST_S:
+            said.append(f"{_rounded(n / worked_s)} {what} a second")
+        return said
+
+    def _worked_s(self) -> float:
+        return time.monotonic() - self._began_s - self._aside_s
+
+    def _left_s(self) -> float | None:
+        """None as long as nothing has been done here from which it could follow."""
+        now, worked_s = self._now, self._worked_s()
+        if now is None or now.done == now.found or now.done >= now.total or worked_s < _TRUST_S:
+            return None
+        return worked_s / (now.done - now.found) * (now.total - now.done)
 
 
 def say(line: str) -> None:
-    """A note on stderr, above any bar."""
-    tqdm.write(f"actcache: {line}", file=sys.stderr)
+    """A note on stderr, above the line of the stage that is under way."""
+    if _quiet:
+        return
+    if _shown is not None:
+        _shown.clear()
+    print(f"actcache: {line}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:
@@ -33,3 +177,13 @@ def one_line(error: BaseException) -> str:
 def printable(text: str) -> str:
     """Text in which a file's name neither steers the terminal nor fails to be written."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def _clock(seconds: float) -> str:
+    minutes, left = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"
+
+
+def _rounded(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"

@@ -6,13 +6,14 @@ and files are deleted. A reader that has them open finds the same events, under 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout
 from actcache.store.layout import SegmentData
 from actcache.store.reader import Segment, Store, committed_names, open_store
@@ -22,9 +23,7 @@ from actcache.store.writer import StoreWriter
 _LOCK = f"{layout.COMMITS}/.compaction"
 
 
-def compact(
-    place: Place, max_bytes: int = 2**30, on_segments: Callable[[int], object] = lambda n: None
-) -> tuple[int, int]:
+def compact(place: Place, max_bytes: int = 2**30, on_progress: OnProgress = untold) -> tuple[int, int]:
     """Merge runs of neighbouring segments whose states together take at most ``max_bytes`` before compression.
 
     Events, rows and their order stay as they are, bit for bit. Needs memory for one merged segment. Every byte that is
@@ -33,7 +32,7 @@ def compact(
     Args:
         place: as in ``open_store``.
         max_bytes: of a merged segment.
-        on_segments: called with the number of segments just merged.
+        on_progress: told of segments, those that are merged and those that stay as they are.
 
     Returns:
         how many segments there were, and how many there are.
@@ -48,13 +47,16 @@ def compact(
         writer = StoreWriter(storage, store.fingerprint)
         n_before = len(store.segments)
         _clear_replaced(store)
-        for group in _groups(store.segments, max_bytes):
+        groups = list(_groups(store.segments, max_bytes))
+        tally = Tally(n_before, "segments", on_progress)
+        tally.add(found=n_before - sum(map(len, groups)))
+        for group in groups:
             replaces = sorted(name for segment in group for name in segment.covers)
             name = f"{replaces[0]}--{replaces[-1]}"
             writer.append(name, merge([read_segment(segment) for segment in group]), replaces=replaces)
             store = open_store(storage)
             _clear_replaced(store)
-            on_segments(len(group))
+            tally.add(len(group))
         return n_before, len(store.segments)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from actcache.errors import CorruptStoreError
+from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout, shard
 from actcache.store.reader import (
     Segment,
@@ -43,8 +44,12 @@ class Problem:
         return f"{self.segment}: {self.where}: found {self.found}, expected {self.expected}; {self.advice}"
 
 
-def verify(place: Place) -> list[Problem]:
+def verify(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
     """Check root, commit records, every file's size and bytes, every chunk, all offsets, events and texts.
+
+    Args:
+        place: as in ``open_store``.
+        on_progress: told of arrays.
 
     Returns:
         the problems, none when every committed byte is as written.
@@ -78,16 +83,21 @@ def verify(place: Place) -> list[Problem]:
         check_schemas(records)
     except CorruptStoreError as error:
         problems.append(Problem(layout.COMMITS, layout.COMMITS, str(error), "one record a segment", RECAPTURE))
-    for record in records:
-        problems += _check_segment(Segment(storage, range(record["n_events"]), record, fingerprint))
+    segments = [Segment(storage, range(record["n_events"]), record, fingerprint) for record in records]
+    tally = Tally(sum(len(segment.arrays) for segment in segments), "arrays", on_progress)
+    for segment in segments:
+        problems += _check_segment(segment, tally)
     return problems
 
 
-def repair(place: Place) -> list[Problem]:
+def repair(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
     """Drop each segment that :func:`verify` finds damaged: its commit record moves to ``dropped/``, nothing is deleted.
 
     What is left reads without errors; the same capture command writes the dropped segments anew. Files that no record
     names are left alone: nothing reads them.
+
+    Args:
+        place, on_progress: as :func:`verify`.
 
     Returns:
         the problems found, in whose segments nothing is read any more.
@@ -98,7 +108,7 @@ def repair(place: Place) -> list[Problem]:
     """
     storage = open_storage(place)
     read_fingerprint(storage)
-    problems = verify(storage)
+    problems = verify(storage, on_progress)
     damaged = {problem.segment for problem in problems if problem.advice == RECAPTURE}
     for name in sorted(damaged & set(committed_names(storage))):
         key = layout.commit_key(name)
@@ -113,8 +123,8 @@ def _record_problem(name: str, found: str) -> Problem:
     return Problem(name, layout.commit_key(name), found, "the record that was committed", RECAPTURE)
 
 
-def _check_segment(segment: Segment) -> list[Problem]:
-    problems = [*_check_files(segment), *_check_chunks(segment)]
+def _check_segment(segment: Segment, tally: Tally) -> list[Problem]:
+    problems = [*_check_files(segment), *_check_chunks(segment, tally)]
     return problems or [*_check_content(segment)]
 
 
@@ -134,7 +144,7 @@ def _check_files(segment: Segment) -> Iterator[Problem]:
         yield Problem(segment.name, file, "a file", "no such file", "delete it: nothing reads it")
 
 
-def _check_chunks(segment: Segment) -> Iterator[Problem]:
+def _check_chunks(segment: Segment, tally: Tally) -> Iterator[Problem]:
     """Every chunk of every array."""
     for array in segment.arrays:
         try:
@@ -143,6 +153,7 @@ def _check_chunks(segment: Segment) -> Iterator[Problem]:
                 yield Problem(segment.name, f"array {array}, chunk {chunk}", found, "the chunk written", RECAPTURE)
         except CorruptStoreError as error:
             yield Problem(segment.name, f"array {array}", _said_of(error, segment), "the array committed", RECAPTURE)
+        tally.add(1)
 
 
 def _check_content(segment: Segment) -> Iterator[Problem]:
