@@ -183,6 +183,7 @@ def told(monkeypatch):
 def test_every_stage_tells_its_steps(tiny_run, tmp_path, told):
     """Counts grow, end at their total, and come more often than segments do; a second time, all is found done."""
     run = tiny_run("llama", torch.float32)
+    told.clear()  # of what another test may have made before
     out = tmp_path / "run"
     words = [*run.arguments(), "--shard-prompts", "8"]
     words[words.index("--out") + 1] = str(out)
