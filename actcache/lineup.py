@@ -58,7 +58,7 @@ class Lineup:
         """D."""
         return self._first.decoder_config.hidden_size
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """V, rows of every checkpoint's embedding and head."""
         return self._first.decoder_config.vocab_size
@@ -79,7 +79,7 @@ class Lineup:
         """Ids that end a generation of any checkpoint."""
         return frozenset().union(*(checkpoint.end_ids for checkpoint in self.checkpoints.values()))
 
-    @property
+    @cached_property
     def max_positions(self) -> int | None:
         """The shortest context of the lineup, in tokens; None when no config states one."""
         limits = [getattr(c.decoder_config, "max_position_embeddings", None) for c in self.checkpoints.values()]

@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from actcache.errors import InputError
 
+_TEXTS_AT_ONCE = 1024  # a tokenizer keeps far more of each text than its ids until all are done
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -72,11 +74,18 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text after those that the tokenizer puts before every one."""
         front, end = self.around
-        options = {"return_attention_mask": False, "return_token_type_ids": False, "verbose": False}
-        if not end:
-            return [list(ids) for ids in self.tokenizer(list(texts), **options)["input_ids"]]
-        plain = self.tokenizer(list(texts), add_special_tokens=False, **options)["input_ids"]
-        return [[*front, *ids] for ids in plain]
+        ids: list[list[int]] = []
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            batch = list(texts[start : start + _TEXTS_AT_ONCE])
+            found: Any = self.tokenizer(
+                batch,
+                add_special_tokens=not end,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                verbose=False,
+            )
+            ids += ([*front, *own] if end else list(own) for own in found["input_ids"])
+        return ids
 
     @cached_property
     def starts(self) -> frozenset[int]:
