@@ -134,9 +134,9 @@ def test_stages_one_by_one_equal_run(whole, tmp_path, capsys):
     assert not (out / "cells.parquet").exists()
     assert main(["grid", str(out)]) == 0
     capsys.readouterr()
-    assert main(["effects", str(out)]) == 0
+    assert main(["effects", str(out), "--json"]) == 0
     printed = capsys.readouterr().out
-    assert main(["effects", str(out / "cells.parquet")]) == 0
+    assert main(["effects", str(out / "cells.parquet"), "--json"]) == 0
     assert capsys.readouterr().out == printed
     assert main(["report", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out / "report.html")

@@ -230,7 +230,7 @@ def test_stable_only_leaves_out_exactly_those(tiny_run, tmp_path, shape_matters,
     assert 0 < len(stay) < len(rows)
     assert f"bfloat16: {[row['stable'] for row in rows].count(False)} of {len(rows)}, at gaps up to 0." in said
 
-    assert main(["effects", str(out), "--stable-only"]) == 0
+    assert main(["effects", str(out), "--stable-only", "--json"]) == 0
     said = capsys.readouterr()
     result = json.loads(said.out)
     assert result == json.loads((out / "effects.json").read_text())
@@ -427,7 +427,7 @@ def test_min_gap(tiny_run, tmp_path, capsys):
     out = copied(run, tmp_path)
     events = run.store.events
     smaller = sorted(map(min, zip(events["gap_pt"].to_pylist(), events["gap_it"].to_pylist(), strict=True)))
-    assert main(["effects", str(out), "--min-gap", repr(smaller[5])]) == 0
+    assert main(["effects", str(out), "--min-gap", repr(smaller[5]), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["n_below_min_gap"], result["n_left_out"]) == (5, 5)
     assert {group["n_events"] for group in result["groups"]} == {len(run.store) - 5}

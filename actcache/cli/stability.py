@@ -72,6 +72,7 @@ def _stability(args: argparse.Namespace) -> None:
     folder, lineup, device = open_captured(args)
     lines = _check(folder, lineup, dict.fromkeys(args.dtype, args.sample), args.max_tokens, device)
     print("\n".join(lines or ["no event to check"]))
+    say(f"{folder.stability} holds them; 'actcache effects {args.run} --stable-only' leaves changed events out")
 
 
 def _check(

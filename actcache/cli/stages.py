@@ -10,6 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actcache.cli.answer import answer, described, reasons_of, said_of_left_out
 from actcache.cli.arguments import (
     Verbs,
     add_capture_arguments,
@@ -70,6 +71,8 @@ def add_verbs(verbs: Verbs) -> None:
         "--min-gap", type=float, metavar="G", help="leave out events whose gap_pt or gap_it is below G logits"
     )
 
+    effects.add_argument("--json", action="store_true", help="print JSON, as in RUN/effects.json")
+
     report = add_verb(verbs, "report", _report, "one self-contained HTML page about a run")
     report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
 
@@ -94,13 +97,15 @@ def _run(args: argparse.Namespace) -> None:
             "'actcache capture --rows divergence' keeps the events' own rows alone"
         )
     _check_grid_asked(args)
+    from actcache.store import open_store
+
     lineup = _capture_lineup(args)
     folder = RunFolder(args.out)
     check_run(args, folder, lineup)
     _score(folder, lineup, args, None, args.device)
     effects = _write_effects(folder, stable_only=args.stable_only)
     _write_report(folder)
-    _print_answer(folder, effects)
+    print("\n".join([*answer(effects, open_store(folder.store)), "", f"Report: {folder.report}"]))
 
 
 def _check_grid_asked(args: argparse.Namespace) -> None:
@@ -117,6 +122,7 @@ def _check_grid_asked(args: argparse.Namespace) -> None:
 
 def _capture(args: argparse.Namespace) -> None:
     _capture_lineup(args)
+    say(f"{RunFolder(args.out).store} holds them; next: actcache grid {args.out}")
 
 
 def _capture_lineup(args: argparse.Namespace) -> Lineup:
@@ -124,6 +130,7 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
     from actcache.capture import capture
     from actcache.lineup import Lineup
     from actcache.prompts import read_prompts
+    from actcache.store import open_store
 
     check_device(args.device)
     prompts = read_prompts(args.prompts, args.limit)
@@ -147,17 +154,20 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
 
         capture(lineup, prompts, folder.store, settings, part=part, load=load, on_progress=line, say=say)
     clock.write(folder, len(prompts))
-    _say_excluded(folder)
+    store = open_store(folder.store)
+    say(f"{len(store)} events" + (f"; without one: {reasons_of(store)}" if store.excluded.num_rows else ""))
     return lineup
 
 
 def _grid(args: argparse.Namespace) -> None:
     quiet_libraries()
     folder, lineup, device = open_captured(args)
-    _score(folder, lineup, args, args.boundary, device)
+    n_cells = _score(folder, lineup, args, args.boundary, device)
+    say(f"{folder.cells} holds {n_cells:,} cells; next: actcache effects {args.run}")
 
 
-def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> None:
+def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> int:
+    """Score what is not scored yet; how many cells there are now."""
     from actcache.grid import check_settings, run_grid
     from actcache.replay import LateStack
     from actcache.store import open_store
@@ -179,14 +189,18 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
         cells = run_grid(store, load_late, folder.cell_groups, settings, on_progress=line, say=say)
     clock.write()
     write_parquet(folder.cells, cells)
+    return cells.num_rows
 
 
 def _effects(args: argparse.Namespace) -> None:
     from actcache.effects import effects
+    from actcache.store import open_store
 
     if args.draws < 1:
         raise InputError(f"draws is {args.draws}; it must be at least 1")
+    store = None
     if args.source.is_dir():
+        store = open_store(RunFolder(args.source).store)
         result = _write_effects(
             RunFolder(args.source),
             draws=args.draws,
@@ -194,13 +208,14 @@ def _effects(args: argparse.Namespace) -> None:
             stable_only=args.stable_only,
             min_gap=args.min_gap,
         )
-        if (left_out := _left_out(result)) is not None:
+        if args.json and (left_out := said_of_left_out(result)) is not None:
             say(left_out)
+        say(f"{RunFolder(args.source).effects} holds them; next: actcache report {args.source}")
     elif args.stable_only or args.min_gap is not None:
         raise InputError(f"{args.source} is not a run: --stable-only and --min-gap need the folder of a run, RUN")
     else:
         result = effects(read_cells(args.source), draws=args.draws, seed=args.seed)
-    print(json.dumps(result, indent=1))
+    print(json.dumps(result, indent=1) if args.json else "\n".join(described(result, store)))
 
 
 def _write_effects(
@@ -226,18 +241,6 @@ def _selected(folder: RunFolder, *, stable_only: bool, min_gap: float | None) ->
     store = open_store(folder.store)
     stability = read_stability(store, folder.stability) if stable_only else None
     return select_events(cells, store.events, store.fingerprint["dtype"], stability=stability, min_gap=min_gap)
-
-
-def _left_out(effects: dict[str, Any]) -> str | None:
-    """One line about the events that the effects leave out, or None where they are over all."""
-    if "n_left_out" not in effects:
-        return None
-    reasons = []
-    if effects.get("stable_only"):
-        reasons.append(f"{effects['n_unstable']} not stable")
-    if "min_gap" in effects:
-        reasons.append(f"{effects['n_below_min_gap']} with a gap below {effects['min_gap']:g}")
-    return f"events left out: {effects['n_left_out']} ({', '.join(reasons)})"
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -301,62 +304,3 @@ def _demo(args: argparse.Namespace) -> None:
         parser = argparse.ArgumentParser()
         _add_run_arguments(parser)
         _run(parser.parse_args([*out, "--out", str(args.out), "--max-new", "48"]))
-
-
-def _print_answer(folder: RunFolder, effects: dict[str, Any]) -> None:
-    """The main group as a 2x2 and three effects, in words."""
-    from actcache.store import open_store
-
-    store = open_store(folder.store)
-    n_excluded = store.excluded.num_rows
-    if not effects["groups"]:
-        print(f"No event: the two checkpoints chose the same tokens on all {n_excluded} prompts ({_reasons(store)}).")
-        print(f"Report: {folder.report}")
-        return
-    if (left_out := _left_out(effects)) is not None:
-        print(left_out)
-    for group in effects["groups"]:
-        if group["variant"] != "none" or group["readout"] not in ("common_it", "native"):
-            continue
-        if group["readout"] == "native" and any(
-            other["readout"] == "common_it"
-            and other["boundary"] == group["boundary"]
-            and other["scope"] == group["scope"]
-            for other in effects["groups"]
-        ):
-            continue
-        print(
-            f"{group['n_events']} events of {group['n_prompts']} prompts ({n_excluded} prompts without one); boundary "
-            f"{group['boundary']} of {store.fingerprint['n_blocks']} blocks, scope {group['scope']}, "
-            f"readout {group['readout']}"
-        )
-        print("\nmean margin logit(y_it) - logit(y_pt)        late PT      late IT")
-        for upstream in ("pt", "it"):
-            row = [group["cells"][f"{upstream}_{late}"]["mean"] for late in ("pt", "it")]
-            print(f"  upstream {upstream.upper():32} {row[0]:+9.3f}    {row[1]:+9.3f}")
-        print()
-        for name, words in (
-            ("late_from_pt", "late effect from PT upstream   A    "),
-            ("late_from_it", "late effect from IT upstream   B    "),
-            ("interaction", "interaction                    B - A"),
-        ):
-            value = group[name]
-            interval = "" if value["low"] is None else f"   95% [{value['low']:+.3f}, {value['high']:+.3f}]"
-            print(f"  {words}  {value['mean']:+9.3f}{interval}")
-        print()
-    print(f"Report: {folder.report}")
-
-
-def _say_excluded(folder: RunFolder) -> None:
-    from actcache.store import open_store
-
-    store = open_store(folder.store)
-    reasons = f"; without one: {_reasons(store)}" if store.excluded.num_rows else ""
-    say(f"{len(store)} events{reasons}")
-
-
-def _reasons(store: Store) -> str:
-    counts: dict[str, int] = {}
-    for reason in store.excluded["reason"].to_pylist():
-        counts[reason] = counts.get(reason, 0) + 1
-    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

@@ -1,0 +1,122 @@
+"""Effects as a person reads them in a terminal: one group as a 2x2 in words, several as one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actcache.store import Store
+
+Group = Mapping[str, Any]
+_SETTINGS = ("kind", "boundary", "scope", "readout", "variant")
+_EFFECTS = {
+    "late_from_pt": ("late effect from PT upstream   A    ", "A: late, from PT"),
+    "late_from_it": ("late effect from IT upstream   B    ", "B: late, from IT"),
+    "interaction": ("interaction                    B - A", "B - A: interaction"),
+}
+# Reasons for which a prompt has no event although the checkpoints were compared and agreed.
+_AGREED = frozenset({"both_ended", "no_divergence", "position_limit"})
+
+
+def answer(effects: Mapping[str, Any], store: Store) -> list[str]:
+    """What a run ends with: of its plain cells those read by ``common_it``, or natively where those were not scored."""
+    if not effects["groups"]:
+        return [_no_event(store)]
+    groups = [group for group in effects["groups"] if group["variant"] == "none"]
+    has_common = {_place(group) for group in groups if group["readout"] == "common_it"}
+    shown = [g for g in groups if g["readout"] == ("common_it" if _place(g) in has_common else "native")]
+    return described({**effects, "groups": shown}, store)
+
+
+def described(effects: Mapping[str, Any], store: Store | None = None) -> list[str]:
+    """All groups of some effects; ``store`` tells how many prompts have no event, and of how many blocks."""
+    groups = effects["groups"]
+    if not groups:
+        return ["No event in these cells." if store is None else _no_event(store)]
+    left_out = said_of_left_out(effects)
+    return [*([] if left_out is None else [left_out]), *(_in_words if len(groups) == 1 else _as_table)(groups, store)]
+
+
+def said_of_left_out(effects: Mapping[str, Any]) -> str | None:
+    """One line about the events that the effects leave out, or None where they are over all."""
+    if "n_left_out" not in effects:
+        return None
+    reasons = []
+    if effects.get("stable_only"):
+        reasons.append(f"{effects['n_unstable']} not stable")
+    if "min_gap" in effects:
+        reasons.append(f"{effects['n_below_min_gap']} with a gap below {effects['min_gap']:g}")
+    return f"events left out: {effects['n_left_out']} ({', '.join(reasons)})"
+
+
+def reasons_of(store: Store) -> str:
+    """How many prompts have no event, for which reason."""
+    counts: dict[str, int] = {}
+    for reason in store.excluded["reason"].to_pylist():
+        counts[reason] = counts.get(reason, 0) + 1
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+
+def _no_event(store: Store) -> str:
+    n = store.excluded.num_rows
+    if set(store.excluded["reason"].to_pylist()) <= _AGREED:
+        return f"No event: the two checkpoints chose the same tokens on all {n} prompts ({reasons_of(store)})."
+    return f"No event on {n} prompts: {reasons_of(store)}."
+
+
+def _place(group: Group) -> tuple[Any, ...]:
+    return tuple(group[name] for name in ("kind", "boundary", "scope"))
+
+
+def _in_words(groups: Sequence[Group], store: Store | None) -> list[str]:
+    (group,) = groups
+    lines = [_heading(groups, store), "", "mean margin logit(y_it) - logit(y_pt)        late PT      late IT"]
+    for upstream in ("pt", "it"):
+        row = [group["cells"][f"{upstream}_{late}"]["mean"] for late in ("pt", "it")]
+        lines.append(f"  upstream {upstream.upper():32} {row[0]:+9.3f}    {row[1]:+9.3f}")
+    lines.append("")
+    for name, (words, _) in _EFFECTS.items():
+        value = group[name]
+        interval = "" if value["low"] is None else f"   95% [{value['low']:+.3f}, {value['high']:+.3f}]"
+        lines.append(f"  {words}  {value['mean']:+9.3f}{interval}")
+    return [*lines, *_without_interval(groups)]
+
+
+def _as_table(groups: Sequence[Group], store: Store | None) -> list[str]:
+    """A row for each group; what is the same for all stands above."""
+    varying = [name for name in (*_SETTINGS, "n_events") if len({group[name] for group in groups}) > 1]
+    head = [*("events" if name == "n_events" else name for name in varying), *(head for _, head in _EFFECTS.values())]
+    rows = [[*(str(group[name]) for name in varying), *(_number(group[name]) for name in _EFFECTS)] for group in groups]
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    title = "mean effects on the margin logit(y_it) - logit(y_pt), with 95% intervals"
+    return [_heading(groups, store), "", title, "", *(line.rstrip() for line in lines), *_without_interval(groups)]
+
+
+def _number(value: Mapping[str, float | None]) -> str:
+    interval = "" if value["low"] is None else f" [{value['low']:+.3f}, {value['high']:+.3f}]"
+    return f"{value['mean']:+.3f}{interval}"
+
+
+def _heading(groups: Sequence[Group], store: Store | None) -> str:
+    """How many events, and the settings that all groups share."""
+    shared = {name: groups[0][name] for name in _SETTINGS if len({group[name] for group in groups}) == 1}
+    said = []
+    if "boundary" in shared:
+        said.append(f"boundary {shared['boundary']}" + (f" of {store.fingerprint['n_blocks']} blocks" if store else ""))
+    elif store is not None:
+        said.append(f"{store.fingerprint['n_blocks']} blocks")
+    said += [f"{name} {shared[name]}" for name in ("scope", "readout") if name in shared]
+    said += [f"variant {shared['variant']}"] if shared.get("variant", "none") != "none" else []
+    n_events, n_prompts = (max(group[name] for group in groups) for name in ("n_events", "n_prompts"))
+    without = f" ({store.excluded.num_rows} prompts without one)" if store else ""
+    return f"{n_events} events of {n_prompts} prompts{without}; {', '.join(said)}"
+
+
+def _without_interval(groups: Sequence[Group]) -> list[str]:
+    from actcache.effects import FEWEST_PROMPTS
+
+    if all(group["n_prompts"] >= FEWEST_PROMPTS for group in groups):
+        return []
+    return ["", f"no interval where an effect is of fewer than {FEWEST_PROMPTS} prompts"]
