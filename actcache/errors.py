@@ -43,6 +43,10 @@ class FormatVersionError(ActcacheError):
     """The store was written in a format that this version does not read."""
 
 
+class NoMemoryError(ActcacheError):
+    """There is not the memory that a stage needs: the message says which stage, and what needs less."""
+
+
 class CheckError(ActcacheError):
     """A number that must hold did not (the replayed diagonal is off its native margin, for example)."""
 

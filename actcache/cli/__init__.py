@@ -6,13 +6,13 @@ module adds its own verbs; what a verb needs beside the command line is imported
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import sys
 from collections.abc import Sequence
 
 from actcache.cli import bench, plan, stability, stages, stores
-from actcache.cli.terminal import be_quiet, one_line
+from actcache.cli.parser import Parser
+from actcache.cli.terminal import be_quiet, one_line, reader_is_gone, said_by_system
 from actcache.errors import ActcacheError, CheckError, CorruptStoreError, KernelError
 
 _FAILED_CHECKS = (CheckError, CorruptStoreError, KernelError)
@@ -21,25 +21,31 @@ _VERBS_OF = (stages, stability, plan, stores, bench)  # in the order of the help
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    be_quiet(args.quiet)
     try:
-        return args.verb(args) or 0
+        args = build_parser().parse_args(argv)
+        be_quiet(args.quiet)
+        code = args.verb(args) or 0
+        sys.stdout.flush()
+        return code
+    except SystemExit:  # --help, or a command that is none
+        reader_is_gone()
+        raise
     except ActcacheError as error:
         print(f"actcache: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, _FAILED_CHECKS) else 2
     except OSError as error:
-        print(f"actcache: {one_line(error)}", file=sys.stderr)
+        if reader_is_gone():
+            return 0
+        print(f"actcache: {said_by_system(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("actcache: interrupted; the same command goes on from the last committed shard", file=sys.stderr)
+        print("actcache: interrupted; what is committed stays, and the same command goes on from it", file=sys.stderr)
         return 130
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """The parser of all verbs; tests walk it."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="actcache",
         description="Activation cache for comparing checkpoints: upstream layers run once, late layers are replayed.",
     )

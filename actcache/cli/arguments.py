@@ -168,17 +168,19 @@ def add_strict_and_pack(parser: argparse.ArgumentParser) -> None:
 
 def positive(text: str) -> int:
     """A whole number from 1 on."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+    if not (text.isdecimal() and text.isascii() and len(text) < 20 and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
+    return int(text)
 
 
 def numbers(text: str) -> list[int] | None:
     """``5,10``; None for ``all``."""
     if text == "all":
         return None
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, such as 5,10, nor all") from error
 
 
 def check_device(device: str) -> None:

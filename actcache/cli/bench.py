@@ -38,6 +38,8 @@ def _bench(args: argparse.Namespace) -> int:
     environment = os.environ | ({"TMPDIR": str(args.folder)} if args.folder else {})
     if args.folder and not args.folder.is_dir():
         raise InputError(f"--folder {args.folder} is not a folder")
+    if args.out and not args.out.absolute().parent.is_dir():
+        raise InputError(f"--out {args.out}: its folder is not there; make it first")
     results = []
     for name in args.names or BENCHES:
         print(f"\n== {name} ==", flush=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.cli.arguments import Verbs, add_verb, positive
 from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
+from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.run_folder import RunFolder
 
@@ -37,7 +38,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """What a run checks by itself, and what it leaves out of its effects."""
     parser.add_argument(
         "--stability",
-        type=lambda text: 0 if text == "0" else _sample(text),
+        type=_sample_or_none,
         default=16,
         metavar="N|all|0",
         help="on how many events, evenly spread, to check whether rounding would change them (default %(default)s)",
@@ -86,10 +87,11 @@ def _check(
     check_complete(store)
     check_same_checkpoints(store, lineup)
 
-    with LiveLine("stability") as line:
+    with enough_memory("stability", "a lower --max-tokens needs less"), LiveLine("stability") as line:
 
         def load(label: str, dtype: torch.dtype) -> Trunk:
-            with line.during(f"loading {label} in {str(dtype).removeprefix('torch.')}"):
+            name = str(dtype).removeprefix("torch.")
+            with enough_memory(f"loading {label} in {name}", LESS_MODEL), line.during(f"loading {label} in {name}"):
                 return Trunk(lineup.checkpoints[label].load(dtype, device))
 
         table = run_stability(
@@ -107,6 +109,10 @@ def _check(
 
 def _sample(text: str) -> int | None:
     return None if text == "all" else positive(text)
+
+
+def _sample_or_none(text: str) -> int | None:
+    return 0 if text == "0" else _sample(text)
 
 
 def _dtypes(text: str) -> list[str]:

@@ -22,6 +22,7 @@ from actcache.cli.arguments import (
     grid_settings,
 )
 from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
+from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.stability import add_run_arguments, check_run, summaries_of
 from actcache.cli.tables import read_cells, write_parquet
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
@@ -146,10 +147,15 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
     )
     part = getattr(args, "part", (0, 1))
     clock = CaptureClock(lineup, settings)
-    with folder.being_captured(record, alone=part[1] == 1), LiveLine("capture") as line:
+    less = "a lower --max-tokens or --shard-prompts, in a new RUN, needs less"
+    with (
+        folder.being_captured(record, alone=part[1] == 1),
+        enough_memory("capture", less),
+        LiveLine("capture") as line,
+    ):
 
         def load(label: str) -> Trunk:
-            with line.during(f"loading {label}"):
+            with enough_memory(f"loading {label}", LESS_MODEL), line.during(f"loading {label}"):
                 return clock.load(label)
 
         capture(lineup, prompts, folder.store, settings, part=part, load=load, on_progress=line, say=say)
@@ -180,10 +186,13 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
 
     clock = GridClock(folder, store)
 
-    with LiveLine("grid") as line:
+    less = "a lower --max-tokens needs less"
+    fewer = "a later --boundary has fewer late blocks; captured with --dtype bfloat16 they take half"
+    with enough_memory("grid", less), LiveLine("grid") as line:
 
         def load_late(label: str, boundary: int) -> LateStack:
-            with clock.loading(), line.during(f"loading {label} from block {boundary} on"):
+            what = f"loading {label} from block {boundary} on"
+            with enough_memory(what, fewer), clock.loading(), line.during(what):
                 return LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
 
         cells = run_grid(store, load_late, folder.cell_groups, settings, on_progress=line, say=say)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from actcache.cli.arguments import Verbs, add_verb, numbers, positive, store_place
+from actcache.cli.memory import enough_memory
 from actcache.cli.terminal import LiveLine, printable
 from actcache.errors import InputError
 
@@ -121,6 +122,7 @@ def _compact(args: argparse.Namespace) -> None:
     from actcache.store import compact
 
     place = store_place(args.store)
-    with LiveLine("compact") as line:
+    less = "a lower --max-mb needs less: one merged segment is in memory at a time"
+    with enough_memory("compact", less), LiveLine("compact") as line:
         before, after = compact(place, args.max_mb * 2**20, on_progress=line)
     print(f"{place}: {before} segments before, {after} now")

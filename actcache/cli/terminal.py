@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import threading
 import time
@@ -172,6 +173,29 @@ def say(line: str) -> None:
 def one_line(error: BaseException) -> str:
     """What an error says, on one line."""
     return printable(" ".join(str(error).split()))
+
+
+def said_by_system(error: OSError) -> str:
+    """What the system refused, and for which path."""
+    if error.filename is None or error.strerror is None:
+        return one_line(error)
+    return printable(f"{error.filename}: {error.strerror}")
+
+
+def reader_is_gone() -> bool:
+    """Whether who read stdout or stderr has gone, as ``head`` does; what is still to be written then goes nowhere."""
+    gone = []
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            number = stream.fileno()
+        except OSError:  # a stream in memory
+            continue
+        watched = select.poll()
+        watched.register(number, 0)
+        gone += [number for _, event in watched.poll(0) if event & select.POLLERR]
+    for number in gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return bool(gone)
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,41 @@
+"""A parser that says in one line what is wrong with a command, and what was probably meant."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import itertools
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
+
+
+class Parser(argparse.ArgumentParser):
+    """As argparse's, but that it looks for mistyped verbs and options first: argparse, which finds them last, may
+    say that another argument is missing."""
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Check the words, then parse them; exits with 2 where one is unknown."""
+        words = list(sys.argv[1:] if args is None else args)
+        verbs = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        if verbs and words and not words[0].startswith("-"):
+            if words[0] not in verbs[0]:
+                self.error(f"there is no verb {words[0]!r}{_meant(words[0], verbs[0])}")
+        elif not verbs:
+            for word in itertools.takewhile(lambda word: word != "--", words):
+                name = word.partition("=")[0]
+                known = self._option_string_actions
+                if name.startswith("--") and not any(option.startswith(name) for option in known):
+                    self.error(f"there is no option {name}{_meant(name, known)}")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, and exit code 2."""
+        self.exit(2, f"{self.prog}: {message}; '{self.prog} --help' lists what there is\n")
+
+
+def _meant(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
