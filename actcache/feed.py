@@ -26,6 +26,7 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ class RowFeed(IterableDataset[RowBatch]):
 
     Iterate over it, over :meth:`batches` (which starts worker processes), or give it to a ``DataLoader`` with
     ``batch_size=None`` and any number of workers, forked or spawned. Each process opens the store for itself and has a
-    pool of its own. Segments committed after the feed was made are not part of it.
+    pool of its own. The rows are those of the store as it was when the feed was made, also while it is compacted.
 
     Attributes:
         labels: the K checkpoints, in the order of the batch's axis.
@@ -255,7 +256,7 @@ class RowFeed(IterableDataset[RowBatch]):
             if pool is None:  # as large as any round: memory that is not written to costs nothing
                 dtype = layout.stored_dtype(str(self.dtype).removeprefix("torch."))
                 pool = np.empty((*self._row_shape[:2], self.pool_rows, self._row_shape[2]), dtype)
-            self._fill(pool, rows)
+            self.chosen.store.reading(partial(self._fill, pool, rows))
             order = np.arange(hi - lo) if self.shuffle == "none" else self._permutation(hi - lo, epoch, 2, lo)
             for batch in range(max(start, index), end):
                 picked = order[(batch - start) * self.batch_rows : (batch + 1 - start) * self.batch_rows]
@@ -265,7 +266,7 @@ class RowFeed(IterableDataset[RowBatch]):
 
     def _fill(self, pool: npt.NDArray[Any], rows: Ints) -> None:
         """Read rows, given in storage order, into the first of the pool's: each chunk once, straight to its place."""
-        segments, firsts = self.chosen.open_segments(), self.chosen.firsts
+        segments, firsts = self.chosen.store.segments, self.chosen.firsts
         requests: list[tuple[Segment, str, Ints, Ints, npt.NDArray[Any]]] = []
         for number, lo, hi in _runs(np.searchsorted(firsts, rows, side="right") - 1):
             local = rows[lo:hi] - firsts[number]
@@ -404,7 +405,8 @@ def _known(what: str, known: list[Any], asked: Sequence[Any] | None) -> list[Any
 def _tasks(request: tuple[Segment, str, Ints, Ints, npt.NDArray[Any]]) -> list[Callable[[], None]]:
     """The work of reading spans of an array to where they belong."""
     segment, array, spans, at, out = request
-    return list(segment.open_array(array).tasks(spans, at, out))
+    stored, spans, at = segment.request(array, spans, at)
+    return list(stored.tasks(spans, at, out))
 
 
 def _runs(numbers: Ints) -> Iterator[tuple[int, int, int]]:

@@ -6,10 +6,12 @@ through the segments in their order. Knows stores; reads no states.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +42,7 @@ Positions = str | Sequence[int] | Callable[[RowPlaces], npt.NDArray[np.bool_]]
 class StoreRows:
     """The chosen rows of the segments that a store has now; segments committed later are not part of it.
 
-    It may be pickled or forked: each process opens the store for itself.
+    It may be pickled or forked: each process opens the store for itself, as it was when the rows were chosen.
 
     Attributes:
         storage: where the store lies.
@@ -64,7 +66,7 @@ class StoreRows:
             InputError: no store, positions that are none of these, or nothing chosen.
             CorruptStoreError: stored offsets, events or token ids are not those committed.
         """
-        self._store: Store | None = store if isinstance(store, Store) else open_store(store)
+        self._store = store if isinstance(store, Store) else open_store(store)
         self._pid = os.getpid()
         self.storage = self._store.storage
         self.segments = tuple(segment.name for segment in self._store.segments)
@@ -84,18 +86,10 @@ class StoreRows:
 
     @property
     def store(self) -> Store:
-        """The store, opened by this process."""
-        if self._store is None or self._pid != os.getpid():
-            self._store, self._pid = open_store(self.storage), os.getpid()
+        """The store as it was when rows were chosen, opened by this process."""
+        if self._pid != os.getpid():
+            self._store, self._pid = copy.copy(self._store), os.getpid()
         return self._store
-
-    def open_segments(self) -> list[Segment]:
-        """The segments, opened by this process (InputError: one is no longer in the store)."""
-        of_name = {segment.name: segment for segment in self.store.segments}
-        gone = [name for name in self.segments if name not in of_name]
-        if gone:
-            raise InputError(f"segment {gone[0]} is no longer in {self.storage}; choose rows again")
-        return [of_name[name] for name in self.segments]
 
     def locate(self, rows: torch.Tensor | npt.ArrayLike) -> RowPlaces:
         """Segment, sequence, position and token of rows, in the order given (InputError: the store has no such row)."""
@@ -105,10 +99,9 @@ class StoreRows:
             raise InputError(f"row {wrong[0]} is not in the store; it has {self.firsts[-1]}, counted from 0")
         owner = np.searchsorted(self.firsts, given, side="right") - 1
         places = RowPlaces(owner, *(np.empty_like(given) for _ in range(3)))
-        segments = self.open_segments()
         for number in np.unique(owner).tolist():
             here = owner == number
-            found = _places(segments[number], given[here] - self.firsts[number])
+            found = self.store.reading(partial(_places, self.store.segments[number], given[here] - self.firsts[number]))
             for column, values in zip(places[1:], found, strict=True):
                 column[here] = values
         return places
@@ -139,31 +132,35 @@ class StoreRows:
         if isinstance(positions, str) and positions != "event":
             raise InputError(f"positions is {positions!r}, expected 'all', 'event', a list of positions or a function")
         chosen = [np.empty(0, np.int64)]
-        for number, segment in enumerate(self.open_segments()):
-            if isinstance(positions, str):
-                rows = np.arange(segment.n_rows) if _one_an_event(segment) else np.unique(segment.event_rows[:, 1] - 1)
-            else:
-                rows = np.flatnonzero(_wanted(positions, number, segment))
-            chosen.append(rows + self.firsts[number])
+        for number, segment in enumerate(self.store.segments):
+            wanted = (
+                partial(_at_events, segment)
+                if isinstance(positions, str)
+                else partial(_wanted, positions, number, segment)
+            )
+            chosen.append(self.store.reading(wanted) + self.firsts[number])
         return np.concatenate(chosen)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_store": None}
+
+def _at_events(segment: Segment) -> Ints:
+    """The rows of a segment at an event's position."""
+    return np.arange(segment.n_rows) if _one_an_event(segment) else np.unique(segment.event_rows[:, 1] - 1)
 
 
-def _wanted(positions: Any, number: int, segment: Segment) -> npt.NDArray[np.bool_]:
-    """Which rows of a segment a list of positions, or a function, chooses."""
+def _wanted(positions: Any, number: int, segment: Segment) -> Ints:
+    """The rows of a segment that a list of positions, or a function, chooses."""
     n = segment.n_rows
     sequence, position, token_ids = _places(segment, np.arange(n))
     if callable(positions):
         wanted = np.asarray(positions(RowPlaces(np.full(n, number), sequence, position, token_ids)))
         if wanted.shape != (n,) or wanted.dtype != bool:
             raise InputError(f"positions(...) gave {wanted.dtype} {wanted.shape}, expected bool {(n,)}")
-        return wanted
+        return np.flatnonzero(wanted)
     listed = np.asarray(positions).reshape(-1)
     if len(listed) and listed.dtype.kind not in "iu":  # a mask or fractions would become other positions than meant
         raise InputError(f"positions are {listed.dtype}, expected integers")
-    return np.isin(position, listed) | np.isin(position - np.diff(segment.row_offsets)[sequence], listed)
+    from_end = position - np.diff(segment.row_offsets)[sequence]
+    return np.flatnonzero(np.isin(position, listed) | np.isin(from_end, listed))
 
 
 def _places(segment: Segment, local: Ints) -> tuple[Ints, Ints, Ints]:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import shutil
 import tempfile
 import tracemalloc
 from collections import Counter
@@ -488,7 +489,8 @@ def test_a_segment_that_is_gone_is_named(path):
     feed = make_feed(path)
     (record,) = path.glob("commits/s-2*")
     record.unlink()
-    with pytest.raises(InputError, match=r"segment s-2 is no longer in .*; choose rows again"):
+    shutil.rmtree(next(path.glob("segments/s-2*")))
+    with pytest.raises(InputError, match=r"segment s-2 is not in .* any more as it was; open it again"):
         ids(pickle.loads(pickle.dumps(feed)))
 
 

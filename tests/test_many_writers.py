@@ -285,15 +285,6 @@ def test_two_compactions_do_not_meet(s3, tmp_path):
     assert compact(place) == (7, 1)
 
 
-def test_a_store_compacted_with_newer_segments_must_be_opened_again(tmp_path):
-    path = str(tmp_path / "store")
-    old = fill(path, ["s-0", "s-1"])
-    fill(path, ["s-2", "s-3"])
-    compact(path)
-    with pytest.raises(InputError, match="compacted together with newer segments: open it again"):
-        old.states("pt", 1)
-
-
 def test_records_that_replace_the_same_segment_are_refused(tmp_path):
     path = tmp_path / "store"
     fill(str(path), ["s-0", "s-1", "s-2"])

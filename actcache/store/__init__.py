@@ -8,7 +8,8 @@ committed ones, ``verify`` re-reads everything, ``compact`` merges small ones. K
 from actcache.store.background import BackgroundWriter
 from actcache.store.compact import compact
 from actcache.store.layout import SegmentData
-from actcache.store.reader import Segment, Store, open_store
+from actcache.store.reader import Store, open_store
+from actcache.store.segment import Segment
 from actcache.store.storage import Place
 from actcache.store.verify import Problem, repair, verify
 from actcache.store.writer import StoreWriter

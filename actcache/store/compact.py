@@ -16,7 +16,9 @@ import torch
 from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout
 from actcache.store.layout import SegmentData
-from actcache.store.reader import Segment, Store, committed_names, open_store
+from actcache.store.reader import Store, open_store
+from actcache.store.records import committed_names
+from actcache.store.segment import Segment
 from actcache.store.storage import Place
 from actcache.store.writer import StoreWriter
 
@@ -52,8 +54,9 @@ def compact(place: Place, max_bytes: int = 2**30, on_progress: OnProgress = unto
         tally.add(found=n_before - sum(map(len, groups)))
         for group in groups:
             replaces = sorted(name for segment in group for name in segment.covers)
-            name = f"{replaces[0]}--{replaces[-1]}"
-            writer.append(name, merge([read_segment(segment) for segment in group]), replaces=replaces)
+            parts = [part for segment in group for part in segment.parts]
+            merged = merge([read_segment(segment) for segment in group])
+            writer.append(_free_name(replaces, writer.committed), merged, replaces=replaces, parts=parts)
             store = open_store(storage)
             _clear_replaced(store)
             tally.add(len(group))
@@ -114,6 +117,12 @@ def _groups(segments: Sequence[Segment], max_bytes: int) -> Iterator[list[Segmen
         n_bytes += size
     if len(group) > 1:
         yield group
+
+
+def _free_name(replaces: Sequence[str], taken: set[str]) -> str:
+    """A name for what replaces these: from the first to the last, and a number where an earlier merge is called so."""
+    stem = f"{replaces[0]}--{replaces[-1]}"[: layout.MAX_NAME - 8]
+    return next(name for name in (stem, *(f"{stem}-{n}" for n in range(2, len(taken) + 3))) if name not in taken)
 
 
 def _clear_replaced(store: Store) -> None:

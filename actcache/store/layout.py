@@ -33,6 +33,7 @@ MAX_CARRIED_KEYS = 1000  # each is a column of a table
 MAX_CARRIED_LEVELS = 64
 _COLUMN_TYPES = {"int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32(), "string": pa.string()}
 ROW_SELECTIONS = ("prefix", "divergence")
+_COUNTS = ("n_sequences", "n_tokens", "n_events", "n_excluded")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FOLDER = re.compile(rf"{_NAME.pattern}(\.[0-9a-f]+)?")
 _FILE = re.compile(rf"({_NAME.pattern}/)*(zarr\.json|[0-9]+)")
@@ -399,6 +400,11 @@ def encode_record(record: dict[str, Any]) -> bytes:
     return encode_json(record | {"crc32c": crc32c(canonical(record))})
 
 
+def record_digest(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its checksum: what proves that a segment is the same one, byte for byte."""
+    return hashlib.sha256(canonical(record)).hexdigest()
+
+
 def decode_record(data: bytes, segment: str, digest: str) -> dict[str, Any]:
     """A commit record, checked as far as it goes without the files that it names.
 
@@ -446,9 +452,11 @@ def _check_record(record: dict[str, Any]) -> None:
         check_name(name, "replaced segment")
     if record["segment"] in record["replaces"]:
         raise InputError(f"segment {record['segment']!r} replaces itself")
-    for field in ("n_sequences", "n_tokens", "n_events", "n_excluded"):
+    for field in _COUNTS:
         if not _is_count(record[field]):
             raise InputError(f"{field} is {record[field]!r}, expected a count")
+    if "parts" in record:
+        _check_parts(record)
     for table, columns in (("events", EVENT_COLUMNS), ("excluded", EXCLUDED_COLUMNS)):
         schema = record["schema"][table]
         for column, kind in schema.items():
@@ -470,6 +478,19 @@ def _check_record(record: dict[str, Any]) -> None:
         raise InputError("stored_bytes or stored_state_bytes is not the sum of the files' sizes")
     if not _is_count(record["raw_state_bytes"]) or (record["raw_state_bytes"] and not stored):
         raise InputError(f"raw_state_bytes is {record['raw_state_bytes']!r}, stored in {stored}")
+
+
+def _check_parts(record: dict[str, Any]) -> None:
+    if not isinstance(record["parts"], list) or not record["parts"]:
+        raise InputError("parts is not a list of what the segment was merged from")
+    for part in record["parts"]:
+        if part.keys() != {"segment", "record", *_COUNTS} or part["segment"] not in record["replaces"]:
+            raise InputError(f"part {part!r} is not one of a segment that was replaced")
+        if not isinstance(part["record"], str) or not all(_is_count(part[field]) for field in _COUNTS):
+            raise InputError(f"part {part['segment']!r} has no digest, or no counts")
+    for field in _COUNTS:
+        if sum(part[field] for part in record["parts"]) != record[field]:
+            raise InputError(f"{field} is {record[field]}, that of its parts another")
 
 
 def check_version(found: Any, where: str) -> None:

@@ -7,9 +7,8 @@ and that for each chunk: so a read trusts nothing but the chunks it decodes, and
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any, TypeVar
 
@@ -18,14 +17,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from actcache.errors import CorruptStoreError, InputError
+from actcache.errors import CorruptStoreError, IncompatibleError, InputError
 from actcache.store import layout, shard
+from actcache.store.records import check_schemas, read_fingerprint, read_records, without_replaced
+from actcache.store.segment import Segment, Segments
 from actcache.store.storage import Place, Storage, open_storage
 
 Events = Sequence[int] | slice | None
 T = TypeVar("T")
-
-_LISTINGS = 8  # a compaction may remove records between two of them, but not without end
 
 
 def open_store(place: Place) -> Store:
@@ -42,220 +41,34 @@ def open_store(place: Place) -> Store:
     return Store(open_storage(place))
 
 
-def read_fingerprint(storage: Storage) -> dict[str, Any]:
-    """The fingerprint of a store (errors as :func:`open_store`)."""
-    try:
-        data = storage.read(layout.ROOT)
-    except FileNotFoundError as error:
-        raise InputError(
-            f"{storage} is not a store (no {layout.ROOT}); give the folder of a store, or of a run"
-        ) from error
-    return layout.decode_root(data, str(storage))
-
-
-def committed_names(storage: Storage) -> list[str]:
-    """Names of the segments that have a commit record, in order."""
-    try:
-        listed = storage.names(layout.COMMITS)
-    except NotADirectoryError as error:
-        raise CorruptStoreError(f"{storage}: {layout.COMMITS} is not a folder") from error
-    names = (name for name in listed if name.endswith(".json") and not name.startswith("."))
-    return sorted(name.removesuffix(".json") for name in names)
-
-
-def read_record(storage: Storage, name: str, digest: str) -> dict[str, Any]:
-    """The commit record of a segment (errors as ``layout.decode_record``; FileNotFoundError where it is gone)."""
-    return layout.decode_record(storage.read(layout.commit_key(name)), name, digest)
-
-
-def without_replaced(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records that count, in the order of the store: those that no other one replaces.
-
-    Raises:
-        CorruptStoreError: two that count claim to replace the same segment, or segments replace each other.
-    """
-    replaced_by = {record["segment"]: record["replaces"] for record in records}
-    for name, older in replaced_by.items():
-        # What a segment replaces, it holds whole: so it names all that those replaced, and never what replaces it.
-        if any(not set(replaced_by.get(other, ())) <= set(older) for other in older):
-            raise CorruptStoreError(f"segment {name!r} replaces one that replaces others than it does{shard.ADVICE}")
-    replaced: dict[str, str] = {}
-    for record in sorted(records, key=lambda record: -len(record["replaces"])):
-        if record["segment"] in replaced:
-            continue
-        for name in record["replaces"]:
-            if name in replaced:
-                raise CorruptStoreError(
-                    f"segments {replaced[name]!r} and {record['segment']!r} both replace {name!r}{shard.ADVICE}"
-                )
-            replaced[name] = record["segment"]
-    live = [record for record in records if record["segment"] not in replaced]
-    return sorted(live, key=lambda record: min([record["segment"], *record["replaces"]]))
-
-
-def check_schemas(records: Sequence[dict[str, Any]]) -> None:
-    """Raise CorruptStoreError where a column is of two types in two segments, whose tables then do not join."""
-    seen: dict[tuple[str, str], tuple[str, str]] = {}
-    for record in records:
-        for table in ("events", "excluded"):
-            for column, kind in record["schema"][table].items():
-                first, expected = seen.setdefault((table, column), (record["segment"], kind))
-                if kind != expected:
-                    raise CorruptStoreError(
-                        f"column {column!r} of {table} is {kind} in segment {record['segment']!r} and {expected} in "
-                        f"{first!r}{shard.ADVICE}"
-                    )
-
-
-@dataclass(frozen=True, eq=False)
-class Segment:
-    """One committed segment.
-
-    Attributes:
-        storage: that holds it.
-        events: its events, as indices of the whole store.
-        record: its commit record.
-        fingerprint: the store's.
-    """
-
-    storage: Storage
-    events: range
-    record: dict[str, Any]
-    fingerprint: dict[str, Any]
-    _open: dict[str, shard.StoredArray] = field(default_factory=dict, repr=False)
-
-    @property
-    def name(self) -> str:
-        """The segment's name."""
-        return str(self.record["segment"])
-
-    @property
-    def covers(self) -> set[str]:
-        """Its name and those of the segments that it replaces."""
-        return {self.name, *self.record["replaces"]}
-
-    @property
-    def folder(self) -> str:
-        """Key of the folder that holds its arrays."""
-        return f"{layout.SEGMENTS}/{self.record['folder']}"
-
-    @property
-    def n_events(self) -> int:
-        """E of this segment."""
-        return len(self.events)
-
-    @property
-    def n_rows(self) -> int:
-        """N of this segment, for each checkpoint and boundary."""
-        return layout.n_rows(self.fingerprint, self.record["n_tokens"], self.n_events)
-
-    @property
-    def n_sequences(self) -> int:
-        """S of this segment."""
-        return int(self.record["n_sequences"])
-
-    @cached_property
-    def arrays(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
-        """Path, shape and stored dtype of every array; None is a length that only the array itself knows."""
-        return layout.expected_arrays(self.record, self.fingerprint)
-
-    @cached_property
-    def row_offsets(self) -> npt.NDArray[np.int64]:
-        """``[S + 1]``, where each sequence begins."""
-        offsets = self.read("sequence_offsets")
-        with self._fitting("sequence_offsets"):
-            layout.check_offsets(offsets, self.record["n_tokens"])
-        return offsets
-
-    @cached_property
-    def event_rows(self) -> npt.NDArray[np.int64]:
-        """``[E, 2]``, first row of each event's sequence and the row just after its position."""
-        sequence, position = self.read("events/sequence"), self.read("events/position")
-        with self._fitting("events"):
-            layout.check_events(sequence, position, self.row_offsets)
-        start = self.row_offsets[sequence]
-        return np.stack([start, start + position + 1], axis=1)
-
-    def read(self, array: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
-        """Rows ``start:stop`` of one of the segment's arrays, as stored (bfloat16 as uint16).
-
-        Raises:
-            InputError: the segment has no such array, or the array no such rows.
-            CorruptStoreError: stored bytes are not those committed; names segment, array and chunk.
-        """
-        stored = self.open_array(array)
-        return stored.read(start, stored.shape[0] if stop is None else stop)
-
-    def read_table(self, name: str) -> pa.Table:
-        """The ``events`` or ``excluded`` table (errors as :meth:`read`)."""
-        columns: dict[str, pa.Array] = {}
-        for column, kind in self.record["schema"][name].items():
-            path = f"{name}/{column}"
-            if kind == "string":
-                data, offsets = self.read(f"{path}/bytes"), self.read(f"{path}/offsets")
-                with self._fitting(path):
-                    columns[column] = layout.decode_text(data, offsets)
-            else:
-                columns[column] = pa.array(self.read(path))
-        table = pa.table(columns)
-        with self._fitting(name):
-            layout.check_carried(table, name)
-        return table
-
-    def open_array(self, array: str) -> shard.StoredArray:
-        """One of the segment's arrays, its metadata checked against the commit record (errors as :meth:`read`)."""
-        if array not in self._open:
-            if array not in self.arrays:
-                raise InputError(f"segment {self.name} has no array {array!r}; it has {', '.join(self.arrays)}")
-            shape, dtype = self.arrays[array]
-            where = f"segment {self.name}, array {array}"
-            data_file, _ = self.record["files"].get(f"{array}/{shard.data_file(len(shape))}", (None, None))
-            metadata = self._metadata(array, where)
-            stored = shard.StoredArray(self.storage, f"{self.folder}/{array}", metadata, data_file, where)
-            fits = len(stored.shape) == len(shape) and all(
-                n in (None, m) for n, m in zip(shape, stored.shape, strict=True)
-            )
-            if not fits or stored.dtype != dtype or stored.codec is not layout.codec_of(array, self.fingerprint):
-                raise CorruptStoreError(f"{where}: {stored.dtype} {stored.shape}, committed as {dtype} {shape}")
-            self._open[array] = stored
-        return self._open[array]
-
-    @contextmanager
-    def _fitting(self, what: str) -> Iterator[None]:
-        """Content that was no one's mistake to give, as when it was written, but is damage when it is read."""
-        try:
-            yield
-        except InputError as error:
-            raise CorruptStoreError(f"segment {self.name}, {what}: {error}{shard.ADVICE}") from error
-
-    def _metadata(self, array: str, where: str) -> bytes:
-        file = f"{array}/{layout.ROOT}"
-        if file not in self.record["files"]:
-            raise CorruptStoreError(f"{where}: the commit record does not name its {layout.ROOT}")
-        try:
-            data = self.storage.read(f"{self.folder}/{file}")
-        except FileNotFoundError as error:
-            raise CorruptStoreError(f"{where}: its {layout.ROOT} is missing{shard.ADVICE}") from error
-        if [len(data), shard.crc32c(data)] != self.record["files"][file]:
-            raise CorruptStoreError(f"{where}: its {layout.ROOT} is not the one committed{shard.ADVICE}")
-        return data
-
-
 class Store:
-    """The committed segments of a store, as one sequence of events.
+    """The committed segments of a store, as one sequence of events, as they were when it was opened.
 
-    Events are numbered 0..E-1 through all segments, in segment-name order.
+    Events are numbered 0..E-1 through all segments, in segment-name order. It is a snapshot: segments, events, their
+    numbers and rows stay the same for as long as it lives, whatever writers, compactions and repairs do meanwhile.
+    Newer segments are not part of it. Where a compaction has put rows into another segment, they are read there, and
+    the commit records prove that they are the same. It may be pickled: each process then has the same snapshot.
+
+    Every read raises:
+        IncompatibleError: another store lies at its place now.
+        InputError: a segment is gone, has been captured again, or was merged by an earlier version: open it again.
     """
 
     def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.fingerprint: dict[str, Any] = read_fingerprint(storage)
-        self._digest = layout.fingerprint_digest(self.fingerprint)
-        self.segments: list[Segment] = []
-        for record in without_replaced(self._records()):
-            start = self.segments[-1].events.stop if self.segments else 0
-            events = range(start, start + record["n_events"])
-            self.segments.append(Segment(storage, events, record, self.fingerprint))
+        fingerprint = read_fingerprint(storage)
+        self._hold(storage, fingerprint, _live_records(storage, fingerprint))
+
+    def _hold(self, storage: Storage, fingerprint: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
+        self.storage, self.fingerprint = storage, fingerprint
+        self.segments = _segments(storage, fingerprint, records)
+        self._lock = threading.Lock()
+        self._n_moves = 0
+
+    def __getstate__(self) -> tuple[Storage, dict[str, Any], list[dict[str, Any]]]:
+        return self.storage, self.fingerprint, [segment.record for segment in self.segments]
+
+    def __setstate__(self, state: tuple[Storage, dict[str, Any], list[dict[str, Any]]]) -> None:
+        self._hold(*state)
 
     @property
     def path(self) -> str:
@@ -296,7 +109,7 @@ class Store:
         drafts = self.storage.describe_drafts()
         folders = [name for name in self.storage.names(layout.SEGMENTS) if name != layout.ROOT]
         # Listed last: a segment committed meanwhile is one.
-        live = {record["folder"] for record in without_replaced(self._records())}
+        live = {record["folder"] for record in _live_records(self.storage, self.fingerprint)}
         return sorted([*(f"{layout.SEGMENTS}/{name}" for name in folders if name not in live), *drafts])
 
     @cached_property
@@ -306,12 +119,12 @@ class Store:
         A carried key becomes a column of its natural type, null where a prompt lacks it; values of mixed types, and
         nested ones, become their JSON text.
         """
-        return self._reading(lambda: self._table("events"))
+        return self.reading(lambda: self._table("events"))
 
     @cached_property
     def excluded(self) -> pa.Table:
         """One row a prompt without an event: prompt_id, reason, carried keys, segment."""
-        return self._reading(lambda: self._table("excluded"))
+        return self.reading(lambda: self._table("excluded"))
 
     def states(self, label: str, boundary: int, events: Events = None) -> tuple[torch.Tensor, torch.Tensor]:
         """States at a boundary, in the order asked; repeats are allowed.
@@ -394,7 +207,7 @@ class Store:
         self, array: str, indices: npt.NDArray[np.int64], spans_of: SpansOf
     ) -> tuple[npt.NDArray[Any], torch.Tensor]:
         """Rows of the events' spans, in the order asked; each chunk that they lie in is decoded once."""
-        return self._reading(lambda: self._rows_now(array, indices, spans_of))
+        return self.reading(lambda: self._rows_now(array, indices, spans_of))
 
     def _rows_now(
         self, array: str, indices: npt.NDArray[np.int64], spans_of: SpansOf
@@ -404,56 +217,48 @@ class Store:
 
         def look_up(segment: Segment, asked: npt.NDArray[np.int64]) -> None:
             spans[asked] = spans_of(segment, indices[asked] - segment.events.start)
-            segment.open_array(array)
+            segment.home.open_array(array)
 
         shard.at_once(self.storage, [partial(look_up, *given) for given in owned])
         offsets = np.zeros(len(indices) + 1, np.int64)
         np.cumsum(spans[:, 1] - spans[:, 0], out=offsets[1:])
-        requests = [(segment.open_array(array), spans[asked], offsets[:-1][asked]) for segment, asked in owned]
+        requests = [segment.request(array, spans[asked], offsets[:-1][asked]) for segment, asked in owned]
         row_shape: tuple[int, ...] = () if array == "token_ids" else (self.width,)
         dtype = "int32" if array == "token_ids" else layout.stored_dtype(self.fingerprint["dtype"])
         return shard.read_spans(requests, int(offsets[-1]), row_shape, dtype), torch.from_numpy(offsets)
 
-    def _reading(self, read: Callable[[], T]) -> T:
-        """The result of a read, which is made again where a compaction has moved what it reads."""
+    def reading(self, read: Callable[[], T]) -> T:
+        """The result of a read of the segments, which is made again where a compaction has moved what it reads."""
         while True:
+            n_moves = self._n_moves
             try:
                 return read()
             except CorruptStoreError:
-                if not self._follow_compaction():
+                if not self._follow(n_moves):
                     raise
 
-    def _follow_compaction(self) -> bool:
-        """Take the segments that have replaced this store's, if any have: their events have the same numbers."""
-        known = {name for segment in self.segments for name in segment.covers}
-        moved = []
-        for record in without_replaced(self._records()):
-            covers = {record["segment"], *record["replaces"]}
-            if covers & known:
-                # Names of what a compaction made, and of what it replaced, beyond those known here: fine where they
-                # hold the same events, which their number tells.
-                moved.append(record)
-        if [record["segment"] for record in moved] == [segment.name for segment in self.segments]:
-            return False
-        segments: list[Segment] = []
-        for record in moved:
-            start = segments[-1].events.stop if segments else 0
-            segments.append(Segment(self.storage, range(start, start + record["n_events"]), record, self.fingerprint))
-        if sum(segment.n_events for segment in segments) != len(self):
-            raise InputError(f"{self.storage} has been compacted together with newer segments: open it again")
-        self.segments = segments
-        return True
-
-    def _records(self) -> list[dict[str, Any]]:
-        """All commit records; one that is removed while they are read has been replaced by another."""
-        for _ in range(_LISTINGS):
-            names = committed_names(self.storage)
-            try:
-                reads = [partial(read_record, self.storage, name, self._digest) for name in names]
-                return shard.at_once(self.storage, reads)
-            except FileNotFoundError:
-                continue
-        raise CorruptStoreError(f"{self.storage}: commit records vanish while they are read{shard.ADVICE}")
+    def _follow(self, n_moves: int) -> bool:
+        """Find where the segments lie now; whether any has moved since ``n_moves`` had been counted."""
+        with self._lock:
+            if self._n_moves > n_moves:  # another thread was here
+                return True
+            found = read_fingerprint(self.storage)
+            if found != self.fingerprint:
+                fields = found.keys() | self.fingerprint.keys()
+                field = min(name for name in fields if found.get(name) != self.fingerprint.get(name))
+                raise IncompatibleError(
+                    f"{self.storage} is not the store any more that was opened: its {field} is another; open it again",
+                    field=field,
+                )
+            live = Segments(_segments(self.storage, self.fingerprint, _live_records(self.storage, self.fingerprint)))
+            before = [segment.home for segment in self.segments]
+            lost = [segment for segment in self.segments if not segment.settle(live)]
+            if [segment.home for segment in self.segments] != before:
+                self._n_moves += 1
+                return True
+        if lost:
+            raise InputError(f"segment {lost[0].name} is not in {self.storage} any more as it was; open it again")
+        return False
 
     def _by_segment(self, indices: npt.NDArray[np.int64]) -> Iterator[tuple[Segment, npt.NDArray[np.int64]]]:
         """Segments that own some of the events, each with where in ``indices`` they stand."""
@@ -484,6 +289,19 @@ class Store:
                 raise CorruptStoreError(f"the {name} table has a column and a carried key {key!r}")
             whole = whole.append_column(key, _natural([record.get(key) for record in carried]))
         return whole
+
+
+def _live_records(storage: Storage, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
+    return without_replaced(read_records(storage, layout.fingerprint_digest(fingerprint)))
+
+
+def _segments(storage: Storage, fingerprint: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[Segment]:
+    """The segments of these records, their events numbered through."""
+    segments: list[Segment] = []
+    for record in records:
+        start = segments[-1].events.stop if segments else 0
+        segments.append(Segment(storage, range(start, start + record["n_events"]), record, fingerprint))
+    return segments
 
 
 SpansOf = Callable[[Segment, npt.NDArray[np.int64]], npt.NDArray[np.int64]]

@@ -132,7 +132,8 @@ class LocalStorage:
     parallel_writes = 8
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        # Without links: neither a change of the working folder nor of a link leads an open store elsewhere.
+        self.root = Path(os.path.realpath(root))
 
     def __str__(self) -> str:
         return str(self.root)

@@ -9,14 +9,8 @@ from dataclasses import dataclass
 from actcache.errors import CorruptStoreError
 from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout, shard
-from actcache.store.reader import (
-    Segment,
-    check_schemas,
-    committed_names,
-    read_fingerprint,
-    read_record,
-    without_replaced,
-)
+from actcache.store.records import check_schemas, committed_names, read_fingerprint, read_record, without_replaced
+from actcache.store.segment import Segment
 from actcache.store.storage import Place, open_storage
 
 RECAPTURE = "'actcache verify --repair' drops this segment; the same capture command then writes it anew"

@@ -22,7 +22,7 @@ from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
 from actcache.store import layout, shard
 from actcache.store.chunks import ChunkCodec
 from actcache.store.layout import SegmentData
-from actcache.store.reader import committed_names, read_fingerprint, read_record
+from actcache.store.records import Part, committed_names, encode_parts, read_fingerprint, read_record, read_records
 from actcache.store.storage import Place, Storage, open_storage
 
 Files = dict[str, tuple[int, int | None]]
@@ -63,18 +63,17 @@ class StoreWriter:
         _check_same(self.fingerprint, read_fingerprint(self.storage))
         self._digest = layout.fingerprint_digest(self.fingerprint)
         self._encoding = threading.Lock()
-        self._replaced: dict[str, list[str]] = {}  # what each record seen so far replaces: records never change
+        self._known: dict[str, dict[str, Any]] = {}  # records seen so far, by name
 
     @property
     def committed(self) -> set[str]:
         """Names of the segments that are complete, those included that a compaction has merged into others."""
-        names = committed_names(self.storage)
-        for name in names:
-            if name not in self._replaced:
-                self._replaced[name] = read_record(self.storage, name, self._digest)["replaces"]
-        return {*names, *(old for name in names for old in self._replaced[name])}
+        records = read_records(self.storage, self._digest, self._known)
+        return {name for record in records for name in (record["segment"], *record["replaces"])}
 
-    def append(self, name: str, segment: SegmentData, *, replaces: Sequence[str] = ()) -> None:
+    def append(
+        self, name: str, segment: SegmentData, *, replaces: Sequence[str] = (), parts: Sequence[Part] = ()
+    ) -> None:
         """Write a segment and commit it; durable when this returns.
 
         On a local disk, waits while another process or thread appends a segment of this name.
@@ -83,6 +82,7 @@ class StoreWriter:
             name: unique in the store; letters, digits, ``-`` and ``_``.
             segment: its content; dtype, width, checkpoints and boundaries must be the fingerprint's.
             replaces: names of committed segments whose content this one holds, and that no longer count.
+            parts: what writers committed of that content, in its order; by them, open readers find it.
 
         Raises:
             AlreadyCommittedError: a segment of this name is committed, or was while this one was being written; the
@@ -94,14 +94,14 @@ class StoreWriter:
         layout.check_name(name, "segment name")
         self._check_fits(segment)
         try:
-            self._append(name, segment, replaces)
+            self._append(name, segment, replaces, parts)
         except FileNotFoundError as error:
             if self.storage.size(layout.ROOT) is None:
                 gone = "the store has been removed; give the command again to make it anew"
                 raise FileNotFoundError(errno.ENOENT, gone, str(self.storage)) from error
             raise
 
-    def _append(self, name: str, segment: SegmentData, replaces: Sequence[str]) -> None:
+    def _append(self, name: str, segment: SegmentData, replaces: Sequence[str], parts: Sequence[Part]) -> None:
         with self.storage.creating(layout.commit_key(name)) as publish:
             if name in self.committed:
                 raise AlreadyCommittedError(f"segment {name!r} is committed already; segments are immutable")
@@ -119,6 +119,8 @@ class StoreWriter:
                 "n_excluded": segment.excluded.num_rows,
                 "schema": {"events": layout.schema_of(segment.events), "excluded": layout.schema_of(segment.excluded)},
             }
+            if parts:
+                record["parts"] = encode_parts(parts)
             try:
                 files = _write_files(self.storage, f"{layout.SEGMENTS}/{folder}", segment, codecs, self._encoding)
             except BaseException:

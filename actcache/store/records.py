@@ -1,0 +1,157 @@
+"""Commit records: which segments a store has, in which order, and what each of them was merged from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from actcache.errors import CorruptStoreError, InputError
+from actcache.store import layout, shard
+from actcache.store.storage import Storage
+
+_LISTINGS = 100  # each finds records that are new, of which a broken one may be without end
+
+
+class Counts(NamedTuple):
+    """How much a segment holds, or what of a merged one lies before it: S, T, E and prompts without an event."""
+
+    n_sequences: int
+    n_tokens: int
+    n_events: int
+    n_excluded: int
+
+    def plus(self, other: Counts) -> Counts:
+        """The sum, count by count."""
+        return Counts(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+class Part(NamedTuple):
+    """A segment as a writer committed it, wherever compactions have put its content since.
+
+    Attributes:
+        segment: its name.
+        record: SHA-256 of its commit record, which vouches for every byte.
+        counts: of its content.
+    """
+
+    segment: str
+    record: str
+    counts: Counts
+
+
+def read_fingerprint(storage: Storage) -> dict[str, Any]:
+    """The fingerprint of a store (errors as ``open_store``)."""
+    try:
+        data = storage.read(layout.ROOT)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{storage} is not a store (no {layout.ROOT}); give the folder of a store, or of a run"
+        ) from error
+    return layout.decode_root(data, str(storage))
+
+
+def committed_names(storage: Storage) -> list[str]:
+    """Names of the segments that have a commit record, in order."""
+    try:
+        listed = storage.names(layout.COMMITS)
+    except NotADirectoryError as error:
+        raise CorruptStoreError(f"{storage}: {layout.COMMITS} is not a folder") from error
+    names = (name for name in listed if name.endswith(".json") and not name.startswith("."))
+    return sorted(name.removesuffix(".json") for name in names)
+
+
+def read_record(storage: Storage, name: str, digest: str) -> dict[str, Any]:
+    """The commit record of a segment (errors as ``layout.decode_record``; FileNotFoundError where it is gone)."""
+    return layout.decode_record(storage.read(layout.commit_key(name)), name, digest)
+
+
+def read_records(storage: Storage, digest: str, known: dict[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+    """All commit records, while writers and a compaction go on: none that counts is missing, some may count no more.
+
+    A listing that is made while a compaction commits and deletes may lack both the new record and the old ones. But
+    what it lacks of the old ones was deleted before it ended, so the next listing has the new one. Hence records are
+    listed again until nothing is new.
+
+    Args:
+        storage: of the store.
+        digest: of its fingerprint.
+        known: records by name that need not be read again; those read are added.
+
+    Raises:
+        CorruptStoreError: as ``layout.decode_record``; or a record is listed and cannot be read.
+    """
+    known = {} if known is None else known
+    before: list[str] | None = None
+    for _ in range(_LISTINGS):
+        names = committed_names(storage)
+        new = [name for name in names if name not in known]
+        if before is not None and not new:
+            return [known[name] for name in sorted({*before, *names}) if name in known]
+        records = shard.at_once(storage, [partial(_read_if_there, storage, name, digest) for name in new])
+        known |= {name: record for name, record in zip(new, records, strict=True) if record is not None}
+        before = names
+    raise CorruptStoreError(f"{storage}: commit records vanish while they are read{shard.ADVICE}")
+
+
+def _read_if_there(storage: Storage, name: str, digest: str) -> dict[str, Any] | None:
+    try:
+        return read_record(storage, name, digest)
+    except FileNotFoundError:
+        return None
+
+
+def without_replaced(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The records that count, in the order of the store: those that no other one replaces.
+
+    Raises:
+        CorruptStoreError: two that count claim to replace the same segment, or segments replace each other.
+    """
+    replaced_by = {record["segment"]: record["replaces"] for record in records}
+    for name, older in replaced_by.items():
+        # What a segment replaces, it holds whole: so it names all that those replaced, and never what replaces it.
+        if any(not set(replaced_by.get(other, ())) <= set(older) for other in older):
+            raise CorruptStoreError(f"segment {name!r} replaces one that replaces others than it does{shard.ADVICE}")
+    replaced: dict[str, str] = {}
+    for record in sorted(records, key=lambda record: -len(record["replaces"])):
+        if record["segment"] in replaced:
+            continue
+        for name in record["replaces"]:
+            if name in replaced:
+                raise CorruptStoreError(
+                    f"segments {replaced[name]!r} and {record['segment']!r} both replace {name!r}{shard.ADVICE}"
+                )
+            replaced[name] = record["segment"]
+    live = [record for record in records if record["segment"] not in replaced]
+    return sorted(live, key=lambda record: min([record["segment"], *record["replaces"]]))
+
+
+def check_schemas(records: Sequence[dict[str, Any]]) -> None:
+    """Raise CorruptStoreError where a column is of two types in two segments, whose tables then do not join."""
+    seen: dict[tuple[str, str], tuple[str, str]] = {}
+    for record in records:
+        for table in ("events", "excluded"):
+            for column, kind in record["schema"][table].items():
+                first, expected = seen.setdefault((table, column), (record["segment"], kind))
+                if kind != expected:
+                    raise CorruptStoreError(
+                        f"column {column!r} of {table} is {kind} in segment {record['segment']!r} and {expected} in "
+                        f"{first!r}{shard.ADVICE}"
+                    )
+
+
+def counts_of(record: dict[str, Any]) -> Counts:
+    """What a record, or an entry of its ``parts``, counts."""
+    return Counts(*(record[field] for field in Counts._fields))
+
+
+def parts_of(record: dict[str, Any]) -> tuple[Part, ...]:
+    """What writers committed of a segment's content, in its order: the segment itself unless it was merged."""
+    if "parts" in record:
+        return tuple(Part(part["segment"], part["record"], counts_of(part)) for part in record["parts"])
+    return (Part(record["segment"], layout.record_digest(record), counts_of(record)),)
+
+
+def encode_parts(parts: Sequence[Part]) -> list[dict[str, Any]]:
+    """The ``parts`` of a record."""
+    return [{"segment": part.segment, "record": part.record, **part.counts._asdict()} for part in parts]

@@ -1,0 +1,240 @@
+"""A committed segment: its arrays and tables, every byte checked before it is believed.
+
+A segment trusts the commit record that it was opened with and nothing else: the record vouches for the metadata of each
+array, and that for each chunk. So it gives what was committed or an error, whatever has come to lie in its place; and
+where a compaction has put its content into another segment, it reads it there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from actcache.errors import CorruptStoreError, InputError
+from actcache.store import layout, shard
+from actcache.store.records import Counts, Part, parts_of
+from actcache.store.storage import Storage
+
+
+class Segment:
+    """One committed segment.
+
+    Attributes:
+        storage: that holds it.
+        events: its events, as indices of the whole store.
+        record: its commit record.
+        fingerprint: the store's.
+        parts: what writers committed of its content, in its order: itself alone, unless a compaction made it.
+    """
+
+    def __init__(self, storage: Storage, events: range, record: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+        self.storage, self.events, self.record, self.fingerprint = storage, events, record, fingerprint
+        self.parts = parts_of(record)
+        self._open: dict[str, shard.StoredArray] = {}
+        self._tables: dict[str, pa.Table] = {}  # read for segments whose content lies in this one
+        self._home: tuple[Segment, Counts] = self, _NOTHING  # where the content lies, and what lies before it there
+
+    @property
+    def name(self) -> str:
+        """The segment's name."""
+        return str(self.record["segment"])
+
+    @property
+    def covers(self) -> set[str]:
+        """Its name and those of the segments that it replaces."""
+        return {self.name, *self.record["replaces"]}
+
+    @property
+    def folder(self) -> str:
+        """Key of the folder that holds its arrays."""
+        return f"{layout.SEGMENTS}/{self.record['folder']}"
+
+    @property
+    def n_events(self) -> int:
+        """E of this segment."""
+        return len(self.events)
+
+    @property
+    def n_rows(self) -> int:
+        """N of this segment, for each checkpoint and boundary."""
+        return layout.n_rows(self.fingerprint, self.record["n_tokens"], self.n_events)
+
+    @property
+    def n_sequences(self) -> int:
+        """S of this segment."""
+        return int(self.record["n_sequences"])
+
+    @cached_property
+    def arrays(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
+        """Path, shape and stored dtype of every array; None is a length that only the array itself knows."""
+        return layout.expected_arrays(self.record, self.fingerprint)
+
+    @cached_property
+    def row_offsets(self) -> npt.NDArray[np.int64]:
+        """``[S + 1]``, where each sequence begins."""
+        home, before = self._home
+        if home is not self:
+            first = before.n_sequences
+            return home.row_offsets[first : first + self.n_sequences + 1] - before.n_tokens
+        offsets = self.read("sequence_offsets")
+        with self._fitting("sequence_offsets"):
+            layout.check_offsets(offsets, self.record["n_tokens"])
+        return offsets
+
+    @cached_property
+    def event_rows(self) -> npt.NDArray[np.int64]:
+        """``[E, 2]``, first row of each event's sequence and the row just after its position."""
+        home, before = self._home
+        if home is not self:
+            return home.event_rows[before.n_events : before.n_events + self.n_events] - before.n_tokens
+        sequence, position = self.read("events/sequence"), self.read("events/position")
+        with self._fitting("events"):
+            layout.check_events(sequence, position, self.row_offsets)
+        start = self.row_offsets[sequence]
+        return np.stack([start, start + position + 1], axis=1)
+
+    def read(self, array: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
+        """Rows ``start:stop`` of one of the segment's arrays, as stored (bfloat16 as uint16).
+
+        Raises:
+            InputError: the segment has no such array, or the array no such rows; or its content lies in a merged
+                segment, and the array has no row for each token, event or prompt.
+            CorruptStoreError: stored bytes are not those committed; names segment, array and chunk.
+        """
+        home, before = self._home
+        if home is self:
+            stored = self.open_array(array)
+            return stored.read(start, stored.shape[0] if stop is None else stop)
+        first, n = self._rows_of(array, before)
+        stop = n if stop is None else stop
+        if not 0 <= start <= stop <= n:
+            raise InputError(f"segment {self.name}, array {array}: rows {start}:{stop} asked, it has {n}")
+        return home.read(array, first + start, first + stop)
+
+    def request(self, array: str, spans: shard.Spans, at: npt.NDArray[np.int64]) -> shard.Request:
+        """For ``shard.read_spans``: rows ``spans`` of an array with a row for each token or event (errors as read)."""
+        home, before = self._home
+        if home is self:
+            return self.open_array(array), spans, at
+        return home.open_array(array), spans + self._rows_of(array, before)[0], at
+
+    def read_table(self, name: str) -> pa.Table:
+        """The ``events`` or ``excluded`` table (errors as :meth:`read`)."""
+        home, before = self._home
+        if home is not self:
+            return self._table_at(home, before, name)
+        columns: dict[str, pa.Array] = {}
+        for column, kind in self.record["schema"][name].items():
+            path = f"{name}/{column}"
+            if kind == "string":
+                data, offsets = self.read(f"{path}/bytes"), self.read(f"{path}/offsets")
+                with self._fitting(path):
+                    columns[column] = layout.decode_text(data, offsets)
+            else:
+                columns[column] = pa.array(self.read(path))
+        table = pa.table(columns)
+        with self._fitting(name):
+            layout.check_carried(table, name)
+        return table
+
+    def settle(self, live: Segments) -> bool:
+        """Read from where the content lies among the segments that there are now; whether they have it at all.
+
+        It is the same content where the parts are the same, which their records' digests prove.
+        """
+        found = live.find(self.parts)
+        if found is None:
+            return False
+        if found[0].record != self.home.record:
+            self._home = (self, _NOTHING) if found[0].record == self.record else found
+        return True
+
+    @property
+    def home(self) -> Segment:
+        """The segment whose files hold the content, as far as is known: this one until :meth:`settle` finds another."""
+        return self._home[0]
+
+    def open_array(self, array: str) -> shard.StoredArray:
+        """One of the segment's own arrays, its metadata checked against the commit record (errors as :meth:`read`)."""
+        if array not in self._open:
+            if array not in self.arrays:
+                raise InputError(f"segment {self.name} has no array {array!r}; it has {', '.join(self.arrays)}")
+            shape, dtype = self.arrays[array]
+            where = f"segment {self.name}, array {array}"
+            data_file, _ = self.record["files"].get(f"{array}/{shard.data_file(len(shape))}", (None, None))
+            metadata = self._metadata(array, where)
+            stored = shard.StoredArray(self.storage, f"{self.folder}/{array}", metadata, data_file, where)
+            fits = len(stored.shape) == len(shape) and all(
+                n in (None, m) for n, m in zip(shape, stored.shape, strict=True)
+            )
+            if not fits or stored.dtype != dtype or stored.codec is not layout.codec_of(array, self.fingerprint):
+                raise CorruptStoreError(f"{where}: {stored.dtype} {stored.shape}, committed as {dtype} {shape}")
+            self._open[array] = stored
+        return self._open[array]
+
+    @contextmanager
+    def _fitting(self, what: str) -> Iterator[None]:
+        """Content that was no one's mistake to give, as when it was written, but is damage when it is read."""
+        try:
+            yield
+        except InputError as error:
+            raise CorruptStoreError(f"segment {self.name}, {what}: {error}{shard.ADVICE}") from error
+
+    def _metadata(self, array: str, where: str) -> bytes:
+        file = f"{array}/{layout.ROOT}"
+        if file not in self.record["files"]:
+            raise CorruptStoreError(f"{where}: the commit record does not name its {layout.ROOT}")
+        try:
+            data = self.storage.read(f"{self.folder}/{file}")
+        except FileNotFoundError as error:
+            raise CorruptStoreError(f"{where}: its {layout.ROOT} is missing{shard.ADVICE}") from error
+        if [len(data), shard.crc32c(data)] != self.record["files"][file]:
+            raise CorruptStoreError(f"{where}: its {layout.ROOT} is not the one committed{shard.ADVICE}")
+        return data
+
+    def _rows_of(self, array: str, before: Counts) -> tuple[int, int]:
+        """Where the segment's rows of an array begin in one that holds ``before`` too, and how many there are."""
+        axis = layout.dimension_names(array)[0]
+        if axis == "row":
+            axis = "token" if self.fingerprint["row_selection"] == "prefix" else "event"
+        field = {"token": "n_tokens", "event": "n_events", "prompt": "n_excluded"}.get(axis)
+        if field is None:
+            raise InputError(f"segment {self.name} has been merged into {self.home.name}: it has no {array} there")
+        return int(getattr(before, field)), int(self.record[field])
+
+    def _table_at(self, home: Segment, before: Counts, name: str) -> pa.Table:
+        if name not in home._tables:
+            home._tables[name] = home.read_table(name)
+        if name == "excluded":
+            return home._tables[name].slice(before.n_excluded, self.record["n_excluded"])
+        table = home._tables[name].slice(before.n_events, self.n_events)
+        column = table.column_names.index("sequence")
+        return table.set_column(column, "sequence", pa.array(table["sequence"].to_numpy() - before.n_sequences))
+
+
+class Segments:
+    """Segments, to be searched for content."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        self._at = {part: (segment, i) for segment in segments for i, part in enumerate(segment.parts)}
+        self._before: dict[str, list[Counts]] = {}
+
+    def find(self, parts: Sequence[Part]) -> tuple[Segment, Counts] | None:
+        """The segment that holds exactly these parts side by side, and what lies before them in it."""
+        segment, first = self._at.get(parts[0], (None, 0))
+        if segment is None or segment.parts[first : first + len(parts)] != tuple(parts):
+            return None
+        if segment.name not in self._before:
+            counts = (part.counts for part in segment.parts)
+            self._before[segment.name] = [*accumulate(counts, Counts.plus, initial=_NOTHING)]
+        return segment, self._before[segment.name][first]
+
+
+_NOTHING = Counts(0, 0, 0, 0)
