@@ -40,7 +40,13 @@ CELLS = ("pt_pt", "pt_it", "it_pt", "it_it")
 FEWEST_PROMPTS = 10
 """An interval needs at least as many: a percentile bootstrap over fewer prompts covers far less than it claims."""
 
-_REQUIRED = ("event_id", "prompt_id", "step", *GROUP_COLUMNS, "upstream", "late", "margin")
+_TEXT, _WHOLE, _REAL = pa.string(), pa.int64(), pa.float64()
+# What is read, as which type (whole numbers are names, too). Other tools write the same values as dictionaries, large
+# strings, decimals, halves.
+_REQUIRED = {
+    **{"event_id": _TEXT, "prompt_id": _TEXT, "step": _WHOLE, "kind": _TEXT, "boundary": _WHOLE, "scope": _TEXT},
+    **{"readout": _TEXT, "variant": _TEXT, "upstream": _TEXT, "late": _TEXT, "margin": _REAL},
+}
 
 # One pass of the bootstrap holds this many drawn prompts (three arrays of 8 bytes each: 48 MiB), so that a million
 # prompts cost time and not memory.
@@ -56,31 +62,34 @@ def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
     """Lay the four cells of each event side by side, with their differences.
 
     Args:
-        cells: one row per cell, columns as in ``cells.parquet``; rows in any order. Rows whose upstream or late label
+        cells: one row per cell, columns as in ``cells.parquet``, of any Arrow type that holds the same values; rows in
+            any order. Rows whose upstream or late label
             is neither ``pt`` nor ``it`` (a lineup of more than two checkpoints) are left out.
         pt: label of the checkpoint that stands for PT.
         it: label of the checkpoint that stands for IT.
 
     Returns:
         One row per (event, kind, boundary, scope, readout, variant): event_id, prompt_id, kind, step, boundary, scope,
-        readout, variant (types as in ``cells``), then float64 logits y_pt_pt, y_pt_it, y_it_pt, y_it_it (``Y(U, L)``),
-        late_from_pt, late_from_it, interaction, native_shift. Sorted by the group columns, then event_id: the result
-        does not depend on the order of the rows given. No rows in, no rows out.
+        readout, variant (text, or int64 for whole numbers), then float64 logits y_pt_pt, y_pt_it, y_it_pt, y_it_it
+        (``Y(U, L)``), late_from_pt, late_from_it, interaction, native_shift. Sorted by the group columns, then
+        event_id: the result does not depend on the order of the rows given. No rows in, no rows out.
 
     Raises:
-        InputError: a column is missing or has nulls; both labels are the same or none of the rows has them; a margin
-            is NaN or infinite; a cell of an event is missing or there twice; the cells of an event disagree on its
-            prompt or step.
+        InputError: a column is missing, there twice, of other values or has nulls; both labels are the same or none of
+            the rows has them; a margin is NaN or infinite; a cell of an event is missing or there twice; the cells of
+            an event disagree on its prompt or step.
     """
     missing = [name for name in _REQUIRED if name not in cells.column_names]
     if missing:
         raise InputError(f"the table of cells has no column {', '.join(missing)}; its columns: {cells.column_names}")
     if pt == it:
         raise InputError(f"a contrast needs two checkpoints, both labels are {pt!r}; pass two different labels")
-    cells = cells.select(_REQUIRED)
+    cells = pa.table({name: _as_type(cells, name, kind) for name, kind in _REQUIRED.items()})
     if cells.num_rows == 0:
         return _contrast_table(cells, np.empty((0, 4)))
 
+    for name in ("upstream", "late"):  # before a cell without a label is taken for one of another pair
+        _check_no_nulls(cells, name)
     upstream, late = _label_index(cells, "upstream", pt, it), _label_index(cells, "late", pt, it)
     of_pair = (upstream >= 0) & (late >= 0)
     if not of_pair.any():
@@ -92,9 +101,8 @@ def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
     cells, cell = cells.filter(pa.array(of_pair)), (2 * upstream + late)[of_pair]
 
     for name in _REQUIRED:
-        if cells[name].null_count:
-            raise InputError(f"column {name} of the cells has {cells[name].null_count} nulls; every cell needs a value")
-    margin = cells["margin"].to_numpy().astype(np.float64)
+        _check_no_nulls(cells, name)
+    margin = cells["margin"].to_numpy()
     if not np.isfinite(margin).all():
         bad = int(np.flatnonzero(~np.isfinite(margin))[0])
         raise InputError(
@@ -237,6 +245,32 @@ def select_events(
     return cells.filter(pc.is_in(cells["event_id"].cast(pa.string()), value_set=staying)), notes
 
 
+def _as_type(cells: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
+    """A column of the cells as the type that its values are read as."""
+    if cells.column_names.count(name) > 1:
+        raise InputError(f"the table of cells has {cells.column_names.count(name)} columns {name}; expected one")
+    column, given = cells[name], cells.schema.field(name).type
+    if pa.types.is_dictionary(given):
+        column = column.cast(given.value_type)
+    number = any(of(column.type) for of in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal))
+    if kind == _TEXT and pa.types.is_integer(column.type):
+        kind = _WHOLE  # as which they sort
+    try:
+        if kind == _REAL and not (number or pa.types.is_null(given)):
+            raise pa.ArrowInvalid("not numbers")
+        return column.cast(kind)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(
+            f"column {name} of the cells is {given}, which cannot be read as {kind} ({str(error).splitlines()[0]}); "
+            f"write it as {kind}"
+        ) from error
+
+
+def _check_no_nulls(cells: pa.Table, name: str) -> None:
+    if cells[name].null_count:
+        raise InputError(f"column {name} of the cells has {cells[name].null_count} nulls; every cell needs a value")
+
+
 def _positions(ids: pa.Array, table: pa.Table) -> Ints:
     """In which row of the table each event is; -1 where in none."""
     known = table["event_id"].cast(pa.string()).combine_chunks()
@@ -245,14 +279,12 @@ def _positions(ids: pa.Array, table: pa.Table) -> Ints:
 
 def _label_index(cells: pa.Table, name: str, pt: str, it: str) -> Ints:
     """0 where the label is ``pt``, 1 where it is ``it``, -1 elsewhere."""
-    labels = cells[name].cast(pa.string())
-    return pc.fill_null(pc.index_in(labels, value_set=pa.array([pt, it])), -1).to_numpy().astype(np.int64)
+    found = pc.index_in(cells[name].cast(_TEXT), value_set=pa.array([pt, it]))
+    return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
 def _ranks(column: pa.ChunkedArray) -> Ints:
     """Each value's rank among the sorted distinct values: int64, comparable where the values are."""
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
     encoded = column.dictionary_encode().combine_chunks()
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     rank = np.empty(order.size, np.int64)

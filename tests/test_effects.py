@@ -2,6 +2,7 @@
 
 import json
 import math
+from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
@@ -151,6 +152,58 @@ def test_column_types_do_not_matter():
     assert effects(encoded, draws=20) == effects(cells, draws=20)
     chunked = pa.concat_tables([encoded.slice(0, 7), encoded.slice(7)])
     assert effects(chunked, draws=20) == effects(cells, draws=20)
+
+
+def retyped(cells, name, values):
+    return cells.set_column(cells.column_names.index(name), name, values)
+
+
+TEXT_TYPES = [pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int8(), pa.large_string())]
+NUMBER_TYPES = {
+    "boundary": [pa.uint8(), pa.int16(), pa.float32(), pa.decimal128(5, 1), pa.string()],
+    "step": [pa.int8(), pa.float64(), pa.decimal256(7, 0)],
+    "margin": [pa.float16(), pa.float32(), pa.int32(), pa.decimal128(12, 6), pa.dictionary(pa.int32(), pa.float64())],
+}
+
+
+TEXTS = ("event_id", "prompt_id", "kind", "scope", "readout", "variant", "upstream", "late")
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        *((TEXTS, kind) for kind in TEXT_TYPES),
+        *(((name,), kind) for name, kinds in NUMBER_TYPES.items() for kind in kinds),
+    ],
+)
+def test_other_tools_types_are_read(names, kind):
+    """Margins are whole here, which each type of number holds."""
+    cells = other = cell_table(np.round(random_grids(12) * 4))
+    value_type = kind.value_type if pa.types.is_dictionary(kind) else kind
+    make = Decimal if pa.types.is_decimal(kind) else str if pa.types.is_string(kind) else lambda value: value
+    for name in names:
+        values = pa.array([make(value) for value in cells[name].to_pylist()]).cast(value_type)
+        other = retyped(other, name, values if value_type == kind else values.dictionary_encode())
+    assert effects(other, draws=20) == effects(cells, draws=20)
+
+
+def test_values_of_another_kind_are_refused_by_column():
+    cells = cell_table(random_grids(3))
+    n = cells.num_rows
+    cases = {
+        "boundary": [pa.array([18.5] * n), pa.array(["late"] * n), pa.array([[18]] * n), pa.array([float("nan")] * n)],
+        "step": [pa.array([{"a": 1}] * n), pa.array([2**63] * n, pa.uint64())],
+        "margin": [pa.array(["1.5"] * n), pa.array([True] * n), pa.array([None] * n), pa.array([[1.0]] * n)],
+        "event_id": [pa.array([["e"]] * n), pa.array([b"\xff"] * n), pa.array([None] * n)],
+        "upstream": [pa.array([None] * n), pa.array(["pt", None] * (n // 2))],
+        "variant": [pa.array([None] * n, pa.string())],
+    }
+    for name, kinds in cases.items():
+        for values in kinds:
+            with pytest.raises(InputError, match=f"column {name} of the cells (is|has)"):
+                effects(retyped(cells, name, values), draws=5)
+    with pytest.raises(InputError, match="2 columns margin"):
+        effects(cells.append_column("margin", cells["margin"]), draws=5)
 
 
 def test_integer_ids_sort_as_numbers():
