@@ -252,6 +252,15 @@ def cut_upstream(model: PreTrainedModel, boundary: int) -> StateSource:
     return source
 
 
+def upstream_names(model: PreTrainedModel, boundary: int) -> list[str]:
+    """Patterns of the names, whatever they begin with, that weight files give to what :func:`cut_upstream` drops."""
+    anatomy = find_anatomy(model)
+    upstream = "|".join(str(index) for index in range(boundary))
+    embedding = next((path for path, part in model.named_modules() if part is model.get_input_embeddings()), "")
+    names = [path.rpartition(".")[2] for path in (anatomy.blocks, embedding)]
+    return [rf"(^|\.){names[0]}\.({upstream})\.", rf"(^|\.){names[1]}\.\w+$"]
+
+
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the head's weight is the token embedding's."""
     configs = model.config, text_config(model.config)

@@ -1,29 +1,34 @@
 """Checkpoint: one model folder, read and fingerprinted. Knows transformers, its configs and tokenizers.
 
-Everything is read from local folders, weights from safetensors only, and no code from a checkpoint folder runs.
+Everything is read from local folders, and what is read is named in checkpoint_files.py. Transformers is handed the
+config and the tensors of exactly the files that are digested: it opens no weight file itself, and runs no code from a
+folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from concurrent.futures import ThreadPoolExecutor
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
+from actcache import checkpoint_files as files
 from actcache.errors import InputError, UnsupportedModelError
 from actcache.tokens import Encoder
 
@@ -33,40 +38,51 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _VOLATILE_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
+# What the code of an architecture, or of its config, raises where a value is not of the kind that it expects.
+_BAD_VALUE = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError),
+    *(ValueError, StrictDataclassError),
+)
+
+# Tensors that a model may leave unread, beside those that its class in transformers says it may.
+_UNREAD = (
+    r"(^|\.)rotary_emb\.(inv_freq|cos_cached|sin_cached)$",  # made of the config
+    r"(^|\.)position_ids$",  # 0, 1, 2...
+    r"(^|\.)mtp(_\w+)?\.",  # heads for the tokens after the next, which only speculative decoding runs
+)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One model folder: config.json, ``*.safetensors`` and a tokenizer.
+    """One model folder: config.json, ``model.safetensors`` (or an index and its files) and a tokenizer.
+
+    What was read at :meth:`open` stays as it was; :attr:`fingerprint` and :meth:`load` notice files that have changed.
 
     Raises (from :meth:`open`):
-        InputError: the folder or one of these is missing, weights are pickled only, or the architecture is unknown.
+        InputError: the folder or one of these is missing or damaged, weights are pickled or quantized, an adapter is
+            in it, the architecture is unknown, or the config asks for what is not read (see checkpoint_files.py).
     """
 
     label: str
     path: Path
     config: PretrainedConfig
+    _config_json: dict[str, Any]
+    _stamp: dict[str, tuple[int, int, int]]
 
     @classmethod
     def open(cls, label: str, path: str | Path, *, with_weights: bool = True) -> Checkpoint:
         """Check the folder and read its config; weights are not touched, and need not be there unless told so."""
         path = Path(path)
-        if not path.is_dir():
-            raise InputError(f"checkpoint {label}: {path} is not a folder; give a local model folder")
-        if not (path / "config.json").is_file():
-            raise InputError(f"checkpoint {label}: {path} has no config.json")
-        if with_weights and not weight_files(path):
-            pickled = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-            if pickled:
-                raise InputError(
-                    f"checkpoint {label}: {path} holds pickled weights only ({pickled[0]}), which are never loaded; "
-                    "convert them to safetensors"
-                )
-            raise InputError(f"checkpoint {label}: {path} holds no *.safetensors weights")
         try:
-            config = AutoConfig.from_pretrained(path, **_LOCAL)
-        except (ValueError, KeyError, OSError) as error:
-            raise InputError(f"checkpoint {label}: {path}/config.json: {_first_line(error)}") from error
-        return cls(label, path, config)
+            files.check_folder(path, with_weights=with_weights)
+            stamp = files.stamp(path, with_weights=with_weights)
+            if with_weights:
+                files.open_tensors(files.weight_files(path))
+            config_json = files.read_config(path)
+            config = _as_config(path)
+        except InputError as error:
+            raise InputError(f"checkpoint {label}: {error}") from error
+        return cls(label, path, config, config_json, stamp)
 
     @property
     def decoder_config(self) -> PretrainedConfig:
@@ -79,95 +95,201 @@ class Checkpoint:
         mapping: Any = AutoModelForCausalLM._model_mapping
         if type(self.config) not in mapping:
             raise UnsupportedModelError(f"{self.path}: {self.config.model_type!r} has no causal language model")
+        if getattr(type(self.config), "extra_files", ()):
+            raise UnsupportedModelError(f"{self.path}: {self.config.model_type!r} has weights in files of other names")
         return mapping[type(self.config)]
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model as transformers builds it of the config, without weights: on torch's meta device.
+
+        Raises:
+            InputError: no model can be built of the config.
+            UnsupportedModelError: it has no causal language model.
+        """
+        _ = self.model_class
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+        except _BAD_VALUE as error:
+            raise InputError(
+                f"checkpoint {self.label}: {self.path / files.CONFIG} describes no {self.config.model_type} model: "
+                f"{files.one_line(error)}"
+            ) from error
+
+    @property
+    def attention(self) -> str:
+        """Name of the attention implementation that transformers picks for this model here (``sdpa``, ``eager``)."""
+        return self.skeleton.config._attn_implementation
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The folder's own tokenizer, with truncation and padding off."""
         return self.encoder.tokenizer
 
-    @cached_property
+    @property
     def encoder(self) -> Encoder:
         """What gives the ids of a text by the folder's own tokenizer."""
-        try:
-            return Encoder.of(AutoTokenizer.from_pretrained(self.path, **_LOCAL))
-        except (ValueError, KeyError, OSError) as error:
-            raise InputError(f"checkpoint {self.label}: no tokenizer in {self.path}: {_first_line(error)}") from error
+        return self._encoder[0]
 
     @cached_property
-    def attention(self) -> str:
-        """Name of the attention implementation that transformers picks for this model here (``sdpa``, ``eager``)."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False).config._attn_implementation
+    def _encoder(self) -> tuple[Encoder, str]:
+        """The encoder, and the digest of its tokenizer from before any use, which may change what that would write."""
+        try:
+            encoder = Encoder.of(_load_tokenizer(self.path, self.config))
+        except InputError as error:
+            raise InputError(f"checkpoint {self.label}: {error}") from error
+        backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return encoder, files.digest_tokenizer_files(self.path)
+        return encoder, hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
-        """Token ids that end a generation."""
-        ids = getattr(self.config, "eos_token_id", None) or self.decoder_config.eos_token_id
-        if (self.path / "generation_config.json").is_file():
-            ids = GenerationConfig.from_pretrained(self.path, local_files_only=True).eos_token_id or ids
-        ids = ids if ids is not None else self.tokenizer.eos_token_id
-        return frozenset([ids] if isinstance(ids, int) else ids or [])
+        """Token ids that end a generation: of the first place that names any.
+
+        Raises:
+            InputError: they are no token ids.
+        """
+        file = self.path / files.GENERATION_CONFIG
+        generation = files.read_object(file) if file.exists() else {}
+        places = {
+            str(file): generation.get("eos_token_id"),
+            str(self.path / files.CONFIG): getattr(self.config, "eos_token_id", None),
+            f"{self.path / files.CONFIG} (the decoder's)": getattr(self.decoder_config, "eos_token_id", None),
+        }
+        for place, found in places.items():
+            if found is not None:
+                ids = found if isinstance(found, list) else [found]
+                if not all(type(token) is int for token in ids):
+                    raise InputError(f"checkpoint {self.label}: {place}: eos_token_id is {found!r}, expected token ids")
+                return frozenset(ids)
+        own = self.tokenizer.eos_token_id
+        return frozenset(() if own is None else (own,))
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Digests (SHA-256) of weights, config and tokenizer, the ids that end a generation, and the architecture and
+        attention they run under; made again where a file has changed since."""
+        if files.stamp(self.path) != self._stamp:
+            return Checkpoint.open(self.label, self.path).fingerprint
+        return dict(self._fingerprint)
 
     @cached_property
-    def fingerprint(self) -> dict[str, str]:
-        """Digests (SHA-256) of weights, config and tokenizer, with the architecture and attention they run under."""
-        config = json.loads((self.path / "config.json").read_text())
-        config = {key: value for key, value in config.items() if key not in _VOLATILE_KEYS}
+    def _fingerprint(self) -> dict[str, str]:
+        config = {key: value for key, value in self._config_json.items() if key not in _VOLATILE_KEYS}
         # Earlier versions kept what the tokenizer appends: their stores hold other sequences.
         left_off = {"left_off": ", ".join(map(str, self.encoder.left_off))} if self.encoder.left_off else {}
         return left_off | {
             "architecture": self.config.model_type,
-            "weights": digest_weights(self.path),
+            "weights": files.digest_weights(self.path),
             "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-            "tokenizer": _digest_tokenizer(self.tokenizer),
+            "tokenizer": self._encoder[1],
             "attention": self.attention,
+            "end_ids": ",".join(str(token) for token in sorted(self.end_ids)),
         }
 
+    def differs_in(self, captured: Mapping[str, str]) -> str | None:
+        """The first field in which a fingerprint is not this checkpoint's, of those that it has: earlier versions
+        recorded no ``end_ids``."""
+        now = self.fingerprint
+        return next((field for field, value in captured.items() if now.get(field) != value), None)
+
     def load(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
-        """The whole model, in eval mode."""
-        return load_weights(self.model_class, self.path, dtype).to(device)  # type: ignore[arg-type]
+        """The whole model, in eval mode; see :func:`load_weights`."""
+        return load_weights(self.model_class, self, dtype).to(device)  # type: ignore[arg-type]
 
 
-def load_weights(model_class: type[PreTrainedModel], path: Path, dtype: torch.dtype | str) -> PreTrainedModel:
-    """Load exactly the weights that ``model_class`` has parameters for, from the folder's safetensors.
+def load_weights(
+    model_class: type[PreTrainedModel], checkpoint: Checkpoint, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    """Fill ``model_class`` from exactly the files that the checkpoint's fingerprint is of.
+
+    Args:
+        model_class: the checkpoint's, or one that lacks parts of it and says which tensors it leaves unread for that.
+        checkpoint: whose weights.
+        dtype: of the parameters; None for the config's, or else that of the first floating tensor.
 
     Raises:
-        InputError: a parameter has no weight in the files (it would be random) or one of another shape.
+        InputError: a parameter has no weight in the files (it would be random) or one of another shape; a tensor in
+            them is not read, so that the model would not be what they hold (an unknown part, the scales of quantized
+            weights); or the files changed meanwhile.
     """
+    path = checkpoint.path
+    tensors = files.open_tensors(files.weight_files(path))
     load: Any = model_class.from_pretrained  # typed without the report that output_loading_info adds
-    model, info = load(path, dtype=dtype, use_safetensors=True, output_loading_info=True, local_files_only=True)
+    try:
+        model, info = load(
+            None,
+            config=checkpoint.config,
+            state_dict=tensors,
+            dtype=dtype or _dtype_of(checkpoint, tensors),
+            ignore_mismatched_sizes=True,  # to name them
+            output_loading_info=True,
+            local_files_only=True,
+        )
+    except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: its weights make no {model_class.__name__}: {files.one_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
     if missing:
         raise InputError(f"{path}: {len(missing)} parameters of the model have no weights in the files: {missing[0]}")
+    unread = sorted(name for name in info["unexpected_keys"] if not any(re.search(one, name) for one in _UNREAD))
+    if unread:
+        raise InputError(
+            f"{path}: {len(unread)} tensors of the files are not read by {model_class.__name__}: {unread[0]}; save the "
+            "model without them, or with the config that they belong to"
+        )
+    if files.stamp(path) != checkpoint._stamp:
+        raise InputError(f"{path}: its files have changed since they were opened; start again")
     return model.eval().requires_grad_(False)
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a model folder: those its index names, else ``model.safetensors``, else all."""
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        return [path / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    single = path / "model.safetensors"
-    return [single] if single.is_file() else sorted(path.glob("*.safetensors"))
+def _dtype_of(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> torch.dtype:
+    """The dtype that a folder asks for: of its config, or of its first floating tensor."""
+    named = getattr(checkpoint.config, "dtype", None)
+    if named is None:
+        stored = (files.stored_dtype(checkpoint.path, name, tensor) for name, tensor in tensors.items())
+        named = next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
+    return getattr(torch, named) if isinstance(named, str) else named
 
 
-def digest_weights(path: Path) -> str:
-    """SHA-256 over the SHA-256 of every weight file, in name order: the bytes decide, not the file dates."""
+def _as_config(path: Path) -> PretrainedConfig:
+    file = path / files.CONFIG
+    try:
+        config = AutoConfig.from_pretrained(path, **_LOCAL)
+    except _BAD_VALUE as error:
+        raise InputError(f"{file}: {files.one_line(error)}") from error
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise InputError(f"{file}: dtype is {config.dtype!r}, expected a torch dtype such as bfloat16")
+    if hasattr(config, "auto_map"):  # transformers has this architecture itself
+        del config.auto_map
+    return config
 
-    def one(file: Path) -> bytes:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").digest()
 
-    with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(one, weight_files(path)))).hexdigest()
+def _load_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that transformers makes of the folder's files, of a class of its own.
+
+    Raises:
+        InputError: there is none; its config names a class that is no tokenizer, or other files.
+    """
+    settings = files.read_tokenizer_config(path)
+    for name in (settings.get("tokenizer_class"), getattr(config, "tokenizer_class", None)):
+        if name is not None and not _is_tokenizer(name):
+            raise InputError(f"{path}: its tokenizer_class {name!r} is no tokenizer of transformers")
+    # Where earlier versions of transformers follow a path in the config, None makes them look in the folder.
+    elsewhere = {key: None for key, value in settings.items() if key.endswith("_file") and isinstance(value, str)}
+    try:
+        return AutoTokenizer.from_pretrained(path, config=config, **_LOCAL, **elsewhere)
+    except Exception as error:  # the tokenizers library raises no narrower class
+        raise InputError(f"no tokenizer in {path}: {files.one_line(error)}") from error
 
 
-def _digest_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    text = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]
+def _is_tokenizer(name: Any) -> bool:
+    """Whether a class of this name, if transformers has one, is a tokenizer: others run code, or ask to."""
+    if not isinstance(name, str):
+        return False
+    found = [tokenizer_class_from_name(one) for one in (name, name.removesuffix("Fast"), name + "Fast")]
+    return all(one is None or issubclass(one, PreTrainedTokenizerBase) for one in found)

@@ -254,7 +254,7 @@ def check_pilot(lineup: Lineup, paths: Mapping[str, str], capture: CaptureSettin
         same = paths.get(label) == str(checkpoint.path.resolve()) and found["architecture"] == (
             checkpoint.config.model_type
         )
-        if not same and found != checkpoint.fingerprint:
+        if not same and (not found or checkpoint.differs_in(found)):
             raise IncompatibleError(
                 f"the pilot is of another pair: its {label} is {paths.get(label)}, the plan's {checkpoint.path}; "
                 "make a pilot of this pair with 'actcache run --limit 40'",

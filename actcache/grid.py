@@ -100,7 +100,8 @@ def run_grid(
 
     Raises:
         InputError: settings that the store cannot serve; a variant whose name stands for other edits in ``folder``.
-        CheckError: a replayed diagonal margin is off its native one by more than rounding.
+        CheckError: a replayed diagonal margin is off its native one by more than rounding, or that is off the one that
+            capture stored.
     """
     check_settings(store, settings)
     folder = Path(folder)
@@ -297,6 +298,8 @@ class _Work:
             for one, readout in readouts.items():
                 if (self.segment.name, label, one) not in natives:
                     natives[self.segment.name, label, one] = _score(readout, states.final[label], pair_ids)
+                    if one == label:
+                        self._check_capture(events, label, natives[self.segment.name, label, one])
             for base in lates:
                 replays = self._replays(base, label, list(lates))
                 table = _ScoreTable(
@@ -382,6 +385,20 @@ class _Work:
             return (*at, readouts.index(column["readout"]))
 
         write_group(self._folder, key, events, sorted(columns, key=place))
+
+    def _check_capture(self, events: pa.Table, label: str, native: _Scores) -> None:
+        """What a checkpoint's head makes of its stored final states is what it made of them when they were captured."""
+        captured = torch.tensor(events[f"margin_{label}"].to_pylist(), dtype=torch.float32)
+        absolute, relative = NOOP_TOLERANCE[self.store.dtype]
+        allowed = absolute + relative * native.logits.abs().amax(dim=1)
+        wrong = torch.nonzero(~((native.margin - captured).abs() <= allowed)).flatten().tolist()
+        if wrong:
+            first = wrong[0]
+            raise CheckError(
+                f"the final norm and head of {label} are not those of the capture: event {events['event_id'][first]} "
+                f"has a margin of {native.margin[first]:.6g}, captured was {captured[first]:.6g} (allowed "
+                f"{allowed[first]:.2g} apart); {len(wrong)} of {len(captured)} events are; use the captured checkpoint"
+            )
 
     def _check_noop(self, events: pa.Table, label: str, readout: str, native: _Scores, noop: torch.Tensor) -> None:
         absolute, relative = NOOP_TOLERANCE[self.store.dtype]

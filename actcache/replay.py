@@ -38,6 +38,7 @@ from actcache.blocks import (
     is_wrapped,
     of_this_thread,
     shallow_clone,
+    upstream_names,
 )
 from actcache.checkpoint import Checkpoint, load_weights
 from actcache.edits import PLAIN, Rows, Variant
@@ -155,16 +156,19 @@ class LateStack:
         cut: list[StateSource] = []
 
         class Late(checkpoint.model_class):  # type: ignore[name-defined]
-            _keys_to_ignore_on_load_unexpected = (r".",)  # the upstream weights in the files
+            _keys_to_ignore_on_load_unexpected: Any
 
             def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
                 super().__init__(config, *args, **kwargs)
+                own = self._keys_to_ignore_on_load_unexpected  # None, a list or a set, by transformers' version
+                own = [] if own is None else own
+                self._keys_to_ignore_on_load_unexpected = type(own)([*own, *upstream_names(self, boundary)])
                 cut.append(cut_upstream(self, boundary))
 
         # transformers loads a class that is not its own by other rules (and leaves some computed buffers unset).
         Late.__name__ = Late.__qualname__ = checkpoint.model_class.__name__
         Late.__module__ = checkpoint.model_class.__module__
-        model = load_weights(Late, checkpoint.path, dtype or "auto").to(device)  # type: ignore[arg-type]
+        model = load_weights(Late, checkpoint, dtype).to(device)  # type: ignore[arg-type]
         return cls(model, cut[-1], boundary)
 
     def at(self, boundary: int) -> LateStack:

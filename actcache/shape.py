@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from actcache.blocks import find_anatomy
 from actcache.checkpoint import Checkpoint
@@ -62,8 +62,7 @@ class ModelShape:
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> ModelShape:
         """From the config alone."""
-        with torch.device("meta"):
-            return cls.of_model(AutoModelForCausalLM.from_config(checkpoint.config, trust_remote_code=False))
+        return cls.of_model(checkpoint.skeleton)
 
     @classmethod
     def of_model(cls, model: PreTrainedModel) -> ModelShape:

@@ -26,6 +26,7 @@ FLOW = [
         "zarr_codec",
         "prompts",
         "tokens",
+        "checkpoint_files",
         "checkpoint",
         "lineup",
         "blocks",

@@ -48,11 +48,12 @@ def check_complete(store: Store) -> None:
 def check_same_checkpoints(store: Store, lineup: Lineup) -> None:
     """Raise IncompatibleError, naming the field, where a checkpoint is not the one whose states are stored."""
     for label, captured in store.fingerprint["checkpoints"].items():
-        now = lineup.checkpoints[label].fingerprint
-        for field, value in captured.items():
-            if now.get(field) != value:
-                raise IncompatibleError(
-                    f"checkpoint {label} at {lineup.checkpoints[label].path} is not the one captured: its {field} is "
-                    f"{str(now.get(field))[:12]}, the store has {value[:12]}; point --{label} at the captured one",
-                    field=f"checkpoints.{label}.{field}",
-                )
+        checkpoint = lineup.checkpoints[label]
+        field = checkpoint.differs_in(captured)
+        if field is not None:
+            raise IncompatibleError(
+                f"checkpoint {label} at {checkpoint.path} is not the one captured: its {field} is "
+                f"{str(checkpoint.fingerprint.get(field))[:12]}, the store has {captured[field][:12]}; "
+                f"point --{label} at the captured one",
+                field=f"checkpoints.{label}.{field}",
+            )

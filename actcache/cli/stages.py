@@ -193,7 +193,9 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
         def load_late(label: str, boundary: int) -> LateStack:
             what = f"loading {label} from block {boundary} on"
             with enough_memory(what, fewer), clock.loading(), line.during(what):
-                return LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
+                late = LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
+            check_same_checkpoints(store, lineup)  # what was loaded lies between two looks at the files
+            return late
 
         cells = run_grid(store, load_late, folder.cell_groups, settings, on_progress=line, say=say)
     clock.write()
