@@ -9,7 +9,6 @@ from what it chose, or the prompt is excluded with the reason recorded.
 from __future__ import annotations
 
 import itertools
-import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actcache import carried
 from actcache import prompts as prompts_module
 from actcache.blocks import check_boundary
 from actcache.checkpoint import DTYPES
@@ -376,7 +376,7 @@ class _Capture:
                 {
                     "prompt_id": pa.array([p.id for p, _ in excluded], pa.string()),
                     "reason": pa.array([reason for _, reason in excluded], pa.string()),
-                    "carried": pa.array([_carried(p) for p, _ in excluded], pa.string()),
+                    "carried": pa.array([carried.encode(p.carried) for p, _ in excluded], pa.string()),
                 }
             ),
         )
@@ -398,7 +398,7 @@ class _Capture:
             "context": column((self.decode(e.sequence[-CONTEXT_TOKENS:]) for e in captured), pa.string()),
             "token_pt": column((self.decode([e.tokens["pt"]]) for e in captured), pa.string()),
             "token_it": column((self.decode([e.tokens["it"]]) for e in captured), pa.string()),
-            "carried": column((_carried(e.search.prompt) for e in captured), pa.string()),
+            "carried": column((carried.encode(e.search.prompt.carried) for e in captured), pa.string()),
         }
         for label in PAIR:
             columns[f"special_{label}"] = column((int(e.tokens[label] in self.special) for e in captured), pa.int32())
@@ -466,7 +466,3 @@ def _consecutive(lengths: Sequence[int]) -> list[range]:
     """Where parts of these lengths lie when they are put one after another."""
     bounds = offsets_of(lengths).tolist()
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
-
-
-def _carried(prompt: Prompt) -> str:
-    return json.dumps(prompt.carried, sort_keys=True, ensure_ascii=False)

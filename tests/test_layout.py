@@ -24,6 +24,7 @@ FLOW = [
         "native",
         "planes",
         "zarr_codec",
+        "carried",
         "prompts",
         "tokens",
         "checkpoint_files",

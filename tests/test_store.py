@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actcache.errors import ActcacheError, CorruptStoreError, FormatVersionError, IncompatibleError, InputError
-from actcache.store import Problem, SegmentData, Store, StoreWriter, layout, open_store, shard, verify
+from actcache.store import Problem, SegmentData, Store, StoreWriter, compact, layout, open_store, shard, verify
 from actcache.store.chunks import BLOSC, CODECS
 from actcache.store.verify import _check_files
 from actcache.zarr_codec import Bf16Planes
@@ -494,6 +494,22 @@ def test_a_carried_key_that_cannot_be_a_column_is_refused(text):
         SegmentData(
             segment.token_ids, segment.sequence_offsets, segment.states, segment.final, events, segment.excluded
         )
+
+
+def test_more_keys_than_columns_stay_together_as_json(tmp_path):
+    """Each segment carries what a segment may; together they carry more keys than a table gets columns."""
+    fingerprint = make_fingerprint()
+    carried = {name: [{f"{name}{k}": k for k in range(600)}] for name in "abc"}
+    carried["b"] = carried["a"]
+    segments = {name: make_segment(fingerprint, [3], [(0, 0)], carried=carried[name], name=name) for name in "abc"}
+    path = write_store(tmp_path / "store", fingerprint, segments)
+    store = open_store(path)
+    assert [json.loads(text) for text in store.events["carried"].to_pylist()] == [carried[name][0] for name in "abc"]
+    assert "a0" not in store.events.column_names
+    before = store.events.drop_columns(["segment", "sequence"])
+    assert compact(path) == (3, 2), "neighbours whose keys are too many for a segment are not merged"
+    assert open_store(path).events.drop_columns(["segment", "sequence"]).equals(before)
+    assert verify(path) == []
 
 
 # ---- what is given -------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from actcache.carried import MAX_KEYS as MAX_CARRIED_KEYS
 from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout
 from actcache.store.layout import SegmentData
@@ -104,17 +105,23 @@ def merge(parts: Sequence[SegmentData]) -> SegmentData:
 
 
 def _groups(segments: Sequence[Segment], max_bytes: int) -> Iterator[list[Segment]]:
-    """Neighbours worth merging: two or more, of the same columns, within the limit."""
+    """Neighbours worth merging: two or more, of the same columns, within the limits."""
     group: list[Segment] = []
     n_bytes = 0
+    keys: frozenset[str] = frozenset()
     for segment in segments:
         size = int(segment.record["raw_state_bytes"])
-        if group and (n_bytes + size > max_bytes or segment.record["schema"] != group[0].record["schema"]):
+        if group and (
+            n_bytes + size > max_bytes
+            or segment.record["schema"] != group[0].record["schema"]
+            or len(keys | segment.carried_keys) > MAX_CARRIED_KEYS
+        ):
             if len(group) > 1:
                 yield group
-            group, n_bytes = [], 0
+            group, n_bytes, keys = [], 0, frozenset()
         group.append(segment)
         n_bytes += size
+        keys |= segment.carried_keys
     if len(group) > 1:
         yield group
 

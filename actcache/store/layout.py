@@ -14,6 +14,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from actcache.carried import MAX_KEYS as MAX_CARRIED_KEYS
+from actcache.carried import MAX_LEVELS as MAX_CARRIED_LEVELS
+from actcache.carried import is_shallow, is_text
 from actcache.errors import CorruptStoreError, FormatVersionError, InputError
 from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
 from actcache.store.shard import canonical, crc32c, decode_json, encode_json
@@ -29,8 +32,6 @@ STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 MAX_NAME = 200  # characters; file systems take 255 bytes
 MAX_COUNT = 2**48  # rows, tokens, bytes: beyond any disk, and sums of them stay within 64 bits
 MAX_BLOCKS = 10_000
-MAX_CARRIED_KEYS = 1000  # each is a column of a table
-MAX_CARRIED_LEVELS = 64
 _COLUMN_TYPES = {"int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32(), "string": pa.string()}
 ROW_SELECTIONS = ("prefix", "divergence")
 _COUNTS = ("n_sequences", "n_tokens", "n_events", "n_excluded")
@@ -139,29 +140,16 @@ def check_carried(table: pa.Table, name: str) -> None:
             raise InputError(f"the {name} table's carried {text[:40]!r} is not JSON: {str(error)[:200]}") from error
         if not isinstance(carried, dict):
             raise InputError(f"the {name} table's carried {text[:40]!r} is not a JSON object")
-        if not _is_shallow(carried, MAX_CARRIED_LEVELS):
+        if not is_shallow(carried):
             raise InputError(f"the {name} table's carried {text[:40]!r} has more than {MAX_CARRIED_LEVELS} levels")
         keys.update(carried)
         if len(keys) > MAX_CARRIED_KEYS:
             raise InputError(f"the {name} table's carried has more than {MAX_CARRIED_KEYS} distinct keys")
         for key in carried:
-            if key in taken or "\0" in key or not _is_text(key):
+            if key in taken or "\0" in key or not is_text(key):
                 raise InputError(
                     f"carried key {key!r} cannot be a column of the {name} table: it is one already, or not text"
                 )
-
-
-def _is_shallow(value: Any, n_levels: int) -> bool:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return n_levels > 0 and all(_is_shallow(one, n_levels - 1) for one in inner)
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # a lone surrogate
-        return False
-    return True
 
 
 def check_name(name: str, what: str) -> None:

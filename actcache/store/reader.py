@@ -6,7 +6,6 @@ and that for each chunk: so a read trusts nothing but the chunks it decodes, and
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
@@ -17,6 +16,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from actcache.carried import as_columns
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
 from actcache.store import layout, shard
 from actcache.store.records import check_schemas, read_fingerprint, read_records, without_replaced
@@ -117,7 +117,7 @@ class Store:
         """One row an event, as captured, with the prompts' carried keys as columns and the segment's name.
 
         A carried key becomes a column of its natural type, null where a prompt lacks it; values of mixed types, and
-        nested ones, become their JSON text.
+        nested ones, become their JSON text. More than 1000 keys in all stay together in a column ``carried``, as JSON.
         """
         return self.reading(lambda: self._table("events"))
 
@@ -278,16 +278,14 @@ class Store:
         tables += shard.at_once(self.storage, [partial(segment.read_table, name) for segment in self.segments])
         rows = zip(self.segments, tables[1:], strict=True)
         names = [segment.name for segment, table in rows for _ in range(table.num_rows)]
+        texts = [text for table in tables for text in table["carried"].to_pylist()]
+        tables = [table.drop_columns(["carried"]) for table in tables]
         whole = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
-        carried = [json.loads(text) for text in whole["carried"].to_pylist()]
-        whole = whole.drop_columns(["carried"]).append_column(layout.SEGMENT_COLUMN, pa.array(names, pa.string()))
-        keys = dict.fromkeys(key for record in carried for key in record)
-        if len(keys) > layout.MAX_CARRIED_KEYS:
-            raise CorruptStoreError(f"the {name} tables carry more than {layout.MAX_CARRIED_KEYS} distinct keys")
-        for key in keys:
+        whole = whole.append_column(layout.SEGMENT_COLUMN, pa.array(names, pa.string()))
+        for key, column in as_columns(texts).items():
             if key in whole.column_names:
                 raise CorruptStoreError(f"the {name} table has a column and a carried key {key!r}")
-            whole = whole.append_column(key, _natural([record.get(key) for record in carried]))
+            whole = whole.append_column(key, column)
         return whole
 
 
@@ -315,16 +313,6 @@ def _prefix_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArra
 def _event_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """The one row of each event in an array that has one an event, ``[n, 2]``."""
     return np.stack([events, events + 1], axis=1)
-
-
-def _natural(values: list[Any]) -> pa.Array:
-    kinds = {type(value) for value in values if value is not None}
-    if kinds <= {str} or kinds <= {bool} or kinds <= {int} or kinds <= {int, float}:
-        try:
-            return pa.array(values)
-        except (ValueError, OverflowError):  # an integer beyond 64 bits or inexact as a float; a lone surrogate
-            pass
-    return pa.array([None if value is None else json.dumps(value, sort_keys=True) for value in values], pa.string())
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:

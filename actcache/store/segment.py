@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from actcache.carried import keys_of
 from actcache.errors import CorruptStoreError, InputError
 from actcache.store import layout, shard
 from actcache.store.records import Counts, Part, parts_of
@@ -160,6 +161,11 @@ class Segment:
     def home(self) -> Segment:
         """The segment whose files hold the content, as far as is known: this one until :meth:`settle` finds another."""
         return self._home[0]
+
+    @cached_property
+    def carried_keys(self) -> frozenset[str]:
+        """Keys that the prompts of its tables carry (errors as :meth:`read`)."""
+        return keys_of(text for name in ("events", "excluded") for text in self.read_table(name)["carried"].to_pylist())
 
     def open_array(self, array: str) -> shard.StoredArray:
         """One of the segment's own arrays, its metadata checked against the commit record (errors as :meth:`read`)."""
