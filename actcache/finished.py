@@ -231,7 +231,10 @@ def _rates(timings: Mapping[str, Any], known: Mapping[str, float]) -> tuple[dict
         "capture": known["capture_multiply_adds"] / forwards_s,
         "grid": replayed / replays_s,
     }
-    return rates, {stage: timings[stage]["load_s"] for stage in STAGES}
+    checks_s = timings["stability"]["elapsed_s"] - timings["stability"]["load_s"] if "stability" in timings else 0.0
+    # A run that checked nothing tells nothing of it; the same forwards as the capture's are the nearest.
+    rates["stability"] = known["stability_multiply_adds"] / checks_s if checks_s > 0 else rates["capture"]
+    return rates, {stage: timings[stage]["load_s"] for stage in STAGES if stage in timings}
 
 
 def check_pilot(lineup: Lineup, paths: Mapping[str, str], capture: CaptureSettings, store: Store) -> None:

@@ -16,7 +16,7 @@ import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,9 @@ COMPRESSION = {
 }
 # Bytes that a tokenizer takes for each token of its vocabulary, measured on SmolLM2's.
 TOKENIZER_BYTES = 700
-STAGES = ("capture", "grid")
-_PARTS_OF = {"capture": ("search", "capture"), "grid": ("grid", "variants")}
-RATED = ("search", "capture", "grid")  # variants run at the grid's rate
+STAGES = ("capture", "stability", "grid")
+_PARTS_OF = {"capture": ("search", "capture"), "stability": ("stability",), "grid": ("grid", "variants")}
+RATED = ("search", "capture", "stability", "grid")  # variants run at the grid's rate
 # Rows of these are counts, bytes and seconds, in the order in which they are shown.
 ESTIMATED = (
     "prompts",
@@ -59,6 +59,7 @@ ESTIMATED = (
     "stored_bytes",
     "search_multiply_adds",
     "capture_multiply_adds",
+    "stability_multiply_adds",
     "grid_multiply_adds",
     "variants_multiply_adds",
     "multiply_adds",
@@ -66,6 +67,7 @@ ESTIMATED = (
     "capture_memory_bytes",
     "grid_memory_bytes",
     "capture_s",
+    "stability_s",
     "grid_s",
 )
 
@@ -125,12 +127,14 @@ class Study:
         lengths: tokens of every prompt, in order.
         capture: settings of the capture.
         groups: cells to score.
+        stability: for each dtype that stability is checked in, how many events, None for all.
     """
 
     shapes: Mapping[str, ModelShape]
     lengths: Sequence[int]
     capture: CaptureSettings
     groups: Sequence[Group] = ()
+    stability: Sequence[int | None] = ()
 
     @property
     def shape(self) -> ModelShape:
@@ -285,8 +289,8 @@ def search_batches(lengths: Sequence[int], capture: CaptureSettings) -> list[tup
 def multiply_adds_of(
     study: Study, sequences: Numbers, share: float, n_choices: float, rows: Mapping[str, float]
 ) -> dict[str, float]:
-    """Of capture, grid, variants and of forward hooks that score the same cells: over ``share`` of these sequences,
-    with ``n_choices`` compared in all."""
+    """Of capture, stability, grid, variants and of forward hooks that score the same cells: over ``share`` of these
+    sequences, with ``n_choices`` compared in all."""
     shape, n_checkpoints = study.shape, study.n_checkpoints
     n_events = rows["events"]
     whole = share * shape.products(sequences)
@@ -308,14 +312,18 @@ def multiply_adds_of(
     natives = {(label, head) for group in study.groups for label in study.shapes for head in group.heads(label)}
     grid += n_events * len(natives) * shape.head_products
     n_passes += n_checkpoints if study.groups else 0
+    forwards = n_checkpoints * (whole + n_choices * shape.head_products)
+    # Strict and packed, over the part of the events that is checked in each dtype.
+    n_checks = sum(n_events if n is None else min(n, n_events) for n in study.stability)
     out = {
-        "capture_multiply_adds": n_checkpoints * (whole + n_choices * shape.head_products),
+        "capture_multiply_adds": forwards,
+        "stability_multiply_adds": 2 * forwards * n_checks / n_events if n_events else 0.0,
         "grid_multiply_adds": grid,
         "variants_multiply_adds": variants,
         "hooks_multiply_adds": n_passes * (whole + n_events * shape.head_products),
     }
     out["multiply_adds"] = rows["search_multiply_adds"] + sum(
-        out[f"{stage}_multiply_adds"] for stage in ("capture", "grid", "variants")
+        out[f"{part}_multiply_adds"] for part in ("capture", "stability", "grid", "variants")
     )
     return out
 
@@ -407,6 +415,8 @@ def assumptions_from_json(value: Any, where: str) -> Assumptions:
     """Raise InputError where this is not what :func:`as_json` gave."""
     try:
         assumed = Assumptions(**value)
+        if assumed.rates and "stability" not in assumed.rates:  # earlier versions left this stage out
+            assumed = replace(assumed, rates={**assumed.rates, "stability": assumed.rates["capture"]})
         numbers = [assumed.event_share, assumed.shared_tokens, assumed.eventless_tokens, assumed.compression]
         numbers += [assumed.search_call_s, *assumed.shared_counts, *assumed.rates.values(), *assumed.load_s.values()]
         if assumed.rates and assumed.rates.keys() != set(RATED):

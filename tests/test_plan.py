@@ -276,9 +276,9 @@ def piloted(tmp_path_factory):
     words = ["--pt", pt, "--it", it, "--prompts", prompts, "--max-new", MAX_NEW, "--boundary", "2,3"]
     words = [str(word) for word in words]
     pilot, out = str(folder / "pilot"), str(folder / "all")
-    assert main(["run", *words, "--out", pilot, "--limit", "40", "--stability", "0"]) == 0
+    assert main(["run", *words, "--out", pilot, "--limit", "40"]) == 0
     assert main(["plan", *words, "--pilot", pilot, "--out", out]) == 0
-    assert main(["run", *words, "--out", out, "--stability", "0"]) == 0
+    assert main(["run", *words, "--out", out]) == 0
     return folder, words
 
 
@@ -287,7 +287,7 @@ def test_a_pilot_tells_the_whole_run_within_a_fifth(piloted, plan):
     found = plan(folder / "all")
     for name in ("prompts", "prompt_tokens", "events", *COUNTS, *WORK):
         assert found["ratio"][name] == pytest.approx(1, abs=0.2), name
-    assert {"capture_s", "grid_s"} <= found["truth"].keys()
+    assert {"capture_s", "stability_s", "grid_s"} <= found["truth"].keys()
     assert found["estimate"] == plan(*words, "--pilot", folder / "pilot")["estimate"]
     truth, store = found["truth"], actcache.open_store(folder / "all" / "store")
     summary = store.summary()
@@ -302,7 +302,7 @@ def test_a_run_without_a_plan_is_its_own(piloted, plan, capsys):
     assert found["assumed"]["sources"]["event_share"] == "the run itself"
     for name in (*COUNTS, *WORK):
         assert found["ratio"][name] == pytest.approx(1, abs=0.05), name
-    for name in ("capture_s", "grid_s"):
+    for name in ("capture_s", "stability_s", "grid_s"):
         assert found["ratio"][name] == pytest.approx(1, abs=0.2), name
     assert main(["plan", str(folder / "pilot")]) == 0
     out = capsys.readouterr().out
@@ -345,13 +345,35 @@ def test_times_are_only_of_stages_that_ran_in_one_go(piloted, tmp_path, plan):
     assert RunFolder(out).timings() == timings, "nothing was left to do"
     next((out / "cells").glob("b003*")).unlink()
     assert main(again) == 0
-    assert RunFolder(out).timings() == {"capture": timings["capture"]}
+    assert RunFolder(out).timings() == {name: timings[name] for name in ("capture", "stability")}
     assert "grid_s" not in plan(out)["truth"]
     (commit,) = (out / "store" / "commits").glob("shard*")
     commit.unlink()
     shutil.rmtree(out / "store" / "segments")
     assert main([*again, "--shard-prompts", "64"]) == 0
     assert RunFolder(out).timings().keys() >= {"capture"}, "all prompts anew: in one go again"
+
+
+def test_stability_is_a_stage_of_its_own(piloted, tmp_path, plan):
+    folder, words = piloted
+    found, none = (plan(*words, "--rate", "1e9", *more)["estimate"] for more in ([], ["--stability", 0]))
+    n_events, dtypes, ways = 16, 2, 2  # by default; strict and packed
+    share = dtypes * ways * n_events / found["events"]
+    assert found["stability_multiply_adds"] == pytest.approx(share * found["capture_multiply_adds"])
+    assert found["stability_s"] == pytest.approx(found["stability_multiply_adds"] / 1e9)
+    assert none["stability_multiply_adds"] == 0
+    assert found["multiply_adds"] - none["multiply_adds"] == pytest.approx(found["stability_multiply_adds"])
+    out = shutil.copytree(folder / "pilot", tmp_path / "run")
+    before = plan(out)["truth"]
+    n_checked = RunFolder(out).timings()["stability"]["n_events"]
+    assert n_checked == [n_events, n_events]
+    assert before["stability_multiply_adds"] == pytest.approx(
+        ways * sum(n_checked) / before["events"] * before["capture_multiply_adds"]
+    )
+    # More events, checked later: what is there took two goes.
+    assert main(["stability", str(out), "--sample", "20"]) == 0
+    assert "stability" not in RunFolder(out).timings()
+    assert "stability_s" not in plan(out)["truth"]
 
 
 def test_a_run_of_other_cells_than_its_time_was_taken_of(piloted, tmp_path, plan):

@@ -10,6 +10,7 @@ from actcache.cli.arguments import Verbs, add_verb, positive
 from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
+from actcache.cli.timing import StabilityClock
 from actcache.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -52,12 +53,15 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup) -> None:
     """Check what the arguments of a run ask for, and say what was found."""
-    samples = {} if args.stability == 0 else dict.fromkeys(DTYPES, args.stability)
-    if args.stable_only:
-        samples[args.dtype] = None
-    if samples:
+    if samples := samples_asked(args):
         for line in _check(folder, lineup, samples, None, args.device):
             say(line)
+
+
+def samples_asked(args: argparse.Namespace) -> dict[str, int | None]:
+    """How many events a run with these arguments checks in each dtype; None for all."""
+    samples = {} if args.stability == 0 else dict.fromkeys(DTYPES, args.stability)
+    return samples | ({args.dtype: None} if args.stable_only else {})
 
 
 def summaries_of(folder: RunFolder) -> list[dict[str, Any]]:
@@ -87,11 +91,12 @@ def _check(
     check_complete(store)
     check_same_checkpoints(store, lineup)
 
+    clock = StabilityClock(folder)
     with enough_memory("stability", "a lower --max-tokens needs less"), LiveLine("stability") as line:
 
         def load(label: str, dtype: torch.dtype) -> Trunk:
-            name = str(dtype).removeprefix("torch.")
-            with enough_memory(f"loading {label} in {name}", LESS_MODEL), line.during(f"loading {label} in {name}"):
+            loading = f"loading {label} in {str(dtype).removeprefix('torch.')}"
+            with clock.loading(), enough_memory(loading, LESS_MODEL), line.during(loading):
                 return Trunk(lineup.checkpoints[label].load(dtype, device))
 
         table = run_stability(
@@ -104,6 +109,7 @@ def _check(
             on_progress=line,
             say=say,
         )
+    clock.write([len(store) if n is None else min(n, len(store)) for n in samples.values()])
     return describe(summarise(table), store.fingerprint["dtype"])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -63,6 +63,20 @@ class CaptureClock(_Clock):
             return
         whole = counter.n_searches >= n_prompts
         folder.record_timing("capture", times | counter.record() if whole else None)
+
+
+class StabilityClock(_Clock):
+    """Times a check of stability: put its loads under :meth:`loading`."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__()
+        self._folder, self._from_nothing = folder, not folder.stability.exists()
+
+    def write(self, n_events: Sequence[int]) -> None:
+        """Record a check of so many events in each dtype; one of which something was there before is taken off."""
+        if (times := self._times()) is not None:
+            checked = {"n_events": list(n_events)}
+            self._folder.record_timing("stability", times | checked if self._from_nothing else None)
 
 
 class GridClock(_Clock):
