@@ -21,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/actcache demo --out $(RUN)
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check .

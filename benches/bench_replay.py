@@ -15,6 +15,9 @@ last block is run only where its output is read, so that a replay of few blocks 
 turns, and medians are taken; in brackets stands the limit at the best rate that every product had in the whole run.
 Margins are compared with those of forward hooks first.
 
+On a busy machine: the replay of the first boundary again, in fresh processes, alone and beside one busy process per
+CPU; with threads that sleep while they wait, as in the command line, and with threads that spin, as torch's do.
+
 Memory: peak resident set of fresh processes that import everything; that load the whole model and run 64 tokens; that
 load and run only the late stack, at each of ``--memory-boundaries``.
 
@@ -24,6 +27,8 @@ bench_sweep.py has the other frameworks beside it. The last line of stdout is JS
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -41,10 +46,11 @@ from study import REPLAY_TARGET, TOLERANCE, Ours, Study, add_pair_arguments, eve
 
 from actcache.capture import parse_boundaries
 from actcache.checkpoint import DTYPES
+from actcache.cpus import usable_cpus
 from actcache.linear import describe_products
 from actcache.lineup import Lineup
 from actcache.replay import LateStack
-from actcache.store import Store
+from actcache.store import Store, open_store
 
 MEMORY_TOKENS = 64
 
@@ -58,9 +64,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--compared-events", type=int, default=8, help="with the hooks")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)  # run in a child: print its own peak memory
+    parser.add_argument("--replay-of", type=Path, help=argparse.SUPPRESS)  # run in a child: time replays of a store
     args = parser.parse_args(argv)
     if args.peak_of:
         return print_peak(args)
+    if args.replay_of:
+        return print_replays(args)
     if args.smoke:
         args.repeat, args.compared_events, args.memory_boundaries = 1, 2, "0.6"
     study = Study.open(args)
@@ -71,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         bench = Bench(study, Ours(study, store), products, Path(scratch) / "cells", args.repeat)
         worst = bench.check(args.compared_events)
         workloads = [workload for boundary in boundaries for workload in bench.replay(boundary)]
+        workloads += waiting(args, Path(scratch) / "store", boundaries[0])
         about = bench.about(store)
     print_workloads(workloads)
     peaks = peak_bytes(args, study.n_blocks)
@@ -157,6 +167,53 @@ class Bench:
             "threads": torch.get_num_threads(),
             "bytes_per_event": {kind: state_bytes[kind] / len(self.events) for kind in ("raw", "stored")},
         }
+
+
+# ---- other load ----------------------------------------------------------------------------------------------------
+
+
+def waiting(args: argparse.Namespace, store: Path, boundary: int) -> list[Workload]:
+    """Replays alone and beside busy processes, by threads that sleep while they wait and by threads that spin."""
+    policies = {"actcache": "PASSIVE"} if args.smoke else {"actcache": "PASSIVE", "spinning threads": None}
+    return [
+        Workload.of(
+            f"replay, boundary {boundary}, {'alone' if not n_busy else f'beside {n_busy} busy'}",
+            "run",
+            {means: replays_of(args, store, boundary, policy, n_busy) for means, policy in policies.items()},
+            dict.fromkeys(policies, 1),
+            None,
+            {},
+        )
+        for n_busy in (0, usable_cpus())
+    ]
+
+
+def replays_of(args: argparse.Namespace, store: Path, boundary: int, policy: str | None, n_busy: int) -> list[float]:
+    """Seconds of each replay in a fresh process, whose OpenMP threads wait so (None: as torch leaves it)."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
+    child = [sys.executable, __file__, f"--pt={args.pt}", f"--it={args.it}", f"--prompts={args.prompts}"]
+    child += [f"--dtype={args.dtype}", f"--repeat={args.repeat}", f"--replay-of={store}", f"--boundaries={boundary}"]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
+    try:
+        ran = subprocess.run(child, capture_output=True, text=True, env=environment)
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+    if ran.returncode:
+        sys.exit(f"{' '.join(child)} failed:\n{ran.stderr}")
+    seconds: list[float] = json.loads(ran.stdout)
+    return seconds
+
+
+def print_replays(args: argparse.Namespace) -> int:
+    """In a child: replay every cell of a store, reading included, some times over; print the seconds of each."""
+    study, store = Study.open(args), open_store(args.replay_of)
+    ours, boundary = Ours(study, store), int(args.boundaries)
+    seconds = in_turn({"replay": lambda: ours.replay(boundary, ours.read(boundary))}, args.repeat)
+    print(json.dumps(seconds["replay"]))
+    return 0
 
 
 # ---- memory --------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ FLOW = [
     *(
         "errors",
         "files",
+        "cpus",
         "progress",
         "native",
         "planes",

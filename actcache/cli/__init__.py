@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from actcache.cli import bench, plan, stability, stages, stores
 from actcache.cli.parser import Parser
 from actcache.cli.terminal import be_quiet, one_line, reader_is_gone, said_by_system
+from actcache.cpus import settle_threads
 from actcache.errors import ActcacheError, CheckError, CorruptStoreError, KernelError
 
 _FAILED_CHECKS = (CheckError, CorruptStoreError, KernelError)
@@ -24,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         be_quiet(args.quiet)
+        settle_threads(args.threads)
         code = args.verb(args) or 0
         sys.stdout.flush()
         return code

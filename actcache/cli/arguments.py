@@ -24,6 +24,12 @@ def add_verb(
     """Give the parser a verb; ``run`` gets its arguments and returns the exit code (None: 0)."""
     parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     parser.add_argument("--quiet", action="store_true", help="print errors only on stderr, no progress and no notes")
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="threads of the CPU (default: torch's own number, or fewer where this process may use fewer CPUs)",
+    )
     parser.set_defaults(verb=run)
     return parser
 

@@ -21,6 +21,7 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from actcache.cpus import usable_cpus
 from actcache.errors import CorruptStoreError, InputError
 from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
 from actcache.store.storage import Storage
@@ -121,7 +122,7 @@ def coders() -> ThreadPoolExecutor:
 
 @cache
 def _coders_of(process: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="actcache-coder")
+    return ThreadPoolExecutor(usable_cpus(), thread_name_prefix="actcache-coder")
 
 
 class EncodedArray:

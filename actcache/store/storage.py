@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
+from actcache.cpus import usable_cpus
 from actcache.errors import CorruptStoreError, InputError
 from actcache.files import fsync, is_draft, make_folder, sole_creator, write_durably
 
@@ -128,12 +129,12 @@ class LocalStorage:
     """A folder on a file system with POSIX rename and ``flock``."""
 
     is_far = False
-    parallel_reads = os.cpu_count() or 1
     parallel_writes = 8
 
     def __init__(self, root: Path) -> None:
         # Without links: neither a change of the working folder nor of a link leads an open store elsewhere.
         self.root = Path(os.path.realpath(root))
+        self.parallel_reads = usable_cpus()
 
     def __str__(self) -> str:
         return str(self.root)
