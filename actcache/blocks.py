@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -127,6 +128,36 @@ def check_boundary(boundary: int, n_blocks: int) -> None:
     """Raise InputError unless ``1 <= boundary <= n_blocks - 1``."""
     if not 1 <= boundary <= n_blocks - 1:
         raise InputError(f"boundary {boundary} is outside 1..{n_blocks - 1} (the model has {n_blocks} blocks)")
+
+
+def block_of(given: int | float, n_blocks: int) -> int:
+    """A block as people count: an index, a negative one from the end (-1 is the last), or a fraction of the depth
+    (0.6, rounded). It may be out of range."""
+    if isinstance(given, float):
+        return round(given * n_blocks)
+    return given + n_blocks if given < 0 else given
+
+
+def span_of(given: int | float | str, n_blocks: int) -> tuple[int, int]:
+    """The first and the last block that ``given`` names: a block, as :func:`block_of`, or a range such as ``0.9..-1``.
+
+    Raises:
+        InputError: it names none.
+    """
+    first, last = check_counted(given)
+    return block_of(first, n_blocks), block_of(last, n_blocks)
+
+
+def check_counted(given: Any) -> tuple[int | float, int | float]:
+    """The two ends of what :func:`span_of` understands (InputError: it is none of that)."""
+    match = _RANGE.fullmatch(given) if isinstance(given, str) else None
+    ends = [float(end) if "." in end else int(end) for end in match.groups()] if match else [given, given]
+    if not all(type(end) is int or (type(end) is float and 0 <= end <= 1) for end in ends):
+        raise InputError(f"layer {given!r}: expected a block, -1 for the last, a fraction such as 0.9, or '0.9..-1'")
+    return ends[0], ends[1]
+
+
+_RANGE = re.compile(r"(-?\d{1,9}|\d\.\d+)\.\.(-?\d{1,9}|\d\.\d+)")
 
 
 class StateSource:

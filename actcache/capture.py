@@ -21,7 +21,7 @@ import torch
 
 from actcache import carried
 from actcache import prompts as prompts_module
-from actcache.blocks import check_boundary
+from actcache.blocks import block_of, check_boundary
 from actcache.checkpoint import DTYPES
 from actcache.divergence import Outcome, SearchLimits, propose
 from actcache.errors import InputError
@@ -68,7 +68,7 @@ class CaptureSettings:
 
 
 def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
-    """``18``, a fraction of the depth such as ``0.6``, a list ``5,10,20`` of either, or ``all``.
+    """``18``, ``-3`` (of L), a fraction of the depth such as ``0.6``, a list ``5,10,20`` of these, or ``all``.
 
     Raises:
         InputError: not of that form, or outside 1..L-1.
@@ -78,7 +78,7 @@ def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
     boundaries = set()
     for part in text.split(","):
         try:
-            boundary = round(float(part) * n_blocks) if "." in part else int(part)
+            boundary = block_of(float(part) if "." in part else int(part), n_blocks)
         except ValueError as error:
             raise InputError(f"boundary {part!r} is not a block index, a fraction such as 0.6, or 'all'") from error
         check_boundary(boundary, n_blocks)

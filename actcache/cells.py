@@ -52,8 +52,9 @@ class FinishedGroup:
         key: ``store`` (:func:`store_digest`), ``segment``, ``boundary``, ``scope``, ``strict`` and ``max_tokens``, upon
             which the cells depend; ``readouts``, ``variants`` (name -> digest of its edits, the plain ``none`` too),
             ``top1`` (whether variants have ``top1_id`` too) and ``kl``: what was scored; ``whole``, names of the
-            variants that change more than position p, and ``mode``, how sequences shared a forward: what it took.
-            Files of earlier versions have no ``kl`` and do not say what they took.
+            variants that change more than position p, and ``mode``, how sequences shared a forward: what it took;
+            ``still`` (name -> in how many cells of one readout the variant moved nothing).
+            Files of earlier versions have no ``kl`` and no ``still``, and do not say what they took.
         names: the variants that count, of those in it.
     """
 

@@ -6,9 +6,16 @@ never wrapped: it passes through as it is.
 
 from __future__ import annotations
 
+import copyreg
+from typing import Any
+
 
 class ActcacheError(Exception):
-    """Base of all errors below."""
+    """Base of all errors below. Each comes out of another process, or a copy, as what it was."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are made again by calling their class with ``args``, which knows no keywords.
+        return copyreg.__newobj__, (type(self), *self.args), vars(self)  # type: ignore[attr-defined]
 
 
 class InputError(ActcacheError, ValueError):

@@ -9,9 +9,11 @@ tables; loads no models itself.
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import torch
 from actcache.cells import Finished, finished_groups, gather_cells, store_digest, write_group
 from actcache.edits import PLAIN, Edit, Replace, Variant
 from actcache.errors import CheckError, InputError
+from actcache.moves import Moves
 from actcache.progress import OnProgress, Tally, untold
 from actcache.readout import Readout
 from actcache.replay import LateStack, Mode
@@ -72,6 +75,15 @@ class GridSettings:
         """Everything to score at a boundary, the plain grid first."""
         return (PLAIN, *(self.variants(boundary) if callable(self.variants) else self.variants))
 
+    def of_depth(self, n_blocks: int) -> GridSettings:
+        """The same settings with the layers of all variants as block indices."""
+
+        @functools.cache
+        def variants_at(boundary: int) -> tuple[Variant, ...]:
+            return tuple(variant.of_depth(n_blocks) for variant in self.variants_at(boundary)[1:])
+
+        return replace(self, variants=variants_at)
+
 
 def run_grid(
     store: Store,
@@ -99,11 +111,13 @@ def run_grid(
         ``noop_delta`` is null.
 
     Raises:
-        InputError: settings that the store cannot serve; a variant whose name stands for other edits in ``folder``.
+        InputError: settings that the store cannot serve; a variant whose name stands for other edits in ``folder``; an
+            edit that moves nothing (see :class:`actcache.moves.Moves`).
         CheckError: a replayed diagonal margin is off its native one by more than rounding, or that is off the one that
             capture stored.
     """
     check_settings(store, settings)
+    settings = settings.of_depth(store.fingerprint["n_blocks"])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finished = finished_groups(folder, store)
@@ -126,6 +140,8 @@ def run_grid(
         natives: _Natives = {}
         for work, states in _read_ahead(todo):
             work.score({label: late.at(work.boundary) for label, late in lates.items()}, states, natives, tally)
+    if (line := _without_displacement(finished_groups(folder, store), store, settings)) is not None:
+        say(line)
     return gather_cells(folder, store, strict=settings.strict, max_tokens=settings.max_tokens)
 
 
@@ -153,9 +169,11 @@ def check_settings(store: Store, settings: GridSettings) -> None:
         raise InputError("the store keeps rows of event positions only; the grid needs prefix rows: capture again")
     check_servable(settings, store.checkpoints, store.boundaries, store.fingerprint["n_blocks"])
     lengths = [position + 1 for position in store.events["position"].to_pylist()]
+    events = store.events["event_id"].to_pylist()
     for variant in (variant for boundary in settings.boundaries for variant in settings.variants_at(boundary)):
         for edit in variant.edits if lengths else ():
             edit.check_positions(lengths, variant.name)
+            edit.check_vectors(store.width, store.dtype, events, variant.name)
 
 
 def check_servable(
@@ -174,10 +192,11 @@ def check_servable(
             raise InputError(f"readout {readout!r} is unknown; choose from {', '.join(known)}")
     for boundary in settings.boundaries:
         variants = settings.variants_at(boundary)
-        names = [variant.name for variant in variants]
-        if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise InputError(f"two variants at boundary {boundary} are named {twice!r}; each needs a name of its own")
+        twice = [name for name, count in Counter(variant.name for variant in variants).items() if count > 1]
+        if twice:
+            raise InputError(
+                f"two variants at boundary {boundary} are named {twice[0]!r}; each needs a name of its own"
+            )
         for variant in variants:
             for edit in variant.edits:
                 donor = getattr(edit.operation, "donor", None)
@@ -202,6 +221,25 @@ def _check_names(finished: Finished, settings: GridSettings) -> None:
                         )
 
 
+def _without_displacement(finished: Finished, store: Store, settings: GridSettings) -> str | None:
+    """One line: in how many (event, scope, upstream, late) of all boundaries variants moved nothing; None if none did
+    nowhere."""
+    still: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    n_of_segment = {segment.name: segment.n_events * len(store.checkpoints) ** 2 for segment in store.segments}
+    for (segment, boundary, scope), groups in finished.items():
+        if boundary in settings.boundaries and scope in settings.scopes:
+            for name in {variant.name for variant in settings.variants_at(boundary)[1:]}:
+                n_still = max((group.key.get("still", {}).get(name, 0) for group in groups), default=0)
+                still[name] += n_still
+                asked[name] += n_of_segment[segment]
+    moved_less = [f"{name!r} {n} of {asked[name]}" for name, n in still.most_common() if n]
+    if not moved_less:
+        return None
+    some = ", ".join(moved_less[:3]) + (f" and {len(moved_less) - 3} more variants" if len(moved_less) > 3 else "")
+    return f"cells without displacement (weight 0, a placebo, or rows that are their source's already): {some}"
+
+
 @dataclass(frozen=True)
 class _States:
     """What one piece of work reads from the store, all in the order of its segment's events."""
@@ -219,6 +257,7 @@ class _Replay:
     name: str  # of the variant asked for
     base: str  # whose rows it starts from
     cells: tuple[tuple[str, str], ...]
+    n_of_scope: int = 0  # how many of its first edits are the scope's own, not the variant's
 
 
 class _Work:
@@ -292,6 +331,7 @@ class _Work:
         pair_ids = torch.tensor([events["y_pt"].to_pylist(), events["y_it"].to_pylist()]).T
         names = list(dict.fromkeys(name for _, names in self.groups.values() for name in names))
         columns: dict[str, list[dict[str, Any]]] = {scope: [] for scope in self.groups}
+        n_still: dict[str, Counter[str]] = {scope: Counter() for scope in self.groups}
         for label, late in lates.items():
             whose = {name: whose_head(name, label) for name in names}
             readouts = {one: lates[one].readout for one in whose.values()}  # one head may go by two names
@@ -310,6 +350,7 @@ class _Work:
                     at_once=1 if self.settings.strict else _WHOLE_AT_ONCE,
                     own=states.final[label] if self.kl else None,
                 )
+                moves = Moves()
                 for sequences, numbers, hidden in late.iterate_variants(
                     states.rows[base],
                     states.offsets,
@@ -318,10 +359,14 @@ class _Work:
                     keys=events["event_id"].to_pylist(),
                     strict=self.settings.strict,
                     max_tokens=self.settings.max_tokens,
+                    moves=moves,
                 ):
                     table.add(sequences, numbers, hidden)
                     tally.add(sum(len(replays[number].cells) for number in numbers.tolist()))
                 table.finish()
+                for number, replay in enumerate(replays):
+                    for scope, _ in replay.cells if replay.name != PLAIN.name else ():
+                        n_still[scope][replay.name] += int(moves.still(number, after=replay.n_of_scope).sum())
                 for number, scope, upstream, name in self._cells(replays):
                     scored, noop = table.scores(number, whose[name]), None
                     if upstream == label and replays[number].name == PLAIN.name:
@@ -336,7 +381,7 @@ class _Work:
                     )
         mode = "single" if self.settings.strict else next(iter(lates.values())).mode
         for scope in self.groups:
-            self._publish(scope, events, columns[scope], mode)
+            self._publish(scope, events, columns[scope], mode, n_still[scope])
 
     def _cells(self, replays: Sequence[_Replay]) -> Iterator[tuple[int, str, str, str]]:
         """Number of the replay, scope, upstream and readout of every cell that these replays serve."""
@@ -369,19 +414,23 @@ class _Work:
                 for upstream in labels:
                     if upstream != late:
                         edits = (Edit(Replace(upstream), positions="last"), *variant.edits)
-                        replays.append(_Replay(Variant(name, edits), name, base, (("position", upstream),)))
+                        edited = Variant(name, edits, variant.placebo)
+                        replays.append(_Replay(edited, name, base, (("position", upstream),), 1))
         return replays
 
-    def _publish(self, scope: str, events: pa.Table, columns: Sequence[dict[str, Any]], mode: Mode) -> None:
+    def _publish(
+        self, scope: str, events: pa.Table, columns: Sequence[dict[str, Any]], mode: Mode, n_still: Counter[str]
+    ) -> None:
         variants, readouts = self.groups[scope]
         digests = {variant.name: variant.digest for variant in variants}
         whole = [variant.name for variant in variants if not variant.at_last_only]
         key = self._key(scope) | {"readouts": sorted(readouts), "variants": digests}
         key |= {"top1": self.top1, "kl": self.kl, "whole": sorted(whole), "mode": mode}
-        names, labels = [variant.name for variant in variants], self.store.checkpoints
+        key |= {"still": {name: n for name, n in sorted(n_still.items()) if n}}
+        names, labels = {variant.name: number for number, variant in enumerate(variants)}, self.store.checkpoints
 
         def place(column: dict[str, Any]) -> tuple[int, ...]:
-            at = names.index(column["variant"]), labels.index(column["upstream"]), labels.index(column["late"])
+            at = names[column["variant"]], labels.index(column["upstream"]), labels.index(column["late"])
             return (*at, readouts.index(column["readout"]))
 
         write_group(self._folder, key, events, sorted(columns, key=place))
@@ -465,7 +514,7 @@ class _ScoreTable:
         self._readouts, self._pair_ids, self._own = readouts, pair_ids, own
         shape = len(replays), len(pair_ids)
         self._logits = {name: torch.full((*shape, 2), torch.nan) for name in readouts}
-        self._whole = [number for number, replay in enumerate(replays) if wants_whole(replay)]
+        self._whole = {number for number, replay in enumerate(replays) if wants_whole(replay)}
         self._at_once = at_once
         self._top1 = {name: torch.full(shape, -1, dtype=torch.int64) for name in readouts}
         self._kl = {name: torch.full(shape, torch.nan) for name in readouts}
@@ -475,7 +524,7 @@ class _ScoreTable:
         """Take ``[m, D]`` final hidden states of so many (event, replay) pairs."""
         for name, readout in self._readouts.items():
             self._logits[name][replays, events] = readout.scores(final_hidden, self._pair_ids[events])
-        chosen = torch.isin(replays, torch.tensor(self._whole, dtype=torch.int64))
+        chosen = torch.isin(replays, torch.tensor(sorted(self._whole), dtype=torch.int64))
         if chosen.any():
             self._waiting.append((events[chosen], replays[chosen], final_hidden[chosen]))
             if sum(len(part[0]) for part in self._waiting) >= self._at_once:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -41,9 +41,10 @@ from actcache.blocks import (
     upstream_names,
 )
 from actcache.checkpoint import Checkpoint, load_weights
-from actcache.edits import PLAIN, Rows, Variant
+from actcache.edits import PLAIN, Edit, Rows, Variant
 from actcache.errors import InputError
 from actcache.linear import fast_products
+from actcache.moves import Moves
 from actcache.packing import Prefix, offsets_of, plan_evenly, plan_packs
 from actcache.probe import probe_late_blocks
 from actcache.readout import Readout
@@ -71,10 +72,14 @@ class _Batch:
     bounds: list[int]
     places: Rows  # of all rows
     variants: Sequence[Variant]
+    moves: Moves
     shared: frozenset[int]  # the variants that go through one replay of the earlier positions together
     mode: Mode
     budget: int  # tokens of one forward
 
+
+# A variant, and what is to be told of its edits.
+_Watched = tuple[Variant, Callable[[Edit, Rows, torch.Tensor, torch.Tensor], None]]
 
 # Indices of sequences and variants, [m] each, and [m, D] on the CPU.
 _Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -237,11 +242,12 @@ class LateStack:
         keys: Sequence[str] | None = None,
         strict: bool = False,
         max_tokens: int | None = None,
+        moves: Moves | None = None,
     ) -> torch.Tensor:
         """Replay sequences once for each variant (see :meth:`iterate_variants`): ``[n, n_variants, D]``."""
         bounds = self._check(rows, offsets)
         out = torch.empty(len(bounds) - 1, len(variants), self.width, dtype=self.dtype)
-        given = {"donors": donors, "keys": keys, "strict": strict, "max_tokens": max_tokens}
+        given = {"donors": donors, "keys": keys, "strict": strict, "max_tokens": max_tokens, "moves": moves}
         for sequences, numbers, hidden in self.iterate_variants(rows, offsets, variants, **given):  # type: ignore[arg-type]
             out[sequences, numbers] = hidden
         return out
@@ -257,6 +263,7 @@ class LateStack:
         keys: Sequence[str] | None = None,
         strict: bool = False,
         max_tokens: int | None = None,
+        moves: Moves | None = None,
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Replay sequences once for each variant, a few at a time, so that memory stays bounded.
 
@@ -267,7 +274,9 @@ class LateStack:
             rows, offsets, strict, max_tokens: as :meth:`run`.
             variants: what to change.
             donors: label -> rows of other checkpoints beside ``rows``, ``[N, D]``, for edits that name one.
-            keys: what names each sequence, for random edits; by default its number here.
+            keys: what names each sequence, for random edits and vectors per event: the event ids, or by default its
+                number here.
+            moves: is told which edits moved something.
 
         Yields:
             sequences ``[m]`` and variants ``[m]`` (indices, int64) and their last block's output at p, ``[m, D]`` on
@@ -275,7 +284,8 @@ class LateStack:
 
         Raises:
             InputError: as :meth:`run`; donors that do not match ``rows``; an edit of a layer or position that does
-                not exist.
+                not exist; a vector that does not fit, or is missing for a key; an edit that moves nothing (see
+                :class:`actcache.moves.Moves`).
             UnsupportedModelError: an edit inside the stack of an architecture that has no such site.
         """
         bounds = self._check(rows, offsets)
@@ -288,23 +298,28 @@ class LateStack:
                 raise InputError(f"donor {label!r} is {other.dtype}, the rows are {rows.dtype}")
         if keys is not None and len(keys) != len(lengths):
             raise InputError(f"{len(keys)} keys are given for {len(lengths)} sequences")
+        keys = [str(number) for number in range(len(lengths))] if keys is None else list(keys)
         for variant in variants:
             for edit in variant.edits:
                 edit.check_layers(self.boundary, self.n_blocks, variant.name)
                 edit.check_positions(lengths, variant.name)
+                edit.check_vectors(self.width, self.dtype, keys, variant.name)
+        variants = [variant.of_depth(self.n_blocks) for variant in variants]
+        moves = moves or Moves()
+        moves.begin(variants, keys)
         every = Rows(
             sequence=torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths, dtype=torch.int64)),
             position=torch.cat([torch.arange(0), *(torch.arange(length) for length in lengths)]),
             source=torch.arange(len(rows)),
             lengths=torch.tensor(lengths, dtype=torch.int64),
-            keys=keys or [str(number) for number in range(len(lengths))],
+            keys=keys,
             donors=donors,
         )
         mode, budget = self._how(strict, max_tokens)
         shared = [i for i, v in enumerate(variants) if v.at_last_only] if mode == "packed" else []
         if len(shared) < 2:  # nothing to share
             shared = []
-        batch = _Batch(rows, bounds, every, variants, frozenset(shared), mode, budget)
+        batch = _Batch(rows, bounds, every, variants, moves, frozenset(shared), mode, budget)
         packs = self.packs(lengths, strict=strict, max_tokens=max_tokens)
         n_workers, n_threads = self._share_threads(mode, len(rows))
         copies = self._copies(n_workers, variants)
@@ -375,11 +390,12 @@ class LateStack:
         sequences = torch.arange(pack.start, pack.stop)
         for number, variant in enumerate(batch.variants):
             if number not in batch.shared:
-                hidden = self._run_pack(state, bounds, at, variant, batch.mode)
+                watched = replace(at, watch=batch.moves.watch(number))
+                hidden = self._run_pack(state, bounds, watched, variant, batch.mode)
                 yield sequences, torch.full_like(sequences, number), hidden.cpu()
         if batch.shared:
             shared = sorted(batch.shared)
-            variants = [batch.variants[i] for i in shared]
+            variants = [(batch.variants[i], batch.moves.watch(i)) for i in shared]
             for some, hidden in self._run_shared(state, bounds, at, variants, batch.budget):
                 numbers = torch.tensor([shared[i] for i in some])
                 yield sequences.repeat_interleave(len(numbers)), numbers.repeat(len(sequences)), hidden.cpu()
@@ -405,7 +421,7 @@ class LateStack:
             return self._forward(state[None])[0][last.to(self.device)]
 
     def _run_shared(
-        self, state: torch.Tensor, bounds: Sequence[int], at: Rows, variants: Sequence[Variant], budget: int
+        self, state: torch.Tensor, bounds: Sequence[int], at: Rows, variants: Sequence[_Watched], budget: int
     ) -> Iterator[tuple[range, torch.Tensor]]:
         """Variants of the last position alone: some of them at a time, and ``[n * n_some, D]``, by sequence first."""
         _, prefix = self._forward_to_last_keys(state, bounds, every_block=True)
@@ -415,9 +431,10 @@ class LateStack:
         step = max(1, budget // n)
         for first in range(0, len(variants), step):
             some = range(first, min(first + step, len(variants)))
-            edited = torch.stack([variants[i].edit_states(end_rows, ends) for i in some], dim=1)
+            watched = [(variants[i][0], replace(ends, watch=variants[i][1])) for i in some]
+            edited = torch.stack([variant.edit_states(end_rows, at_ends) for variant, at_ends in watched], dim=1)
             tokens = torch.arange(n * len(some)).view(n, len(some))
-            parts = [(variants[i], tokens[:, column], ends) for column, i in enumerate(some)]
+            parts = [(variant, tokens[:, column], at_ends) for column, (variant, at_ends) in enumerate(watched)]
             with self._editing(parts):
                 hidden = self._forward_branches(
                     prefix,

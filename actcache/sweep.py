@@ -19,9 +19,18 @@
     name = "no-mlp"
     [[variants.edits]]
     edit = "replace"
-    vector = "zeros"                       # or { file = "x.safetensors", tensor = "name{boundary}" }
+    vector = "zeros"                      # or { file = "x.safetensors", tensor = "name{boundary}" }, { file = "x.npy" }
     site = "mlp"
-    layers = [20, 21]
+    layers = [20, -1]                      # as boundaries: a block, -1 for the last, 0.9 of the depth; or "0.9..-1"
+
+    [[variants]]
+    name = "own-direction"
+    placebo = false                        # true: that it moves nothing is meant, and no mistake
+    [[variants.edits]]
+    edit = "add"
+    per = "event"                          # a vector of its own for each event, found by the event's id:
+    vector = { file = "x.safetensors", tensor = "name/{event}" } # a tensor [D] each, or
+    # vector = { file = "x.npy", events = "ids.json" }           # an array [E, D] and a list of E ids
 
 The Python form is a file that assigns a :class:`Sweep` to ``sweep``; it may use :class:`~actcache.edits.Call`. Knows
 edits and files that describe them; knows no models and no stores.
@@ -29,16 +38,18 @@ edits and files that describe them; knows no models and no stores.
 
 from __future__ import annotations
 
-import functools
 import itertools
+import json
 import math
 import runpy
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -54,10 +65,18 @@ from actcache.edits import (
     Variant,
 )
 from actcache.errors import InputError
+from actcache.vectors import EventVectors, as_tensor
 
 SCOPES = ("prefix", "position")
 
 VariantsAt = Callable[[int], Sequence[Variant]]
+
+# Variants of one boundary: the cells of a segment's 64 events under so many, crossed and read out three times, are 77
+# million rows of a table that is made in memory.
+MOST_VARIANTS = 100_000
+
+# Bytes of a variant's name, which every one of its cells repeats.
+LONGEST_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -81,8 +100,14 @@ class Sweep:
     kl: bool = False
 
     def variants_at(self, boundary: int) -> tuple[Variant, ...]:
-        """The variants to score at a boundary."""
-        return tuple(self.variants(boundary) if callable(self.variants) else self.variants)
+        """The variants to score at a boundary (InputError: they are too many, or one's name is too long)."""
+        variants = self.variants(boundary) if callable(self.variants) else self.variants
+        found = tuple(itertools.islice(variants, MOST_VARIANTS + 1))
+        if len(found) > MOST_VARIANTS:
+            raise _too_many(f"more than {MOST_VARIANTS:,}")
+        for variant in found:
+            _check_name(variant.name)
+        return found
 
 
 def read_sweep(path: str | Path, width: int) -> Sweep:
@@ -105,18 +130,18 @@ def read_sweep(path: str | Path, width: int) -> Sweep:
         return found
     try:
         described = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not TOML: {error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path} is not TOML: {_shown(error)}") from error
     try:
-        return _Reader(path.parent, width).sweep(described)
+        return _Description(path.parent, width, described).sweep()
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
 
 
 _EDIT_KEYS = {"edit", "positions", "site", "layers", "sweep"}
 _OPERATION_KEYS = {
-    "replace": {"donor", "vector"},
-    "add": {"vector", "scale"},
+    "replace": {"donor", "vector", "per"},
+    "add": {"vector", "scale", "per"},
     "interpolate": {"donor", "weight"},
     "project": {"basis", "how", "mean", "donor"},
     "signed_permutation": {"seed", "donor"},
@@ -134,88 +159,95 @@ _NUMBER = (int, float)
 _KINDS: dict[str, tuple[Any, str]] = {
     "donor": (str, "a text"),
     "how": (str, "a text"),
+    "per": (str, "'event'"),
     "seed": (int, "a whole number of 63 bits"),
     "scale": (_NUMBER, "a number"),
     "weight": (_NUMBER, "a number"),
 }
 
 
-class _Reader:
-    """Turns a parsed description into variants."""
+class _Description:
+    """A parsed description, and the variants that it means."""
 
-    def __init__(self, folder: Path, width: int) -> None:
-        self._folder, self._width = folder, width
-        self._tensors: dict[tuple[Path, str, int], torch.Tensor] = {}  # those that many variants share
+    def __init__(self, folder: Path, width: int, described: dict[str, Any]) -> None:
+        self._folder, self._width, self._described = folder, width, described
+        self._tensors: dict[tuple[Path, str, str], torch.Tensor | EventVectors] = {}  # those that many variants share
+        self._at: dict[int, list[Variant]] = {}
 
-    def sweep(self, described: dict[str, Any]) -> Sweep:
+    def sweep(self) -> Sweep:
+        described = self._described
         _check_keys("the sweep", described, {"boundaries", "scopes", "readouts", "top1", "kl", "variants"})
         boundaries = described.get("boundaries")
         if isinstance(boundaries, list):
             boundaries = ",".join(str(boundary) for boundary in _listed("boundaries", boundaries, int))
         elif boundaries is not None and (isinstance(boundaries, bool) or not isinstance(boundaries, int | float | str)):
-            raise InputError(f"boundaries is {boundaries!r}, expected a number, a list of numbers or a text")
+            raise InputError(
+                f"boundaries is {_shown(boundaries)}, expected a number, a list of whole numbers or a text"
+            )
         scopes = _names("scopes", described)
         for scope in scopes or ():
             if scope not in SCOPES:
-                raise InputError(f"scope {scope!r} is unknown; choose {' or '.join(SCOPES)}")
-        written = _listed("variants", described.get("variants", []), dict)
+                raise InputError(f"scope {_shown(scope)} is unknown; choose {' or '.join(SCOPES)}")
         flags = {name: described.get(name, False) for name in ("top1", "kl")}
         for name, value in flags.items():
-            if not isinstance(value, bool):
-                raise InputError(f"{name} is {value!r}, expected true or false")
-
-        @functools.cache
-        def variants_at(boundary: int) -> list[Variant]:
-            return [variant for one in written for variant in self._variants(one, boundary)]
-
-        names = [variant.name for one in written for variant in self._variants(one, None)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice or "none" in names:
-            raise InputError(f"variant {(twice or ['none'])[0]!r}: the name is taken; each needs its own")
+            _check_flag(name, value)
+        self._check_variants()
         return Sweep(
             boundaries=None if boundaries is None else str(boundaries),
             scopes=scopes,
             readouts=_names("readouts", described),
-            variants=variants_at,
+            variants=self.variants,
             **flags,
         )
 
+    def variants(self, boundary: int) -> list[Variant]:
+        """Those of a boundary."""
+        if boundary not in self._at:
+            self._at[boundary] = [
+                v for one in self._described.get("variants", []) for v in self._variants(one, boundary)
+            ]
+        return self._at[boundary]
+
+    def _check_variants(self) -> None:
+        """Before any is scored: how many there are, before any is made; then each, and that no name comes twice."""
+        written = _listed("variants", self._described.get("variants", []), dict)
+        n_variants = sum(math.prod(len(values) for _, values in _swept(one)) for one in written)
+        if n_variants > MOST_VARIANTS:
+            raise _too_many(f"{n_variants:,}" if n_variants < 10**15 else "10^15 or more")
+        seen = {"none"}
+        for variant in (variant for one in written for variant in self._variants(one, None)):
+            if variant.name in seen:
+                raise InputError(f"variant {variant.name!r}: the name is taken; each needs its own")
+            seen.add(variant.name)
+
     def _variants(self, one: dict[str, Any], boundary: int | None) -> list[Variant]:
         """All variants of one entry; without a boundary, of all boundaries, to be checked before any is scored."""
-        _check_keys("a variant", one, {"name", "boundaries", "edits"})
-        name = one.get("name")
-        if not isinstance(name, str) or not name:
-            raise InputError(f"a variant's name is {name!r}, expected a text")
+        swept, name = _swept(one), one["name"]
         if "boundaries" in one:
             only = _listed(f"variant {name!r}: boundaries", one["boundaries"], int)
             if boundary is not None and boundary not in only:
                 return []
-        edits = _listed(f"variant {name!r}: edits", one.get("edits", []), dict)
-        if not edits:
-            raise InputError(f"variant {name!r} has no edits")
-        choices = []
-        for edit in edits:
-            swept = edit.get("sweep", {})
-            if not isinstance(swept, dict):
-                raise InputError(f"variant {name!r}: sweep is {swept!r}, expected a table of lists")
-            for key, values in swept.items():
-                if not isinstance(values, list) or not values:
-                    raise InputError(f"variant {name!r}: sweep.{key} is {values!r}, expected a list of values")
-            choices.append([dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())])
+        placebo = one.get("placebo", False)
+        _check_flag(f"variant {name!r}: placebo", placebo)
         variants = []
-        for chosen in itertools.product(*choices):
-            label = ",".join(f"{key}={value}" for values in chosen for key, value in values.items())
+        for chosen in itertools.product(*(values for _, values in swept)):
+            given = [dict(edit) for edit in one["edits"]]
+            for ((number, key), _), value in zip(swept, chosen, strict=True):
+                given[number][key] = value
+            label = ",".join(f"{key}={value}" for ((_, key), _), value in zip(swept, chosen, strict=True))
+            full = f"{name}[{label}]" if label else name
+            _check_name(full)
             try:
-                made = tuple(self._edit(edit | values, boundary) for edit, values in zip(edits, chosen, strict=True))
+                made = tuple(self._edit(edit, boundary) for edit in given)
             except InputError as error:
                 raise InputError(f"variant {name!r}: {error}") from error
-            variants.append(Variant(f"{name}[{label}]" if label else name, made))
+            variants.append(Variant(full, made, placebo))
         return variants
 
     def _edit(self, given: dict[str, Any], boundary: int | None) -> Edit:
         kind = given.get("edit")
         if not isinstance(kind, str) or kind not in _OPERATION_KEYS:
-            raise InputError(f"edit {kind!r} is unknown; choose {', '.join(_OPERATION_KEYS)}")
+            raise InputError(f"edit {_shown(kind)} is unknown; choose {', '.join(_OPERATION_KEYS)}")
         _check_keys(f"edit {kind!r}", given, _EDIT_KEYS | _OPERATION_KEYS[kind])
         missing = sorted(_NEEDED_KEYS[kind] - set(given))
         if missing:
@@ -226,63 +258,208 @@ class _Reader:
             value = given[key]
             fits = isinstance(value, types) and not isinstance(value, bool)
             if not fits or (types is _NUMBER and not math.isfinite(value)) or (key == "seed" and abs(value) >= 2**63):
-                raise InputError(f"edit {kind!r}: {key} is {value!r}, expected {words}")
+                raise InputError(f"edit {kind!r}: {key} is {_shown(value)}, expected {words}")
         place: dict[str, Any] = {key: given[key] for key in ("positions", "site") if key in given}
         if isinstance(place.get("positions"), list):
             place["positions"] = tuple(_listed("positions", place["positions"], int))
-        layers = tuple(_listed("layers", given.get("layers", []), int))
-        return Edit(self._operation(kind, given, boundary), layers=layers, **place)
+        layers = given.get("layers", [])
+        if not isinstance(layers, list):
+            raise InputError(f"layers is {_shown(layers)}, expected a list of blocks")
+        return Edit(self._operation(kind, given, boundary), layers=tuple(layers), **place)
 
     def _operation(self, kind: str, given: dict[str, Any], boundary: int | None) -> Operation:
         donor = given.get("donor")
         if kind == "replace":
-            return Replace(donor, self._tensor("vector", given.get("vector"), 1, boundary))
+            return Replace(donor, self._vector(given, boundary))
         if kind == "add":
-            vector = self._tensor("vector", given["vector"], 1, boundary)
-            assert vector is not None
-            return Add(vector, float(given.get("scale", 1.0)))
+            return Add(self._vector(given, boundary), given.get("scale", 1.0))
         if kind == "interpolate":
-            return Interpolate(given["donor"], float(given["weight"]))
+            return Interpolate(given["donor"], given["weight"])
         if kind == "project":
-            basis = self._tensor("basis", given["basis"], 2, boundary)
-            assert basis is not None
-            return Project(basis, given.get("how", "keep"), self._tensor("mean", given.get("mean"), 1, boundary), donor)
+            basis, mean = (self._tensor(key, given.get(key), boundary) for key in ("basis", "mean"))
+            return Project(basis, given.get("how", "keep"), mean, donor)
         if kind == "signed_permutation":
             return SignedPermutation(given["seed"], donor)
         return MatchedNorm(given["seed"], donor)
 
-    def _tensor(self, key: str, given: Any, ndim: int, boundary: int | None) -> torch.Tensor | None:
-        """A tensor of a safetensors file, or zeros; without a boundary, names that depend on it are not looked up."""
+    def _vector(self, given: dict[str, Any], boundary: int | None) -> torch.Tensor | EventVectors | None:
+        """The vector of an edit, or those of its events."""
+        if "per" not in given:
+            return self._tensor("vector", given.get("vector"), boundary)
+        if given["per"] != "event":
+            raise InputError(f"per is {_shown(given['per'])}; leave it out, or choose 'event'")
+        described: Any = given.get("vector")
+        names = isinstance(described, dict) and all(isinstance(value, str) for value in described.values())
+        if not names or "file" not in described:
+            raise InputError(f"vector is {_shown(described)}, expected {{ file = ..., }} of one vector per event")
+        named = "{event}" in described.get("tensor", "")
+        if named == ("events" in described):
+            raise InputError(
+                f"vector is {_shown(described)}: one vector per event is found by its tensor's name, tensor = "
+                '"name{event}", or by a list of ids, events = "ids.json"'
+            )
+        _check_keys("vector", described, {"file", "tensor", "events"})
+        place = self._place("vector", described, boundary)
+        if place is None:
+            return EventVectors(torch.zeros(0, self._width), ())
+        path, name = place
+        key = path, name, described.get("events", "")
+        if key not in self._tensors:
+            if named:
+                self._tensors[key] = EventVectors.of(_read_named(path, name), None, f"vector: {path}")
+            else:
+                ids = _read_ids(self._folder / described["events"])
+                self._tensors[key] = EventVectors.of(_read_one(path, name, "vector"), ids, f"vector: {path}")
+            self._check_shape("vector", place, self._tensors[key].vectors, "[E, D]")  # type: ignore[union-attr]
+        return self._tensors[key]
+
+    def _tensor(self, key: str, given: Any, boundary: int | None) -> Any:
+        """A tensor of a file, or zeros; without a boundary, names that depend on it are not looked up."""
+        ndim = 2 if key == "basis" else 1
         if given is None:
             return None
         if given == "zeros" and ndim == 1:
             return torch.zeros(self._width)
-        if (
-            not isinstance(given, dict)
-            or set(given) != {"file", "tensor"}
-            or not all(isinstance(value, str) for value in given.values())
-        ):
-            raise InputError(f"{key} is {given!r}, expected {{ file = ..., tensor = ... }}{' or zeros' * (ndim == 1)}")
-        path, name = self._folder / given["file"], given["tensor"]
+        if not isinstance(given, dict) or not all(isinstance(value, str) for value in given.values()):
+            raise InputError(f"{key} is {_shown(given)}, {_EXPECTED}{' or zeros' * (ndim == 1)}")
+        if set(given) != ({"file"} if given.get("file", "").endswith(".npy") else {"file", "tensor"}):
+            raise InputError(f"{key} is {_shown(given)}, {_EXPECTED}{' or zeros' * (ndim == 1)}")
+        place = self._place(key, given, boundary)
+        if place is None:
+            return torch.zeros(self._width) if ndim == 1 else torch.eye(1, self._width)
+        if (*place, key) not in self._tensors:
+            found = as_tensor(_read_one(*place, key), f"{key}: {_in(place)}")
+            self._check_shape(key, place, found, "[D]" if ndim == 1 else "[k, D]")
+            self._tensors[(*place, key)] = found
+        return self._tensors[(*place, key)]
+
+    def _place(self, key: str, given: dict[str, str], boundary: int | None) -> tuple[Path, str] | None:
+        """The file and the tensor in it; None where they depend on a boundary that is not known, of a file that is
+        there, if that is known."""
+        file, name = given["file"], given.get("tensor", "")
+        if boundary is None and "{boundary}" in file:
+            return None
+        path = self._folder / file.replace("{boundary}", str(boundary))
+        if not path.is_file():
+            raise InputError(f"{key}: {path} is not a safetensors file or an array: there is no such file")
+        if boundary is None and "{boundary}" in name:
+            return None
+        return path, name.replace("{boundary}", str(boundary))
+
+    def _check_shape(self, key: str, place: tuple[Path, str], found: torch.Tensor, expected: str) -> None:
+        if found.ndim != expected.count(",") + 1 or found.shape[-1] != self._width:
+            expected = expected.replace("D", str(self._width))
+            raise InputError(f"{key}: {_in(place)} has shape {list(found.shape)}, expected {expected}")
+
+
+_EXPECTED = "expected { file = ..., tensor = ... }"
+
+
+def _in(place: tuple[Path, str]) -> str:
+    path, name = place
+    return f"tensor {name!r} of {path}" if name else str(path)
+
+
+def _read_one(path: Path, name: str, key: str) -> Any:
+    """A tensor of a safetensors file, or the array of an .npy file."""
+    if path.suffix == ".npy":
         try:
-            with safe_open(path, "pt") as tensors:
-                names = list(tensors.keys())
-                if "{boundary}" in name:
-                    if boundary is None:
-                        return torch.zeros(self._width) if ndim == 1 else torch.eye(1, self._width)
-                    name = name.replace("{boundary}", str(boundary))
-                if (path, name, ndim) in self._tensors:
-                    return self._tensors[path, name, ndim]
-                if name not in names:
-                    raise InputError(f"{key}: {path} has no tensor {name!r}; it has {', '.join(names)}")
-                found = tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{key}: {path} is not a safetensors file: {error}") from error
-        if found.ndim != ndim or found.shape[-1] != self._width:
-            expected = f"[{self._width}]" if ndim == 1 else f"[k, {self._width}]"
-            raise InputError(f"{key}: tensor {name!r} of {path} has shape {list(found.shape)}, expected {expected}")
-        self._tensors[path, name, ndim] = found
-        return found
+            return np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{key}: {path} is not an array of numbers in NumPy's format: {_shown(error)}") from error
+    with _opened(path, key) as tensors:
+        names = list(tensors.keys())
+        if name not in names:
+            raise InputError(f"{key}: {path} has no tensor {name!r}; it has {_cut(', '.join(names))}")
+        return tensors.get_tensor(name)
+
+
+def _read_named(path: Path, pattern: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file whose names are of a pattern, by the event in it."""
+    before, _, after = pattern.partition("{event}")
+    with _opened(path, "vector") as tensors:
+        found = {
+            name[len(before) : len(name) - len(after)]: tensors.get_tensor(name)
+            for name in tensors.keys()  # noqa: SIM118 (it is no mapping)
+            if name.startswith(before) and name.endswith(after) and len(name) > len(before) + len(after)
+        }
+    if not found:
+        raise InputError(f"vector: {path} has no tensor {pattern!r}")
+    return found
+
+
+@contextmanager
+def _opened(path: Path, key: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{key}: {path} is not a safetensors file: {error}") from error
+
+
+def _read_ids(path: Path) -> list[Any]:
+    try:
+        ids = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, FileNotFoundError) as error:
+        raise InputError(f"events: {path} is not a JSON list of event ids: {_shown(error)}") from error
+    if not isinstance(ids, list):
+        raise InputError(f"events: {path} holds a {type(ids).__name__}, expected a list of event ids")
+    return ids
+
+
+_Swept = tuple[tuple[int, str], list[Any]]  # the number of the edit and the key that has each of these values in turn
+
+
+def _swept(one: dict[str, Any]) -> list[_Swept]:
+    """What a variant's entry sweeps over; its keys, name and edits are checked on the way."""
+    _check_keys("a variant", one, {"name", "boundaries", "edits", "placebo"})
+    name = one.get("name")
+    if not isinstance(name, str) or not name:
+        raise InputError(f"a variant's name is {_shown(name)}, expected a text")
+    _check_name(name)
+    edits = _listed(f"variant {name!r}: edits", one.get("edits", []), dict)
+    if not edits:
+        raise InputError(f"variant {name!r} has no edits")
+    found: list[_Swept] = []
+    for number, edit in enumerate(edits):
+        swept = edit.get("sweep", {})
+        if not isinstance(swept, dict):
+            raise InputError(f"variant {name!r}: sweep is {_shown(swept)}, expected a table of lists")
+        for key, values in swept.items():
+            if not isinstance(values, list) or not values:
+                raise InputError(f"variant {name!r}: sweep.{key} is {_shown(values)}, expected a list of values")
+            found.append(((number, key), values))
+    return found
+
+
+def _too_many(found: str) -> InputError:
+    return InputError(
+        f"the sweep has {found} variants; at most {MOST_VARIANTS:,} are scored at once, as their cells are one table "
+        "in memory: cut it into several sweeps, which one run may score one after the other"
+    )
+
+
+def _check_name(name: str) -> None:
+    if len(name.encode()) > LONGEST_NAME:
+        raise InputError(
+            f"variant {_shown(name)}: its name has {len(name.encode()):,} bytes, at most {LONGEST_NAME} are kept with "
+            "every cell; sweep over shorter values, or name variants one by one"
+        )
+
+
+def _check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {_shown(value)}, expected true or false")
+
+
+def _shown(value: Any) -> str:
+    """A value of the description, or what a reader says of it, in one line that is not too long."""
+    text = " ".join(str(value).split()) if isinstance(value, Exception) else repr(value)
+    return _cut(text)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _check_keys(what: str, given: Mapping[str, Any], known: set[str]) -> None:
@@ -303,5 +480,5 @@ def _names(key: str, described: dict[str, Any]) -> tuple[str, ...] | None:
 def _listed(key: str, given: Any, kind: type) -> list[Any]:
     if not isinstance(given, list) or not all(type(value) is kind for value in given):
         words = {dict: "tables", int: "whole numbers", str: "texts"}[kind]
-        raise InputError(f"{key} is {given!r}, expected a list of {words}")
+        raise InputError(f"{key} is {_shown(given)}, expected a list of {words}")
     return given

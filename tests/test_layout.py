@@ -42,7 +42,9 @@ FLOW = [
     *("divergence", "gather", "store", "export", "rows", "feed"),
     *(
         "capture",
+        "vectors",
         "edits",
+        "moves",
         "workers",
         "replay",
         "sweep",

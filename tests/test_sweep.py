@@ -296,7 +296,7 @@ FILE = 'file = "x.safetensors"'
         (one_edit('edit = "replace"\nvector = "zeros"\nsite = 1'), "site 1 is unknown; choose state"),
         (one_edit('edit = "replace"\nvector = "zeros"\nsite = "mlp"'), "an edit at site 'mlp' needs layers"),
         (one_edit('edit = "replace"\nvector = "zeros"\nlayers = [3]'), "an edit at site 'state' takes no layers"),
-        (one_edit('edit = "replace"\nvector = "zeros"\nlayers = 3'), "layers is 3, expected a list of whole numbers"),
+        (one_edit('edit = "replace"\nvector = "zeros"\nlayers = 3'), "layers is 3, expected a list of blocks"),
         (one_edit('edit = "replace"\ndonor = "it"\nsite = "mlp"\nlayers = [3]'), "'v': .* names the donor 'it'"),
         (one_edit('edit = "add"\nvector = "zeros"\nsweep = { scale = 2 }'), "'v': sweep.scale is 2, expected a list"),
         (

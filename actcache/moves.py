@@ -1,0 +1,56 @@
+"""Moves: which edits moved something in which sequence. One that moves nothing is a mistake, unless that was to be
+expected: its weight is 0, it is a declared placebo, or source and host rows are equal. Knows edits; runs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from actcache.edits import Edit, Rows, Variant
+from actcache.errors import InputError
+
+
+class Moves:
+    """Watches the edits of one call of :meth:`actcache.replay.LateStack.iterate_variants`."""
+
+    def begin(self, variants: Sequence[Variant], keys: Sequence[str]) -> None:
+        """Watch these variants over sequences with these names, from the start."""
+        self._variants, self._keys = variants, keys
+        most = max((len(variant.edits) for variant in variants), default=0)
+        self._moved = torch.zeros(len(variants), most, len(keys), dtype=torch.bool)
+
+    def watch(self, number: int) -> Callable[[Edit, Rows, torch.Tensor, torch.Tensor], None]:
+        """What is to be told of the edits of this variant (see :class:`actcache.edits.Rows`).
+
+        Raises:
+            InputError: when told of an edit that left all rows of a sequence as they are and should not have; names the
+                variant and the sequence.
+        """
+        return partial(self._see, number)
+
+    def still(self, number: int, *, after: int = 0) -> torch.Tensor:
+        """``[n]`` bool: the sequences in which no edit of this variant, its first ``after`` apart, moved anything."""
+        n_edits = len(self._variants[number].edits)
+        return ~self._moved[number, after:n_edits].any(dim=0)
+
+    def _see(self, number: int, edit: Edit, at: Rows, before: torch.Tensor, after: torch.Tensor) -> None:
+        variant = self._variants[number]
+        moved = torch.zeros(len(self._keys), dtype=torch.bool)
+        moved[at.sequence[(before != after.to(before.dtype)).any(dim=1).cpu()]] = True
+        index = next(index for index, one in enumerate(variant.edits) if one is edit)
+        self._moved[number, index] |= moved
+        still = ~moved[at.sequence]
+        if variant.placebo or not still.any():
+            return
+        may_stay = edit.may_stay(before, at)
+        wrong = still & ~(may_stay.cpu() if isinstance(may_stay, torch.Tensor) else torch.tensor(may_stay))
+        if wrong.any():
+            key = self._keys[int(at.sequence[wrong][0])]
+            where = "the state" if at.layer is None else f"the {edit.site} of block {at.layer}"
+            raise InputError(
+                f"variant {variant.name!r}: its edit {type(edit.operation).__name__} of {where} moves nothing at "
+                f"{key!r}; give it something to move, or declare the variant a placebo"
+            )
