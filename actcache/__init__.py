@@ -1,8 +1,8 @@
 """actcache: an activation cache for comparing checkpoints.
 
-store = actcache.open_store(path)                     # needs no model and no prompts file
+store = actcache.open_store("RUN")                    # or a store itself; needs no model and no prompts file
 rows, offsets = store.states("pt", boundary=18)
-late = actcache.LateStack.load(model_folder, boundary=18)
+late = actcache.LateStack.load(model_folder, boundary=18, dtype=store.dtype)
 final_hidden = late.run(rows, offsets)
 """
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from actcache.feed import ActivationBuffer as ActivationBuffer
     from actcache.feed import RowFeed as RowFeed
     from actcache.replay import LateStack as LateStack
+    from actcache.run_folder import open_store as open_store
     from actcache.store import Store as Store
-    from actcache.store import open_store as open_store
 
 # Resolved on first use: importing the package costs nothing, and reading a store never imports transformers.
 _HOME = {
@@ -26,9 +26,13 @@ _HOME = {
     "LateStack": "actcache.replay",
     "RowFeed": "actcache.feed",
     "Store": "actcache.store",
-    "open_store": "actcache.store",
+    "open_store": "actcache.run_folder",
 }
 __all__ = ["ActcacheError", "ActivationBuffer", "LateStack", "RowFeed", "Store", "open_store"]
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 def __getattr__(name: str) -> Any:

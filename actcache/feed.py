@@ -141,6 +141,13 @@ class RowFeed(IterableDataset[RowBatch]):
         self._loaded: dict[str, Any] | None = None
         self._at = _position(epoch)
 
+    def __repr__(self) -> str:
+        labels, boundaries = ", ".join(self.labels), ", ".join(map(str, self.boundaries))
+        return (
+            f"<RowFeed: {self.chosen.n_rows} rows of {labels} at {boundaries}, batches of {self.batch_rows}, "
+            f"shuffle {self.shuffle}, epoch {self.epoch}>"
+        )
+
     def __len__(self) -> int:
         """Batches of an epoch on this rank, whatever the number of workers."""
         if self.drop_last:
@@ -359,6 +366,9 @@ class ActivationBuffer(Iterator[torch.Tensor]):
             raise InputError(f"no batch in an epoch: {feed.chosen.n_rows} rows, {feed.batch_rows} a batch, drop_last")
         self.feed, self.device, self.dtype, self.flatten, self.workers = feed, device, dtype, flatten, workers
         self._batches = feed.batches(workers)
+
+    def __repr__(self) -> str:
+        return f"<ActivationBuffer of {self.feed!r}, on {self.device}>"
 
     def __next__(self) -> torch.Tensor:
         batch = next(self._batches, None)

@@ -195,6 +195,13 @@ class LateStack:
                 LateStack(model, cut_upstream(model, boundary), boundary, like=whole)
             return self._views[boundary]
 
+    def __repr__(self) -> str:
+        kind = type(self._trunk.decoder).__name__
+        return (
+            f"<LateStack of {kind}: blocks {self.boundary}..{self.n_blocks - 1}, "
+            f"{str(self.dtype).removeprefix('torch.')}, width {self.width}, on {self.device}, {self.mode}>"
+        )
+
     @property
     def blocks(self) -> list[nn.Module]:
         """The late blocks themselves. What is hooked to them may be called from several threads, on copies of them."""

@@ -19,10 +19,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actcache.errors import InputError
 from actcache.files import write_atomically
+
+if TYPE_CHECKING:
+    from actcache.store import Store
+
+
+def store_place(given: str | Path) -> str | Path:
+    """Where a store is: what was given, or the store of the run in that folder."""
+    run = RunFolder(given)
+    return run.store if "://" not in str(given) and run.record_path.is_file() else given
+
+
+def open_store(place: str | Path) -> Store:
+    """Open a store, or the store of the run in that folder.
+
+    Args:
+        place: a folder, the folder of a run, or the address of an object store (``s3://bucket/prefix``).
+
+    Raises:
+        InputError: there is no store.
+        CorruptStoreError: its root is not what was written.
+        FormatVersionError: it was written in a format that this version does not read.
+    """
+    from actcache import store
+
+    return store.open_store(store_place(place))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from actcache.errors import InputError
-from actcache.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from actcache.capture import CaptureSettings
@@ -196,9 +195,3 @@ def check_device(device: str) -> None:
 
         if not torch.cuda.is_available():
             raise InputError("--device cuda: this torch sees no CUDA device; use --device cpu")
-
-
-def store_place(given: str) -> str | Path:
-    """Where a store is: what was given, or the store of the run in that folder."""
-    run = RunFolder(given)
-    return run.store if "://" not in given and run.record_path.is_file() else given

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from actcache.cli.arguments import Verbs, add_verb, numbers, positive, store_place
+from actcache.cli.arguments import Verbs, add_verb, numbers, positive
 from actcache.cli.memory import enough_memory
 from actcache.cli.terminal import LiveLine, printable
 from actcache.errors import InputError
+from actcache.run_folder import store_place
 
 
 def add_verbs(verbs: Verbs) -> None:

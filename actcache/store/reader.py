@@ -100,6 +100,13 @@ class Store:
         """D."""
         return int(self.fingerprint["width"])
 
+    def __repr__(self) -> str:
+        labels, boundaries = ", ".join(self.checkpoints), ", ".join(map(str, self.boundaries))
+        return (
+            f"<Store {self.path}: {len(self)} events, states of {labels} at {boundaries}, "
+            f"{self.fingerprint['dtype']}, width {self.width}>"
+        )
+
     @property
     def uncommitted(self) -> list[str]:
         """Paths, from the store, that no commit record names *now*: being written, or left by a writer that died.
