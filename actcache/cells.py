@@ -1,28 +1,33 @@
 """Cells: the table that a grid makes, and the files of finished cell groups that it is made of.
 
-A cell group is one segment at one boundary in one scope. What of it is scored in one go becomes one Parquet file: a row
-an event and cell, and in the file's metadata its *key*: what the cells depend on, and what was scored. Several files
-may be of one group, those of different variants. Knows stores and tables; knows no models and no replay.
+A cell group is one segment at one boundary in one scope. What of it is scored in one go becomes one sealed Parquet
+file: a row per event and cell, and what they were made from, the file's *key*. The key gives the file its name, so that
+grids that run at once do not write over each other's files. Cells belong to events, wherever a compaction has moved
+these since. Knows stores and tables; knows no models and no replay.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from actcache.edits import PLAIN
+from actcache.errors import CheckError, CorruptFileError
 from actcache.files import write_atomically
-from actcache.store import Store
+from actcache.sealed import NoSealError, parquet_bytes, read_parquet
+from actcache.store import Store, layout
 
 # The event columns that cells repeat, before the cell's own; carried prompt columns come last.
 _EVENT_COLUMNS = ("event_id", "prompt_id", "kind", "step", "position", "y_pt", "y_it")
@@ -40,58 +45,101 @@ _CELL_FIELDS = [
 ]
 _PER_CHECKPOINT = ("gap_", "margin_")
 _NOT_CARRIED = {*_EVENT_COLUMNS, "proposed_step", "sequence", "context", "token_pt", "token_it", "segment"}
-_METADATA = b"actcache"
+_CELL = ("boundary", "scope", "upstream", "late", "readout", "variant")  # with an event, these name a row
+# Earlier versions named files otherwise, and gave them no seal: what they hold is scored again.
+_FILE = re.compile(r"b[0-9]{3,}-[a-z]+-[A-Za-z0-9_-]+\.[0-9a-f]{16}\.parquet")
+_ADVICE = "remove it, and give the command again that scored it"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FinishedGroup:
     """What a file holds.
 
     Attributes:
         path: of the file.
-        key: ``store`` (:func:`store_digest`), ``segment``, ``boundary``, ``scope``, ``strict`` and ``max_tokens``, upon
-            which the cells depend; ``readouts``, ``variants`` (name -> digest of its edits, the plain ``none`` too),
-            ``top1`` (whether variants have ``top1_id`` too) and ``kl``: what was scored; ``whole``, names of the
+        key: ``store`` (digest of its fingerprint), ``segment``, ``boundary``, ``scope``, ``strict`` and ``max_tokens``,
+            upon which the cells depend; ``readouts``, ``variants`` (name -> digest of its edits, the plain ``none``
+            too), ``top1`` (whether variants have ``top1_id`` too) and ``kl``: what was scored; ``whole``, names of the
             variants that change more than position p, and ``mode``, how sequences shared a forward: what it took;
             ``still`` (name -> in how many cells of one readout the variant moved nothing).
-            Files of earlier versions have no ``kl`` and no ``still``, and do not say what they took.
-        names: the variants that count, of those in it.
+        events: whose cells it has, as indices of the store: ``[n]``.
     """
 
     path: Path
     key: dict[str, Any]
-    names: frozenset[str]
+    events: npt.NDArray[np.int64]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Of its variants."""
+        return frozenset(self.key["variants"])
 
     def has(self, what: str) -> bool:
         """Whether its variants have ``top1`` or all of its cells ``kl``."""
-        return bool(self.key.get(what, False))
+        return bool(self.key[what])
 
     def table(self) -> pa.Table:
-        """Its cells, of the variants named."""
-        table = pq.read_table(self.path)
-        if self.names == set(self.key["variants"]):
-            return table
-        return table.filter(pc.is_in(table["variant"], pa.array(sorted(self.names))))
+        """Its cells: those of the first event, then those of the next one, equally many of each."""
+        return read_parquet(self.path, "cells", _ADVICE).content
 
 
-Finished = dict[tuple[str, int, str], list[FinishedGroup]]  # by segment, boundary and scope
+Finished = dict[tuple[int, str], list[FinishedGroup]]  # by boundary and scope, in the order of their files' names
+
+
+def find_groups(folder: str | Path, store: Store) -> tuple[Finished, dict[str, CorruptFileError | NoSealError]]:
+    """The finished groups of a store's events, and by their names the files of groups that are damaged.
+
+    Left out are files of another store, or of events that are not in this one as they were scored.
+    """
+    digest = layout.fingerprint_digest(store.fingerprint)
+    events = store.events.select(_EVENT_COLUMNS)
+    ids = events["event_id"].combine_chunks()
+    groups: Finished = {}
+    damaged: dict[str, CorruptFileError | NoSealError] = {}
+    for path in group_files(folder):
+        try:
+            rows, key, _ = read_parquet(path, "cells", _ADVICE, columns=list(_EVENT_COLUMNS))
+        except (CorruptFileError, NoSealError) as error:
+            damaged[path.name] = error
+            continue
+        if key["store"] != digest or not rows.num_rows:
+            continue
+        n_events = pc.count_distinct(rows["event_id"]).as_py()
+        own = rows.take(pa.array(np.arange(n_events) * (rows.num_rows // n_events)))
+        at = pc.index_in(own["event_id"].combine_chunks(), value_set=ids)
+        if at.null_count == 0 and events.take(at).equals(own):
+            found = FinishedGroup(path, key, at.to_numpy().astype(np.int64))
+            groups.setdefault((key["boundary"], key["scope"]), []).append(found)
+    return groups, damaged
 
 
 def finished_groups(folder: str | Path, store: Store) -> Finished:
-    """Those of the store's segments by (segment, boundary, scope), in the order of their files' names.
+    """The finished groups of a store's events.
 
-    Files of segments that a compaction has replaced are left out: their events are scored with the merged segment.
+    Raises:
+        CorruptFileError, NoSealError: the file of a group is damaged.
     """
-    digest, segments = store_digest(store), {segment.name for segment in store.segments}
-    groups: Finished = {}
-    for path in sorted(Path(folder).glob("*.parquet")):
-        metadata = (pq.read_schema(path).metadata or {}).get(_METADATA)
-        key = json.loads(metadata) if metadata else {}
-        # Earlier versions scored no variants and named none: scored again, their files are replaced.
-        if key.get("store") == digest and key.get("segment") in segments and "variants" in key:
-            found = FinishedGroup(path, key, frozenset(key["variants"]))
-            groups.setdefault((key["segment"], key["boundary"], key["scope"]), []).append(found)
+    groups, damaged = find_groups(folder, store)
+    for error in damaged.values():
+        raise error
     return groups
+
+
+def group_files(folder: str | Path) -> list[Path]:
+    """The files of groups, finished by now, of whatever events."""
+    return sorted(path for path in Path(folder).glob("*.parquet") if _FILE.fullmatch(path.name))
+
+
+def has_earlier_files(folder: str | Path) -> bool:
+    """Whether there are cells of an earlier version, which do not count any more."""
+    return any(not _FILE.fullmatch(path.name) for path in Path(folder).glob("b[0-9]*.parquet"))
+
+
+def file_name(key: dict[str, Any]) -> str:
+    """Of the file of a group: what was asked gives it, which is known before anything is scored."""
+    made_from = {name: value for name, value in key.items() if name not in ("mode", "still")}
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return f"b{key['boundary']:03d}-{key['scope']}-{key['segment']}.{digest}.parquet"
 
 
 def write_group(folder: str | Path, key: dict[str, Any], events: pa.Table, columns: Sequence[dict[str, Any]]) -> None:
@@ -103,54 +151,84 @@ def write_group(folder: str | Path, key: dict[str, Any], events: pa.Table, colum
         events: of the segment.
         columns: one for each cell of an event: the cell's fields, each a tensor over the events or the same for all.
     """
-    table = _cell_table(events, columns, with_kl=key["kl"]).replace_schema_metadata(
-        {_METADATA: json.dumps(key).encode()}
-    )
-    # Groups of one set of variants have one name.
-    variant_set = hashlib.sha256(json.dumps(sorted(key["variants"].items())).encode()).hexdigest()[:16]
-    suffix = "" if set(key["variants"]) == {PLAIN.name} else f"+{variant_set}"
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    path = Path(folder) / f"b{key['boundary']:03d}-{key['scope']}-{key['segment']}{suffix}.parquet"
-    write_atomically(path, sink.getvalue())
+    table = _cell_table(events, columns, with_kl=key["kl"])
+    write_atomically(Path(folder) / file_name(key), parquet_bytes(table, key))
 
 
 def gather_cells(folder: str | Path, store: Store, *, strict: bool, max_tokens: int | None) -> pa.Table:
-    """All finished groups of this store in ``folder`` as one table, in a fixed order.
+    """All finished groups of this store's events in ``folder`` as one table, in a fixed order.
 
-    A variant that stands in two files (scored in two ways, or by two sweeps that overlap) is taken from the one that
-    was scored with these settings, and has the most.
+    A cell that stands in two files (scored in two ways, or by two sweeps that overlap) is taken from the one that was
+    scored with these settings, and has the most.
+
+    Raises:
+        CorruptFileError, NoSealError: the file of a group is damaged.
     """
 
     def has_most(group: FinishedGroup) -> tuple[bool, int, bool, bool]:
         as_asked = group.key["strict"] == strict and group.key["max_tokens"] == max_tokens
         return as_asked, len(group.key["readouts"]), group.has("kl"), group.has("top1")
 
-    tables = [
-        found.table()
-        for groups in finished_groups(folder, store).values()
-        for found in _without_repeats(sorted(groups, key=has_most, reverse=True))
-        if found.names
-    ]
+    tables = []
+    for _, groups in sorted(finished_groups(folder, store).items()):
+        names = pa.array(sorted({name for group in groups for name in group.names}))
+        readouts = pa.array(sorted({name for group in groups for name in group.key["readouts"]}))
+        taken = np.zeros((len(store), len(names), len(readouts)), bool)
+        parts = []
+        for group in sorted(groups, key=has_most, reverse=True):
+            table = group.table()
+            event = np.repeat(group.events, table.num_rows // len(group.events))
+            variant = pc.index_in(table["variant"], value_set=names).to_numpy()
+            readout = pc.index_in(table["readout"], value_set=readouts).to_numpy()
+            left = ~taken[event, variant, readout]
+            taken[event, variant, readout] = True
+            place = group.events[0], group.names != {PLAIN.name}, group.path.name
+            parts.append((place, table.filter(pa.array(left))))
+        tables += [table for _, table in sorted(parts, key=lambda part: part[0])]
     with_kl = any("kl" in table.column_names for table in tables)
     empty = _cell_table(store.events.slice(0, 0), [], with_kl=with_kl)
-    return pa.concat_tables([empty, *tables], promote_options="permissive").replace_schema_metadata(None)
+    return pa.concat_tables([empty, *tables], promote_options="permissive")
 
 
-def store_digest(store: Store) -> str:
-    """SHA-256 of the store's fingerprint, which names it in keys."""
-    return hashlib.sha256(json.dumps(store.fingerprint, sort_keys=True).encode()).hexdigest()
+def check_every_cell(
+    cells: pa.Table, store: Store, asked: Iterable[tuple[int, str, Sequence[str]]], readouts: Sequence[str]
+) -> None:
+    """Raise CheckError unless every event of the store has every cell that was asked for, once.
+
+    Args:
+        cells: that :func:`gather_cells` returned.
+        store: as it was when the grid began.
+        asked: boundary, scope and names of variants.
+        readouts: of each.
+    """
+    counts = cells.group_by(list(_CELL)).aggregate([("event_id", "count"), ("event_id", "count_distinct")])
+    found = {
+        tuple(row[name] for name in _CELL): (row["event_id_count"], row["event_id_count_distinct"])
+        for row in counts.to_pylist()
+    }
+    for boundary, scope, variants in asked:
+        for cell in product([boundary], [scope], store.checkpoints, store.checkpoints, readouts, variants):
+            n_rows, n_events = found.get(cell, (0, 0))
+            if not n_rows == n_events == len(store):
+                words = ", ".join(f"{name} {value}" for name, value in zip(_CELL, cell, strict=True))
+                raise CheckError(
+                    f"{n_events} of {len(store)} events have the cell {words} ({n_rows} rows): files of it are gone or "
+                    "were changed while the grid ran; give the same command again"
+                )
 
 
-def _without_repeats(groups: Sequence[FinishedGroup]) -> Iterator[FinishedGroup]:
-    seen: set[str] = set()
-    for group in groups:
-        yield FinishedGroup(group.path, group.key, group.names - seen)
-        seen |= group.names
+def identity(store: Store) -> dict[str, Any]:
+    """What tells a store, and the events that it holds, from every other."""
+    events = json.dumps(store.events.select(_EVENT_COLUMNS).to_pydict()).encode()
+    return {
+        "store": layout.fingerprint_digest(store.fingerprint),
+        "n_events": len(store),
+        "events": hashlib.sha256(events).hexdigest(),
+    }
 
 
 def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]], *, with_kl: bool) -> pa.Table:
-    """One row an event and entry of ``columns``, event by event."""
+    """One row per event and entry of ``columns``, event by event."""
     carried = [
         name for name in events.column_names if name not in _NOT_CARRIED and not name.startswith(_PER_CHECKPOINT)
     ]

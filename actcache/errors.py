@@ -46,6 +46,10 @@ class CorruptStoreError(ActcacheError):
     """Stored bytes are not the bytes that were committed: names the segment, the array and the chunk where known."""
 
 
+class CorruptFileError(ActcacheError):
+    """The bytes of a run's file are not those that were written: names the file and what to do."""
+
+
 class FormatVersionError(ActcacheError):
     """The store was written in a format that this version does not read."""
 

@@ -90,6 +90,22 @@ def sole_creator(path: Path) -> Iterator[Callable[[bytes], None]]:
         os.close(handle)
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Alone with ``path``, which need not exist, among those that use this: for what is read, changed and written.
+
+    Waits for another process or thread; one that dies is out of it.
+    """
+    lock = path.with_name(f".{path.name}.lock")
+    handle = _lock(lock)
+    try:
+        yield
+    finally:
+        lock.unlink()
+        fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
 def _lock(path: Path) -> int:
     """Lock a file, which need not exist; a file and not the folder, because NFS locks only what can be written."""
     while True:

@@ -98,16 +98,11 @@ def settings_of(store: Store) -> CaptureSettings:
     return CaptureSettings(**given | {"boundaries": tuple(store.boundaries)})
 
 
-def scored_groups(finished: Finished) -> list[Group] | None:
-    """What a run's finished cell groups hold, as if scored in one go; None where a file of an earlier version does not
-    tell what its variants took."""
-    at: dict[tuple[int, str], list[dict[str, Any]]] = {}
-    for (_, boundary, scope), files in finished.items():
-        at.setdefault((boundary, scope), []).extend(file.key for file in files)
+def scored_groups(finished: Finished) -> list[Group]:
+    """What a run's finished cell groups hold, as if scored in one go."""
     contents: dict[Group, set[str]] = {}  # what is scored at a boundary, without scopes -> the scopes it is scored in
-    for (boundary, scope), keys in sorted(at.items()):
-        if not all("whole" in key for key in keys):
-            return None
+    for (boundary, scope), files in sorted(finished.items()):
+        keys = [file.key for file in files]
         names = {name for key in keys for name in key["variants"]} - {PLAIN.name}
         whole = {name for key in keys for name in key["whole"]}
         content = Group(

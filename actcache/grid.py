@@ -17,17 +17,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
-from actcache.cells import Finished, finished_groups, gather_cells, store_digest, write_group
+from actcache.cells import (
+    Finished,
+    FinishedGroup,
+    check_every_cell,
+    file_name,
+    find_groups,
+    finished_groups,
+    gather_cells,
+    has_earlier_files,
+    write_group,
+)
 from actcache.edits import PLAIN, Edit, Replace, Variant
 from actcache.errors import CheckError, InputError
 from actcache.moves import Moves
 from actcache.progress import OnProgress, Tally, untold
-from actcache.readout import Readout
 from actcache.replay import LateStack, Mode
-from actcache.store import Segment, Store
+from actcache.scores import Scores, ScoreTable, score
+from actcache.store import Segment, Store, layout
 from actcache.sweep import SCOPES, VariantsAt
 
 _COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head for every cell
@@ -36,8 +47,6 @@ _COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head 
 # logits, whose rounding it is. float32 leaves two decimal digits of room over what was seen; bfloat16 keeps 8 bits of
 # each state, and a margin is a difference of two sums over D of them.
 NOOP_TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.05), torch.float16: (0.02, 0.01)}
-
-_WHOLE_AT_ONCE = 256  # states whose whole-vocabulary logits are made together: enough for a matrix product at its rate
 
 
 @dataclass(frozen=True)
@@ -106,30 +115,38 @@ def run_grid(
         say: told, in one line, what a person should know.
 
     Returns:
-        The cells of all groups in ``folder``, these settings' and earlier ones', one row a cell. On the plain diagonal
-        ``margin`` is the capture forward's own and ``noop_delta`` is the replayed one minus it; elsewhere
-        ``noop_delta`` is null.
+        The cells of all groups in ``folder``, these settings' and earlier ones', one row per cell. On the plain
+        diagonal ``margin`` is the capture forward's own and ``noop_delta`` is the replayed one minus it; elsewhere
+        ``noop_delta`` is null. Every event that the store had at the start has every cell asked for.
 
     Raises:
         InputError: settings that the store cannot serve; a variant whose name stands for other edits in ``folder``; an
             edit that moves nothing (see :class:`actcache.moves.Moves`).
         CheckError: a replayed diagonal margin is off its native one by more than rounding, or that is off the one that
-            capture stored.
+            capture stored; a cell asked for is missing at the end, as files of finished groups went away meanwhile.
+        CorruptFileError: the file of a finished group is damaged, and not one that is scored again here.
     """
     check_settings(store, settings)
     settings = settings.of_depth(store.fingerprint["n_blocks"])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    finished = finished_groups(folder, store)
+    finished, damaged = find_groups(folder, store)
     _check_names(finished, settings)
+    if has_earlier_files(folder):
+        say(f"cells of an earlier version in {folder} have no checksum: they are scored again where they are asked for")
     tally = Tally(count_replays(store, settings), "replays", on_progress)
     todo = []
-    for segment in (segment for segment in store.segments if segment.n_events):
+    for segment, of_segment in _by_segment(store, finished):
         for boundary in settings.boundaries:
-            work = _Work(store, segment, boundary, settings, folder, finished)
+            work = _Work(store, segment, boundary, settings, folder, of_segment)
             tally.add(found=work.n_done)
             if work.groups:
                 todo.append(work)
+    replaced = {name for work in todo for name in work.files}
+    for name, error in damaged.items():
+        if name not in replaced:
+            raise error
+        say(f"{folder / name} is damaged; its cells are scored again")
     if todo:
         first = min(work.boundary for work in todo)
         lates = {label: load_late(label, first) for label in store.checkpoints}
@@ -140,9 +157,16 @@ def run_grid(
         natives: _Natives = {}
         for work, states in _read_ahead(todo):
             work.score({label: late.at(work.boundary) for label, late in lates.items()}, states, natives, tally)
+    cells = gather_cells(folder, store, strict=settings.strict, max_tokens=settings.max_tokens)
+    asked = (
+        (boundary, scope, [variant.name for variant in settings.variants_at(boundary)])
+        for boundary in settings.boundaries
+        for scope in settings.scopes
+    )
+    check_every_cell(cells, store, asked, settings.readouts)
     if (line := _without_displacement(finished_groups(folder, store), store, settings)) is not None:
         say(line)
-    return gather_cells(folder, store, strict=settings.strict, max_tokens=settings.max_tokens)
+    return cells
 
 
 def readout_names(checkpoints: Sequence[str]) -> list[str]:
@@ -211,7 +235,7 @@ def _check_names(finished: Finished, settings: GridSettings) -> None:
     """A name that stands for one thing in some groups and for another in others would be averaged over both."""
     for boundary in settings.boundaries:
         digests = {variant.name: variant.digest for variant in settings.variants_at(boundary)}
-        for (_, of_boundary, _), groups in finished.items():
+        for (of_boundary, _), groups in finished.items():
             for group in groups if of_boundary == boundary else ():
                 for name, digest in group.key["variants"].items():
                     if digests.get(name, digest) != digest:
@@ -226,18 +250,32 @@ def _without_displacement(finished: Finished, store: Store, settings: GridSettin
     nowhere."""
     still: Counter[str] = Counter()
     asked: Counter[str] = Counter()
-    n_of_segment = {segment.name: segment.n_events * len(store.checkpoints) ** 2 for segment in store.segments}
-    for (segment, boundary, scope), groups in finished.items():
+    for (boundary, scope), groups in finished.items():
         if boundary in settings.boundaries and scope in settings.scopes:
             for name in {variant.name for variant in settings.variants_at(boundary)[1:]}:
-                n_still = max((group.key.get("still", {}).get(name, 0) for group in groups), default=0)
-                still[name] += n_still
-                asked[name] += n_of_segment[segment]
+                of_events: Counter[int] = Counter()  # by the first one: the same may be scored in several files
+                for group in groups:
+                    first, n_still = int(group.events[0]), group.key["still"].get(name, 0)
+                    of_events[first] = max(of_events[first], n_still)
+                still[name] += of_events.total()
+                asked[name] += len(store) * len(store.checkpoints) ** 2
     moved_less = [f"{name!r} {n} of {asked[name]}" for name, n in still.most_common() if n]
     if not moved_less:
         return None
     some = ", ".join(moved_less[:3]) + (f" and {len(moved_less) - 3} more variants" if len(moved_less) > 3 else "")
     return f"cells without displacement (weight 0, a placebo, or rows that are their source's already): {some}"
+
+
+def _by_segment(store: Store, finished: Finished) -> Iterator[tuple[Segment, Finished]]:
+    """The segments that have events, as they are now, each with the groups that hold some of its events."""
+    segments = [segment for segment in store.segments if segment.n_events]
+    stops = np.array([segment.events.stop for segment in segments], np.int64)
+    found: list[Finished] = [{} for _ in segments]
+    for at, groups in finished.items():
+        for group in groups:
+            for number in np.unique(np.searchsorted(stops, group.events, side="right")):
+                found[number].setdefault(at, []).append(group)
+    yield from zip(segments, found, strict=True)
 
 
 @dataclass(frozen=True)
@@ -278,41 +316,61 @@ class _Work:
         self.top1, self.kl = settings.wants_top1, settings.kl
         self.n_done = 0
         variants = settings.variants_at(boundary)
-        names = {variant.name for variant in variants}
+        columns = {variant.name: column for column, variant in enumerate(variants)}
         for scope in settings.scopes:
-            scored: set[str] = set()
+            scored = np.zeros((segment.n_events, len(variants)), bool)
             readouts = set(settings.readouts)
-            for group in finished.get((segment.name, boundary, scope), []):
-                if any(group.key.get(name) != value for name, value in self._key(scope).items()):
+            for group in finished.get((boundary, scope), []):
+                if any(group.key[name] != value for name, value in self._depends_on.items()):
                     continue
-                enough = set(settings.readouts) <= set(group.key["readouts"])
-                enough &= group.has("kl") or not settings.kl
-                in_full = group.has("top1") or not settings.wants_top1
-                found = (group.names if in_full else group.names & {PLAIN.name}) if enough else frozenset()
-                scored |= found
-                if names & (group.names - found):  # scored again with all it has, so that nothing scored is lost
+                found = self._enough(group)
+                events = group.events[np.isin(group.events, np.array(segment.events))] - segment.events.start
+                scored[np.ix_(events, np.array([columns[name] for name in found & columns.keys()], np.int64))] = True
+                if columns.keys() & (group.names - found):  # scored again with all it has, so that nothing is lost
                     readouts |= set(group.key["readouts"])
                     self.top1 |= group.has("top1")
                     self.kl |= group.has("kl")
-            left = tuple(variant for variant in variants if variant.name not in scored)
+            left = tuple(variant for variant in variants if not scored[:, columns[variant.name]].all())
             self.n_done += (len(variants) - len(left)) * self._n_replays
             if left:
                 known = (*settings.readouts, *sorted(readouts - set(settings.readouts)))
                 self.groups[scope] = left, known
 
+    def _enough(self, group: FinishedGroup) -> frozenset[str]:
+        """The variants of a finished group that have all that is asked."""
+        asked = self.settings
+        if not set(asked.readouts) <= set(group.key["readouts"]) or (asked.kl and not group.has("kl")):
+            return frozenset()
+        return group.names if group.has("top1") or not asked.wants_top1 else group.names & {PLAIN.name}
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files that will be published."""
+        return {file_name(self._key(scope)) for scope in self.groups}
+
     @property
     def _n_replays(self) -> int:
         return self.segment.n_events * len(self.store.checkpoints) ** 2
 
+    @property
+    def _depends_on(self) -> dict[str, Any]:
+        """What cells depend on beside their events; in packs, their rounding depends on the segment too."""
+        return {"strict": self.settings.strict, "max_tokens": self.settings.max_tokens}
+
     def _key(self, scope: str) -> dict[str, Any]:
-        """What the cells of a group depend on, its variants and readouts apart."""
+        """What the file of a group is made from."""
+        variants, readouts = self.groups[scope]
         return {
-            "store": store_digest(self.store),
+            "store": layout.fingerprint_digest(self.store.fingerprint),
             "segment": self.segment.name,
             "boundary": self.boundary,
             "scope": scope,
-            "strict": self.settings.strict,
-            "max_tokens": self.settings.max_tokens,
+            **self._depends_on,
+            "readouts": sorted(readouts),
+            "variants": {variant.name: variant.digest for variant in variants},
+            "top1": self.top1,
+            "kl": self.kl,
+            "whole": sorted(variant.name for variant in variants if not variant.at_last_only),
         }
 
     @property
@@ -337,17 +395,17 @@ class _Work:
             readouts = {one: lates[one].readout for one in whose.values()}  # one head may go by two names
             for one, readout in readouts.items():
                 if (self.segment.name, label, one) not in natives:
-                    natives[self.segment.name, label, one] = _score(readout, states.final[label], pair_ids)
+                    natives[self.segment.name, label, one] = score(readout, states.final[label], pair_ids)
                     if one == label:
                         self._check_capture(events, label, natives[self.segment.name, label, one])
             for base in lates:
                 replays = self._replays(base, label, list(lates))
-                table = _ScoreTable(
-                    replays,
+                table = ScoreTable(
+                    len(replays),
                     readouts,
                     pair_ids,
-                    wants_whole=self._wants_whole,
-                    at_once=1 if self.settings.strict else _WHOLE_AT_ONCE,
+                    whole=[n for n, replay in enumerate(replays) if replay.name == PLAIN.name or self.top1],
+                    one_by_one=self.settings.strict,
                     own=states.final[label] if self.kl else None,
                 )
                 moves = Moves()
@@ -390,9 +448,6 @@ class _Work:
                 for name in self.groups[scope][1]:
                     yield number, scope, upstream, name
 
-    def _wants_whole(self, replay: _Replay) -> bool:
-        return replay.name == PLAIN.name or self.top1
-
     def _replays(self, base: str, late: str, labels: Sequence[str]) -> list[_Replay]:
         """What is replayed through one late stack from one checkpoint's rows.
 
@@ -422,20 +477,16 @@ class _Work:
         self, scope: str, events: pa.Table, columns: Sequence[dict[str, Any]], mode: Mode, n_still: Counter[str]
     ) -> None:
         variants, readouts = self.groups[scope]
-        digests = {variant.name: variant.digest for variant in variants}
-        whole = [variant.name for variant in variants if not variant.at_last_only]
-        key = self._key(scope) | {"readouts": sorted(readouts), "variants": digests}
-        key |= {"top1": self.top1, "kl": self.kl, "whole": sorted(whole), "mode": mode}
-        key |= {"still": {name: n for name, n in sorted(n_still.items()) if n}}
         names, labels = {variant.name: number for number, variant in enumerate(variants)}, self.store.checkpoints
 
         def place(column: dict[str, Any]) -> tuple[int, ...]:
             at = names[column["variant"]], labels.index(column["upstream"]), labels.index(column["late"])
             return (*at, readouts.index(column["readout"]))
 
+        key = self._key(scope) | {"mode": mode, "still": {name: n for name, n in sorted(n_still.items()) if n}}
         write_group(self._folder, key, events, sorted(columns, key=place))
 
-    def _check_capture(self, events: pa.Table, label: str, native: _Scores) -> None:
+    def _check_capture(self, events: pa.Table, label: str, native: Scores) -> None:
         """What a checkpoint's head makes of its stored final states is what it made of them when they were captured."""
         captured = torch.tensor(events[f"margin_{label}"].to_pylist(), dtype=torch.float32)
         absolute, relative = NOOP_TOLERANCE[self.store.dtype]
@@ -449,7 +500,7 @@ class _Work:
                 f"{allowed[first]:.2g} apart); {len(wrong)} of {len(captured)} events are; use the captured checkpoint"
             )
 
-    def _check_noop(self, events: pa.Table, label: str, readout: str, native: _Scores, noop: torch.Tensor) -> None:
+    def _check_noop(self, events: pa.Table, label: str, readout: str, native: Scores, noop: torch.Tensor) -> None:
         absolute, relative = NOOP_TOLERANCE[self.store.dtype]
         allowed = absolute + relative * native.logits.abs().amax(dim=1)
         wrong = torch.nonzero(~(noop.abs() <= allowed)).flatten().tolist()
@@ -462,6 +513,9 @@ class _Work:
             )
 
 
+_Natives = dict[tuple[str, str, str], Scores]  # of the capture's own final states: segment, checkpoint, whose readout
+
+
 def _read_ahead(todo: Sequence[_Work]) -> Iterator[tuple[_Work, _States]]:
     """Each piece of work with its states, which are read while the piece before it is replayed."""
     with ThreadPoolExecutor(1, thread_name_prefix="actcache-read") as pool:
@@ -471,82 +525,6 @@ def _read_ahead(todo: Sequence[_Work]) -> Iterator[tuple[_Work, _States]]:
             if number + 1 < len(todo):
                 coming = pool.submit(todo[number + 1].read)
             yield work, states
-
-
-@dataclass(frozen=True)
-class _Scores:
-    """Of all events, by one readout."""
-
-    logits: torch.Tensor  # [n, 2] float32, of y_pt and y_it
-    top1: torch.Tensor | None  # [n] int64
-    kl: torch.Tensor | None = None  # [n] float32
-
-    @property
-    def margin(self) -> torch.Tensor:
-        """``[n]`` float32."""
-        return self.logits[:, 1] - self.logits[:, 0]
-
-
-_Natives = dict[tuple[str, str, str], _Scores]  # of the capture's own final states: segment, checkpoint, whose readout
-
-
-def _score(readout: Readout, final_hidden: torch.Tensor, pair_ids: torch.Tensor) -> _Scores:
-    best, kl = readout.top2(final_hidden)[0][:, 0], torch.zeros(len(final_hidden))  # nothing is nearer than itself
-    return _Scores(readout.scores(final_hidden, pair_ids), best, kl)
-
-
-class _ScoreTable:
-    """Scores of several replays of the same events by several checkpoints' readouts, filled as final hidden states come
-    in."""
-
-    def __init__(
-        self,
-        replays: Sequence[_Replay],
-        readouts: dict[str, Readout],
-        pair_ids: torch.Tensor,
-        *,
-        wants_whole: Callable[[_Replay], bool],
-        at_once: int,
-        own: torch.Tensor | None,
-    ) -> None:
-        """``wants_whole`` tells which replays are scored by the whole vocabulary, so many final states ``at_once``;
-        those are compared with the late checkpoint's ``own`` ``[n, D]``, if given."""
-        self._readouts, self._pair_ids, self._own = readouts, pair_ids, own
-        shape = len(replays), len(pair_ids)
-        self._logits = {name: torch.full((*shape, 2), torch.nan) for name in readouts}
-        self._whole = {number for number, replay in enumerate(replays) if wants_whole(replay)}
-        self._at_once = at_once
-        self._top1 = {name: torch.full(shape, -1, dtype=torch.int64) for name in readouts}
-        self._kl = {name: torch.full(shape, torch.nan) for name in readouts}
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
-
-    def add(self, events: torch.Tensor, replays: torch.Tensor, final_hidden: torch.Tensor) -> None:
-        """Take ``[m, D]`` final hidden states of so many (event, replay) pairs."""
-        for name, readout in self._readouts.items():
-            self._logits[name][replays, events] = readout.scores(final_hidden, self._pair_ids[events])
-        chosen = torch.isin(replays, torch.tensor(sorted(self._whole), dtype=torch.int64))
-        if chosen.any():
-            self._waiting.append((events[chosen], replays[chosen], final_hidden[chosen]))
-            if sum(len(part[0]) for part in self._waiting) >= self._at_once:
-                self.finish()
-
-    def finish(self) -> None:
-        """Score what waits for it by the whole vocabulary: the head's whole weight is read for each lot."""
-        if self._waiting:
-            events, replays, final_hidden = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
-            for name, readout in self._readouts.items():
-                if self._own is None:
-                    self._top1[name][replays, events] = readout.top2(final_hidden)[0][:, 0]
-                else:
-                    best, kl = readout.compare(final_hidden, self._own, events)
-                    self._top1[name][replays, events], self._kl[name][replays, events] = best, kl
-        self._waiting = []
-
-    def scores(self, replay: int, whose: str) -> _Scores:
-        """Those of one replay by one checkpoint's readout."""
-        logits, whole = self._logits[whose][replay], replay in self._whole
-        kl = self._kl[whose][replay] if whole and self._own is not None else None
-        return _Scores(logits, self._top1[whose][replay] if whole else None, kl)
 
 
 def _listed(boundaries: Sequence[int]) -> str:

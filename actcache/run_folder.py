@@ -1,28 +1,33 @@
 """RUN: the folder that one study of one pair fills, stage by stage. Knows names of files, nothing of their content.
 
-RUN/run.json         where the checkpoints and prompts are, and the command that made it
+RUN/run.json         where the checkpoints and prompts are, which store is the run's, and the command that made it
 RUN/store/           captured states and events, unless they are kept elsewhere
 RUN/stability.parquet which events rounding would change
 RUN/cells/           finished cell groups
 RUN/cells.parquet    all of them as one table
-RUN/effects.json     contrasts with intervals
+RUN/effects.json     contrasts with intervals; effects-<filter>.json where events are left out
 RUN/report.html      the page for people
 RUN/timings.json     what the stages took, of those that did their work in one go
 RUN/plan.json        what was assumed of the run before it
+
+All but the store are sealed (sealed.py), and every path that is recorded is absolute.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.errors import InputError
+from actcache.errors import CorruptFileError, IncompatibleError, InputError
 from actcache.files import write_atomically
+from actcache.sealed import NoSealError, Sealed, json_bytes, read_json
+
+if TYPE_CHECKING:
+    from actcache.store import Store
 
 if TYPE_CHECKING:
     from actcache.store import Store
@@ -56,10 +61,11 @@ class RunRecord:
 
     Attributes:
         checkpoints: label -> model folder, absolute, as found at capture.
-        prompts: the prompts file.
+        prompts: the prompts file, absolute.
         device: where capture ran; later stages use it unless told otherwise.
         command: the command line, for the report.
-        store: where the store is, if not in the run's folder.
+        store: where the store is, if not in the run's folder: a URL or an absolute path.
+        fingerprint: digest of the store's fingerprint, once something is captured.
     """
 
     checkpoints: dict[str, str]
@@ -67,6 +73,7 @@ class RunRecord:
     device: str
     command: str
     store: str | None = None
+    fingerprint: str | None = None
 
 
 class RunFolder:
@@ -85,9 +92,40 @@ class RunFolder:
 
     @property
     def store(self) -> str | Path:
-        """Where the store is: ``RUN/store``, unless the run's record says otherwise."""
+        """Where the store is: ``RUN/store``, unless the run's record says otherwise.
+
+        Raises:
+            InputError: the record has a relative path, as an earlier version wrote it.
+        """
         elsewhere = self.record().store if self.record_path.is_file() else None
+        if elsewhere and _is_relative(elsewhere):
+            raise InputError(
+                f"{self.record_path} has its store at {elsewhere!r}, relative to a folder that it does not name; give "
+                "the capture command again where it was first given"
+            )
         return elsewhere or self.path / "store"
+
+    def open_store(self) -> Store:
+        """The store, which must be the one that the run was captured into.
+
+        Raises:
+            InputError: there is none.
+            IncompatibleError: it is another one.
+        """
+        from actcache.store import open_store
+
+        store = open_store(self.store)
+        self._check_fingerprint(store)
+        return store
+
+    def bind_store(self) -> None:
+        """Put down which store is the run's, from now on (errors as :meth:`open_store`)."""
+        from actcache.store import layout
+
+        store = self.open_store()
+        record = replace(self.record(), fingerprint=layout.fingerprint_digest(store.fingerprint))
+        if record != self.record():
+            self._write_record(record)
 
     @contextmanager
     def being_captured(self, record: RunRecord, *, alone: bool = True) -> Iterator[None]:
@@ -103,13 +141,19 @@ class RunFolder:
         existing = self._is_existing_run()
         made_folder = not self.path.exists()
         if existing:
-            if record.store != self.record().store:
-                raise InputError(f"{self.path} has its store at {self.store}; give the same --store, or a new folder")
+            found = self.record()
+            if found.store and _is_relative(found.store) and record.store == absolute_place(found.store):
+                self._write_record(replace(found, store=record.store))  # an earlier version's
+            elif record.store != found.store:
+                raise InputError(
+                    f"{self.path} has its store at {found.store or self.path / 'store'}; give the same --store, or a "
+                    "new folder"
+                )
             yield
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.record_path, json.dumps(asdict(record), indent=1).encode() + b"\n")
+            self._write_record(record)
             yield
         except BaseException:
             if alone and record.store is None and not self._has_commits():
@@ -121,38 +165,56 @@ class RunFolder:
 
         Raises:
             InputError: the folder holds no run.
+            CorruptFileError: the record is damaged.
         """
         try:
-            return RunRecord(**json.loads(self.record_path.read_text()))
+            content = read_json(
+                self.record_path,
+                "a run record",
+                "put back what was there; after a change on purpose, remove its last two keys, 'made_from' and 'seal'",
+                without_seal=True,
+            ).content
+            return RunRecord(**content)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{self.path} holds no run (no run.json); make one with 'actcache run'") from error
-        except (ValueError, TypeError) as error:
+        except TypeError as error:
             raise InputError(f"{self.record_path} is not a run record: {error}") from error
 
     def timings(self) -> dict[str, Any]:
-        """What each stage took; see :meth:`record_timing`.
+        """What each stage took of those that made this run; see :meth:`record_timing`.
 
         Raises:
-            InputError: the file is damaged.
+            NoSealError, CorruptFileError: the file is an earlier version's, or damaged.
         """
         try:
-            return json.loads(self.timings_path.read_text())
+            content, made_from, _ = read_json(self.timings_path, "timings", "remove it")
         except FileNotFoundError:
             return {}
-        except ValueError as error:
-            raise InputError(f"{self.timings_path} is not JSON: {error}; remove it") from error
+        return content if made_from == self._timed else {}
 
     def record_timing(self, stage: str, timing: dict[str, Any] | None) -> None:
         """Put down what a stage took (``elapsed_s`` from its first load of weights on, of which ``load_s`` loading,
-        and what else it counted), or take it off the record with None."""
-        timings = {name: value for name, value in self.timings().items() if name != stage}
+        and what else it counted), or take it off the record with None. What cannot be read is begun anew."""
+        try:
+            timings = self.timings()
+        except (NoSealError, CorruptFileError):
+            timings = {}
+        timings = {name: value for name, value in timings.items() if name != stage}
         if timing is not None:
             timings[stage] = timing
         if timings or self.timings_path.exists():
-            write_atomically(self.timings_path, json.dumps(timings, indent=1).encode() + b"\n")
+            write_atomically(self.timings_path, json_bytes(timings, self._timed))
 
-    def write_plan(self, plan: dict[str, Any]) -> None:
+    @property
+    def _timed(self) -> dict[str, Any]:
+        return {"store": self.record().fingerprint}
+
+    def write_plan(self, plan: dict[str, Any], prompts: str) -> None:
         """Put down what is assumed of the run that shall be made here; the folder is created.
+
+        Args:
+            plan: as JSON.
+            prompts: digest of those that it is made for.
 
         Raises:
             InputError: the folder holds a run already, or files that are not a run's; or the path is a file.
@@ -162,7 +224,37 @@ class RunFolder:
                 f"{self.path} holds a run already; 'actcache plan {self.path}' puts it beside its estimate"
             )
         self.path.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.plan, json.dumps(plan, indent=1).encode() + b"\n")
+        write_atomically(self.plan, json_bytes(plan, {"prompts": prompts}))
+
+    def read_plan(self) -> Sealed:
+        """What :meth:`write_plan` put down.
+
+        Raises:
+            NoSealError, CorruptFileError: the file is an earlier version's, or damaged.
+            FileNotFoundError: there is none.
+        """
+        return read_json(self.plan, "a plan", "remove it")
+
+    def effects_of(self, *, stable_only: bool = False, min_gap: float | None = None) -> Path:
+        """Where effects are; those that leave out events have a file of their own."""
+        filters = ["stable-only"] * stable_only
+        filters += [] if min_gap is None else [f"min-gap-{min_gap!r}".removesuffix(".0")]
+        return self.effects.with_stem("-".join([self.effects.stem, *filters]))
+
+    def _write_record(self, record: RunRecord) -> None:
+        write_atomically(self.record_path, json_bytes(asdict(record), {}))
+
+    def _check_fingerprint(self, store: Store) -> None:
+        from actcache.store import layout
+
+        recorded, found = self.record().fingerprint, layout.fingerprint_digest(store.fingerprint)
+        if recorded not in (None, found):
+            raise IncompatibleError(
+                f"the store at {store.path} is not the one that {self.path} was captured into: the digest of its "
+                f"fingerprint is {found[:12]}, the run's {recorded[:12]}; put that store back, or capture into a new "
+                "folder",
+                field="fingerprint",
+            )
 
     def _is_existing_run(self) -> bool:
         """Whether there is a run to go on with; False where one can begin."""
@@ -183,3 +275,12 @@ class RunFolder:
         self.record_path.unlink(missing_ok=True)
         if made_folder and self.path.is_dir():
             self.path.rmdir()
+
+
+def absolute_place(store: str | None) -> str | None:
+    """A store's place as it is recorded: an absolute path, or the URL that it is."""
+    return str(Path(store).resolve()) if store and _is_relative(store) else store
+
+
+def _is_relative(store: str) -> bool:
+    return "://" not in store and not Path(store).is_absolute()

@@ -10,7 +10,6 @@ models itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -26,12 +25,14 @@ import pyarrow.parquet as pq
 import torch
 
 from actcache.capture import PAIR
+from actcache.cells import identity
 from actcache.checkpoint import DTYPES
 from actcache.errors import InputError
-from actcache.files import write_atomically
+from actcache.files import locked, write_atomically
 from actcache.packing import plan_packs
 from actcache.progress import OnProgress, Tally, untold
-from actcache.store import Store, layout
+from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
+from actcache.store import Store
 from actcache.trunk import Trunk
 
 UNIT = "decisions"  # what is counted: one event's by one checkpoint in one dtype, strict or packed
@@ -180,45 +181,62 @@ def run_stability(
         if sample is not None and sample < 1:
             raise InputError(f"a sample of {sample} events: give at least 1, or all")
         wanted[dtype] = n_events if sample is None else min(sample, n_events)
-    found = read_stability(store, path)
-    kept = {dtype: found.filter(pc.equal(found["dtype"], dtype)) for dtype in DTYPES}
-    notes = _notes_of(found).get("dtypes", {})
+    path, found = Path(path), read_sealed(store, path)
     tally = Tally(sum(map(n_decisions, wanted.values())), UNIT, on_progress)
     for dtype, n_wanted in wanted.items():
-        note = notes.get(dtype, {})
+        note = found.made_from["dtypes"].get(dtype, {})
         if {name: note.get(name) for name in made_with} == made_with and note["n_events"] >= n_wanted:
             tally.add(found=n_decisions(n_wanted))
             continue
-        kept[dtype] = check_stability(
+        rows = check_stability(
             store, load, [dtype], max_tokens=max_tokens, events=spread(n_events, n_wanted), tally=tally, say=say
         )
-        notes[dtype] = {"n_events": n_wanted, **made_with}
-        found = pa.concat_tables([_SCHEMA.empty_table(), *kept.values()])
-        metadata = {"store": layout.fingerprint_digest(store.fingerprint), "n_events": n_events, "dtypes": notes}
-        found = found.replace_schema_metadata({b"actcache": json.dumps(metadata, sort_keys=True).encode()})
-        sink = pa.BufferOutputStream()
-        pq.write_table(found, sink)
-        write_atomically(Path(path), sink.getvalue())
-    return found
+        with locked(path):  # another check may have written another dtype meanwhile
+            found = read_sealed(store, path)
+            of_dtype = {name: found.content.filter(pc.equal(found.content["dtype"], name)) for name in DTYPES}
+            table = pa.concat_tables([_SCHEMA.empty_table(), *(of_dtype | {dtype: rows}).values()])
+            notes = found.made_from["dtypes"] | {dtype: {"n_events": n_wanted, **made_with}}
+            write_atomically(path, parquet_bytes(table, {**identity(store), "dtypes": notes}))
+            found = read_sealed(store, path)
+    return found.content
 
 
 def read_stability(store: Store, path: str | Path) -> pa.Table:
-    """The table that :func:`run_stability` left; without rows where there is none, or one of other events.
+    """The table that :func:`run_stability` left; without rows where there is none, or one of other events or of an
+    earlier version.
 
     Raises:
         InputError: the file is not such a table.
+        CorruptFileError: it is damaged.
     """
+    return read_sealed(store, path).content
+
+
+def read_sealed(store: Store, path: str | Path) -> Sealed:
+    """That table, and under ``dtypes`` of what it was made from, how each was checked (errors as above)."""
+    nothing = Sealed(_SCHEMA.empty_table(), {"dtypes": {}}, "")
     try:
-        table = pq.read_table(path)
-        notes = _notes_of(table)
+        found = read_parquet(path, "a table of stability", "remove it and check again")
     except FileNotFoundError:
-        return _SCHEMA.empty_table()
-    except (pa.ArrowInvalid, ValueError) as error:
-        raise InputError(f"{path} is not a table of stability ({error}); remove it and check again") from error
-    if not table.schema.equals(_SCHEMA) or "dtypes" not in notes:
-        raise InputError(f"{path} is not a table of stability: its columns are {table.column_names}; remove it")
-    same = notes["store"] == layout.fingerprint_digest(store.fingerprint) and notes["n_events"] == len(store)
-    return table if same else _SCHEMA.empty_table()
+        return nothing
+    except NoSealError:
+        if _is_of_an_earlier_version(path):
+            return nothing
+        raise
+    if not found.content.schema.equals(_SCHEMA):
+        names = found.content.column_names
+        raise InputError(f"{path} is not a table of stability: its columns are {names}; remove it and check again")
+    made_from = identity(store)
+    return found if {name: found.made_from.get(name) for name in made_from} == made_from else nothing
+
+
+def _is_of_an_earlier_version(path: str | Path) -> bool:
+    """Whether a table without a seal never had one: what it holds cannot be checked, and is made again."""
+    try:
+        schema = pq.read_schema(path)
+    except (pa.ArrowException, OSError):
+        return False
+    return schema.equals(_SCHEMA) and set(schema.metadata or ()) == {b"actcache"}
 
 
 def spread(n_events: int, n: int) -> list[int]:
@@ -390,8 +408,3 @@ def _why_not_packable(trunk: Trunk) -> str | None:
 def _check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
-
-
-def _notes_of(table: pa.Table) -> dict[str, Any]:
-    metadata = (table.schema.metadata or {}).get(b"actcache")
-    return json.loads(metadata) if metadata else {}

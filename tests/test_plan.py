@@ -29,6 +29,7 @@ from actcache.lineup import Lineup
 from actcache.plan import Group, Study, default_assumptions, estimate, search_batches
 from actcache.replay import LateStack
 from actcache.run_folder import RunFolder
+from actcache.sealed import json_bytes
 from actcache.shape import ModelShape
 from actcache.trunk import Trunk
 
@@ -326,9 +327,9 @@ def test_how_long_searches_last_is_told_of_every_prompt():
 def test_what_is_far_off_is_marked(piloted, tmp_path, capsys):
     folder, _ = piloted
     out = shutil.copytree(folder / "all", tmp_path / "run")
-    saved = json.loads((out / "plan.json").read_text())
+    saved, made_from, _ = RunFolder(out).read_plan()
     saved["assumed"]["shared_tokens"] = 100.0
-    (out / "plan.json").write_text(json.dumps(saved))
+    (out / "plan.json").write_bytes(json_bytes(saved, made_from))
     assert main(["plan", str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("rows stored") and line.endswith(" off") for line in lines)
@@ -469,13 +470,12 @@ def test_rows_that_go_through_a_late_block_are_those_planned(piloted, sweep, tmp
 
 
 def test_what_files_of_earlier_versions_took_is_not_known(piloted, tmp_path, plan):
+    """They have no seal, so that nothing they say can be checked."""
     folder, _ = piloted
     out = shutil.copytree(folder / "pilot", tmp_path / "run")
-    for path in (out / "cells").iterdir():
-        table = pq.read_table(path)
-        key = json.loads(table.schema.metadata[b"actcache"])
-        del key["whole"], key["mode"]
-        pq.write_table(table.replace_schema_metadata({b"actcache": json.dumps(key).encode()}), path)
+    for path in list((out / "cells").iterdir()):
+        pq.write_table(pq.read_table(path), path.with_name(f"{path.name.partition('.')[0]}.parquet"))
+        path.unlink()
     found = plan(out)["truth"]
     assert not {"grid_multiply_adds", "variants_multiply_adds", "multiply_adds"} & found.keys()
     assert found["capture_multiply_adds"] > 0
@@ -600,11 +600,14 @@ def test_runs_that_cannot_be_put_beside(tiny_run, refused, tmp_path):
     refused("no longer holds the prompts that", out, "--prompts", other)
     (out / "plan.json").write_text("{}")
     refused("plan.json is not a plan", out)
-    (out / "plan.json").write_text('{"assumed": {"event_share": "half"}}')
+    prompts = run.store.fingerprint["prompts"]
+    (out / "plan.json").write_bytes(json_bytes({"assumed": {"event_share": "half"}}, {"prompts": "others"}))
+    refused("is a plan for other prompts", out)
+    (out / "plan.json").write_bytes(json_bytes({"assumed": {"event_share": "half"}}, {"prompts": prompts}))
     refused("is not a plan", out)
     (out / "plan.json").unlink()
     (out / "timings.json").write_text("x")
-    refused("timings.json is not JSON", out)
+    refused("timings.json is not timings", out)
     wide = tiny.make_pair(tmp_path / "wide", "qwen3")
     refused("the checkpoints have width 40", out, "--pt", wide[0], "--it", wide[1])
 

@@ -233,7 +233,8 @@ def test_stable_only_leaves_out_exactly_those(tiny_run, tmp_path, shape_matters,
     assert main(["effects", str(out), "--stable-only", "--json"]) == 0
     said = capsys.readouterr()
     result = json.loads(said.out)
-    assert result == json.loads((out / "effects.json").read_text())
+    assert result == json.loads((out / "effects-stable-only.json").read_text())
+    assert "stable_only" not in json.loads((out / "effects.json").read_text())
     n_unstable = len(rows) - len(stay)
     assert f"events left out: {n_unstable} ({n_unstable} not stable)" in said.err
     assert (result["stable_only"], result["n_unstable"], result["n_left_out"]) == (True, n_unstable, n_unstable)
@@ -243,12 +244,12 @@ def test_stable_only_leaves_out_exactly_those(tiny_run, tmp_path, shape_matters,
     assert {group["n_events"] for group in result["groups"]} == {len(stay)}
     assert (out / "cells.parquet").read_bytes() == before, "the cells stay complete"
 
-    assert main(["report", str(out)]) == 0
+    assert main(["report", str(out), "--stable-only"]) == 0
     page = (out / "report.html").read_text()
     assert f"{n_unstable} more events are left out" in page
     assert "Events that rounding would change" in page
-    assert main(["effects", str(out)]) == 0
-    assert "stable_only" not in json.loads((out / "effects.json").read_text())
+    assert main(["report", str(out)]) == 0
+    assert "more events are left out" not in (out / "report.html").read_text()
 
 
 def test_a_run_over_stable_events_only(tiny_run, tmp_path, shape_matters, capsys):
@@ -258,7 +259,10 @@ def test_a_run_over_stable_events_only(tiny_run, tmp_path, shape_matters, capsys
     words[words.index("--out") + 1] = str(tmp_path / "run")
     assert main([*words, "--stable-only"]) == 0
     said = capsys.readouterr()
-    result = json.loads((tmp_path / "run" / "effects.json").read_text())
+    result = json.loads((tmp_path / "run" / "effects-stable-only.json").read_text())
+    assert f"{result['n_unstable']} more events are left out" in (tmp_path / "run" / "report.html").read_text()
+    everything = json.loads((tmp_path / "run" / "effects.json").read_text())
+    assert {group["n_events"] for group in everything["groups"]} == {len(made.store)}
     counts = {summary["dtype"]: summary for summary in summarise(pq.read_table(tmp_path / "run" / "stability.parquet"))}
     assert counts["bfloat16"]["n_events"] == len(made.store), "the run's own dtype: all of them"
     assert counts["float32"]["n_events"] == 16, "the other one: a sample"
@@ -419,7 +423,8 @@ def test_stable_only_needs_every_event_checked(tiny_run, tmp_path, capsys):
     assert (out / "effects.json").read_bytes() == before
     assert main(["stability", str(out), "--dtype", "float32"]) == 0
     assert main(["effects", str(out), "--stable-only"]) == 0
-    assert json.loads((out / "effects.json").read_text())["n_unstable"] == 0
+    assert json.loads((out / "effects-stable-only.json").read_text())["n_unstable"] == 0
+    assert (out / "effects.json").read_bytes() == before
 
 
 def test_min_gap(tiny_run, tmp_path, capsys):

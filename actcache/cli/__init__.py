@@ -14,9 +14,9 @@ from actcache.cli import bench, plan, stability, stages, stores
 from actcache.cli.parser import Parser
 from actcache.cli.terminal import be_quiet, one_line, reader_is_gone, said_by_system
 from actcache.cpus import settle_threads
-from actcache.errors import ActcacheError, CheckError, CorruptStoreError, KernelError
+from actcache.errors import ActcacheError, CheckError, CorruptFileError, CorruptStoreError, KernelError
 
-_FAILED_CHECKS = (CheckError, CorruptStoreError, KernelError)
+_FAILED_CHECKS = (CheckError, CorruptFileError, CorruptStoreError, KernelError)
 _VERBS_OF = (stages, stability, plan, stores, bench)  # in the order of the help
 
 

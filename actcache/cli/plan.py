@@ -142,7 +142,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise InputError(f"give {', '.join(missing)} to plan a run, or the folder of a finished one")
     from actcache.lineup import Lineup
     from actcache.plan import Study, as_json, estimate, shapes_of
-    from actcache.prompts import read_prompts
+    from actcache.prompts import digest, read_prompts
 
     prompts = read_prompts(args.prompts, args.limit)
     lineup = Lineup.open({"pt": args.pt, "it": args.it}, with_weights=False)
@@ -154,7 +154,7 @@ def _plan(args: argparse.Namespace) -> None:
     assumed = _assume(args, lineup, study)
     found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
     if args.out is not None:
-        RunFolder(args.out).write_plan(found)
+        RunFolder(args.out).write_plan(found, digest(prompts))
     _print(args.json, study, assumed, found)
 
 
@@ -180,12 +180,11 @@ def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptio
     """Defaults, then what a pilot tells, then what the command line says, then a rate measured here."""
     from actcache.finished import check_pilot, learn
     from actcache.plan import RATED, default_assumptions, measure_rate
-    from actcache.store import open_store
 
     assumed = default_assumptions(study.capture)
     if args.pilot is not None:
         folder = RunFolder(args.pilot)
-        record, store = folder.record(), open_store(folder.store)
+        record, store = folder.record(), folder.open_store()
         check_pilot(lineup, record.checkpoints, study.capture, store)
         pilot, _ = _study_of(folder, lineup, store, Path(record.prompts))
         assumed = learn(pilot, store, _timings_of(folder, pilot), f"pilot {args.pilot}")
@@ -211,19 +210,17 @@ def _compare(args: argparse.Namespace) -> None:
     from actcache.finished import learn, truth
     from actcache.lineup import Lineup
     from actcache.plan import as_json, assumptions_from_json, estimate
-    from actcache.store import open_store
 
     folder = RunFolder(args.run)
-    record, store = folder.record(), open_store(folder.store)
+    record, store = folder.record(), folder.open_store()
     paths = record.checkpoints | {label: path for label in ("pt", "it") if (path := getattr(args, label))}
     study, scored = _study_of(folder, Lineup.open(paths), store, args.prompts or Path(record.prompts))
     timings = _timings_of(folder, study)
     if folder.plan.is_file():
-        try:
-            planned = json.loads(folder.plan.read_text())["assumed"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{folder.plan} is not a plan: {error}; remove it") from error
-        assumed = assumptions_from_json(planned, str(folder.plan))
+        plan = folder.read_plan()
+        if plan.made_from["prompts"] != store.fingerprint["prompts"]:
+            raise InputError(f"{folder.plan} is a plan for other prompts than {folder.path} was made from; remove it")
+        assumed = assumptions_from_json(plan.content["assumed"], str(folder.plan))
     else:
         assumed = learn(study, store, timings, "the run itself")
     found = {

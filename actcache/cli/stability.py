@@ -67,9 +67,8 @@ def samples_asked(args: argparse.Namespace) -> dict[str, int | None]:
 def summaries_of(folder: RunFolder) -> list[dict[str, Any]]:
     """What the report shows of the run's table; empty where there is none of its events."""
     from actcache.stability import read_stability, summarise
-    from actcache.store import open_store
 
-    return summarise(read_stability(open_store(folder.store), folder.stability))
+    return summarise(read_stability(folder.open_store(), folder.stability))
 
 
 def _stability(args: argparse.Namespace) -> None:
@@ -84,10 +83,9 @@ def _check(
     folder: RunFolder, lineup: Lineup, samples: Mapping[str, int | None], max_tokens: int | None, device: str
 ) -> list[str]:
     from actcache.stability import describe, run_stability, summarise
-    from actcache.store import open_store
     from actcache.trunk import Trunk
 
-    store = open_store(folder.store)
+    store = folder.open_store()
     check_complete(store)
     check_same_checkpoints(store, lineup)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from importlib.resources import as_file, files
@@ -24,12 +23,13 @@ from actcache.cli.arguments import (
 from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.stability import add_run_arguments, check_run, summaries_of
-from actcache.cli.tables import read_cells, write_parquet
+from actcache.cli.tables import read_cells, read_run_cells, write_parquet
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
-from actcache.errors import InputError
+from actcache.errors import CorruptFileError, InputError
 from actcache.files import write_atomically
-from actcache.run_folder import RunFolder, RunRecord
+from actcache.run_folder import RunFolder, RunRecord, absolute_place
+from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, read_json, seal_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -65,17 +65,23 @@ def add_verbs(verbs: Verbs) -> None:
     effects.add_argument("source", type=Path, metavar="RUN|CELLS.parquet", help="folder of a run, or a table of cells")
     effects.add_argument("--draws", type=int, default=2000, help="bootstrap draws over prompts (default %(default)s)")
     effects.add_argument("--seed", type=int, default=0, help="of the bootstrap (default %(default)s)")
-    effects.add_argument(
-        "--stable-only", action="store_true", help="leave out events that rounding changes, as 'stability' found"
-    )
-    effects.add_argument(
-        "--min-gap", type=float, metavar="G", help="leave out events whose gap_pt or gap_it is below G logits"
-    )
+    _add_filters(effects)
 
     effects.add_argument("--json", action="store_true", help="print JSON, as in RUN/effects.json")
 
     report = add_verb(verbs, "report", _report, "one self-contained HTML page about a run")
     report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    _add_filters(report)
+
+
+def _add_filters(parser: argparse.ArgumentParser) -> None:
+    """What leaves events out of effects."""
+    parser.add_argument(
+        "--stable-only", action="store_true", help="leave out events that rounding changes, as 'stability' found"
+    )
+    parser.add_argument(
+        "--min-gap", type=float, metavar="G", help="leave out events whose gap_pt or gap_it is below G logits"
+    )
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,15 +104,16 @@ def _run(args: argparse.Namespace) -> None:
             "'actcache capture --rows divergence' keeps the events' own rows alone"
         )
     _check_grid_asked(args)
-    from actcache.store import open_store
-
     lineup = _capture_lineup(args)
     folder = RunFolder(args.out)
     check_run(args, folder, lineup)
     _score(folder, lineup, args, None, args.device)
-    effects = _write_effects(folder, stable_only=args.stable_only)
-    _write_report(folder)
-    print("\n".join([*answer(effects, open_store(folder.store)), "", f"Report: {folder.report}"]))
+    store = folder.open_store()
+    effects = _write_effects(folder, store)
+    if args.stable_only:
+        effects = _write_effects(folder, store, stable_only=True)
+    _write_report(folder, store, stable_only=args.stable_only)
+    print("\n".join([*answer(effects.content, store), "", f"Report: {folder.report}"]))
 
 
 def _check_grid_asked(args: argparse.Namespace) -> None:
@@ -131,7 +138,6 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
     from actcache.capture import capture
     from actcache.lineup import Lineup
     from actcache.prompts import read_prompts
-    from actcache.store import open_store
 
     check_device(args.device)
     prompts = read_prompts(args.prompts, args.limit)
@@ -143,7 +149,7 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
         prompts=str(args.prompts.resolve()),
         device=args.device,
         command=shlex.join(["actcache", *sys.argv[1:]]),
-        store=args.store,
+        store=absolute_place(args.store),
     )
     part = getattr(args, "part", (0, 1))
     clock = CaptureClock(lineup, settings)
@@ -159,8 +165,9 @@ def _capture_lineup(args: argparse.Namespace) -> Lineup:
                 return clock.load(label)
 
         capture(lineup, prompts, folder.store, settings, part=part, load=load, on_progress=line, say=say)
+    folder.bind_store()
     clock.write(folder, len(prompts))
-    store = open_store(folder.store)
+    store = folder.open_store()
     say(f"{len(store)} events" + (f"; without one: {reasons_of(store)}" if store.excluded.num_rows else ""))
     return lineup
 
@@ -174,11 +181,11 @@ def _grid(args: argparse.Namespace) -> None:
 
 def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> int:
     """Score what is not scored yet; how many cells there are now."""
+    from actcache.cells import gather_cells, group_files, identity
     from actcache.grid import check_settings, run_grid
     from actcache.replay import LateStack
-    from actcache.store import open_store
 
-    store = open_store(folder.store)
+    store = folder.open_store()
     check_complete(store)
     settings = grid_settings(args, boundary, store.boundaries, store.width, store.fingerprint["n_blocks"])
     check_settings(store, settings)
@@ -197,89 +204,130 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
             check_same_checkpoints(store, lineup)  # what was loaded lies between two looks at the files
             return late
 
-        cells = run_grid(store, load_late, folder.cell_groups, settings, on_progress=line, say=say)
+        run_grid(store, load_late, folder.cell_groups, settings, on_progress=line, say=say)
     clock.write()
-    write_parquet(folder.cells, cells)
-    return cells.num_rows
+    how: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
+    while True:
+        files = group_files(folder.cell_groups)
+        cells = gather_cells(folder.cell_groups, store, **how)
+        write_parquet(folder.cells, cells, {**identity(store), **how})
+        if group_files(folder.cell_groups) == files:  # else another grid has finished some, and written its own table
+            return cells.num_rows
 
 
 def _effects(args: argparse.Namespace) -> None:
     from actcache.effects import effects
-    from actcache.store import open_store
 
     if args.draws < 1:
         raise InputError(f"draws is {args.draws}; it must be at least 1")
     store = None
     if args.source.is_dir():
-        store = open_store(RunFolder(args.source).store)
+        folder = RunFolder(args.source)
+        store = folder.open_store()
         result = _write_effects(
-            RunFolder(args.source),
-            draws=args.draws,
-            seed=args.seed,
-            stable_only=args.stable_only,
-            min_gap=args.min_gap,
+            folder, store, draws=args.draws, seed=args.seed, stable_only=args.stable_only, min_gap=args.min_gap
         )
-        if args.json and (left_out := said_of_left_out(result)) is not None:
+        if args.json and (left_out := said_of_left_out(result.content)) is not None:
             say(left_out)
-        say(f"{RunFolder(args.source).effects} holds them; next: actcache report {args.source}")
+        path = folder.effects_of(stable_only=args.stable_only, min_gap=args.min_gap)
+        say(f"{path} holds them; next: actcache report {args.source}")
     elif args.stable_only or args.min_gap is not None:
         raise InputError(f"{args.source} is not a run: --stable-only and --min-gap need the folder of a run, RUN")
     else:
-        result = effects(read_cells(args.source), draws=args.draws, seed=args.seed)
-    print(json.dumps(result, indent=1) if args.json else "\n".join(described(result, store)))
+        cells = read_cells(args.source)
+        result = _sealed(effects(cells.content, draws=args.draws, seed=args.seed), {"cells": cells.seal})
+    if args.json:
+        print(json_bytes(result.content, result.made_from).decode(), end="")
+    else:
+        print("\n".join(described(result.content, store)))
 
 
 def _write_effects(
-    folder: RunFolder, *, draws: int = 2000, seed: int = 0, stable_only: bool = False, min_gap: float | None = None
-) -> dict[str, Any]:
+    folder: RunFolder,
+    store: Store,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    stable_only: bool = False,
+    min_gap: float | None = None,
+) -> Sealed:
+    """Average the cells of a run; effects that leave events out go into a file of their own."""
     from actcache.effects import effects
 
-    cells, left_out = _selected(folder, stable_only=stable_only, min_gap=min_gap)
-    result = left_out | effects(cells, draws=draws, seed=seed)
-    write_atomically(folder.effects, json.dumps(result, indent=1).encode() + b"\n")
+    cells, left_out, made_from = _selected(folder, store, stable_only, min_gap)
+    result = _sealed(left_out | effects(cells, draws=draws, seed=seed), made_from)
+    path = folder.effects_of(stable_only=stable_only, min_gap=min_gap)
+    write_atomically(path, json_bytes(result.content, result.made_from))
     return result
 
 
-def _selected(folder: RunFolder, *, stable_only: bool, min_gap: float | None) -> tuple[pa.Table, dict[str, Any]]:
-    """The cells of a run whose events are averaged, and what to say of those left out."""
-    from actcache.effects import select_events
-    from actcache.stability import read_stability
-    from actcache.store import open_store
+def _sealed(content: dict[str, Any], made_from: dict[str, Any]) -> Sealed:
+    return Sealed(content, made_from, seal_of(json_bytes(content, made_from)))
 
-    cells = read_cells(folder.cells)
+
+def _selected(
+    folder: RunFolder, store: Store, stable_only: bool, min_gap: float | None
+) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
+    """The cells of a run whose events are averaged, what to say of those left out, and what both were made from."""
+    from actcache.effects import select_events
+    from actcache.stability import read_sealed
+
+    cells = read_run_cells(folder, store)
     if not stable_only and min_gap is None:
-        return cells, {}
-    store = open_store(folder.store)
-    stability = read_stability(store, folder.stability) if stable_only else None
-    return select_events(cells, store.events, store.fingerprint["dtype"], stability=stability, min_gap=min_gap)
+        return cells.content, {}, {"cells": cells.seal}
+    stability = read_sealed(store, folder.stability) if stable_only else None
+    selected, left_out = select_events(
+        cells.content,
+        store.events,
+        store.fingerprint["dtype"],
+        stability=stability and stability.content,
+        min_gap=min_gap,
+    )
+    return selected, left_out, {"cells": cells.seal} | ({"stability": stability.seal} if stability else {})
 
 
 def _report(args: argparse.Namespace) -> None:
     folder = RunFolder(args.run)
-    _write_report(folder)
+    _write_report(folder, folder.open_store(), stable_only=args.stable_only, min_gap=args.min_gap)
     print(folder.report)
 
 
-def _write_report(folder: RunFolder) -> None:
+def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False, min_gap: float | None = None) -> None:
+    from actcache.cells import identity
     from actcache.report import build_report
-    from actcache.store import open_store
 
-    if not folder.effects.is_file():
-        _write_effects(folder)
-    store = open_store(folder.store)
-    effects = json.loads(folder.effects.read_text())
-    n_blocks = store.fingerprint["n_blocks"]
-    cells, _ = _selected(folder, stable_only=effects.get("stable_only", False), min_gap=effects.get("min_gap"))
+    cells, _, made_from = _selected(folder, store, stable_only, min_gap)
+    if stable_only or min_gap is not None:
+        effects = _write_effects(folder, store, stable_only=stable_only, min_gap=min_gap)
+    else:
+        effects = _current_effects(folder, store, made_from)
     page = build_report(
         cells,
-        effects,
+        effects.content,
         store.events,
         store.excluded,
         _settings_shown(folder.record(), store),
-        default_boundary=round(0.6 * n_blocks),
+        default_boundary=round(0.6 * store.fingerprint["n_blocks"]),
         stability=summaries_of(folder),
     )
-    write_atomically(folder.report, page.encode())
+    write_atomically(folder.report, html_bytes(page, {**identity(store), **made_from, "effects": effects.seal}))
+
+
+def _current_effects(folder: RunFolder, store: Store, made_from: dict[str, Any]) -> Sealed:
+    """The effects over all events; those on file are made again if they were not made from what they should be."""
+    options = {}
+    try:
+        found = read_json(folder.effects, "effects", "it is made again")
+    except FileNotFoundError:
+        pass
+    except (NoSealError, CorruptFileError) as error:
+        say(str(error))
+    else:
+        if found.made_from == made_from:
+            return found
+        say(f"{folder.effects} is of other cells than {folder.cells} now holds; it is made again")
+        options = {name: found.content[name] for name in ("draws", "seed")}
+    return _write_effects(folder, store, **options)
 
 
 def _settings_shown(record: RunRecord, store: Store) -> dict[str, str]:

@@ -11,7 +11,6 @@ from actcache.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from actcache.capture import CaptureSettings
-    from actcache.cells import Finished
     from actcache.lineup import Lineup
     from actcache.store import Store
     from actcache.trunk import Trunk
@@ -85,20 +84,16 @@ class GridClock(_Clock):
     def __init__(self, folder: RunFolder, store: Store) -> None:
         super().__init__()
         self._folder, self._store = folder, store
-        self._from_nothing = not self._finished()
+        self._from_nothing = not any(folder.cell_groups.glob("*.parquet"))
 
     def write(self) -> None:
         """Record the grid, with what it scored; one of which something was finished before is taken off the record."""
+        from actcache.cells import finished_groups
         from actcache.finished import scored_groups
         from actcache.plan import groups_as_json
 
         times = self._times()
         if times is None:
             return
-        scored = {"groups": groups_as_json(scored_groups(self._finished()) or [])}
+        scored = {"groups": groups_as_json(scored_groups(finished_groups(self._folder.cell_groups, self._store)))}
         self._folder.record_timing("grid", times | scored if self._from_nothing else None)
-
-    def _finished(self) -> Finished:
-        from actcache.cells import finished_groups
-
-        return finished_groups(self._folder.cell_groups, self._store)
