@@ -158,12 +158,14 @@ class Checkpoint:
             str(self.path / files.CONFIG): getattr(self.config, "eos_token_id", None),
             f"{self.path / files.CONFIG} (the decoder's)": getattr(self.decoder_config, "eos_token_id", None),
         }
+        named = []
         for place, found in places.items():
-            if found is not None:
-                ids = found if isinstance(found, list) else [found]
-                if not all(type(token) is int for token in ids):
-                    raise InputError(f"checkpoint {self.label}: {place}: eos_token_id is {found!r}, expected token ids")
-                return frozenset(ids)
+            ids = found if isinstance(found, list) else [found]
+            if found is not None and not all(type(token) is int for token in ids):
+                raise InputError(f"checkpoint {self.label}: {place}: eos_token_id is {found!r}, expected token ids")
+            named += [] if found is None else [ids]
+        if named:
+            return frozenset(named[0])
         own = self.tokenizer.eos_token_id
         return frozenset(() if own is None else (own,))
 
@@ -292,4 +294,4 @@ def _is_tokenizer(name: Any) -> bool:
     if not isinstance(name, str):
         return False
     found = [tokenizer_class_from_name(one) for one in (name, name.removesuffix("Fast"), name + "Fast")]
-    return all(one is None or issubclass(one, PreTrainedTokenizerBase) for one in found)
+    return all(one is None or (isinstance(one, type) and issubclass(one, PreTrainedTokenizerBase)) for one in found)
