@@ -111,7 +111,8 @@ def capture(
 
     Raises:
         InputError: see :meth:`Lineup.encode`, or a boundary out of range.
-        IncompatibleError: the store belongs to another run; names the field.
+        IncompatibleError: the store belongs to another run; names the field. Prompts may have changed since, those that
+            are not captured yet.
         UnsupportedModelError: see :func:`load_trunk`.
         OSError: the disk refuses; nothing half-written stays. Writing goes on beside the forwards, up to two segments
             behind; its failure stops them before the next one.
@@ -119,7 +120,8 @@ def capture(
     for boundary in settings.boundaries:
         check_boundary(boundary, lineup.n_blocks)
     prompt_ids = lineup.encode(prompts, say)
-    writer = StoreWriter(store, fingerprint(lineup, prompts, settings))
+    found = fingerprint(lineup, prompts, settings)
+    writer = StoreWriter(store, found, digests_of_segments(prompts, settings.shard_prompts))
     shards = list(_shards(len(prompts), settings.shard_prompts))[part[0] :: part[1]]
     committed = writer.committed
     tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)
@@ -172,6 +174,12 @@ def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSett
         processor=platform.machine(),
         versions={name: version(name) for name in ("actcache", "torch", "transformers")},
     )
+
+
+def digests_of_segments(prompts: Sequence[Prompt], shard_prompts: int) -> dict[str, str]:
+    """A digest of the prompts of each segment, by its name."""
+    shards = _shards(len(prompts), shard_prompts)
+    return {name: prompts_module.digest(prompts[shard.start : shard.stop]) for name, shard in shards}
 
 
 def _shards(n_prompts: int, shard_prompts: int) -> Iterable[tuple[str, range]]:

@@ -43,6 +43,7 @@ def check_complete(store: Store) -> None:
         raise InputError(
             f"{store.path} holds {found} of {asked} prompts: give the capture command again until all are captured"
         )
+    store.check_prompts()
 
 
 def check_same_checkpoints(store: Store, lineup: Lineup) -> None:

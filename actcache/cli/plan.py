@@ -233,6 +233,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Path) -> tuple[Study, bool]:
     """What a run computed, and whether it is known what it scored; if not, with the grid that would be scored."""
+    from actcache.capture import digests_of_segments
     from actcache.cells import finished_groups
     from actcache.finished import scored_groups, settings_of
     from actcache.grid import GridSettings
@@ -248,7 +249,8 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
                 field=field,
             )
     prompts = read_prompts(prompts_path, fingerprint["n_prompts"])
-    if digest(prompts) != fingerprint["prompts"]:
+    as_captured = store.prompts == digests_of_segments(prompts, fingerprint["shard_prompts"])
+    if not as_captured and digest(prompts) != fingerprint["prompts"]:
         raise InputError(
             f"{prompts_path} no longer holds the prompts that {folder.path} was made from; give theirs with --prompts"
         )

@@ -445,6 +445,8 @@ def _check_record(record: dict[str, Any]) -> None:
             raise InputError(f"{field} is {record[field]!r}, expected a count")
     if "parts" in record:
         _check_parts(record)
+    if "prompts" in record:
+        _check_prompts(record)
     for table, columns in (("events", EVENT_COLUMNS), ("excluded", EXCLUDED_COLUMNS)):
         schema = record["schema"][table]
         for column, kind in schema.items():
@@ -479,6 +481,14 @@ def _check_parts(record: dict[str, Any]) -> None:
     for field in _COUNTS:
         if sum(part[field] for part in record["parts"]) != record[field]:
             raise InputError(f"{field} is {record[field]}, that of its parts another")
+
+
+def _check_prompts(record: dict[str, Any]) -> None:
+    digests = [*record["prompts"]["all"], *record["prompts"]["of"].values()]
+    if record["prompts"].keys() != {"all", "of"} or not all(isinstance(one, str) for one in digests):
+        raise InputError("prompts is not made of digests")
+    if not record["prompts"]["of"].keys() <= {record["segment"], *record["replaces"]}:
+        raise InputError("prompts names a segment that is not merged into this one")
 
 
 def check_version(found: Any, where: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from actcache.carried import as_columns
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
 from actcache.store import layout, shard
-from actcache.store.records import check_schemas, read_fingerprint, read_records, without_replaced
+from actcache.store.records import check_schemas, merge_prompts, read_fingerprint, read_records, without_replaced
 from actcache.store.segment import Segment, Segments
 from actcache.store.storage import Place, Storage, open_storage
 
@@ -118,6 +118,24 @@ class Store:
         # Listed last: a segment committed meanwhile is one.
         live = {record["folder"] for record in _live_records(self.storage, self.fingerprint)}
         return sorted([*(f"{layout.SEGMENTS}/{name}" for name in folders if name not in live), *drafts])
+
+    @property
+    def prompts(self) -> dict[str, str]:
+        """A digest of the prompts of each segment that a capture has committed, where it has told."""
+        return dict(merge_prompts([segment.record for segment in self.segments])["of"])
+
+    def check_prompts(self) -> None:
+        """Raise IncompatibleError unless all segments are of one prompts file, as far as they tell.
+
+        Only of a store that is complete: captures of two files may have committed to it at once.
+        """
+        found = merge_prompts([segment.record for segment in self.segments])
+        complete = found["of"].keys() == {part.segment for segment in self.segments for part in segment.parts}
+        if complete and found["all"] and layout.fingerprint_digest(found["of"]) not in found["all"]:
+            raise IncompatibleError(
+                f"{self.path} holds segments of two prompts files, captured at once; capture again into another folder",
+                field="prompts",
+            )
 
     @cached_property
     def events(self) -> pa.Table:

@@ -155,3 +155,12 @@ def parts_of(record: dict[str, Any]) -> tuple[Part, ...]:
 def encode_parts(parts: Sequence[Part]) -> list[dict[str, Any]]:
     """The ``parts`` of a record."""
     return [{"segment": part.segment, "record": part.record, **part.counts._asdict()} for part in parts]
+
+
+def merge_prompts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ``prompts`` of several records as one: of each segment the digest of its prompts, and those of all files."""
+    given = [record["prompts"] for record in records if "prompts" in record]
+    return {
+        "all": sorted({whole for one in given for whole in one["all"]}),
+        "of": {name: digest for one in given for name, digest in one["of"].items()},
+    }

@@ -10,10 +10,11 @@ import contextlib
 import errno
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import Any
 
 import numpy.typing as npt
@@ -22,7 +23,16 @@ from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
 from actcache.store import layout, shard
 from actcache.store.chunks import ChunkCodec
 from actcache.store.layout import SegmentData
-from actcache.store.records import Part, committed_names, encode_parts, read_fingerprint, read_record, read_records
+from actcache.store.records import (
+    Part,
+    committed_names,
+    encode_parts,
+    merge_prompts,
+    parts_of,
+    read_fingerprint,
+    read_record,
+    read_records,
+)
 from actcache.store.storage import Place, Storage, open_storage
 
 Files = dict[str, tuple[int, int | None]]
@@ -42,12 +52,16 @@ class StoreWriter:
         fingerprint: what identifies its content.
     """
 
-    def __init__(self, place: Place, fingerprint: dict[str, Any]) -> None:
+    def __init__(
+        self, place: Place, fingerprint: dict[str, Any], prompts: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         """Create the store, or open one with the same fingerprint.
 
         Args:
             place: as in ``open_store``.
             fingerprint: JSON values; see FORMAT.md for the fields that the layout depends on.
+            prompts: of every segment that the store shall have, a digest of its prompts, by name. Then the store may
+                have been created with other prompts, but its segments were committed with these.
 
         Raises:
             InputError: the place is not a store and not empty, or the fingerprint lacks what the layout needs.
@@ -60,10 +74,17 @@ class StoreWriter:
         layout.check_fingerprint(self.fingerprint)
         if self.storage.size(layout.ROOT) is None:
             self._create()
-        _check_same(self.fingerprint, read_fingerprint(self.storage))
+        stored = read_fingerprint(self.storage)
+        self._prompts = dict(prompts)
+        # Of an earlier state of the prompts file, if not of this one; what is committed tells whether it matters.
+        earlier = {"prompts": stored["prompts"]} if prompts and "prompts" in stored else {}
+        _check_same(self.fingerprint | earlier, stored)
+        self._given, self.fingerprint = self.fingerprint, stored
         self._digest = layout.fingerprint_digest(self.fingerprint)
         self._encoding = threading.Lock()
         self._known: dict[str, dict[str, Any]] = {}  # records seen so far, by name
+        if prompts:
+            self._check_prompts()
 
     @property
     def committed(self) -> set[str]:
@@ -87,6 +108,7 @@ class StoreWriter:
         Raises:
             AlreadyCommittedError: a segment of this name is committed, or was while this one was being written; the
                 committed one is as it was.
+            IncompatibleError: another writer has committed, before or just now, segments of other prompts.
             InputError: the content does not fit the fingerprint, or the name is none.
             OSError: the disk or the net refuses. The files of this segment are removed and the store is as it was; but
                 where an object store did not say whether the segment was committed, it may still become so, whole.
@@ -95,6 +117,7 @@ class StoreWriter:
         self._check_fits(segment)
         try:
             self._append(name, segment, replaces, parts)
+            self._check_prompts()  # again: of two writers that were at it at once, the later one sees both
         except FileNotFoundError as error:
             if self.storage.size(layout.ROOT) is None:
                 gone = "the store has been removed; give the command again to make it anew"
@@ -105,6 +128,7 @@ class StoreWriter:
         with self.storage.creating(layout.commit_key(name)) as publish:
             if name in self.committed:
                 raise AlreadyCommittedError(f"segment {name!r} is committed already; segments are immutable")
+            self._check_prompts()
             folder = self.storage.folder_for(name)
             codecs = partial(layout.codec_of, fingerprint=self.fingerprint)
             record = {
@@ -121,6 +145,8 @@ class StoreWriter:
             }
             if parts:
                 record["parts"] = encode_parts(parts)
+            if prompts := self._prompts_of(name, replaces):
+                record["prompts"] = prompts
             try:
                 files = _write_files(self.storage, f"{layout.SEGMENTS}/{folder}", segment, codecs, self._encoding)
             except BaseException:
@@ -136,6 +162,29 @@ class StoreWriter:
                 if not self.storage.is_far and not self._published(name, folder):
                     self._discard(folder)
                 raise
+
+    def _check_prompts(self) -> None:
+        """Raise IncompatibleError where a committed segment is of other prompts than those of this writer."""
+        if not self._prompts:
+            return
+        records = read_records(self.storage, self._digest, self._known)
+        committed = merge_prompts(records)["of"]
+        if any(part.segment not in committed for record in records for part in parts_of(record)):
+            _check_same(self._given, self.fingerprint)  # an earlier version knew of all prompts together only
+        for name, digest in committed.items():
+            if self._prompts.get(name) != digest:
+                raise IncompatibleError(
+                    f"the store belongs to another run: the prompts of its segment {name} are not this run's; prompts "
+                    "may change until they are captured; give another folder",
+                    field="prompts",
+                )
+
+    def _prompts_of(self, name: str, replaces: Sequence[str]) -> dict[str, Any] | None:
+        """What the record of a segment says of its prompts, if anything is known of them."""
+        if name in self._prompts:
+            return {"all": [layout.fingerprint_digest(self._prompts)], "of": {name: self._prompts[name]}}
+        merged = merge_prompts([self._known[old] for old in replaces if old in self._known])
+        return merged if merged["of"] else None
 
     def _discard(self, folder: str) -> None:
         """Remove files that no record can name; where that fails they stay, listed as uncommitted."""
