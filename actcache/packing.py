@@ -426,7 +426,7 @@ def attend_in_core(
         query_strides=(query.stride(2), query.stride(1)),
         key_strides=(key.stride(2), key.stride(1)),
         value_strides=(value.stride(2), value.stride(1)),
-        window=window or n_tokens,
+        window=n_tokens if window is None else window,
         scale=width**-0.5 if scaling is None else scaling,
         n_threads=torch.get_num_threads(),
     )

@@ -352,7 +352,9 @@ class LateStack:
 
     def _how(self, strict: bool, max_tokens: int | None) -> tuple[Mode, int]:
         mode: Mode = "single" if strict or is_wrapped(self._model) else self.mode
-        return mode, max_tokens or MAX_TOKENS.get(self.device.type, MAX_TOKENS["cuda"])
+        if max_tokens is None:
+            max_tokens = MAX_TOKENS.get(self.device.type, MAX_TOKENS["cuda"])
+        return mode, max_tokens
 
     def _share_threads(self, mode: Mode, n_tokens: int) -> tuple[int, int]:
         """How many packs run at once, on how many threads each. One that shall be what a plain forward is takes all."""

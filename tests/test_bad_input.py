@@ -111,6 +111,18 @@ def test_boundaries(pair, refused, tmp_path, boundary):
     refused("boundary", *command(*pair, tmp_path / "run"), f"--boundary={boundary}")
 
 
+@pytest.mark.parametrize(
+    ("option", "words"), [("--scope", "scope '' is unknown"), ("--readout", "readout '' is unknown"), ("sweep", "''")]
+)
+def test_an_empty_choice_is_not_the_default(pair, refused, tmp_path, option, words):
+    if option == "sweep":
+        (tmp_path / "sweep.toml").write_text('boundaries = ""\n')
+        option, value = "--sweep", tmp_path / "sweep.toml"
+    else:
+        value = ""
+    refused(words, *command(*pair, tmp_path / "run"), option, value)
+
+
 def test_model_folders(pair, refused, tmp_path):
     pt, it, prompts = pair
     out = tmp_path / "run"

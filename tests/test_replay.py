@@ -559,3 +559,9 @@ def test_tokens_that_no_distribution_has_add_nothing(monkeypatch):
     _, kl = readout.compare(hidden, hidden.flip(0), torch.tensor([0, 1]))
     assert torch.isfinite(kl).all()
     assert (kl > 0).all()
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1])
+def test_a_budget_of_no_tokens_runs_each_sequence_alone(max_tokens):
+    late = LateStack.load(build("llama"), BOUNDARY)
+    assert late.packs([3, 4, 5], max_tokens=max_tokens) == [range(0, 1), range(1, 2), range(2, 3)]

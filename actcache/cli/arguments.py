@@ -96,7 +96,7 @@ def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings
         max_new=args.max_new,
         row_selection=args.rows,
         strict=args.strict,
-        max_tokens=args.max_tokens or CaptureSettings.max_tokens,
+        max_tokens=CaptureSettings.max_tokens if args.max_tokens is None else args.max_tokens,
         shard_prompts=args.shard_prompts,
         codec=args.codec,
     )
@@ -145,12 +145,13 @@ def grid_settings(
         if argument is not None and of_sweep is not None:
             raise InputError(f"{args.sweep} says what {name} {argument} says too; leave one of them out")
     boundaries = tuple(captured)
-    if (asked := sweep.boundaries or boundary) not in (None, "all"):
+    asked = boundary if sweep.boundaries is None else sweep.boundaries
+    if asked not in (None, "all"):
         boundaries = parse_boundaries(asked, n_blocks)
     return GridSettings(
         boundaries,
-        sweep.scopes or _names(args.scope or "prefix"),
-        sweep.readouts or _names(args.readout or READOUTS),
+        _names("prefix" if args.scope is None else args.scope) if sweep.scopes is None else sweep.scopes,
+        _names(READOUTS if args.readout is None else args.readout) if sweep.readouts is None else sweep.readouts,
         sweep.variants_at,
         top1=sweep.top1,
         kl=sweep.kl,

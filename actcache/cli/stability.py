@@ -102,7 +102,7 @@ def _check(
             load,
             folder.stability,
             samples,
-            max_tokens=max_tokens or store.fingerprint["max_tokens"],
+            max_tokens=store.fingerprint["max_tokens"] if max_tokens is None else max_tokens,
             device=device,
             on_progress=line,
             say=say,
