@@ -284,9 +284,12 @@ def _load_tokenizer(path: Path, config: PretrainedConfig) -> PreTrainedTokenizer
     # Where earlier versions of transformers follow a path in the config, None makes them look in the folder.
     elsewhere = {key: None for key, value in settings.items() if key.endswith("_file") and isinstance(value, str)}
     try:
-        return AutoTokenizer.from_pretrained(path, config=config, **_LOCAL, **elsewhere)
+        tokenizer = AutoTokenizer.from_pretrained(path, config=config, **_LOCAL, **elsewhere)
     except Exception as error:  # the tokenizers library raises no narrower class
         raise InputError(f"no tokenizer in {path}: {files.one_line(error)}") from error
+    if tokenizer.get_vocab().keys() <= set(tokenizer.all_special_tokens):  # of no files, by earlier transformers
+        raise InputError(f"no tokenizer in {path}: its vocabulary holds special tokens only")
+    return tokenizer
 
 
 def _is_tokenizer(name: Any) -> bool:
