@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -27,7 +27,7 @@ from actcache.edits import PLAIN
 from actcache.errors import CheckError, CorruptFileError
 from actcache.files import write_atomically
 from actcache.sealed import NoSealError, parquet_bytes, read_parquet
-from actcache.store import Store, layout
+from actcache.store import Segment, Store, layout
 
 # The event columns that cells repeat, before the cell's own; carried prompt columns come last.
 _EVENT_COLUMNS = ("event_id", "prompt_id", "kind", "step", "position", "y_pt", "y_it")
@@ -128,6 +128,18 @@ def finished_groups(folder: str | Path, store: Store) -> Finished:
 def group_files(folder: str | Path) -> list[Path]:
     """The files of groups, finished by now, of whatever events."""
     return sorted(path for path in Path(folder).glob("*.parquet") if _FILE.fullmatch(path.name))
+
+
+def by_segment(finished: Finished, store: Store) -> Iterator[tuple[Segment, Finished]]:
+    """The segments that have events, as they are now, each with the groups that hold some of its events."""
+    segments = [segment for segment in store.segments if segment.n_events]
+    stops = np.array([segment.events.stop for segment in segments], np.int64)
+    found: list[Finished] = [{} for _ in segments]
+    for at, groups in finished.items():
+        for group in groups:
+            for number in np.unique(np.searchsorted(stops, group.events, side="right")):
+                found[number].setdefault(at, []).append(group)
+    yield from zip(segments, found, strict=True)
 
 
 def has_earlier_files(folder: str | Path) -> bool:

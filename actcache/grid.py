@@ -24,6 +24,7 @@ import torch
 from actcache.cells import (
     Finished,
     FinishedGroup,
+    by_segment,
     check_every_cell,
     file_name,
     find_groups,
@@ -136,7 +137,7 @@ def run_grid(
         say(f"cells of an earlier version in {folder} have no checksum: they are scored again where they are asked for")
     tally = Tally(count_replays(store, settings), "replays", on_progress)
     todo = []
-    for segment, of_segment in _by_segment(store, finished):
+    for segment, of_segment in by_segment(finished, store):
         for boundary in settings.boundaries:
             work = _Work(store, segment, boundary, settings, folder, of_segment)
             tally.add(found=work.n_done)
@@ -264,18 +265,6 @@ def _without_displacement(finished: Finished, store: Store, settings: GridSettin
         return None
     some = ", ".join(moved_less[:3]) + (f" and {len(moved_less) - 3} more variants" if len(moved_less) > 3 else "")
     return f"cells without displacement (weight 0, a placebo, or rows that are their source's already): {some}"
-
-
-def _by_segment(store: Store, finished: Finished) -> Iterator[tuple[Segment, Finished]]:
-    """The segments that have events, as they are now, each with the groups that hold some of its events."""
-    segments = [segment for segment in store.segments if segment.n_events]
-    stops = np.array([segment.events.stop for segment in segments], np.int64)
-    found: list[Finished] = [{} for _ in segments]
-    for at, groups in finished.items():
-        for group in groups:
-            for number in np.unique(np.searchsorted(stops, group.events, side="right")):
-                found[number].setdefault(at, []).append(group)
-    yield from zip(segments, found, strict=True)
 
 
 @dataclass(frozen=True)

@@ -24,19 +24,22 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.errors import CorruptFileError, IncompatibleError, InputError
 from actcache.files import write_atomically
-from actcache.sealed import NoSealError, Sealed, json_bytes, read_json
+from actcache.sealed import NoSealError, Sealed, check_seal, json_bytes, read_json
 
 if TYPE_CHECKING:
     from actcache.store import Store
 
-if TYPE_CHECKING:
-    from actcache.store import Store
+
+def run_at(given: str | Path) -> RunFolder | None:
+    """The run in a folder; None where what was given is a store's place."""
+    run = RunFolder(given)
+    return run if "://" not in str(given) and run.record_path.is_file() else None
 
 
 def store_place(given: str | Path) -> str | Path:
     """Where a store is: what was given, or the store of the run in that folder."""
-    run = RunFolder(given)
-    return run.store if "://" not in str(given) and run.record_path.is_file() else given
+    run = run_at(given)
+    return given if run is None else run.store
 
 
 def open_store(place: str | Path) -> Store:
@@ -47,12 +50,14 @@ def open_store(place: str | Path) -> Store:
 
     Raises:
         InputError: there is no store.
+        IncompatibleError: it is not the one that the run was captured into.
         CorruptStoreError: its root is not what was written.
         FormatVersionError: it was written in a format that this version does not read.
     """
     from actcache import store
 
-    return store.open_store(store_place(place))
+    run = run_at(place)
+    return store.open_store(place) if run is None else run.open_store()
 
 
 @dataclass(frozen=True)
@@ -137,6 +142,7 @@ class RunFolder:
         Raises:
             InputError: the path is a file, or a folder with files in it that is not a run's; or the run's store is
                 elsewhere than this record says.
+            IncompatibleError: another store is where the run's was.
         """
         existing = self._is_existing_run()
         made_folder = not self.path.exists()
@@ -149,6 +155,10 @@ class RunFolder:
                     f"{self.path} has its store at {found.store or self.path / 'store'}; give the same --store, or a "
                     "new folder"
                 )
+            try:
+                self.open_store()
+            except InputError:  # the store was taken away, or never begun: what is captured now is the run's
+                self._write_record(record)
             yield
             return
         try:
@@ -240,6 +250,20 @@ class RunFolder:
         filters = ["stable-only"] * stable_only
         filters += [] if min_gap is None else [f"min-gap-{min_gap!r}".removesuffix(".0")]
         return self.effects.with_stem("-".join([self.effects.stem, *filters]))
+
+    def check_files(self) -> list[CorruptFileError | NoSealError]:
+        """What is wrong with the files of the run, its store apart; those of earlier versions have no seal."""
+        effects = self.path.glob(f"{self.effects.stem}*.json")
+        named = (self.record_path, self.stability, self.cells, *effects, self.report, self.timings_path, self.plan)
+        wrong: list[CorruptFileError | NoSealError] = []
+        for path in sorted({*named, *self.cell_groups.glob("*.parquet")}):
+            try:
+                check_seal(path.read_bytes(), path, "a file of a run", "remove it and make it again")
+            except FileNotFoundError:
+                pass
+            except (CorruptFileError, NoSealError) as error:
+                wrong.append(error)
+        return wrong
 
     def _write_record(self, record: RunRecord) -> None:
         write_atomically(self.record_path, json_bytes(asdict(record), {}))

@@ -15,9 +15,11 @@ import tiny
 import torch
 from conftest import MAX_NEW
 
+import actcache
 import actcache.cli.stages as stages
 from actcache import grid
 from actcache.cli import main
+from actcache.errors import IncompatibleError
 from actcache.run_folder import RunFolder
 from actcache.sealed import read_json
 from actcache.store import compact
@@ -240,6 +242,20 @@ def test_a_report_is_of_the_cells_that_are_there(run, sweep, capfd):
         assert again["draws"] == 2000, "what was asked before is not known"
 
 
+def test_verify_names_damaged_files_of_the_run(run, capfd):
+    assert main(["verify", str(run)]) == 0
+    names = sorted([*run.glob("*.*"), *(run / "cells").iterdir()])
+    assert len(names) == 5 + len(list((run / "cells").iterdir()))
+    for path in names:
+        good = path.read_bytes()
+        path.write_bytes(good[:-30] + bytes([good[-30] ^ 1]) + good[-29:])
+        capfd.readouterr()
+        assert main(["verify", str(run)]) == 1
+        assert path.name in "".join(capfd.readouterr())
+        path.write_bytes(good)
+    assert main(["verify", str(run)]) == 0
+
+
 def test_effects_that_leave_events_out_are_another_file(run, capfd):
     n_events = len(actcache_store(run))
     gaps = actcache_store(run).events
@@ -300,8 +316,18 @@ def test_a_store_that_was_replaced_is_refused(tiny_run, run, sweep, capfd):
     other = tiny_run("llama", torch.float32, *SEGMENTS, "--strict")
     shutil.rmtree(run / "store")
     shutil.copytree(other.out / "store", run / "store")
-    for words in (["grid"], ["report"], ["plan"], ["effects", "--min-gap", "0"], ["stability"]):
+    export = ["export", "--to", "npy", "--out", run.parent / "exported"]
+    for words in (["grid"], ["report"], ["plan"], ["effects"], ["stability"], ["inspect"], export):
         refused(capfd, "is not the one that", words[0], run, *words[1:])
+    with pytest.raises(IncompatibleError, match="is not the one that"):
+        actcache.open_store(run)
+    again = ["capture", "--pt", other.pt, "--it", other.it, "--prompts", other.prompts, "--out", run]
+    again += ["--max-new", MAX_NEW, *SEGMENTS[:4]]
+    refused(capfd, "is not the one that", *again)
+    shutil.rmtree(run / "store")
+    assert main([str(word) for word in [*again, "--strict"]]) == 0, "begun anew"
+    assert actcache_store(run).events.equals(other.store.events)
+    refused(capfd, "cells.parquet was made from another store", "report", run)
 
 
 def test_cells_of_another_store_are_refused(tiny_run, run, capfd):

@@ -10,9 +10,9 @@ from typing import Any
 
 from actcache.cli.arguments import Verbs, add_verb, numbers, positive
 from actcache.cli.memory import enough_memory
-from actcache.cli.terminal import LiveLine, printable
-from actcache.errors import InputError
-from actcache.run_folder import store_place
+from actcache.cli.terminal import LiveLine, one_line, printable
+from actcache.errors import CorruptFileError, InputError
+from actcache.run_folder import open_store, run_at, store_place
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -50,8 +50,6 @@ def add_verbs(verbs: Verbs) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from actcache.store import open_store
-
     if args.engine:
         from actcache.gather import describe_engines
         from actcache.linear import describe_products
@@ -61,7 +59,7 @@ def _inspect(args: argparse.Namespace) -> None:
         if not args.engine:
             raise InputError("give a store or the folder of a run, or --engine")
         return
-    summary = open_store(store_place(args.store)).summary()
+    summary = open_store(args.store).summary()
     if args.json:
         print(json.dumps(summary, indent=1))
         return
@@ -93,8 +91,12 @@ def _verify(args: argparse.Namespace) -> int:
         if dropped:
             print(f"set aside: {', '.join(dropped)}; give the same capture command to write them anew")
         problems = left
-    if problems:
-        print(f"{place}: {len(problems)} problems", file=sys.stderr)
+    run = run_at(args.store)
+    damaged = [] if run is None else [error for error in run.check_files() if isinstance(error, CorruptFileError)]
+    for error in damaged:
+        print(one_line(error))
+    if problems or damaged:
+        print(f"{args.store}: {len(problems) + len(damaged)} problems", file=sys.stderr)
         return 1
     print(f"{place}: every committed byte is as written")
     return 0
@@ -102,9 +104,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> None:
     from actcache.export import export, parse_events
-    from actcache.store import open_store
 
-    store = open_store(store_place(args.store))
+    store = open_store(args.store)
     events = None if args.events is None else parse_events(args.events)
     with LiveLine("export") as line:
         export(
