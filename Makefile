@@ -1,5 +1,6 @@
 # make demo   the whole flow on the pair that the package ships
 # make test   the test suite
+# make test-deep  all random schedules of writers, readers and compactions, of which 'make test' runs some
 # make check  ruff, mypy, clang-format
 #
 # Each makes its own virtual environment. torch is installed first and pinned, so that nothing pulls in another build:
@@ -15,13 +16,16 @@ PYTEST ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test check clean
+.PHONY: demo test test-deep check clean
 
 demo: $(VENV)/installed
 	$(BIN)/actcache demo --out $(RUN)
 
 test: $(VENV)/installed-test
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST)
+
+test-deep: $(VENV)/installed-test
+	$(BIN)/python -m pytest tests/test_schedules.py -m "deep or not deep" $(PYTEST)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check .

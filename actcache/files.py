@@ -5,13 +5,17 @@ Local and network file systems with POSIX rename and ``flock``; not object store
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from actcache.errors import InputError
 
 
 def write_atomically(path: str | Path, data: Any) -> None:
@@ -31,11 +35,36 @@ def write_atomically(path: str | Path, data: Any) -> None:
 
 
 def write_durably(path: Path, data: Any) -> None:
-    """Write bytes-like ``data`` to a new or emptied file, and fsync it (not its folder)."""
-    with open(path, "wb") as stream:
+    """Write bytes-like ``data`` to a new or emptied file, and fsync it (not its folder; errors as open_own)."""
+    handle = open_own(path)
+    os.ftruncate(handle, 0)
+    with open(handle, "wb") as stream:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def open_own(path: Path) -> int:
+    """Open a file to write or lock it, made where it is missing: the file itself, never what a link leads to.
+
+    Raises:
+        InputError: a link is in its place, a second name of another file, or no file.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+        raise _not_own(path) from error
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        os.close(handle)
+        raise _not_own(path)
+    return handle
+
+
+def _not_own(path: Path) -> InputError:
+    return InputError(f"{path} is a link, or no ordinary file: nothing is written there; remove it")
 
 
 def make_folder(path: Path) -> None:
@@ -109,7 +138,7 @@ def locked(path: Path) -> Iterator[None]:
 def _lock(path: Path) -> int:
     """Lock a file, which need not exist; a file and not the folder, because NFS locks only what can be written."""
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        handle = open_own(path)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_open_at(handle, path):
@@ -122,6 +151,6 @@ def _lock(path: Path) -> int:
 
 def _is_open_at(handle: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(handle), path.stat())
+        return os.path.samestat(os.fstat(handle), path.lstat())
     except FileNotFoundError:
         return False

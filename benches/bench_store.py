@@ -402,7 +402,9 @@ def remove(folder: Path) -> None:
 
 def remove_store(place: str) -> None:
     """The same of a store anywhere."""
-    open_storage(place).remove_folder("")
+    storage = open_storage(place)
+    for key in storage.sizes(""):
+        storage.remove(key)
     os.sync()
 
 

@@ -250,10 +250,11 @@ def test_nothing_is_named_before_it_is_durable(tmp_path, quick_fsync):
         os.replace(source, target)
         note(target.parent)
 
-    def opened(target: Path, mode: str) -> Any:
+    def opened(target: Path | int, mode: str) -> Any:
         stream = builtins.open(target, mode)  # noqa: SIM115
-        note(target)
-        note(target.parent)
+        path = Path(os.readlink(f"/proc/self/fd/{stream.fileno()}"))
+        note(path)
+        note(path.parent)
         return stream
 
     with mock.patch.multiple(os, fsync=fsync, mkdir=mkdir, rename=rename), opening_by(opened):

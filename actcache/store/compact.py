@@ -18,7 +18,7 @@ from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout
 from actcache.store.layout import SegmentData
 from actcache.store.reader import Store, open_store
-from actcache.store.records import committed_names
+from actcache.store.records import read_records, without_replaced
 from actcache.store.segment import Segment
 from actcache.store.storage import Place
 from actcache.store.writer import StoreWriter
@@ -133,11 +133,14 @@ def _free_name(replaces: Sequence[str], taken: set[str]) -> str:
 
 
 def _clear_replaced(store: Store) -> None:
-    """Delete records and files of segments that a committed one replaces: records first, as readers go by them."""
-    live = {segment.name for segment in store.segments}
-    replaced = {name for segment in store.segments for name in segment.record["replaces"]}
-    for name in sorted(replaced & set(committed_names(store.storage)) - live):
-        store.storage.remove(layout.commit_key(name))
-    for folder in store.storage.names(layout.SEGMENTS):
-        if folder.partition(".")[0] in replaced and folder != layout.ROOT:
-            store.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")
+    """Delete what the records of replaced segments list, then these records: whatever else there is stays.
+
+    Records last: an interrupted compaction leaves those that say what is still to delete. No reader minds, as the
+    record of what replaces them is there all the time.
+    """
+    records = read_records(store.storage, layout.fingerprint_digest(store.fingerprint))
+    live = {record["segment"] for record in without_replaced(records)}
+    for record in records:
+        if record["segment"] not in live:
+            store.storage.remove_files(f"{layout.SEGMENTS}/{record['folder']}", record["files"])
+            store.storage.remove(layout.commit_key(record["segment"]))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from actcache.carried import MAX_LEVELS as MAX_CARRIED_LEVELS
 from actcache.carried import is_shallow, is_text
 from actcache.errors import CorruptStoreError, FormatVersionError, InputError
 from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
-from actcache.store.shard import canonical, crc32c, decode_json, encode_json
+from actcache.store.shard import canonical, crc32c, data_file, decode_json, encode_json
 
 FORMAT_VERSION = 1
 
@@ -214,6 +215,18 @@ def expected_arrays(
             else:
                 arrays[f"{table}/{column}"] = ((n,), kind)
     return arrays
+
+
+def expected_files(record: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
+    """Paths of every file that a segment may have: those of its arrays and groups."""
+    arrays = expected_arrays(record, fingerprint)
+    shards = [f"{path}/{data_file(len(shape))}" for path, (shape, _) in arrays.items()]
+    return [*shards, *(str(PurePosixPath(path, ROOT)) for path in (*arrays, *groups_of(arrays)))]
+
+
+def groups_of(arrays: Iterable[str]) -> list[str]:
+    """The groups that arrays lie in, the segment itself (``.``) among them."""
+    return sorted({str(parent) for path in arrays for parent in PurePosixPath(path).parents})
 
 
 def codec_of(array: str, fingerprint: dict[str, Any]) -> ChunkCodec:

@@ -226,7 +226,7 @@ class ObjectStorage:
             time.sleep(wait_s)
 
     @contextmanager
-    def new_folder(self, folder: str) -> Iterator[Write]:
+    def new_folder(self, folder: str, files: Sequence[str]) -> Iterator[Write]:
         def write(path: str, parts: Iterable[bytes]) -> int:
             data = b"".join(parts)
             durable.append(pool.submit(self.put, f"{folder}/{path}", data))
@@ -241,13 +241,17 @@ class ObjectStorage:
     def folder_for(self, segment: str) -> str:
         return f"{segment}.{secrets.token_hex(6)}"
 
-    def remove_folder(self, folder: str) -> None:
-        with _as_oserror(folder):
-            for entries in self.objects.list(folder):
-                self._delete(folder, [entry["path"] for entry in entries])
+    def remove_files(self, folder: str, files: Iterable[str]) -> None:
+        there = self.sizes(folder).keys()
+        if keys := [f"{folder}/{file}" for file in files if file in there]:
+            self._delete(folder, keys)
 
     def remove(self, key: str) -> None:
         self._delete(key, [key])
+
+    def move(self, key: str, to: str) -> None:
+        self.put(to, self.read(key))
+        self.remove(key)
 
     def _delete(self, what: str, keys: Sequence[str]) -> None:
         with contextlib.suppress(FileNotFoundError):  # which some servers say

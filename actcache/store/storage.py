@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from actcache.cpus import usable_cpus
@@ -89,17 +88,28 @@ class Storage(Protocol):
             InputError: on an object store, another is in it, or died there; says whose, since when and what to do.
         """
 
-    def new_folder(self, folder: str) -> AbstractContextManager[Write]:
-        """A context that yields ``write(path, parts) -> bytes``, for any thread; when it ends, all is durable."""
+    def new_folder(self, folder: str, files: Sequence[str]) -> AbstractContextManager[Write]:
+        """A context that yields ``write(path, parts) -> bytes``, for any thread; when it ends, all is durable.
+
+        Args:
+            folder: to make.
+            files: what may be written there; of these, what a writer that died left is deleted.
+
+        Raises:
+            InputError: the folder holds something else, or a link is in its place.
+        """
 
     def folder_for(self, segment: str) -> str:
         """The name of the folder that a writer of this segment may fill."""
 
-    def remove_folder(self, folder: str) -> None:
-        """Delete all that lies below a folder, and it; no error where it is not there."""
+    def remove_files(self, folder: str, files: Iterable[str]) -> None:
+        """Delete these files below a folder, and folders that this leaves empty: nothing else, and through no link."""
 
     def remove(self, key: str) -> None:
         """Delete a file, durably; no error where it is not there."""
+
+    def move(self, key: str, to: str) -> None:
+        """Give a file another key, durably."""
 
     def describe_drafts(self) -> list[str]:
         """Files that writers hold, or that died with them, while they create a key."""
@@ -162,29 +172,34 @@ class LocalStorage:
 
     def sizes(self, folder: str) -> dict[str, int]:
         top = self.root / folder
-        files = (path for path in sorted(top.rglob("*")) if not path.is_dir())
-        return {path.relative_to(top).as_posix(): path.lstat().st_size for path in files}
+        found: dict[str, int] = {}
+        for parent, _, names in os.walk(top):
+            for path in (Path(parent, name) for name in names):
+                with suppress(FileNotFoundError):  # deleted meanwhile, by a compaction
+                    found[path.relative_to(top).as_posix()] = path.lstat().st_size
+        return dict(sorted(found.items()))
 
     def prepare(self, folders: Iterable[str]) -> None:
         for folder in ("", *folders):
-            make_folder(self.root / folder)
+            make_folder(self._own(folder))
 
     def put(self, key: str, data: bytes) -> None:
-        make_folder((self.root / key).parent)
-        write_durably(self.root / key, data)
-        fsync((self.root / key).parent)
+        path = self._own(key)
+        make_folder(path.parent)
+        write_durably(path, data)
+        fsync(path.parent)
 
     def creating(self, key: str) -> AbstractContextManager[Publish]:
-        return sole_creator(self.root / key)
+        return sole_creator(self._own(key))
 
     exclusively = creating  # of a key that nobody creates
 
     @contextmanager
-    def new_folder(self, folder: str) -> Iterator[Write]:
-        top = self.root / folder
-        if top.exists():  # left by a writer that died
-            shutil.rmtree(top)
-
+    def new_folder(self, folder: str, files: Sequence[str]) -> Iterator[Write]:
+        self.remove_files(folder, files)
+        top = self._own(folder)
+        if os.path.lexists(top):
+            raise InputError(f"{top} holds what no writer of this segment left there; move it away")
         folders: set[Path] = set()  # that are there
 
         def write(path: str, parts: Iterable[bytes]) -> int:
@@ -192,7 +207,7 @@ class LocalStorage:
             if file.parent not in folders:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 folders.update(folder for folder in file.parents if folder.is_relative_to(top))
-            with open(file, "wb") as stream:
+            with open(file, "xb") as stream:
                 n_bytes = sum(stream.write(part) for part in parts)
             durable.append(pool.submit(fsync, file))
             return n_bytes
@@ -208,16 +223,46 @@ class LocalStorage:
     def folder_for(self, segment: str) -> str:
         return segment
 
-    def remove_folder(self, folder: str) -> None:
-        shutil.rmtree(self.root / folder, ignore_errors=True)
+    def remove_files(self, folder: str, files: Iterable[str]) -> None:
+        folders = {folder}
+        for file in files:
+            path = self._own(f"{folder}/{file}")
+            folders |= {f"{folder}/{parent}" for parent in PurePosixPath(file).parents}
+            with suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                path.unlink()
+        for path in sorted(map(self._own, folders), key=lambda path: -len(path.parts)):
+            with suppress(OSError):  # not empty, or not there
+                path.rmdir()
 
     def remove(self, key: str) -> None:
-        (self.root / key).unlink(missing_ok=True)
-        fsync((self.root / key).parent)
+        path = self._own(key)
+        path.unlink(missing_ok=True)
+        fsync(path.parent)
+
+    def move(self, key: str, to: str) -> None:
+        path, target = self._own(key), self._own(to)
+        make_folder(target.parent)
+        os.rename(path, target)
+        for folder in (target.parent, path.parent):
+            fsync(folder)
 
     def describe_drafts(self) -> list[str]:
         found = [path for folder in ("", "commits") for path in (self.root / folder).glob(".*") if is_draft(path)]
         return [path.relative_to(self.root).as_posix() for path in found]
+
+    def _own(self, key: str) -> Path:
+        """The path of what shall be changed, which lies in the store's own folders.
+
+        Raises:
+            InputError: a folder on the way is a link, which would lead elsewhere.
+        """
+        parts = PurePosixPath(key).parts
+        if ".." in parts or PurePosixPath(key).is_absolute():
+            raise InputError(f"{key!r} does not lie in {self.root}")
+        for n in range(1, len(parts)):
+            if (folder := self.root.joinpath(*parts[:n])).is_symlink():
+                raise InputError(f"{folder} is a link: nothing is changed through it; put the folder itself there")
+        return self.root / key
 
     @contextmanager
     def _open(self, key: str) -> Iterator[int]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from actcache.errors import CorruptStoreError
 from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout, shard
 from actcache.store.records import check_schemas, committed_names, read_fingerprint, read_record, without_replaced
 from actcache.store.segment import Segment
-from actcache.store.storage import Place, open_storage
+from actcache.store.storage import Place, Storage, open_storage
 
 RECAPTURE = "'actcache verify --repair' drops this segment; the same capture command then writes it anew"
 
@@ -57,31 +58,22 @@ def verify(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
     except CorruptStoreError as error:
         advice = "the root cannot be rebuilt: capture into a new folder"
         return [Problem(layout.ROOT, layout.ROOT, str(error), "the store's fingerprint", advice)]
-    digest = layout.fingerprint_digest(fingerprint)
-    problems: list[Problem] = []
-    records = []
-    try:
-        names = committed_names(storage)
-    except CorruptStoreError as error:
-        return [Problem(layout.COMMITS, layout.COMMITS, str(error), "the folder of the commit records", RECAPTURE)]
-    for name in names:
-        try:
-            records.append(read_record(storage, name, digest))
-        except CorruptStoreError as error:
-            problems.append(_record_problem(name, str(error)))
-        except FileNotFoundError:
-            if name in committed_names(storage):  # else replaced meanwhile by a compaction
-                problems.append(_record_problem(name, "not an ordinary file"))
-    try:
-        records = without_replaced(records)
-        check_schemas(records)
-    except CorruptStoreError as error:
-        problems.append(Problem(layout.COMMITS, layout.COMMITS, str(error), "one record a segment", RECAPTURE))
-    segments = [Segment(storage, range(record["n_events"]), record, fingerprint) for record in records]
-    tally = Tally(sum(len(segment.arrays) for segment in segments), "arrays", on_progress)
-    for segment in segments:
-        problems += _check_segment(segment, tally)
-    return problems
+    checked: dict[str, list[Problem]] = {}  # by the digest of the record
+    known: set[str] | None = None  # the segments that were there when this began: it may take long
+    while True:
+        records, problems = _live_records(storage, fingerprint)
+        segments = [Segment(storage, range(record["n_events"]), record, fingerprint) for record in records]
+        if known is None:
+            known = {name for segment in segments for name in segment.covers}
+        # A compaction may have deleted what was being checked: then the segment that has it now is checked instead.
+        to_check = [one for one in segments if known & one.covers and layout.record_digest(one.record) not in checked]
+        if not to_check:
+            break
+        tally = Tally(sum(len(segment.arrays) for segment in to_check), "arrays", on_progress)
+        for segment in to_check:
+            checked[layout.record_digest(segment.record)] = _check_segment(segment, tally)
+    of_segments = (checked.get(layout.record_digest(record), ()) for record in records)
+    return [*problems, *itertools.chain.from_iterable(of_segments)]
 
 
 def repair(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
@@ -108,9 +100,34 @@ def repair(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
         key = layout.commit_key(name)
         taken = set(storage.names(layout.DROPPED))
         free = next(i for i in itertools.count(1) if f"{name}.{i}.json" not in taken)
-        storage.put(f"{layout.DROPPED}/{name}.{free}.json", storage.read(key))
-        storage.remove(key)
+        storage.move(key, f"{layout.DROPPED}/{name}.{free}.json")
     return problems
+
+
+def _live_records(storage: Storage, fingerprint: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Problem]]:
+    """The records that count, and what is wrong with the others."""
+    digest = layout.fingerprint_digest(fingerprint)
+    problems: list[Problem] = []
+    records = []
+    try:
+        names = committed_names(storage)
+    except CorruptStoreError as error:
+        expected = "the folder of the commit records"
+        return [], [Problem(layout.COMMITS, layout.COMMITS, str(error), expected, RECAPTURE)]
+    for name in names:
+        try:
+            records.append(read_record(storage, name, digest))
+        except CorruptStoreError as error:
+            problems.append(_record_problem(name, str(error)))
+        except FileNotFoundError:
+            if name in committed_names(storage):  # else replaced meanwhile by a compaction
+                problems.append(_record_problem(name, "not an ordinary file"))
+    try:
+        records = without_replaced(records)
+        check_schemas(records)
+    except CorruptStoreError as error:
+        problems.append(Problem(layout.COMMITS, layout.COMMITS, str(error), "one record a segment", RECAPTURE))
+    return records, problems
 
 
 def _record_problem(name: str, found: str) -> Problem:
@@ -131,7 +148,11 @@ def _check_files(segment: Segment) -> Iterator[Problem]:
             said = f"{found[file]} bytes" if file in found else "no file"
             yield Problem(segment.name, file, said, f"{size} bytes", RECAPTURE)
         elif checksum is not None:
-            crc = shard.crc32c(segment.storage.read(f"{segment.folder}/{file}"))
+            try:
+                crc = shard.crc32c(segment.storage.read(f"{segment.folder}/{file}"))
+            except FileNotFoundError:
+                yield Problem(segment.name, file, "no ordinary file", f"{size} bytes", RECAPTURE)
+                continue
             if crc != checksum:
                 yield Problem(segment.name, file, f"crc32c {crc:08x}", f"{checksum:08x}", RECAPTURE)
     for file in sorted(found.keys() - committed.keys()):

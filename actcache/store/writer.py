@@ -33,7 +33,7 @@ from actcache.store.records import (
     read_record,
     read_records,
 )
-from actcache.store.storage import Place, Storage, open_storage
+from actcache.store.storage import Place, Storage, Write, open_storage
 
 Files = dict[str, tuple[int, int | None]]
 CodecOf = Callable[[str], ChunkCodec]
@@ -147,20 +147,23 @@ class StoreWriter:
                 record["parts"] = encode_parts(parts)
             if prompts := self._prompts_of(name, replaces):
                 record["prompts"] = prompts
+            to_write = layout.expected_files(record, self.fingerprint)
+            discard = partial(self._discard, f"{layout.SEGMENTS}/{folder}", to_write)
             try:
-                files = _write_files(self.storage, f"{layout.SEGMENTS}/{folder}", segment, codecs, self._encoding)
+                with self.storage.new_folder(f"{layout.SEGMENTS}/{folder}", to_write) as write:
+                    files = _write_files(write, segment, codecs, self._encoding)
             except BaseException:
-                self._discard(folder)
+                discard()
                 raise
             try:
                 publish(layout.encode_record(record | _describe_files(files, segment)))
             except FileExistsError as error:
-                self._discard(folder)
+                discard()
                 raise AlreadyCommittedError(f"segment {name!r} was committed by another writer meanwhile") from error
             except BaseException:
                 # The record may be there, or on an object store appear at any later time: then its files must be too.
                 if not self.storage.is_far and not self._published(name, folder):
-                    self._discard(folder)
+                    discard()
                 raise
 
     def _check_prompts(self) -> None:
@@ -186,10 +189,10 @@ class StoreWriter:
         merged = merge_prompts([self._known[old] for old in replaces if old in self._known])
         return merged if merged["of"] else None
 
-    def _discard(self, folder: str) -> None:
+    def _discard(self, folder: str, files: Sequence[str]) -> None:
         """Remove files that no record can name; where that fails they stay, listed as uncommitted."""
-        with contextlib.suppress(OSError):
-            self.storage.remove_folder(f"{layout.SEGMENTS}/{folder}")
+        with contextlib.suppress(OSError, InputError):
+            self.storage.remove_files(folder, files)
 
     def _published(self, name: str, folder: str) -> bool:
         try:
@@ -232,10 +235,8 @@ class StoreWriter:
                 raise InputError(f"{what}: {rows.dtype} {tuple(rows.shape)}, expected {dtype} {(n, width)}")
 
 
-def _write_files(
-    storage: Storage, folder: str, segment: SegmentData, codecs: CodecOf, encoding: threading.Lock
-) -> Files:
-    """Write every file of a segment, durably; holds ``encoding`` while it uses the processor, not while it waits.
+def _write_files(write: Write, segment: SegmentData, codecs: CodecOf, encoding: threading.Lock) -> Files:
+    """Write every file of a segment; holds ``encoding`` while it uses the processor, not while it waits.
 
     Returns:
         by path, the size of each file and the CRC-32C of metadata. Shards have none: their arrays' metadata has that of
@@ -243,26 +244,24 @@ def _write_files(
     """
     # The largest first: the small ones, which cost opening and closing files, fill the gaps beside it.
     arrays = sorted(layout.arrays_of(segment), key=lambda array: -array[1].nbytes)
-    groups = sorted({parent for path, _, _ in arrays for parent in PurePosixPath(path).parents})
     files: Files = {}
-    with storage.new_folder(folder) as write:
 
-        def write_metadata(path: PurePosixPath, content: bytes) -> Files:
-            file = str(path / layout.ROOT)
-            return {file: (write(file, [content]), shard.crc32c(content))}
+    def write_metadata(path: str, content: bytes) -> Files:
+        file = str(PurePosixPath(path, layout.ROOT))
+        return {file: (write(file, [content]), shard.crc32c(content))}
 
-        def write_array(given: tuple[str, npt.NDArray[Any], dict[str, Any]]) -> Files:
-            path, array, attributes = given
-            encoded = shard.EncodedArray(array, layout.dimension_names(path), attributes, codecs(path))
-            file = f"{path}/{shard.data_file(array.ndim)}"
-            files: Files = {file: (write(file, encoded.parts()), None)} if len(array) else {}
-            return files | write_metadata(PurePosixPath(path), layout.encode_json(encoded.metadata()))
+    def write_array(given: tuple[str, npt.NDArray[Any], dict[str, Any]]) -> Files:
+        path, array, attributes = given
+        encoded = shard.EncodedArray(array, layout.dimension_names(path), attributes, codecs(path))
+        file = f"{path}/{shard.data_file(array.ndim)}"
+        files: Files = {file: (write(file, encoded.parts()), None)} if len(array) else {}
+        return files | write_metadata(path, layout.encode_json(encoded.metadata()))
 
-        with encoding, ThreadPoolExecutor(_ARRAYS_AT_ONCE) as pool:
-            for written in pool.map(write_array, arrays):
-                files |= written
-        for group in groups:
-            files |= write_metadata(group, layout.encode_group({}))
+    with encoding, ThreadPoolExecutor(_ARRAYS_AT_ONCE) as pool:
+        for written in pool.map(write_array, arrays):
+            files |= written
+    for group in layout.groups_of(path for path, _, _ in arrays):
+        files |= write_metadata(group, layout.encode_group({}))
     return files
 
 

@@ -1,0 +1,31 @@
+"""Whatever order writers, readers, a compactor and a verifier act in, and wherever they are killed: nothing is lost."""
+
+from __future__ import annotations
+
+import pytest
+import schedules
+from test_store import no_fsync
+
+__all__ = ["no_fsync"]
+
+QUICK, ALL = 50, 500  # of each place: schedules of every run of the tests, and of make test-deep
+
+
+def seeds() -> list[object]:
+    return [seed if seed < QUICK else pytest.param(seed, marks=pytest.mark.deep) for seed in range(ALL)]
+
+
+@pytest.mark.parametrize("seed", seeds())
+def test_a_schedule_on_a_disk(seed, tmp_path):
+    schedules.run(seed, schedules.Disk(tmp_path))
+
+
+def test_a_seed_gives_the_same_schedule_again(tmp_path):
+    traces = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        schedule = schedules.Schedule(7, schedules.Disk(tmp_path / name))
+        with schedules.in_order():
+            schedule.run()
+        traces.append(schedule.trace)
+    assert traces[0] == traces[1]
