@@ -350,7 +350,7 @@ def test_cells_of_other_events_do_not_count(run):
         store.events.column_names.index("position"), "position", pc.add(store.events["position"], 1)
     )
     assert len(grid.find_groups(run / "cells", store)[0]) == 2
-    store.__dict__["events"] = moved
+    store._tables["events"] = moved
     assert grid.find_groups(run / "cells", store) == ({}, {})
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -61,6 +61,7 @@ class Store:
     def _hold(self, storage: Storage, fingerprint: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
         self.storage, self.fingerprint = storage, fingerprint
         self.segments = _segments(storage, fingerprint, records)
+        self._tables: dict[str, pa.Table] = {}
         self._lock = threading.Lock()
         self._n_moves = 0
 
@@ -137,19 +138,19 @@ class Store:
                 field="prompts",
             )
 
-    @cached_property
+    @property
     def events(self) -> pa.Table:
         """One row an event, as captured, with the prompts' carried keys as columns and the segment's name.
 
         A carried key becomes a column of its natural type, null where a prompt lacks it; values of mixed types, and
         nested ones, become their JSON text. More than 1000 keys in all stay together in a column ``carried``, as JSON.
         """
-        return self.reading(lambda: self._table("events"))
+        return self._kept_table("events")
 
-    @cached_property
+    @property
     def excluded(self) -> pa.Table:
         """One row a prompt without an event: prompt_id, reason, carried keys, segment."""
-        return self.reading(lambda: self._table("excluded"))
+        return self._kept_table("excluded")
 
     def states(self, label: str, boundary: int, events: Events = None) -> tuple[torch.Tensor, torch.Tensor]:
         """States at a boundary, in the order asked; repeats are allowed.
@@ -295,6 +296,11 @@ class Store:
         numbers, starts = np.unique(owner[order], return_index=True)
         for number, asked in zip(numbers, np.split(order, starts[1:]), strict=True):
             yield self.segments[number], asked
+
+    def _kept_table(self, name: str) -> pa.Table:
+        if name not in self._tables:
+            self._tables[name] = self.reading(lambda: self._table(name))
+        return self._tables[name]
 
     def _table(self, name: str) -> pa.Table:
         columns = layout.EVENT_COLUMNS if name == "events" else layout.EXCLUDED_COLUMNS

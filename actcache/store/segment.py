@@ -40,6 +40,9 @@ class Segment:
         self.parts = parts_of(record)
         self._open: dict[str, shard.StoredArray] = {}
         self._tables: dict[str, pa.Table] = {}  # read for segments whose content lies in this one
+        self._row_offsets: npt.NDArray[np.int64] | None = None
+        self._event_rows: npt.NDArray[np.int64] | None = None
+        self._carried_keys: frozenset[str] | None = None
         self._home: tuple[Segment, Counts] = self, _NOTHING  # where the content lies, and what lies before it there
 
     @property
@@ -77,29 +80,29 @@ class Segment:
         """Path, shape and stored dtype of every array; None is a length that only the array itself knows."""
         return layout.expected_arrays(self.record, self.fingerprint)
 
-    @cached_property
+    # Not cached properties: those of Python 3.11 let only one segment at a time read, whatever its storage.
+
+    @property
     def row_offsets(self) -> npt.NDArray[np.int64]:
         """``[S + 1]``, where each sequence begins."""
-        home, before = self._home
-        if home is not self:
-            first = before.n_sequences
-            return home.row_offsets[first : first + self.n_sequences + 1] - before.n_tokens
-        offsets = self.read("sequence_offsets")
-        with self._fitting("sequence_offsets"):
-            layout.check_offsets(offsets, self.record["n_tokens"])
-        return offsets
+        if self._row_offsets is None:
+            self._row_offsets = self._read_row_offsets()
+        return self._row_offsets
 
-    @cached_property
+    @property
     def event_rows(self) -> npt.NDArray[np.int64]:
         """``[E, 2]``, first row of each event's sequence and the row just after its position."""
-        home, before = self._home
-        if home is not self:
-            return home.event_rows[before.n_events : before.n_events + self.n_events] - before.n_tokens
-        sequence, position = self.read("events/sequence"), self.read("events/position")
-        with self._fitting("events"):
-            layout.check_events(sequence, position, self.row_offsets)
-        start = self.row_offsets[sequence]
-        return np.stack([start, start + position + 1], axis=1)
+        if self._event_rows is None:
+            self._event_rows = self._read_event_rows()
+        return self._event_rows
+
+    @property
+    def carried_keys(self) -> frozenset[str]:
+        """Keys that the prompts of its tables carry (errors as :meth:`read`)."""
+        if self._carried_keys is None:
+            tables = [self.read_table(name) for name in ("events", "excluded")]
+            self._carried_keys = keys_of(text for table in tables for text in table["carried"].to_pylist())
+        return self._carried_keys
 
     def read(self, array: str, start: int = 0, stop: int | None = None) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of one of the segment's arrays, as stored (bfloat16 as uint16).
@@ -162,11 +165,6 @@ class Segment:
         """The segment whose files hold the content, as far as is known: this one until :meth:`settle` finds another."""
         return self._home[0]
 
-    @cached_property
-    def carried_keys(self) -> frozenset[str]:
-        """Keys that the prompts of its tables carry (errors as :meth:`read`)."""
-        return keys_of(text for name in ("events", "excluded") for text in self.read_table(name)["carried"].to_pylist())
-
     def open_array(self, array: str) -> shard.StoredArray:
         """One of the segment's own arrays, its metadata checked against the commit record (errors as :meth:`read`)."""
         if array not in self._open:
@@ -204,6 +202,26 @@ class Segment:
         if [len(data), shard.crc32c(data)] != self.record["files"][file]:
             raise CorruptStoreError(f"{where}: its {layout.ROOT} is not the one committed{shard.ADVICE}")
         return data
+
+    def _read_row_offsets(self) -> npt.NDArray[np.int64]:
+        home, before = self._home
+        if home is not self:
+            first = before.n_sequences
+            return home.row_offsets[first : first + self.n_sequences + 1] - before.n_tokens
+        offsets = self.read("sequence_offsets")
+        with self._fitting("sequence_offsets"):
+            layout.check_offsets(offsets, self.record["n_tokens"])
+        return offsets
+
+    def _read_event_rows(self) -> npt.NDArray[np.int64]:
+        home, before = self._home
+        if home is not self:
+            return home.event_rows[before.n_events : before.n_events + self.n_events] - before.n_tokens
+        sequence, position = self.read("events/sequence"), self.read("events/position")
+        with self._fitting("events"):
+            layout.check_events(sequence, position, self.row_offsets)
+        start = self.row_offsets[sequence]
+        return np.stack([start, start + position + 1], axis=1)
 
     def _rows_of(self, array: str, before: Counts) -> tuple[int, int]:
         """Where the segment's rows of an array begin in one that holds ``before`` too, and how many there are."""
