@@ -14,10 +14,11 @@
     position edits    the state of an event's own position moved towards the other checkpoint's, or a random vector
                       added to it
 
-Hooks run every replay as a full forward at batch one. nnsight and TransformerLens start at the boundary (rivals.py) and
-run up to 16 position edits of one event in one batch. Times are per replayed cell or variant, by the median of repeats
-that take turns. Rivals are timed on some of the position edits of some events, spread evenly: what a variant costs them
-does not depend on how many there are.
+Hooks run every replay as a full forward at batch one. nnsight and TransformerLens start at the boundary (rivals.py;
+TransformerLens 4, whose bridge runs the early blocks too, is named TransformerBridge) and run up to 16 position edits
+of one event in one batch. Times are per replayed cell or variant, by the median of repeats that take turns. Rivals are
+timed on some of the position edits of some events, spread evenly: what a variant costs them does not depend on how many
+there are.
 
 The limit is a count of multiply-adds, each matrix product at the rate that this machine has for its very shape and
 number of rows (that of actcache's packs), by torch's usual means or by oneDNN, whichever is faster: the median of

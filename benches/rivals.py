@@ -1,12 +1,14 @@
 """Other ways to patch a state into a model, each at its best, behind one face. Uses no actcache.
 
-    hooks             plain PyTorch hooks at batch one: every replay runs all blocks
-    nnsight           a trace whose ``.skip`` hands the state past the blocks before the boundary, which do not run
-    TransformerLens   ``HookedTransformer`` with ``start_at_layer``, whose blocks before the boundary do not run either
+    hooks              plain PyTorch hooks at batch one: every replay runs all blocks
+    nnsight            a trace whose ``.skip`` hands the state past the blocks before the boundary, which do not run
+    TransformerLens    3.x: ``HookedTransformer`` with ``start_at_layer``, whose early blocks do not run either
+    TransformerBridge  4.x, which has no HookedTransformer: ``start_at_layer`` runs all blocks, and discards what the
+                       early ones make
 
 nnsight wraps its own copy of each model (the weights are shared), so that its controllers slow down nobody else.
-TransformerLens converts the weights into modules of its own, unprocessed. Its newer ``TransformerBridge`` refuses
-``start_at_layer`` and would run every block. Both packages are optional: a rival that is not installed, or cannot load
+TransformerLens converts the weights into modules of its own, unprocessed; the bridge wraps its own copy of each model.
+One environment holds one of the two versions. All packages are optional: a rival that is not installed, or cannot load
 the pair, is left out with the reason printed.
 """
 
@@ -18,13 +20,14 @@ import tempfile
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import hooks
 import torch
 from hooks import BLOCKS, NORMS, HookEvent, path_of
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 LABELS = ("pt", "it")
 Cells = dict[tuple[str, str, str], float]  # (upstream, late, readout) -> margin
@@ -134,14 +137,62 @@ class TransformerLens(Rival):
         return self.models[label](states, start_at_layer=boundary, stop_at_layer=self.n_blocks)[:, -1]
 
 
+class Bridge(Rival):
+    """TransformerLens 4's wrapper around the model itself."""
+
+    name, package, batch = "TransformerBridge", "transformer-lens", 16
+
+    def __init__(self, models: dict[str, PreTrainedModel], folders: dict[str, Path]) -> None:
+        from transformer_lens.model_bridge import TransformerBridge
+
+        self.models: dict[str, Any] = {
+            label: TransformerBridge.boot_transformers(
+                str(folders[label]),
+                hf_model=_sharing_copy(model),
+                tokenizer=AutoTokenizer.from_pretrained(folders[label], local_files_only=True),
+                device="cpu",
+                dtype=model.dtype,
+            )
+            for label, model in models.items()
+        }
+
+    def native(
+        self, label: str, ids: torch.Tensor, boundaries: Sequence[int]
+    ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+        """A run with a hook at every boundary."""
+        names = {boundary: f"blocks.{boundary}.hook_in" for boundary in boundaries}
+        kept, last = self._run(label, ids, list(names.values()))
+        return {boundary: kept[name] for boundary, name in names.items()}, last
+
+    def replay(self, label: str, ids: torch.Tensor, boundary: int, states: torch.Tensor) -> torch.Tensor:
+        """A run that takes the states in at the boundary's block."""
+        return self._run(label, states, [], start_at_layer=boundary)[1]
+
+    @torch.no_grad()
+    def _run(
+        self, label: str, given: torch.Tensor, names: Sequence[str], **how: Any
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """What the hooks of these names see, and the last block's output at the end."""
+        kept: dict[str, torch.Tensor] = {}
+
+        def keep(value: torch.Tensor, hook: Any) -> None:
+            kept[hook.name] = value.clone()
+
+        # It runs the readout in any case: stopped after the last block, it returns logits.
+        at = [(name, keep) for name in (*names, "ln_final.hook_in")]
+        self.models[label].run_with_hooks(given, fwd_hooks=at, return_type=None, **how)
+        return kept, kept["ln_final.hook_in"][:, -1]
+
+
 def available(models: dict[str, PreTrainedModel], folders: dict[str, Path]) -> dict[str, Rival]:
     """Every rival that can load the pair, by name, hooks first; says why one cannot."""
     found: dict[str, Rival] = {}
-    for kind in (Hooks, Nnsight, TransformerLens):
+    for kind in (Hooks, Nnsight, Bridge if _has_bridge() else TransformerLens):
         try:
             found[kind.name] = kind(models, folders)
         except ModuleNotFoundError:
-            print(f"{kind.name} is not installed: pip install 'actcache[bench]'", file=sys.stderr)
+            extra = "bridge" if kind is Bridge else "bench"
+            print(f"{kind.name} is not installed: pip install 'actcache[{extra}]'", file=sys.stderr)
         except Exception as error:  # whatever a framework says of a model that it does not know
             print(f"{kind.name} cannot load this pair: {type(error).__name__}: {error}", file=sys.stderr)
     return found
@@ -162,6 +213,14 @@ def grid(rival: Rival, models: dict[str, PreTrainedModel], event: HookEvent, bou
         for name, model in (("native", models[late]), ("common_it", models["it"]), ("common_pt", models["pt"])):
             cells[upstream, late, name] = float(hooks.margins(model, hidden, event))
     return cells
+
+
+def _has_bridge() -> bool:
+    """Whether the TransformerLens that is installed is one without HookedTransformer."""
+    try:
+        return int(version("transformer-lens").split(".")[0]) >= 4
+    except PackageNotFoundError:
+        return False
 
 
 def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:

@@ -42,7 +42,7 @@ REPLAY_TARGET = 1.15  # times the limit
 READOUTS = GridSettings.readouts
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.5}  # of a margin, between two ways to compute it
 DEMO = Path(actcache.__file__).parent / "demo"
-DEMO_PROMPTS, DEMO_MAX_NEW = 4, 8
+SMOKE_PROMPTS, SMOKE_MAX_NEW = 4, 8
 
 
 def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,10 +50,10 @@ def add_pair_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pt", type=Path, help="model folder; with --smoke, by default the pair that actcache ships")
     parser.add_argument("--it", type=Path)
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument("--limit", type=int, help="of prompts")
+    parser.add_argument("--limit", type=int, help="of prompts (default all, with --smoke 4)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--max-new", type=int, default=64)
-    parser.add_argument("--smoke", action="store_true", help="sizes of seconds")
+    parser.add_argument("--max-new", type=int, help="choices to compare a prompt (default 64, with --smoke 8)")
+    parser.add_argument("--smoke", action="store_true", help="sizes of seconds, whatever the pair")
 
 
 @dataclass
@@ -74,7 +74,9 @@ class Study:
         logging.set_verbosity_error()
         if args.smoke and args.pt is None:
             args.pt, args.it, args.prompts = DEMO / "pt", DEMO / "it", DEMO / "prompts.jsonl"
-            args.limit, args.max_new = args.limit or DEMO_PROMPTS, DEMO_MAX_NEW
+        args.max_new = args.max_new or (SMOKE_MAX_NEW if args.smoke else 64)
+        if args.smoke:
+            args.limit = args.limit or SMOKE_PROMPTS
         if not (args.pt and args.it and args.prompts):
             sys.exit("--pt, --it and --prompts name the pair; only --smoke does without")
         lineup = Lineup.open({"pt": args.pt, "it": args.it})
@@ -103,7 +105,10 @@ class Study:
         settings = CaptureSettings(tuple(sorted(boundaries)), dtype=self.dtype, max_new=self.max_new)
         trunks = {label: Trunk(model) for label, model in self.models.items()}
         capture(self.lineup, self.prompts, folder, settings, load=trunks.__getitem__)
-        return open_store(folder)
+        store = open_store(folder)
+        if not len(store):
+            sys.exit(f"no event on {len(self.prompts)} prompts within {self.max_new} choices: give more, or --max-new")
+        return store
 
     def matrices(self, boundary: int = 0) -> Counter[tuple[int, int]]:
         """``(n_in, n_out)`` of every matrix of the blocks from ``boundary`` on, counted."""

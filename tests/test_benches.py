@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +17,7 @@ import pytest
 import tiny
 import torch
 
+TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0]) if find_spec("transformer_lens") else 0
 BENCHES = Path(__file__).parent.parent / "benches"
 
 
@@ -46,7 +49,8 @@ def test_sweep_has_everything_beside_every_rival_that_is_there():
     ran = run_smoke("sweep")
     assert ran.returncode == 0, ran.stderr
     workloads = json.loads(ran.stdout.splitlines()[-1])["workloads"]
-    installed = [name for name in ("nnsight", "TransformerLens") if f"{name} is not installed" not in ran.stderr]
+    rivals = ("nnsight", "TransformerBridge" if TRANSFORMER_LENS >= 4 else "TransformerLens")
+    installed = [name for name in rivals if f"{name} is not installed" not in ran.stderr]
     for workload, name in zip(workloads, WORKLOADS, strict=True):
         assert workload["name"].startswith(name)
         rivals = set() if name in REPLAYS else {"hooks", *installed}
@@ -67,9 +71,19 @@ def test_sweep_without_the_rivals(tmp_path):
     assert ran.returncode == 0, ran.stderr
     assert "nnsight is not installed: pip install 'actcache[bench]'" in ran.stderr
     assert "TransformerLens cannot load this pair: RuntimeError: no such family" in ran.stderr
-    for workload in json.loads(ran.stdout.splitlines()[-1])["workloads"]:
+    result = json.loads(ran.stdout.splitlines()[-1])
+    assert result["prompts"] == 4, "of six: seconds, whatever the pair and its prompts"
+    for workload in result["workloads"]:
         alone = workload["name"].startswith("replay")
         assert workload["seconds"].keys() == ({"actcache"} if alone else {"hooks", "actcache"})
+
+
+def test_a_pair_without_events_is_said(tmp_path):
+    pt, it = tiny.make_pair(tmp_path, "llama", change="none")
+    prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", 2)
+    ran = run_smoke("replay", "--pt", pt, "--it", it, "--prompts", prompts)
+    assert ran.returncode == 1
+    assert ran.stderr.splitlines()[-1] == "no event on 2 prompts within 8 choices: give more, or --max-new"
 
 
 def test_replay_reports_time_and_memory(tmp_path):
@@ -128,6 +142,6 @@ def benches(monkeypatch):
 
 
 def run_smoke(name, *words, path=None):
-    environment = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    environment = os.environ | ({"PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}"} if path else {})
     command = [sys.executable, BENCHES / f"bench_{name}.py", "--smoke", *words]
     return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
