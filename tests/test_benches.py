@@ -92,7 +92,9 @@ def test_replay_reports_time_and_memory(tmp_path):
     ran = run_smoke("replay", "--pt", pt, "--it", it, "--prompts", prompts, "--max-new", 12, "--boundaries", "2,3")
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout.splitlines()[-1])
-    assert [w["name"].split(",")[0] for w in result["workloads"]] == ["read", "run", "replay", "grid"] * 2
+    assert [w["name"].split(",")[0] for w in result["workloads"]] == ["read", "run", "replay", "grid"] * 2 + [
+        "replay"
+    ] * 2, "two boundaries; the first again alone and beside busy processes"
     assert result["peak_bytes"].keys() == {"imports", "model", "late 3"}
     assert "cells equal to the hooks'" in ran.stderr
 
