@@ -7,7 +7,8 @@ import itertools
 import socket
 import threading
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import pytest
 from test_store import Twin, make_fingerprint, make_segment
@@ -21,7 +22,7 @@ pytest.importorskip("obstore")
 from faulty_objects import FAULTS, FaultyObjects
 from obstore.store import S3Store
 
-from actcache.store.objects import ObjectStorage
+from actcache.store.objects import _CREDENTIALS, ObjectStorage
 
 FINGERPRINT = make_fingerprint(checkpoints={"pt": {}, "it": {}}, boundaries=[1])
 SEGMENTS = {f"s-{i}": make_segment(FINGERPRINT, [4, 2 + i], [(0, 3), (1, i)], name=f"e{i}", seed=i) for i in range(3)}
@@ -380,3 +381,40 @@ def test_ranges_past_the_end_over_http(served):
         assert storage.read_ranges("key", ranges) == expected
     assert storage.size("key") == 10
     assert storage.size("nothing") is None
+
+
+class Listener(http.server.BaseHTTPRequestHandler):
+    """Has nothing, and keeps what was asked for: it stands as S3, and as the proxy to every address."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append(urlsplit(self.path).path)
+        self.send_error(404)
+
+    do_PUT = do_HEAD = do_POST = do_CONNECT = do_GET
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_nobody_is_asked_for_credentials_that_were_not_given(given, monkeypatch):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    address = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for name in (*_CREDENTIALS["s3"], "AWS_SECRET_ACCESS_KEY", "NO_PROXY", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {"AWS_ENDPOINT_URL": address, "AWS_ALLOW_HTTP": "true", "AWS_REGION": "us-east-1"}
+    settings |= {"HTTP_PROXY": address, "http_proxy": address}
+    settings |= {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret"} if given else {}
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    Listener.asked.clear()
+    try:
+        with pytest.raises(FileNotFoundError):
+            open_storage("s3://bucket/x").read("zarr.json")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert Listener.asked == ["/bucket/x/zarr.json"]

@@ -22,6 +22,7 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from obstore import parse_scheme
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
 from obstore.store import from_url
 
@@ -30,6 +31,25 @@ from actcache.store.storage import MAX_JSON_BYTES, Place, Publish, Ranges, Stora
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
+
+# Where a user gives credentials. Given none, obstore would ask the address at which clouds hand a machine its role's; a
+# URL does not ask for that, so what it names is read without any. A role is taken where one of these names its address.
+_CREDENTIALS = {
+    "s3": (
+        *("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_METADATA_ENDPOINT"),
+        *("AWS_CONTAINER_CREDENTIALS_RELATIVE_URI", "AWS_CONTAINER_CREDENTIALS_FULL_URI", "AWS_SKIP_SIGNATURE"),
+    ),
+    "gcs": (
+        *("GOOGLE_APPLICATION_CREDENTIALS", "GOOGLE_SERVICE_ACCOUNT", "GOOGLE_SERVICE_ACCOUNT_PATH"),
+        *("GOOGLE_SERVICE_ACCOUNT_KEY", "GOOGLE_SKIP_SIGNATURE"),
+    ),
+    "azure": (
+        *("AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_ACCESS_KEY", "AZURE_STORAGE_MASTER_KEY", "AZURE_STORAGE_TOKEN"),
+        *("AZURE_STORAGE_SAS_KEY", "AZURE_STORAGE_SAS_TOKEN", "AZURE_STORAGE_CLIENT_ID", "AZURE_CLIENT_ID"),
+        *("AZURE_FEDERATED_TOKEN_FILE", "AZURE_USE_AZURE_CLI", "AZURE_MSI_ENDPOINT", "AZURE_IDENTITY_ENDPOINT"),
+        "AZURE_SKIP_SIGNATURE",
+    ),
+}
 
 _WORTH_A_REQUEST_BYTES = 2**20  # a gap between two ranges that is larger is not fetched with them; obstore's choice too
 
@@ -41,9 +61,15 @@ def open_objects(place: Place) -> Storage:
     if not isinstance(place, str):
         return ObjectStorage(place, str(place))  # type: ignore[arg-type]
     try:
-        return ObjectStorage(from_url(place), place.rstrip("/"))
+        return ObjectStorage(_at_url(place), place.rstrip("/"))
     except (BaseError, ValueError) as error:
         raise InputError(f"{place}: not an address of an object store ({_first_line(error)})") from error
+
+
+def _at_url(url: str) -> ObjectStore:
+    """The obstore store of a URL, with the credentials that the environment gives, or none."""
+    names = _CREDENTIALS.get(parse_scheme(url), ())
+    return from_url(url, skip_signature=True) if names and os.environ.keys().isdisjoint(names) else from_url(url)
 
 
 class ObjectStorage:
