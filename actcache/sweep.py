@@ -43,7 +43,7 @@ import json
 import math
 import runpy
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,15 +99,13 @@ class Sweep:
     top1: bool = False
     kl: bool = False
 
+    def __post_init__(self) -> None:
+        if not callable(self.variants):
+            object.__setattr__(self, "variants", _checked(self.variants))
+
     def variants_at(self, boundary: int) -> tuple[Variant, ...]:
         """The variants to score at a boundary (InputError: they are too many, or one's name is too long)."""
-        variants = self.variants(boundary) if callable(self.variants) else self.variants
-        found = tuple(itertools.islice(variants, MOST_VARIANTS + 1))
-        if len(found) > MOST_VARIANTS:
-            raise _too_many(f"more than {MOST_VARIANTS:,}")
-        for variant in found:
-            _check_name(variant.name)
-        return found
+        return _checked(self.variants(boundary)) if callable(self.variants) else tuple(self.variants)
 
 
 def read_sweep(path: str | Path, width: int) -> Sweep:
@@ -429,6 +427,15 @@ def _swept(one: dict[str, Any]) -> list[_Swept]:
             if not isinstance(values, list) or not values:
                 raise InputError(f"variant {name!r}: sweep.{key} is {_shown(values)}, expected a list of values")
             found.append(((number, key), values))
+    return found
+
+
+def _checked(variants: Iterable[Variant]) -> tuple[Variant, ...]:
+    found = tuple(itertools.islice(variants, MOST_VARIANTS + 1))
+    if len(found) > MOST_VARIANTS:
+        raise _too_many(f"more than {MOST_VARIANTS:,}")
+    for variant in found:
+        _check_name(variant.name)
     return found
 
 

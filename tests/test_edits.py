@@ -33,6 +33,7 @@ from actcache.edits import (
     Variant,
 )
 from actcache.errors import InputError, UnsupportedModelError
+from actcache.moves import Moves
 from actcache.replay import LateStack
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -809,3 +810,202 @@ def test_no_variants_and_no_sequences_give_nothing():
     late = late_of("llama", FLOAT32)
     assert late.run_variants(torch.zeros(0, late.width), [0], [PLAIN]).shape == (0, 1, late.width)
     assert late.run_variants(torch.zeros(3, late.width), [0, 3], []).shape == (1, 0, late.width)
+
+
+# ---- a vector for each event ----
+
+IDS = [f"event {number}" for number in range(len(LENGTHS))]
+
+
+def of_events(width, ids=IDS, seed=30):
+    """Event id -> vector."""
+    return {event: draw(width, seed=seed + int(event.split()[1])) for event in ids}
+
+
+def per_event_variants(width):
+    """At p, everywhere and within, alone and beside others: what is added must be each event's own."""
+    vectors = of_events(width)
+    table, ids = torch.stack(list(vectors.values())[::-1]).numpy(), IDS[::-1]
+    return [
+        Variant("at p", [Edit(Add(vectors, per="event"))]),
+        Variant("of a table", [Edit(Add(table, 1.0, per="event", events=ids))]),
+        Variant("everywhere", [Edit(Add(vectors, per="event"), "all")]),
+        Variant("within", [Edit(Add(vectors, per="event"), "last", "mlp", (3,)), Edit(Add(torch.ones(width)))]),
+        Variant("within everywhere", [Edit(Replace(vector=vectors, per="event"), "all", "attention", (2, 3))]),
+        Variant("twice as much", [Edit(Add(vectors, 2.0, per="event"), (0, -1))]),
+    ]
+
+
+def changes_of(width, number):
+    """The same for one event, by vectors of its own that are the same everywhere."""
+    c, vector = Changes(width), of_events(width)[IDS[number]]
+    put = Change(Edit(Replace(vector=vector), "all", "attention", (2, 3)), lambda x, _: vector.to(x.dtype), "all")
+    return [
+        [c.add_vector(vector)],
+        [c.add_vector(vector)],
+        [c.add_vector(vector, positions="all")],
+        [c.add_vector(vector, site="mlp", layers=(3,)), c.add_vector(torch.ones(width))],
+        [put],
+        [c.add_vector(vector, 2.0, (0, -1))],
+    ]
+
+
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_each_event_has_its_own_vector_in_any_pack_order_and_subset(arch):
+    study, late = study_of(arch, FLOAT32), late_of(arch, FLOAT32)
+    variants = per_event_variants(late.width)
+    expected = torch.stack(
+        [
+            torch.stack([hooked(study, number, some) for some in changes_of(late.width, number)])
+            for number in range(len(IDS))
+        ]
+    )
+    assert (expected[:, 0] - expected[:, 2]).abs().max() > 1e-2
+    for chosen in (range(len(IDS)), [4, 0, 2], [5, 4, 3, 2, 1, 0], [1]):
+        states = [study.states[number] for number in chosen]
+        given = torch.cat(states), [0, *itertools.accumulate(len(state) for state in states)], variants
+        keys = [IDS[number] for number in chosen]
+        assert torch.equal(late.run_variants(*given, keys=keys, strict=True), expected[list(chosen)])
+        for max_tokens in (None, 9):
+            found = late.run_variants(*given, keys=keys, max_tokens=max_tokens)
+            torch.testing.assert_close(found, expected[list(chosen)], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("vectors", "keys", "words"),
+    [
+        (of_events(32, IDS[:-1]), IDS, "variant 'v' has no vector for event 'event 5'; it has 5"),
+        (of_events(32), None, "variant 'v' has no vector for event '0'"),
+        (of_events(31), IDS, r"variant 'v': a tensor of shape \(6, 31\) does not fit rows of width 32"),
+        (
+            {event: np.full(32, 1e39) for event in IDS},
+            IDS,
+            "variant 'v': a vector has values that torch.float32 does not hold",
+        ),
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_event_without_its_vector_is_named_before_anything_runs(vectors, keys, words, strict):
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    seen = []
+    first = Variant("seen", [Edit(Call(lambda rows, _: seen.append(1) or rows + 1, "seen"))])
+    variants = [first, Variant("v", [Edit(Add(vectors, per="event"), site="mlp", layers=(4,))])]
+    with pytest.raises(InputError, match=words):
+        late.run_variants(study.rows, study.offsets, variants, keys=keys, strict=strict)
+    assert not seen
+
+
+# ---- edits that move nothing ----
+
+
+def moved_nothing(width, donor="it"):
+    """Edits that leave some sequence as it is: mistakes with what is said of them, others with which sequences."""
+    same = Edit(Call(lambda rows, _: rows.clone(), "same"), "all")
+    zeros, ones = torch.zeros(width), torch.ones(width)
+    own_zero = {event: zeros if event == IDS[2] else ones for event in IDS}
+    mistakes = [
+        ([Edit(Add(zeros))], "Add of the state moves nothing at 'event"),
+        ([Edit(Add(zeros), "all", "mlp", (3,))], "Add of the mlp of block 3 moves nothing"),
+        ([Edit(Add(zeros), site="attention", layers=(4,))], "Add of the attention of block 4 moves nothing"),
+        ([Edit(Add(ones, 1e-30))], "Add of the state moves nothing"),
+        ([Edit(Add(ones)), Edit(Add(zeros), (0,))], "Add of the state moves nothing"),
+        ([Edit(Add(own_zero, per="event"))], "Add of the state moves nothing at 'event 2'"),
+        ([same], "Call of the state moves nothing at 'event"),
+        ([Edit(Project(torch.eye(width)))], "Project of the state moves nothing"),
+        ([Edit(Project(torch.eye(width)[:0], "remove"))], "Project of the state moves nothing"),
+    ]
+    counted = [
+        ([Edit(Add(ones, 0.0))], range(6)),
+        ([Edit(Interpolate(donor, 0.0), "all")], range(6)),
+        ([Edit(Replace(donor), "all")], [1]),
+        ([Edit(Interpolate(donor, 0.5), "all")], [1]),
+        ([Edit(Project(torch.eye(width)[:3], "swap", donor=donor), "all")], [1]),
+        ([Edit(MatchedNorm(1, donor))], [1]),
+        ([Edit(SignedPermutation(1, donor))], [1]),
+        ([Edit(Replace(donor)), Edit(Add(ones))], []),
+        ([Edit(Add(ones, 0.0)), Edit(Replace(donor))], [1]),
+        ([Edit(Replace(vector=ones), site="mlp", layers=(3,))], []),
+    ]
+    return mistakes, counted
+
+
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_edit_that_moves_nothing_is_named_or_counted(strict):
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    donor = [
+        state.clone() if number == 1 else other
+        for number, (state, other) in enumerate(zip(study.states, study.donor, strict=True))
+    ]
+    given = {"donors": {"it": torch.cat(donor)}, "keys": IDS, "strict": strict, "max_tokens": 20}
+    mistakes, counted = moved_nothing(late.width)
+    for edits, words in mistakes:
+        for others in ([], [PLAIN, Variant("w", [Edit(Add(torch.ones(late.width)))])]):  # alone, and sharing keys
+            with pytest.raises(InputError, match=f"variant 'v': its edit {words}"):
+                late.run_variants(study.rows, study.offsets, [*others, Variant("v", edits)], **given)
+    placebos = [Variant(f"p{number}", edits, placebo=True) for number, (edits, _) in enumerate(mistakes)]
+    variants = [*(Variant(f"v{number}", edits) for number, (edits, _) in enumerate(counted)), *placebos]
+    moves = Moves()
+    late.run_variants(study.rows, study.offsets, variants, moves=moves, **given)
+    for number, (_, still) in enumerate(counted):
+        assert moves.still(number).nonzero().flatten().tolist() == list(still)
+    expected = [range(6)] * 4 + [[]] + [[2]] + [range(6)] * 3
+    for number, still in enumerate(expected, len(counted)):
+        assert moves.still(number).nonzero().flatten().tolist() == list(still)
+    assert moves.still(8, after=1).nonzero().flatten().tolist() == [1]
+    assert moves.still(7, after=1).nonzero().flatten().tolist() == []
+
+
+# ---- blocks counted as boundaries are ----
+
+
+@pytest.mark.parametrize(
+    ("layers", "blocks"),
+    [
+        ((-1,), (4,)),
+        ((-3, 3), (2, 3)),
+        ((0.6,), (3,)),
+        ((0.8, 4), (4,)),
+        (("2..-1",), (2, 3, 4)),
+        (("0.6..0.8",), (3, 4)),
+        (("-2..-1", 2), (3, 4, 2)),
+        (range(2, 4), (2, 3)),
+        ([3, 3], (3,)),
+    ],
+)
+def test_layers_are_counted_from_either_end_and_by_depth(layers, blocks):
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    one, other = (Variant("v", [Edit(Add(torch.ones(late.width)), "all", "mlp", given)]) for given in (layers, blocks))
+    assert one.of_depth(tiny.N_BLOCKS).digest == other.digest
+    assert other.of_depth(tiny.N_BLOCKS) is other
+    found = late.run_variants(study.rows, study.offsets, [one, other], strict=True)
+    assert torch.equal(found[:, 0], found[:, 1])
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"),
+    [
+        ((5,), "variant 'v' edits layer 5; the late stack has blocks 2..4"),
+        ((-4,), "edits layer -4, which is 1; the late stack has blocks 2..4"),
+        ((-6,), "edits layer -6, which is -1; the late"),
+        ((0.2,), "edits layer 0.2, which is 1; the late"),
+        ((1.0,), "edits layer 1.0, which is 5; the late"),
+        (("1..-1",), r"edits layer 1..-1, which is 1..4; the late"),
+        (("-1..2",), r"edits layer -1..2, which is 4..2; the late"),
+        (("2..999999999",), "edits layer 2..999999999; the late|which is 2..999999999; the late"),
+    ],
+)
+def test_layers_that_the_late_stack_does_not_have_are_named(layers, words):
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    variant = Variant("v", [Edit(Add(torch.ones(late.width)), site="mlp", layers=layers)])
+    with pytest.raises(InputError, match=words):
+        late.run_variants(study.rows, study.offsets, [variant])
+
+
+@pytest.mark.parametrize(
+    "layers", [3, "3", None, (True,), (None,), ("three",), ("2..",), (1.5,), (-0.5,), (2 + 0j,), ([3],)]
+)
+def test_layers_that_are_no_blocks_are_refused_where_they_are_written(layers):
+    with pytest.raises(InputError, match=r"layer.*: expected a"):
+        Edit(Add(torch.ones(2)), site="mlp", layers=layers)

@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import time
+from pathlib import Path
 
+import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -909,6 +912,265 @@ def test_a_broken_sweep_stops_a_run_before_its_capture(captured, written, tmp_pa
         assert said in refused(capfd, *words, "--sweep", written(text))
         assert not (tmp_path / "new").exists()
     assert "no such file" in refused(capfd, *words, "--sweep", tmp_path / "none.toml")
+
+
+# ---- a vector for each event ----
+
+
+def own_vectors(run):
+    """Event id -> vector."""
+    events = actcache.open_store(run / "store").events["event_id"].to_pylist()
+    generator = torch.Generator().manual_seed(5)
+    return {event: torch.randn(WIDTH, generator=generator) for event in events}
+
+
+OWN = """
+scopes = ["prefix", "position"]
+readouts = ["common_it"]
+[[variants]]
+name = "own"
+[[variants.edits]]
+edit = "add"
+per = "event"
+vector = { %s }
+sweep = { scale = [1, -2.0] }
+"""
+WAYS = {  # to say where the vectors are
+    "named": 'file = "own.safetensors", tensor = "v/{event}/{boundary}"',
+    "array": 'file = "own{boundary}.npy", events = "ids.json"',
+    "table": 'file = "own.safetensors", tensor = "table{boundary}", events = "ids.json"',
+}
+
+
+def write_vectors(folder, vectors):
+    """In each of the three ways; at boundary 2 the negative ones."""
+    ids = sorted(vectors, reverse=True)
+    table = torch.stack([vectors[event] for event in ids])
+    tensors = {"table2": -table, "table3": table}
+    tensors |= {f"v/{event}/{b}": sign * vector for event, vector in vectors.items() for b, sign in ((2, -1), (3, 1))}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "own.safetensors")
+    np.save(folder / "own2.npy", -table.numpy())
+    np.save(folder / "own3.npy", table.numpy())
+    (folder / "ids.json").write_text(json.dumps(ids))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sweep_adds_each_events_own_vector(captured, run, written, scored, tmp_path, way):
+    """Against hooked forwards; strict and packed, killed between two groups, with other variants beside."""
+    vectors = own_vectors(run)
+    write_vectors(tmp_path, vectors)
+    path = written(OWN % WAYS[way])
+    strict = score(run, "--sweep", path, "--strict")
+    models, events = models_and_events(captured, run)
+    c, n_checked = Changes(WIDTH), 0
+    for cell in strict.to_pylist():
+        if cell["variant"] == "none" or cell["event_id"] not in sorted(events)[:2]:
+            continue
+        event, sequence = events[cell["event_id"]]
+        boundary, u, late = cell["boundary"], cell["upstream"], cell["late"]
+        state = {label: reference.states(model, sequence, boundary) for label, model in models.items()}
+        rows = state[u] if cell["scope"] == "prefix" else torch.cat([state[late][:-1], state[u][-1:]])
+        vector = vectors[cell["event_id"]] * (-1 if boundary == 2 else 1)
+        scale = {"own[scale=1]": 1.0, "own[scale=-2.0]": -2.0}[cell["variant"]]
+        study = Study(models[late], [sequence], [rows], [state["it"]], boundary)
+        hidden = hooked(study, 0, [c.add_vector(vector, scale)])
+        assert cell["margin"] == exact_margin(models["it"], hidden, event["y_pt"], event["y_it"])
+        n_checked += 1
+    assert n_checked == 2 * 2 * 2 * 4 * 2
+    before = group_files(run)
+    removed = sorted(before)[::2]
+    for name in removed:
+        (run / "cells" / name).unlink()
+    scored.clear()
+    assert score(run, "--sweep", path, "--strict").equals(strict)
+    assert sorted(scored) == removed
+    assert group_files(run) == before
+    packed = by_key(score(run, "--sweep", path), "margin")
+    for key, (margin,) in by_key(strict, "margin").items():
+        assert packed[key][0] == pytest.approx(margin, abs=1e-4)
+
+
+def test_the_ways_to_give_vectors_are_one_edit(run, written, tmp_path):
+    write_vectors(tmp_path, own_vectors(run))
+    found = [
+        read_sweep(written(OWN % way), WIDTH).variants_at(boundary) for boundary in (2, 3) for way in WAYS.values()
+    ]
+    assert len({str(digests(variants)) for variants in found}) == 2
+    expected = Variant("own[scale=1]", [Edit(Add(own_vectors(run), per="event"))])
+    assert digests(found[-1])["own[scale=1]"] == expected.digest
+
+
+@pytest.mark.parametrize(
+    ("vector", "words"),
+    [
+        ('file = "own.safetensors", tensor = "table2"', "found by its tensor's name"),
+        ('file = "own.safetensors", tensor = "v/{event}/2", events = "ids.json"', "found by its tensor's name"),
+        ('file = "own.safetensors", tensor = "w/{event}"', "has no tensor 'w/{event}'"),
+        ('file = "own.safetensors", tensor = "table2", events = "none.json"', "none.json is not a JSON list"),
+        ('file = "own.safetensors", tensor = "table2", events = "s.toml"', "s.toml is not a JSON list"),
+        ('file = "own.safetensors", tensor = "table2", events = "two.json"', r"expected \[2, D\] for its events"),
+        ('file = "own.safetensors", tensor = "table2", events = "map.json"', "map.json holds a dict, expected a list"),
+        ('file = "none.npy", events = "ids.json"', "none.npy is not a safetensors file or an array"),
+        ('file = "ids.json", tensor = "{event}"', "ids.json is not a safetensors file"),
+        ('file = "bad.npy", events = "ids.json"', "bad.npy is not an array of numbers in NumPy's format"),
+        ('file = "narrow.npy", events = "two.json"', r"narrow.npy has shape \[2, 3\], expected \[E, 32\]"),
+        ('file = 3, events = "ids.json"', "vector is .*, expected { file"),
+    ],
+)
+def test_vectors_of_events_that_are_not_there_are_one_line(run, written, tmp_path, vector, words):
+    write_vectors(tmp_path, own_vectors(run))
+    (tmp_path / "two.json").write_text('["a", "b"]')
+    (tmp_path / "map.json").write_text("{}")
+    (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY")
+    np.save(tmp_path / "narrow.npy", np.ones((2, 3)))
+    with pytest.raises(InputError, match=words) as caught:
+        read_sweep(written(OWN % vector), WIDTH)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_event_without_a_vector_is_named_before_anything_is_scored(run, written, tmp_path, capfd):
+    vectors = own_vectors(run)
+    missing = sorted(vectors)[3]
+    write_vectors(tmp_path, {event: vector for event, vector in vectors.items() if event != missing})
+    said = refused(capfd, "grid", run, "--sweep", written(OWN % WAYS["named"]))
+    assert f"variant 'own[scale=1]' has no vector for event '{missing}'; it has {len(vectors) - 1}" in said
+    assert not group_files(run)
+
+
+# ---- edits that move nothing ----
+
+
+def test_cells_without_displacement_are_counted_and_mistakes_are_named(run, written, scored, capfd):
+    placebo = 'name = "same"\nplacebo = true\nedits = [{ edit = "add", vector = "zeros" }]\n'
+    text = 'scopes = ["prefix", "position"]\nreadouts = ["native"]\n[[variants]]\n' + placebo + FIRST
+    cells = score(run, "--sweep", written(text))
+    n_events = len(actcache.open_store(run / "store"))
+    err = capfd.readouterr().err
+    # Both boundaries and scopes, four crossings; half-way to IT nothing moves where the state is IT's already.
+    assert f"'same' {n_events * 16} of {n_events * 16}" in err
+    assert f"'towards' {n_events * 8} of {n_events * 16}" in err
+    assert "pushed" not in err.partition("without displacement")[2]
+    counts = {}
+    for path in (run / "cells").glob("*.parquet"):
+        key = json.loads(pq.read_schema(path).metadata[b"actcache"])
+        for name, n in key["still"].items():
+            counts[name] = counts.get(name, 0) + n
+    assert counts == {"same": n_events * 16, "towards": n_events * 8}
+    n_files = len(scored)
+    assert score(run, "--sweep", written(text)).equals(cells)
+    assert len(scored) == n_files
+    assert f"'towards' {n_events * 8} of {n_events * 16}" in capfd.readouterr().err, "found finished"
+    assert "still" not in score(run, "--scope", "prefix").column_names
+
+    said = refused(capfd, "grid", run, "--sweep", written(text.replace("placebo = true\n", "").replace("same", "new")))
+    assert "variant 'new': its edit Add of the state moves nothing at '" in said
+
+
+# ---- layers of any pair, and bounds ----
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_the_example_fits_any_pair(arch, tmp_path):
+    example = Path(__file__).parents[1] / "examples" / "sweep.toml"
+    pt, it = tiny.make_pair(tmp_path, arch)
+    prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", 3)
+    words = ["run", "--pt", pt, "--it", it, "--prompts", prompts, "--out", tmp_path / "run", "--max-new", MAX_NEW]
+    assert main([str(word) for word in [*words, "--sweep", example, "--stability", 0]]) == 0
+    assert "no-last-mlp" in variants_in(cells_of(tmp_path / "run"))
+
+
+def test_layers_from_the_end_are_the_blocks_that_they_are(run, written, scored):
+    text = one_edit('edit = "replace"\nvector = "zeros"\nsite = "mlp"\nlayers = %s')
+    first = score(run, "--sweep", written(text % "[4, 3]"))
+    n_files = len(scored)
+    for layers in ("[-1, -2]", "[-1, 0.6]", '[4, "3..3"]'):
+        assert score(run, "--sweep", written(text % layers)).equals(first)
+    assert len(scored) == n_files, "the same edits, scored again"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("layers = [9]", "variant 'v' edits layer 9; the late stack has blocks 2..4"),
+        ("layers = [-4]", "variant 'v' edits layer -4, which is 1; the late stack has blocks 2..4"),
+        ("layers = [0.1]", "variant 'v' edits layer 0.1, which is 0; the late stack has blocks 2..4"),
+        ('layers = ["3..9"]', "variant 'v' edits layer 3..9, which is 3..9; the late stack has blocks 2..4"),
+        ('layers = ["last"]', "layer 'last': expected a block, -1 for the last"),
+        ("layers = [true]", "layer True: expected a block"),
+    ],
+)
+def test_layers_out_of_range_are_named(run, written, capfd, text, words):
+    said = refused(
+        capfd, "grid", run, "--sweep", written(one_edit(f'edit = "replace"\nvector = "zeros"\nsite = "mlp"\n{text}'))
+    )
+    assert words in said
+    assert not group_files(run)
+
+
+TEN = 'edit = "add"\nvector = "zeros"\nsweep = { scale = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9] }\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (
+            '[[variants]]\nname = "v"\n' + ("[[variants.edits]]\n" + TEN) * 10,
+            "the sweep has 10,000,000,000 variants; at most",
+        ),
+        (
+            '[[variants]]\nname = "v"\n' + ("[[variants.edits]]\n" + TEN) * 40,
+            "has 10.15 or more variants; at most 100,000",
+        ),
+        (
+            "".join(f'[[variants]]\nname = "v{n}"\n' + ("[[variants.edits]]\n" + TEN) * 4 for n in range(11)),
+            "the sweep has 110,000 variants",
+        ),
+        (
+            one_edit(
+                f'edit = "matched_norm"\nsweep = {{ seed = {[*range(400)]}, positions = {[[n] for n in range(400)]} }}'
+            ),
+            "the sweep has 160,000 variants",
+        ),
+        (one_edit('edit = "matched_norm"\nseed = 1').replace('"v"', f'"{"v" * 501}"'), "its name has 501 bytes"),
+        (
+            one_edit(f'edit = "matched_norm"\nseed = 1\nsweep = {{ positions = [{list(range(300))}] }}'),
+            r"its name has 1,\d+ bytes, at most 500",
+        ),
+        (f"scopes = {'[' * 5000}{']' * 5000}", "is not TOML: .*recursion"),
+        (f"scopes = {[1] * 5000}", r"scopes is \[1, 1, .*\.\.\., expected a list of texts"),
+    ],
+)
+def test_a_sweep_is_counted_before_it_is_expanded(written, text, words):
+    before = time.process_time()
+    with pytest.raises(InputError, match=words) as caught:
+        read_sweep(written(text), WIDTH)
+    assert len(str(caught.value)) < 1000
+    assert time.process_time() - before < 5
+
+
+def test_a_hundred_thousand_variants_are_taken(written):
+    text = one_edit(f'edit = "matched_norm"\nsweep = {{ seed = {list(range(100_000))} }}')
+    assert len(read_sweep(written(text), WIDTH).variants_at(2)) == 100_000
+
+
+@pytest.mark.parametrize(
+    "variants",
+    [
+        "(Variant(str(n)) for n in range(10**10))",
+        "[Variant('v')] * (10**5 + 1)",
+        "lambda boundary: (Variant(str(n)) for n in range(10**10))",
+    ],
+)
+def test_a_python_sweep_is_counted_too(written, variants):
+    head = "from actcache.edits import Variant\nfrom actcache.sweep import Sweep\n"
+    sweep = read_sweep(written(f"{head}sweep = Sweep(variants={variants})", "s.py"), WIDTH)
+    with pytest.raises(
+        InputError, match="the sweep has more than 100,000 variants; at most 100,000 are scored at once"
+    ):
+        sweep.variants_at(2)
+    long = read_sweep(written(f"{head}sweep = Sweep(variants=[Variant('v' * 600)])", "t.py"), WIDTH)
+    with pytest.raises(InputError, match="its name has 600 bytes"):
+        long.variants_at(2)
 
 
 def test_a_run_scores_a_sweep(captured, written, tmp_path):
