@@ -1163,14 +1163,13 @@ def test_a_hundred_thousand_variants_are_taken(written):
 )
 def test_a_python_sweep_is_counted_too(written, variants):
     head = "from actcache.edits import Variant\nfrom actcache.sweep import Sweep\n"
-    sweep = read_sweep(written(f"{head}sweep = Sweep(variants={variants})", "s.py"), WIDTH)
-    with pytest.raises(
-        InputError, match="the sweep has more than 100,000 variants; at most 100,000 are scored at once"
-    ):
-        sweep.variants_at(2)
-    long = read_sweep(written(f"{head}sweep = Sweep(variants=[Variant('v' * 600)])", "t.py"), WIDTH)
+    with pytest.raises(InputError, match="the sweep has more than 100,000 variants; at most 100,000 are scored"):
+        read_sweep(written(f"{head}sweep = Sweep(variants={variants})", "s.py"), WIDTH).variants_at(2)
     with pytest.raises(InputError, match="its name has 600 bytes"):
-        long.variants_at(2)
+        read_sweep(written(f"{head}sweep = Sweep(variants=[Variant('v' * 600)])", "t.py"), WIDTH)
+    few = read_sweep(written(f"{head}sweep = Sweep(variants=(Variant(name) for name in 'ab'))", "few.py"), WIDTH)
+    for boundary in (2, 3):
+        assert [variant.name for variant in few.variants_at(boundary)] == ["a", "b"]
 
 
 def test_a_run_scores_a_sweep(captured, written, tmp_path):
