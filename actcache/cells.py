@@ -43,8 +43,6 @@ _CELL_FIELDS = [
     ("noop_delta", pa.float32()),
     ("kl", pa.float32()),  # where it was asked for
 ]
-_PER_CHECKPOINT = ("gap_", "margin_")
-_NOT_CARRIED = {*_EVENT_COLUMNS, "proposed_step", "sequence", "context", "token_pt", "token_it", "segment"}
 _CELL = ("boundary", "scope", "upstream", "late", "readout", "variant")  # with an event, these name a row
 # Earlier versions named files otherwise, and gave them no seal: what they hold is scored again.
 _FILE = re.compile(r"b[0-9]{3,}-[a-z]+-[A-Za-z0-9_-]+\.[0-9a-f]{16}\.parquet")
@@ -199,7 +197,7 @@ def gather_cells(folder: str | Path, store: Store, *, strict: bool, max_tokens: 
         tables += [table for _, table in sorted(parts, key=lambda part: part[0])]
     with_kl = any("kl" in table.column_names for table in tables)
     empty = _cell_table(store.events.slice(0, 0), [], with_kl=with_kl)
-    return pa.concat_tables([empty, *tables], promote_options="permissive")
+    return _with_carried(pa.concat_tables([empty, *tables], promote_options="permissive"), store.events)
 
 
 def check_every_cell(
@@ -241,17 +239,24 @@ def identity(store: Store) -> dict[str, Any]:
 
 def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]], *, with_kl: bool) -> pa.Table:
     """One row per event and entry of ``columns``, event by event."""
-    carried = [
-        name for name in events.column_names if name not in _NOT_CARRIED and not name.startswith(_PER_CHECKPOINT)
-    ]
     n_events, n_columns = events.num_rows, len(columns)
     repeated = pa.array(np.repeat(np.arange(n_events), n_columns))
     out: dict[str, pa.Array | pa.ChunkedArray] = {name: events[name].take(repeated) for name in _EVENT_COLUMNS}
     for name, kind in _CELL_FIELDS if with_kl else _CELL_FIELDS[:-1]:
         out[name] = _interleaved([column[name] for column in columns], n_events, kind)
-    for name in carried:
-        out[name] = events[name].take(repeated)
     return pa.table(out)
+
+
+def _with_carried(cells: pa.Table, events: pa.Table) -> pa.Table:
+    """The cells with what their prompts carry, which is a document at times: a dictionary holds each text once."""
+    columns = events.column_names
+    at = pc.index_in(cells["prompt_id"], value_set=events["prompt_id"].combine_chunks()).combine_chunks()
+    for name in columns[columns.index(layout.SEGMENT_COLUMN) + 1 :]:
+        values = events[name].combine_chunks()
+        if pa.types.is_string(values.type):
+            values = values.dictionary_encode()
+        cells = cells.append_column(name, values.take(at))
+    return cells
 
 
 def _interleaved(values: list[Any], n_events: int, kind: pa.DataType) -> pa.Array:

@@ -25,6 +25,8 @@ _SEAL = re.compile(_MARK.encode() + rb"([0-9a-f]{64})")
 _NOTES = b"actcache"  # key of a table's metadata: what it was made from, as JSON
 _NOTES_SEAL = b"actcache.seal"
 
+_DICTIONARY_BYTES = 2**30  # beyond it, Parquet repeats each text in every row that has it
+
 
 class NoSealError(InputError):
     """A file without a seal: an earlier version's, or not one of ours. The message says what to do."""
@@ -56,7 +58,13 @@ def parquet_bytes(table: pa.Table, made_from: dict[str, Any]) -> bytes:
 
     notes = {_NOTES: json.dumps(made_from, sort_keys=True), _NOTES_SEAL: _BLANK}
     sink = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(notes), sink)
+    repeating = [field.name for field in table.schema if not pa.types.is_floating(field.type)]
+    pq.write_table(
+        table.replace_schema_metadata(notes),
+        sink,
+        use_dictionary=repeating,
+        dictionary_pagesize_limit=_DICTIONARY_BYTES,
+    )
     return _sealed(sink.getvalue().to_pybytes())
 
 
