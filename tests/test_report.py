@@ -472,6 +472,11 @@ def test_every_character_is_visible_and_encodable():
             assert piece.text.isprintable()
 
 
+def test_pieces_of_a_long_text_are_made_in_one_pass():
+    """A run that was copied for each of its characters took hours for an id of a megabyte."""
+    assert pieces("a" * 10**6 + "\n\n", spaces=False) == [Piece("a" * 10**6, False), *[Piece("\u21b5", True)] * 2]
+
+
 def test_pieces_keep_runs_together():
     assert pieces("a b\nc", spaces=False) == [Piece("a b", False), Piece("\u21b5", True), Piece("c", False)]
     assert pieces(" a", spaces=True) == [Piece("\u00b7", True), Piece("a", False)]

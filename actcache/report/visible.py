@@ -6,6 +6,7 @@ text around them. Knows strings and numbers, no HTML: escaping is the template's
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -35,12 +36,9 @@ def pieces(text: str, *, spaces: bool) -> list[Piece]:
     be encoded as UTF-8, whatever the text.
     """
     found: list[Piece] = []
-    for character in text:
-        symbol = _symbol(character, spaces)
-        if symbol is None and found and not found[-1].mark:
-            found[-1] = Piece(found[-1].text + character, mark=False)
-        else:
-            found.append(Piece(symbol or character, mark=symbol is not None))
+    for mark, run in itertools.groupby(text, lambda character: _symbol(character, spaces)):
+        characters = "".join(run)
+        found += [Piece(characters, mark=False)] if mark is None else [Piece(mark, mark=True)] * len(characters)
     return found
 
 
