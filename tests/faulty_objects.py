@@ -19,7 +19,7 @@ FAULTS = {
     "failed": "the answer is an error, and it is never done",
     "conflict": "409: not done, send it again",
 }
-_TOKEN = re.compile(r"\b[0-9a-f]{12,16}\b")
+TOKEN = re.compile(r"\b[0-9a-f]{12,16}\b")
 
 
 @dataclass(eq=False)
@@ -28,7 +28,8 @@ class FaultyObjects:
 
     Attributes:
         seed: of the random faults. A call's fault depends on it, on the call, its key and how often it was made.
-        rates: how often a put meets each of ``FAULTS``, and a get, a listing or a delete ``lost`` or ``failed``.
+        rates: how often a put meets each of ``FAULTS``, and a get, a listing or a delete ``lost`` or ``failed``; a
+            twentieth of that for files of segments, of which there are many.
         planned: the faults of the next calls, which go before random ones, by ``(method, key)`` or
             ``(method, "/end of the key")``; a token in a key is ``*``.
         late_calls: calls until a ``late`` put lands; a writer's tries make fewer.
@@ -106,14 +107,14 @@ class FaultyObjects:
                     self._history.append((self._n_calls, set(self.there())))
 
     def _fault(self, method: str, key: str) -> str | None:
-        key = _TOKEN.sub("*", key)
+        key = TOKEN.sub("*", key)
         for (planned_method, end), faults in self.planned.items():
             if method == planned_method and (key == end or (end[0] == "/" and key.endswith(end))) and faults:
                 return faults.pop(0)
         call = method, key
         self._made[call] += 1
         drawn = hashlib.sha256(repr((self.seed, call, self._made[call])).encode()).digest()
-        at = int.from_bytes(drawn[:8], "little") / 2**64
+        at = int.from_bytes(drawn[:8], "little") / 2**64 * (20 if key.count("/") > 1 else 1)
         for fault, rate in self.rates.items():
             if at < rate:
                 return fault if method == "put" or fault in ("lost", "failed") else None

@@ -172,6 +172,8 @@ class Schedule:
         """The result of an act; None where the place refused it."""
         try:
             return act()
+        except FileNotFoundError:  # nothing that counts is ever gone
+            raise
         except self.place.refusals:
             return None
 

@@ -8,7 +8,7 @@ from test_store import no_fsync
 
 __all__ = ["no_fsync"]
 
-QUICK, ALL = 50, 500  # of each place: schedules of every run of the tests, and of make test-deep
+QUICK, ALL = 25, 250  # of each place: schedules of every run of the tests, and of make test-deep
 
 
 def seeds() -> list[object]:
@@ -20,11 +20,25 @@ def test_a_schedule_on_a_disk(seed, tmp_path):
     schedules.run(seed, schedules.Disk(tmp_path))
 
 
-def test_a_seed_gives_the_same_schedule_again(tmp_path):
+@pytest.mark.parametrize("seed", seeds())
+def test_a_schedule_on_an_object_store(seed):
+    schedules.run(seed, far(seed))
+
+
+def far(seed: int) -> schedules.Place:
+    pytest.importorskip("obstore")
+    from far_schedules import Far
+
+    return Far(seed)
+
+
+@pytest.mark.parametrize("where", ["disk", "object store"])
+def test_a_seed_gives_the_same_schedule_again(where, tmp_path):
     traces = []
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
-        schedule = schedules.Schedule(7, schedules.Disk(tmp_path / name))
+        place = schedules.Disk(tmp_path / name) if where == "disk" else far(7)
+        schedule = schedules.Schedule(7, place)
         with schedules.in_order():
             schedule.run()
         traces.append(schedule.trace)

@@ -224,7 +224,7 @@ class ObjectStorage:
             try:
                 self._create(key, mine)
             except FileExistsError as error:
-                holder = (self._found(key) or b"").decode(errors="replace").strip()
+                holder = (self._found(key) or b"which has ended since").decode(errors="replace").strip()
                 raise InputError(
                     f"{self.where}: {key} is held by another process ({holder[:200]}); wait for it, or delete that "
                     "object if it died"
