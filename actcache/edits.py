@@ -19,7 +19,7 @@ import torch
 
 from actcache.blocks import check_counted, span_of
 from actcache.errors import InputError
-from actcache.vectors import EventVectors, as_number, as_tensor, as_vector, bytes_of, take_vector
+from actcache.vectors import EventVectors, InOneLine, as_number, as_tensor, as_vector, bytes_of, take_vector
 
 Site = Literal["state", "attention", "mlp"]
 Positions = str | tuple[int, ...]  # "last", "all", or positions of the sequence; negative ones count from its end
@@ -93,8 +93,8 @@ class Operation(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Replace:
+@dataclass(frozen=True, repr=False)
+class Replace(InOneLine):
     """The donor's state instead, bit for bit; or a fixed vector (zeros knock a component out), or one per event.
 
     Attributes:
@@ -124,8 +124,8 @@ class Replace:
         return True
 
 
-@dataclass(frozen=True)
-class Add:
+@dataclass(frozen=True, repr=False)
+class Add(InOneLine):
     """``x + scale * vector``, in float32, rounded once.
 
     Attributes:
@@ -152,8 +152,8 @@ class Add:
         return self.scale == 0
 
 
-@dataclass(frozen=True)
-class Interpolate:
+@dataclass(frozen=True, repr=False)
+class Interpolate(InOneLine):
     """``(1 - weight) * x + weight * donor``, in float32, rounded once; weights 0 and 1 give either bit for bit."""
 
     donor: str
@@ -174,8 +174,8 @@ class Interpolate:
         return self.weight == 0 or _same(rows, at.donor(self.donor, rows))
 
 
-@dataclass(frozen=True)
-class Project:
+@dataclass(frozen=True, repr=False)
+class Project(InOneLine):
     """The part of a row that lies in a subspace (of a PCA, say), in float32, rounded once.
 
     With B the basis, m the mean and P = B^T B:
@@ -227,8 +227,8 @@ class Project:
         return self.donor is not None and _same(rows, at.donor(self.donor, rows))
 
 
-@dataclass(frozen=True)
-class SignedPermutation:
+@dataclass(frozen=True, repr=False)
+class SignedPermutation(InOneLine):
     """A control: the difference to the donor with its coordinates permuted and their signs flipped at random.
 
     ``x + S (donor - x)`` for one signed permutation S a seed, the same for all rows: lengths, and angles between the
@@ -256,8 +256,8 @@ class SignedPermutation:
         return _same(rows, at.donor(self.donor, rows) if self.donor is not None else torch.zeros_like(rows))
 
 
-@dataclass(frozen=True)
-class MatchedNorm:
+@dataclass(frozen=True, repr=False)
+class MatchedNorm(InOneLine):
     """A control: a random direction as long as the difference to the donor.
 
     ``x + |donor - x| u`` with u uniform on the sphere, drawn for each (seed, event, position, layer). Without a donor
@@ -284,8 +284,8 @@ class MatchedNorm:
         return _same(rows, at.donor(self.donor, rows) if self.donor is not None else torch.zeros_like(rows))
 
 
-@dataclass(frozen=True)
-class Call:
+@dataclass(frozen=True, repr=False)
+class Call(InOneLine):
     """Any function of rows ``[m, D]`` and where they stand, row by row.
 
     Attributes:
@@ -309,8 +309,8 @@ class Call:
         return out.to(rows)
 
 
-@dataclass(frozen=True)
-class Edit:
+@dataclass(frozen=True, repr=False)
+class Edit(InOneLine):
     """An operation and where it happens.
 
     Attributes:
@@ -431,8 +431,8 @@ class Edit:
                     )
 
 
-@dataclass(frozen=True)
-class Variant:
+@dataclass(frozen=True, repr=False)
+class Variant(InOneLine):
     """A named list of edits, applied in order.
 
     Attributes:

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from actcache.errors import InputError
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_MOST_SHOWN = 32  # values of a tuple
 _ROWS_AT_ONCE = 1 << 14  # of a table of vectors that is looked through
 
 
@@ -58,8 +59,25 @@ def as_number(given: Any, what: str) -> float:
     return number
 
 
-@dataclass(frozen=True, eq=False)
-class EventVectors:
+class InOneLine:
+    """A dataclass that shows the fields that are not at their defaults; tensors by their shape and dtype alone."""
+
+    def __repr__(self) -> str:
+        given = [(each, getattr(self, each.name)) for each in fields(self)]  # type: ignore[arg-type]
+        shown = [f"{each.name}={_shown(value)}" for each, value in given if _shown(value) != _shown(each.default)]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"<{list(value.shape)} {str(value.dtype).removeprefix('torch.')}>"
+    if isinstance(value, tuple) and len(value) > _MOST_SHOWN:
+        return f"<{len(value)} values>"
+    return repr(value)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class EventVectors(InOneLine):
     """A vector for each event, found by the event's id.
 
     Attributes:

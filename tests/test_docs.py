@@ -19,6 +19,7 @@ import torch
 
 import actcache
 from actcache.cli import build_parser, main
+from actcache.edits import Add, Edit, Project, Variant
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [
@@ -167,3 +168,11 @@ def test_what_is_printed_is_one_useful_line(tiny_run):
     for thing, line in shown.items():
         assert repr(thing) == line
     assert repr(feed) in repr(actcache.ActivationBuffer(feed))
+    vector = torch.zeros(4096)
+    steered = Variant("steered", (Edit(Add(vector, 4.0), positions="all"), Edit(Project(torch.eye(4096)[:2]))))
+    assert repr(steered) == (
+        "Variant(name='steered', edits=(Edit(operation=Add(vector=<[4096] float32>, scale=4.0), positions='all'), "
+        "Edit(operation=Project(basis=<[2, 4096] float32>))))"
+    )
+    per_event = Add({f"e{i}": vector for i in range(99)}, per="event")
+    assert repr(per_event) == "Add(vector=EventVectors(vectors=<[99, 4096] float32>, events=<99 values>))"
