@@ -13,7 +13,9 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import tiny
+import torch
 from conftest import MAX_NEW
+from safetensors.torch import load_file, save_file
 
 import actcache
 from actcache import grid
@@ -196,3 +198,46 @@ def test_the_grid_waits_for_every_part(whole, tmp_path, capfd):
     assert main(["grid", str(tmp_path / "run")]) == 0
     cells = [pq.read_table(folder / "cells.parquet") for folder in (reference, tmp_path / "run")]
     assert cells[0].equals(cells[1])
+
+
+def scale_norm(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= torch.linspace(0.5, 1.5, len(weights["model.norm.weight"]))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_a_head_that_is_not_the_captured_one_is_noticed(whole, tmp_path, capfd):
+    pair, _, reference = whole
+    out, changed = shutil.copytree(reference, tmp_path / "run"), shutil.copytree(pair[1], tmp_path / "it")
+    shutil.rmtree(out / "cells")
+    scale_norm(changed)
+    assert main(["grid", str(out), "--it", str(changed)]) == 2
+    assert "is not the one captured: its weights" in capfd.readouterr().err
+    folders = {"pt": pair[0], "it": changed}
+    store, settings = actcache.open_store(out / "store"), grid.GridSettings((3,))
+    with pytest.raises(CheckError, match="the final norm and head of it are not those of the capture"):
+        grid.run_grid(store, lambda label, b: LateStack.load(folders[label], b), tmp_path / "cells", settings)
+
+
+def test_a_checkpoint_written_anew_between_the_stages_of_a_run_is_noticed(whole, tmp_path, monkeypatch, capfd):
+    pair, prompts, _ = whole
+    changed = shutil.copytree(pair[1], tmp_path / "it")
+    monkeypatch.setattr("actcache.cli.stages.check_run", lambda *args: scale_norm(changed))
+    assert main(command((pair[0], changed), prompts, tmp_path / "run")) == 2
+    assert "is not the one captured: its weights" in capfd.readouterr().err
+
+
+def test_a_checkpoint_written_anew_while_it_is_loaded_is_noticed(whole, tmp_path, monkeypatch, capfd):
+    pair, _, reference = whole
+    out, changed = shutil.copytree(reference, tmp_path / "run"), shutil.copytree(pair[1], tmp_path / "it")
+    shutil.rmtree(out / "cells")
+    load = LateStack.load
+
+    def change_first(path: Path, *args: object, **more: object) -> LateStack:
+        if path == changed:
+            scale_norm(changed)
+        return load(path, *args, **more)
+
+    monkeypatch.setattr(LateStack, "load", change_first)
+    assert main(["grid", str(out), "--it", str(changed)]) == 2
+    assert "is not the one captured: its weights" in capfd.readouterr().err

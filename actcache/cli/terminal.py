@@ -30,7 +30,8 @@ def be_quiet(quiet: bool) -> None:
 
 
 def quiet_libraries() -> None:
-    """transformers logs and draws bars of its own; errors still come through."""
+    """transformers logs, draws bars, and asks the Hub for what a folder lacks; errors still come through."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers.utils import logging
 
     logging.set_verbosity_error()

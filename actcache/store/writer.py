@@ -283,6 +283,12 @@ def _check_same(given: dict[str, Any], stored: dict[str, Any], prefix: str = "")
             continue
         if isinstance(a, dict) and isinstance(b, dict):
             _check_same(b, a, f"{prefix}{field}.")
+        if field not in stored:
+            raise IncompatibleError(
+                f"the store belongs to another run, or to one of an earlier version: its {prefix}{field} is not "
+                f"recorded, this run's is {b}; give another folder, or score what is captured with 'actcache grid'",
+                field=f"{prefix}{field}",
+            )
         raise IncompatibleError(
             f"the store belongs to another run: its {prefix}{field} is {a}, this run's is {b}; give another folder",
             field=f"{prefix}{field}",
