@@ -137,6 +137,7 @@ class RowFeed(IterableDataset[RowBatch]):
         names = ("labels", "boundaries", "shuffle", "seed", "batch_rows", "drop_last", "rank", "world", "pool_rows")
         self._identity = {"store": layout.fingerprint_digest(opened.fingerprint), "rows": self.chosen.digest()}
         self._identity |= {name: getattr(self, name) for name in names}
+        self._identity["records"] = self.chosen.records_digest()
         self._order: tuple[int, Ints, Ints] | None = None
         self._loaded: dict[str, Any] | None = None
         self._at = _position(epoch)
@@ -197,6 +198,8 @@ class RowFeed(IterableDataset[RowBatch]):
             IncompatibleError: the state is that of a feed of other rows or options; names the first field.
         """
         for field, value in self._identity.items():
+            if field == "records" and field not in state["feed"]:
+                continue  # a state of an earlier version, which knew the rows by their segments' names only
             if state["feed"].get(field) != value:
                 raise IncompatibleError(
                     f"this feed's {field} is {value!r}, that of the state {state['feed'].get(field)!r}", field=field

@@ -120,6 +120,11 @@ class StoreRows:
         starts = np.flatnonzero((np.diff(owner, prepend=-1) != 0) | (np.diff(block, prepend=-1) != 0))
         return np.append(starts, len(self.chosen))
 
+    def records_digest(self) -> str:
+        """SHA-256 of the records of what writers committed: what proves that the rows themselves are the same."""
+        parts = (part for segment in self.store.segments for part in segment.parts)
+        return hashlib.sha256(repr([part.record for part in parts]).encode()).hexdigest()
+
     def digest(self) -> str:
         """SHA-256 of which rows these are."""
         digest = hashlib.sha256(repr((self.segments, self.firsts.tolist())).encode())

@@ -286,6 +286,64 @@ def test_two_compactions_do_not_meet(s3, tmp_path):
     assert compact(place) == (7, 1)
 
 
+def test_parts_that_come_out_of_order_are_merged_until_one_is_left(place):
+    """The names from first to last are those of an earlier merge, again and again."""
+    for names in (["s-0", "s-6"], ["s-3"], ["s-1", "s-5"], ["s-2", "s-4"]):
+        fill(place, names)
+        assert compact(place)[1] == 1
+    ids = open_store(place).events["event_id"].to_pylist()
+    assert sorted(ids) == sorted(one for s in SEGMENTS.values() for one in s.events["event_id"].to_pylist())
+    assert (verify(place), len(open_storage(place).names("commits"))) == ([], 1)
+    assert open_store(place).uncommitted == []
+
+
+def test_long_names_are_merged_too(tmp_path):
+    path, names = str(tmp_path / "store"), [letter * layout.MAX_NAME for letter in "abc"]
+    writer = StoreWriter(path, FINGERPRINT)
+    for name, segment in zip(names, SEGMENTS.values(), strict=False):
+        writer.append(name, segment)
+        compact(path)
+    check(open_store(path), dict(zip(names, SEGMENTS.values(), strict=False)))
+
+
+@pytest.mark.parametrize("at", ["_check_files", "_check_chunks", "_check_content"])
+def test_verify_beside_a_compaction_finds_nothing(at, tmp_path):
+    path = str(tmp_path / "store")
+    fill(path)
+    module = sys.modules["actcache.store.verify"]
+    real, begun = getattr(module, at), []
+
+    def check_part(*args: Any) -> Any:
+        if not begun:
+            begun.append(compact(path))
+        return real(*args)
+
+    with mock.patch.object(module, at, check_part):
+        assert verify(path) == []
+    (shard,) = (tmp_path / "store").glob("segments/*/states/pt/b001/c/0/0")
+    shard.unlink()
+    with mock.patch.object(module, at, check_part):
+        assert {problem.segment for problem in verify(path)} == {"s-0--s-6"}
+
+
+def test_a_writer_goes_on_beside_a_compaction(tmp_path):
+    """What a listing has may be gone before it is read."""
+    path = str(tmp_path / "store")
+    fill(path, ["s-0", "s-1"])
+    writer, real, begun = StoreWriter(path, FINGERPRINT), type(open_storage(path)).read, []
+
+    def read(self: Any, key: str) -> bytes:
+        if not begun:
+            begun.append(True)
+            compact(path)
+        return real(self, key)
+
+    with mock.patch.object(type(open_storage(path)), "read", read):
+        assert writer.committed >= {"s-0", "s-1"}
+    writer.append("s-2", SEGMENTS["s-2"])
+    check(open_store(path), {name: SEGMENTS[name] for name in ("s-0", "s-1", "s-2")})
+
+
 def test_records_that_replace_the_same_segment_are_refused(tmp_path):
     path = tmp_path / "store"
     fill(str(path), ["s-0", "s-1", "s-2"])
