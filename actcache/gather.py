@@ -253,10 +253,14 @@ def _call(function: str, table: torch.Tensor, row_ids: torch.Tensor, *packed: to
     size = table.element_size()
     strides = [stride * size for stride in table.stride()]
     call: Callable[..., None] = getattr(module, function)
+    scatters = function == "scatter_rows"
+
+    def memory(tensor: torch.Tensor, is_written: bool) -> Any:
+        return tensor.numpy() if is_written and table.device.type == "cpu" else tensor.data_ptr()
 
     def run(ids: torch.Tensor, how: int) -> None:
-        pointers = [rows.data_ptr() for rows in packed]
-        call(table.data_ptr(), *table.shape, size, *strides, ids.data_ptr(), len(ids), *pointers, how)
+        sides = [memory(rows, not scatters) for rows in packed]
+        call(memory(table, scatters), *table.shape, size, *strides, ids.data_ptr(), len(ids), *sides, how)
 
     try:
         if table.device.type == "cpu":
@@ -267,7 +271,7 @@ def _call(function: str, table: torch.Tensor, row_ids: torch.Tensor, *packed: to
                 pinned = torch.empty(len(row_ids), dtype=torch.int64, pin_memory=True).copy_(row_ids)
                 device_ids = pinned.to(table.device, non_blocking=True)
                 run(device_ids, torch.cuda.current_stream().cuda_stream)
-    except (ValueError, IndexError) as error:
+    except (ValueError, IndexError, BufferError) as error:
         raise InputError(str(error)) from error
     except RuntimeError as error:
         raise KernelError(f"{error}; ACTCACHE_ENGINE=torch does without this kernel") from error

@@ -179,7 +179,7 @@ def linear_in_core(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tenso
         rows.data_ptr(),
         weight.data_ptr(),
         0 if bias is None else bias.data_ptr(),
-        out.data_ptr(),
+        out.numpy(),
         n_rows=rows.shape[0],
         n_in=weight.shape[1],
         n_out=weight.shape[0],

@@ -418,7 +418,9 @@ def attend_in_core(
     core = native("cpu")[0]
     assert core is not None, "takes_core() said so"
     core.attend(
-        *(tensor.data_ptr() for tensor in (query, key, value, out, offsets)),
+        *(tensor.data_ptr() for tensor in (query, key, value)),
+        out.numpy(),
+        offsets.data_ptr(),
         n_sequences=len(bounds) - 1,
         n_tokens=n_tokens,
         n_heads=(query.shape[1], key.shape[1]),

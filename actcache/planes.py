@@ -100,10 +100,18 @@ def decode(data: Buffer, n_bytes: int) -> Bytes:
     return out
 
 
-def decode_into(data: Buffer, out: npt.NDArray[Any]) -> None:
-    """As ``decode``, to memory that is there: ``out`` is contiguous, of the words' size, and half filled on error."""
-    chunk = _bytes_of(data)
-    target = out.reshape(-1).view(np.uint8)
+def decode_into(data: Buffer, out: bytearray | memoryview | npt.NDArray[Any]) -> None:
+    """As ``decode``, to memory that is there: an array or any object with a contiguous buffer, of the words' size.
+
+    Raises:
+        InputError: as ``decode``, and ``out`` may be half filled then; or ``out`` may not be written, is not contiguous
+            or shares memory with the data, and nothing is written.
+    """
+    chunk, target = _bytes_of(data), _bytes_of(out)
+    if not target.flags.writeable:
+        raise InputError(f"out is read-only memory ({type(out).__name__}), expected memory that may be written")
+    if np.may_share_memory(chunk, target):
+        raise InputError("out shares memory with data, expected memory of its own")
     _decode_into(_header(chunk, len(target)), chunk, target)
 
 
@@ -113,7 +121,7 @@ def _decode_into(header: _Header, chunk: Bytes, out: Bytes) -> None:
         if module is None:
             _decode(header, chunk, out.view("<u2"))
         else:
-            module.decode_words(chunk.ctypes.data, len(chunk), len(out) // 2, out.ctypes.data)
+            module.decode_words(chunk.ctypes.data, len(chunk), len(out) // 2, out)
     except ValueError as error:
         raise _malformed(str(error)) from error
 
@@ -165,9 +173,11 @@ def _malformed(rule: str, found: str = "") -> InputError:
 
 
 def _bytes_of(data: Buffer) -> Bytes:
-    if isinstance(data, np.ndarray) and data.flags.c_contiguous:
+    if isinstance(data, np.ndarray) and data.flags.c_contiguous and not data.dtype.hasobject:
         return data.reshape(-1).view(np.uint8)  # dtypes that have no buffer, such as ml_dtypes' bfloat16
     try:
+        if "O" in memoryview(data).format:  # type: ignore[arg-type]
+            raise TypeError("it holds Python objects")
         return np.frombuffer(data, np.uint8)
     except (BufferError, ValueError, TypeError) as error:
         raise InputError(f"{type(data).__name__} without a contiguous buffer: {error}") from error

@@ -1,4 +1,5 @@
-// actcache._core: the CPU side. Pointers come as integers; the caller keeps what they point to alive.
+// actcache._core: the CPU side. What is read comes as a pointer, an integer, which the caller keeps alive; what is written
+// comes as an object with a buffer.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,6 +14,15 @@
 namespace py = pybind11;
 
 namespace {
+
+constexpr std::int64_t kFloat = sizeof(float);
+constexpr auto kMost = static_cast<std::size_t>(actcache::kMaxBytes);
+
+void check_written(const actcache::Output& out, actcache::Span written, const actcache::GatherParams& params) {
+    out.check_holds(written);
+    out.check_apart(written, "src", actcache::span_of_table(params));
+    out.check_apart(written, "row_ids", actcache::span_of_ids(params));
+}
 
 void check_threads(const char* name, int n_threads) {
     if (n_threads >= 1) return;
@@ -56,10 +66,12 @@ PYBIND11_MODULE(_core, module) {
         "gather_rows",
         [](std::uintptr_t src, std::int64_t n_src_rows, std::int64_t n_cols, std::int64_t elem_bytes,
            std::int64_t row_stride, std::int64_t col_stride, std::uintptr_t row_ids, std::int64_t n_rows,
-           std::uintptr_t dst, int n_threads) {
+           const py::object& dst, int n_threads) {
+            const actcache::Output out("gather_rows", "dst", dst);
             const auto params = actcache::make_gather(src, n_src_rows, n_cols, elem_bytes, row_stride, col_stride,
-                                                      row_ids, n_rows, dst);
+                                                      row_ids, n_rows, reinterpret_cast<std::uintptr_t>(out.data()));
             actcache::raise_refusal("gather_rows", "src", params, actcache::check(params));
+            check_written(out, actcache::span_of(out.data(), n_rows * actcache::row_bytes(params)), params);
             check_threads("gather_rows", n_threads);
             const py::gil_scoped_release unlocked;
             raise_bad_id(params, actcache::first_bad_id(params));
@@ -67,39 +79,52 @@ PYBIND11_MODULE(_core, module) {
         },
         py::arg("src_ptr"), py::arg("n_src_rows"), py::arg("n_cols"), py::arg("elem_bytes"),
         py::arg("row_stride_bytes"), py::arg("col_stride_bytes"), py::arg("row_ids_ptr"), py::arg("n_rows"),
-        py::arg("dst_ptr"), py::arg("n_threads"),
-        "Copy rows src[row_ids[i], :] to the contiguous dst, which must not overlap src. ValueError (sizes) and "
-        "IndexError (a row id) are raised before anything is written.");
+        py::arg("dst"), py::arg("n_threads"),
+        "Copy rows src[row_ids[i], :] to the contiguous dst, which must not overlap src. ValueError (sizes), "
+        "IndexError "
+        "(a row id) and BufferError (memory that is read-only, of another size or shared) are raised before anything "
+        "is written.");
     module.def(
         "scatter_rows",
-        [](std::uintptr_t dst, std::int64_t n_dst_rows, std::int64_t n_cols, std::int64_t elem_bytes,
+        [](const py::object& dst, std::int64_t n_dst_rows, std::int64_t n_cols, std::int64_t elem_bytes,
            std::int64_t row_stride, std::int64_t col_stride, std::uintptr_t row_ids, std::int64_t n_rows,
            std::uintptr_t src, int n_threads) {
-            const auto params = actcache::make_scatter(dst, n_dst_rows, n_cols, elem_bytes, row_stride, col_stride,
-                                                       row_ids, n_rows, src);
+            const actcache::Output out("scatter_rows", "dst", dst);
+            const auto params = actcache::make_scatter(reinterpret_cast<std::uintptr_t>(out.data()), n_dst_rows, n_cols,
+                                                       elem_bytes, row_stride, col_stride, row_ids, n_rows, src);
             const auto geometry = actcache::undoing(params);
             actcache::raise_refusal("scatter_rows", "dst", geometry, actcache::check(geometry));
+            const auto written = actcache::span_of_table(geometry);
+            out.check_holds(written, false);
+            out.check_apart(written, "src", actcache::span_of(params.src, n_rows * actcache::row_bytes(geometry)));
+            out.check_apart(written, "row_ids", actcache::span_of_ids(geometry));
             check_threads("scatter_rows", n_threads);
             const py::gil_scoped_release unlocked;
             raise_bad_id(geometry, actcache::first_bad_id(geometry));
             actcache::scatter_rows_cpu(params, n_threads);
         },
-        py::arg("dst_ptr"), py::arg("n_dst_rows"), py::arg("n_cols"), py::arg("elem_bytes"),
-        py::arg("row_stride_bytes"), py::arg("col_stride_bytes"), py::arg("row_ids_ptr"), py::arg("n_rows"),
-        py::arg("src_ptr"), py::arg("n_threads"),
+        py::arg("dst"), py::arg("n_dst_rows"), py::arg("n_cols"), py::arg("elem_bytes"), py::arg("row_stride_bytes"),
+        py::arg("col_stride_bytes"), py::arg("row_ids_ptr"), py::arg("n_rows"), py::arg("src_ptr"),
+        py::arg("n_threads"),
         "Copy rows src[i, :] of the contiguous src to dst[row_ids[i], :]. The ids must all be different and dst must "
-        "not "
-        "overlap itself or src. ValueError (sizes) and IndexError (a row id) are raised before anything is written.");
+        "not overlap itself or src. Errors as gather_rows.");
     module.def(
         "gather_planes",
         [](std::uintptr_t src, std::int64_t n_src_rows, std::int64_t n_cols, std::int64_t elem_bytes,
            std::int64_t row_stride, std::int64_t col_stride, std::uintptr_t row_ids, std::int64_t n_rows,
-           std::uintptr_t exponents, std::uintptr_t rests, int n_threads) {
+           const py::object& exponents, const py::object& rests, int n_threads) {
+            const actcache::Output exponents_out("gather_planes", "exponents", exponents);
+            const actcache::Output rests_out("gather_planes", "rests", rests);
             const actcache::PlanesParams params = {
                 actcache::make_gather(src, n_src_rows, n_cols, elem_bytes, row_stride, col_stride, row_ids, n_rows,
-                                      exponents),
-                reinterpret_cast<unsigned char*>(rests)};
+                                      reinterpret_cast<std::uintptr_t>(exponents_out.data())),
+                rests_out.data()};
             actcache::raise_refusal("gather_planes", "src", params.gather, actcache::check(params));
+            const auto plane = actcache::span_of(exponents_out.data(), n_rows * n_cols);
+            const auto rest = actcache::span_of(rests_out.data(), n_rows * n_cols);
+            check_written(exponents_out, plane, params.gather);
+            check_written(rests_out, rest, params.gather);
+            rests_out.check_apart(rest, "exponents", plane);
             check_threads("gather_planes", n_threads);
             const py::gil_scoped_release unlocked;
             raise_bad_id(params.gather, actcache::first_bad_id(params.gather));
@@ -107,19 +132,20 @@ PYBIND11_MODULE(_core, module) {
         },
         py::arg("src_ptr"), py::arg("n_src_rows"), py::arg("n_cols"), py::arg("elem_bytes"),
         py::arg("row_stride_bytes"), py::arg("col_stride_bytes"), py::arg("row_ids_ptr"), py::arg("n_rows"),
-        py::arg("exponents_ptr"), py::arg("rests_ptr"), py::arg("n_threads"),
+        py::arg("exponents"), py::arg("rests"), py::arg("n_threads"),
         "As gather_rows, for 2-byte words, which are split on the way into contiguous planes of exponents and rests.");
     module.def(
         "attend",
-        [](std::uintptr_t query, std::uintptr_t key, std::uintptr_t value, std::uintptr_t out, std::uintptr_t offsets,
-           std::int64_t n_sequences, std::int64_t n_tokens, std::array<std::int64_t, 2> n_heads,
+        [](std::uintptr_t query, std::uintptr_t key, std::uintptr_t value, const py::object& out,
+           std::uintptr_t offsets, std::int64_t n_sequences, std::int64_t n_tokens, std::array<std::int64_t, 2> n_heads,
            std::array<std::int64_t, 2> widths, std::array<std::int64_t, 2> query_strides,
            std::array<std::int64_t, 2> key_strides, std::array<std::int64_t, 2> value_strides, std::int64_t window,
            float scale, int n_threads) {
+            const actcache::Output output("attend", "out", out);
             const actcache::AttentionParams params = {reinterpret_cast<const float*>(query),
                                                       reinterpret_cast<const float*>(key),
                                                       reinterpret_cast<const float*>(value),
-                                                      reinterpret_cast<float*>(out),
+                                                      reinterpret_cast<float*>(output.data()),
                                                       reinterpret_cast<const std::int64_t*>(offsets),
                                                       n_sequences,
                                                       n_tokens,
@@ -133,37 +159,55 @@ PYBIND11_MODULE(_core, module) {
                                                       window,
                                                       scale};
             if (const char* refusal = actcache::check(params)) throw py::value_error(std::string("attend: ") + refusal);
+            const auto written = actcache::span_of(output.data(), n_tokens * n_heads[0] * widths[1] * kFloat);
+            output.check_holds(written);
+            const auto check_apart = [&](const char* name, const float* start, std::int64_t heads, std::int64_t width,
+                                         const std::array<std::int64_t, 2>& strides) {
+                output.check_apart(written, name,
+                                   actcache::span_of(start, n_tokens, strides[0] * kFloat, heads, strides[1] * kFloat,
+                                                     width * kFloat));
+            };
+            check_apart("query", params.query, n_heads[0], widths[0], query_strides);
+            check_apart("key", params.key, n_heads[1], widths[0], key_strides);
+            check_apart("value", params.value, n_heads[1], widths[1], value_strides);
             check_threads("attend", n_threads);
             const py::gil_scoped_release unlocked;
             actcache::attend_cpu(params, n_threads);
         },
-        py::arg("query_ptr"), py::arg("key_ptr"), py::arg("value_ptr"), py::arg("out_ptr"), py::arg("offsets_ptr"),
+        py::arg("query_ptr"), py::arg("key_ptr"), py::arg("value_ptr"), py::arg("out"), py::arg("offsets_ptr"),
         py::arg("n_sequences"), py::arg("n_tokens"), py::arg("n_heads"), py::arg("widths"), py::arg("query_strides"),
         py::arg("key_strides"), py::arg("value_strides"), py::arg("window"), py::arg("scale"), py::arg("n_threads"),
         "Causal float32 attention of each sequence to itself; see attention.h. n_heads are those of queries and of "
         "keys, widths those of keys and of values, strides in floats from token to token and from head to head. "
-        "ValueError (sizes, offsets) is raised before anything is written.");
+        "ValueError (sizes, offsets) and BufferError (out) are raised before anything is written.");
     module.def(
         "linear",
-        [](std::uintptr_t rows, std::uintptr_t weight, std::uintptr_t bias, std::uintptr_t out, std::int64_t n_rows,
+        [](std::uintptr_t rows, std::uintptr_t weight, std::uintptr_t bias, const py::object& out, std::int64_t n_rows,
            std::int64_t n_in, std::int64_t n_out, std::int64_t row_stride, int n_threads) {
+            const actcache::Output output("linear", "out", out);
             const actcache::LinearParams params = {reinterpret_cast<const float*>(rows),
                                                    reinterpret_cast<const float*>(weight),
                                                    reinterpret_cast<const float*>(bias),
-                                                   reinterpret_cast<float*>(out),
+                                                   reinterpret_cast<float*>(output.data()),
                                                    n_rows,
                                                    n_in,
                                                    n_out,
                                                    row_stride};
             if (const char* refusal = actcache::check(params)) throw py::value_error(std::string("linear: ") + refusal);
+            const auto written = actcache::span_of(output.data(), n_rows * n_out * kFloat);
+            output.check_holds(written);
+            output.check_apart(written, "rows",
+                               actcache::span_of(params.rows, n_rows, row_stride * kFloat, 1, 0, n_in * kFloat));
+            output.check_apart(written, "weight", actcache::span_of(params.weight, n_in * n_out * kFloat));
+            output.check_apart(written, "bias", actcache::span_of(params.bias, bias == 0 ? 0 : n_out * kFloat));
             check_threads("linear", n_threads);
             const py::gil_scoped_release unlocked;
             actcache::linear_cpu(params, n_threads);
         },
-        py::arg("rows_ptr"), py::arg("weight_ptr"), py::arg("bias_ptr"), py::arg("out_ptr"), py::arg("n_rows"),
+        py::arg("rows_ptr"), py::arg("weight_ptr"), py::arg("bias_ptr"), py::arg("out"), py::arg("n_rows"),
         py::arg("n_in"), py::arg("n_out"), py::arg("row_stride"), py::arg("n_threads"),
         "A linear layer of float32 by bfloat16 products; see linear.h. bias_ptr may be 0; row_stride is in floats. "
-        "ValueError (sizes) is raised before anything is written.");
+        "ValueError (sizes) and BufferError (out) are raised before anything is written.");
     module.def("has_tiles", &actcache::has_tiles, "Whether linear() has matrix tiles; without, it is slow.");
     module.def(
         "encode_words",
@@ -182,18 +226,23 @@ PYBIND11_MODULE(_core, module) {
         "As encode_words, from planes that gather_planes has split.");
     module.def(
         "decode_words",
-        [](std::uintptr_t data, std::size_t n_bytes, std::size_t n_words, std::uintptr_t words) {
+        [](std::uintptr_t data, std::size_t n_bytes, std::size_t n_words, const py::object& words) {
+            const actcache::Output out("decode_words", "words", words);
+            const auto* chunk = reinterpret_cast<const unsigned char*>(data);
+            if (n_bytes > kMost || n_words > kMost / 2) throw py::value_error("sizes must not exceed 2^60 bytes");
+            const auto written = actcache::span_of(out.data(), static_cast<std::int64_t>(2 * n_words));
+            out.check_holds(written);
+            out.check_apart(written, "data", actcache::span_of(chunk, static_cast<std::int64_t>(n_bytes)));
             const char* refusal = nullptr;
             {
                 const py::gil_scoped_release unlocked;
-                refusal = actcache::decode_planes(reinterpret_cast<const unsigned char*>(data), n_bytes, n_words,
-                                                  reinterpret_cast<unsigned char*>(words));
+                refusal = actcache::decode_planes(chunk, n_bytes, n_words, out.data());
             }
             if (refusal != nullptr) throw py::value_error(refusal);
         },
-        py::arg("data_ptr"), py::arg("n_bytes"), py::arg("n_words"), py::arg("words_ptr"),
-        "The way back, into n_words words. ValueError where the data are no chunk of so many; nothing is written "
-        "then.");
+        py::arg("data_ptr"), py::arg("n_bytes"), py::arg("n_words"), py::arg("words"),
+        "The way back, into n_words words. ValueError where the data are no chunk of so many, BufferError for words as "
+        "in gather_rows; nothing is written then.");
     module.def(
         "limit_isa", [](int widest) { actcache::limit_isa(static_cast<actcache::Isa>(widest)); }, py::arg("widest"),
         "For tests: use no wider instructions than portable (0), AVX2 (1) or AVX-512 (2).");

@@ -86,7 +86,7 @@ def test_threads_agree(columns: slice) -> None:
         whole = torch.zeros(1500, 6000, dtype=torch.int16)
         dst = whole[:, columns]
         strides = [stride * 2 for stride in dst.stride()]
-        core.scatter_rows(dst.data_ptr(), *dst.shape, 2, *strides, ids.data_ptr(), len(ids), src.data_ptr(), n_threads)
+        core.scatter_rows(dst.numpy(), *dst.shape, 2, *strides, ids.data_ptr(), len(ids), src.data_ptr(), n_threads)
         assert torch.equal(dst[ids], src), n_threads
         assert torch.count_nonzero(whole) == torch.count_nonzero(src)
 
@@ -132,7 +132,7 @@ def test_the_core_checks_before_it_writes() -> None:
     core = native_core()
     src, ids, dst = np.zeros((2, 3), np.int32), np.array([4, 5], np.int64), np.full((5, 3), 8, np.int32)
     sizes = {"n_dst_rows": 5, "n_cols": 3, "elem_bytes": 4, "row_stride_bytes": 12, "col_stride_bytes": 4, "n_rows": 2}
-    given_ = {"dst_ptr": dst.ctypes.data, "row_ids_ptr": ids.ctypes.data, "src_ptr": src.ctypes.data, "n_threads": 1}
+    given_ = {"dst": dst, "row_ids_ptr": ids.ctypes.data, "src_ptr": src.ctypes.data, "n_threads": 1}
     with pytest.raises(IndexError, match=r"row_ids\[1\] is 5, expected 0 <= id < 5"):
         core.scatter_rows(**sizes, **given_)
     for changed, says in (

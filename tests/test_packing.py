@@ -249,7 +249,7 @@ def test_attend_in_core_hands_on_what_is_not_finite():
         ({"n_tokens": 6}, "offsets must run from 0 to n_tokens"),
         ({"n_sequences": -1}, "counts must not be negative"),
         ({"n_threads": 0}, "n_threads is 0, expected 1 or more"),
-        ({"out_ptr": 0}, "must not be null"),
+        ({"query_ptr": 0}, "must not be null"),
         ({"offsets_ptr": 0}, "offsets must not be null"),
         ({"widths": (2**62, 2**62)}, "must not exceed"),
         ({"offsets": [0, 5, 3, 5], "n_sequences": 3}, "offsets must not decrease"),
@@ -260,9 +260,16 @@ def test_attention_in_core_refuses_what_does_not_fit(change, words):
     tensors = [torch.zeros(5, 2, 4) for _ in range(4)]
     change = dict(change)
     offsets = torch.tensor(change.pop("offsets", [0, 2, 5]))
-    names = ("query_ptr", "key_ptr", "value_ptr", "out_ptr")
-    given = {name: tensor.data_ptr() for name, tensor in zip(names, tensors, strict=True)}
-    given |= {"offsets_ptr": offsets.data_ptr(), "n_sequences": 2, "n_tokens": 5, "n_heads": (2, 2), "widths": (4, 4)}
+    names = ("query_ptr", "key_ptr", "value_ptr")
+    given = {name: tensor.data_ptr() for name, tensor in zip(names, tensors[:3], strict=True)}
+    given |= {
+        "out": tensors[3].numpy(),
+        "offsets_ptr": offsets.data_ptr(),
+        "n_sequences": 2,
+        "n_tokens": 5,
+        "n_heads": (2, 2),
+        "widths": (4, 4),
+    }
     given |= {f"{name}_strides": (8, 4) for name in ("query", "key", "value")}
     with pytest.raises(ValueError, match=words):
         native("cpu")[0].attend(**given | {"window": 5, "scale": 1.0, "n_threads": 1} | change)
