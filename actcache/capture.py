@@ -23,14 +23,15 @@ from actcache import carried
 from actcache import prompts as prompts_module
 from actcache.blocks import block_of, check_boundary
 from actcache.checkpoint import DTYPES
-from actcache.divergence import Outcome, SearchLimits, propose
+from actcache.divergence import Decoding, Outcome, SearchLimits, find_decoding, propose
 from actcache.errors import InputError
 from actcache.gather import gather_rows
 from actcache.lineup import Lineup, as_fingerprint
-from actcache.packing import offsets_of, plan_packs
+from actcache.packing import offsets_of
 from actcache.probe import check_replayable
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
+from actcache.regimes import Regimes
 from actcache.store import BackgroundWriter, Place, SegmentData, StoreWriter
 from actcache.trunk import Trunk
 
@@ -197,6 +198,8 @@ class _Search:
     shared: list[int]
     proposed: bool = False  # that the pair diverges right after ``shared``
     first_step: int | None = None  # where the search first proposed it
+    decided: int = 0  # how many of ``shared`` capture forwards of earlier regimes have decided for good
+    n_rounds: int = 0  # how often in a row the capture forward has contradicted the search
 
     @property
     def sequence(self) -> list[int]:
@@ -225,6 +228,12 @@ class _Captured:
     def position(self) -> int:
         return len(self.sequence) - 1
 
+    @property
+    def proposed_step(self) -> int:
+        """Where the search first proposed it; the capture forward may have been the first."""
+        step = self.search.first_step
+        return len(self.search.shared) if step is None else step
+
 
 class _Capture:
     def __init__(
@@ -242,6 +251,8 @@ class _Capture:
         self.vocabulary = lineup.vocabulary
         self.special = lineup.special_ids
         self.limits = SearchLimits(settings.max_new, lineup.end_ids, lineup.max_positions)
+        self.regimes = Regimes.joined(trunk.regimes for trunk in trunks.values())
+        self.decoding = _common_decoding([trunks[label] for label in PAIR], say)
         self.pack_tokens = settings.max_tokens
         if not settings.strict:
             reasons = [reason for trunk in trunks.values() if (reason := _why_not_packable(trunk))]
@@ -259,32 +270,30 @@ class _Capture:
         captured: list[_Captured] = []
         excluded: dict[int, str] = {}
         n_decided = 0
-        for _ in range(MAX_ROUNDS):
+        while searches:
             proposed = self._propose(searches, excluded)
             searches = []
-            for pack in plan_packs([len(search.sequence) for search in proposed], self.pack_tokens):
+            for pack in self.regimes.packs([len(search.sequence) for search in proposed], self.pack_tokens):
                 between()
                 for search, result in self._run_pack([proposed[i] for i in pack]):
                     if isinstance(result, _Captured):
                         captured.append(result)
-                    elif isinstance(result, _Search):
+                    elif isinstance(result, _Search) and result.n_rounds < MAX_ROUNDS:
                         searches.append(result)
                     else:
-                        excluded[search.index] = result
+                        excluded[search.index] = "undecided" if isinstance(result, _Search) else result
                 self.tally.add(
                     len(captured) + len(excluded) - n_decided,
                     tokens=sum(map(len, (proposed[i].sequence for i in pack))),
                 )
                 n_decided = len(captured) + len(excluded)
-            if not searches:
-                break
-        excluded.update((search.index, "undecided") for search in searches)
         self.tally.add(len(prompts) - n_decided)
         captured.sort(key=lambda event: event.search.index)
         return self._segment(captured, [(prompts[index], reason) for index, reason in sorted(excluded.items())])
 
     def _propose(self, searches: list[_Search], excluded: dict[int, str]) -> list[_Search]:
-        """Search from where each prompt stands; those that end without divergence are excluded."""
+        """Search from where each prompt stands; those that end without divergence are excluded, the others are what the
+        capture forward is to decide on, those of one regime together."""
         open_ended = [search for search in searches if not search.proposed]
         proposals = propose(
             [self.trunks[label] for label in PAIR],
@@ -296,15 +305,21 @@ class _Capture:
                 tokens=tokens,
                 doing=f"searching: step {step} of at most {self.limits.max_new}, {n_open} still alike",
             ),
+            decoding=self.decoding,
+            pack_tokens=self.pack_tokens,
+            regimes=self.regimes,
         )
-        diverged = [search for search in searches if search.proposed]
+        going = [search for search in searches if search.proposed]
         for search, proposal in zip(open_ended, proposals, strict=True):
-            if proposal.outcome is Outcome.DIVERGED:
-                diverged.append(search.go_on(search.shared + proposal.shared, proposed=True))
+            diverged = proposal.outcome is Outcome.DIVERGED
+            if diverged or proposal.outcome is Outcome.OPEN:
+                going.append(search.go_on(search.shared + proposal.shared, proposed=diverged))
             else:
                 excluded[search.index] = proposal.outcome.value
-        diverged = [s if s.first_step is not None else replace(s, first_step=len(s.shared)) for s in diverged]
-        return sorted(diverged, key=lambda search: search.index)
+        going = [
+            s if s.first_step is not None or not s.proposed else replace(s, first_step=len(s.shared)) for s in going
+        ]
+        return sorted(going, key=lambda search: (self.regimes.of(len(search.sequence)), search.index))
 
     @torch.no_grad()
     def _run_pack(self, pack: list[_Search]) -> Iterable[tuple[_Search, _Captured | _Search | str]]:
@@ -312,9 +327,10 @@ class _Capture:
         reason why the prompt is excluded."""
         bounds = offsets_of([len(search.sequence) for search in pack]).tolist()
         ids = torch.tensor([token for search in pack for token in search.sequence])[None]
-        # Positions whose next token is compared: from the last prompt token to the end of each sequence.
+        # Positions whose next token is compared: from the last prompt token, or the first one of this regime, to the
+        # end of each sequence.
         compared = [
-            range(start + len(search.ids) - 1, stop)
+            range(start + len(search.ids) + search.decided - 1, stop)
             for search, start, stop in zip(pack, bounds[:-1], bounds[1:], strict=True)
         ]
         prefix = self.settings.row_selection == "prefix"
@@ -350,16 +366,22 @@ class _Capture:
 
     def _decide(self, search: _Search, pt: list[int], it: list[int]) -> _Search | str | None:
         """None where the pair shares exactly ``search.shared`` and then differs. Otherwise, the capture forward has
-        contradicted the search: where to go on from, or why the prompt is excluded."""
-        for step, (a, b) in enumerate(zip(pt, it, strict=True)):
+        contradicted the search, or its regime ends: where to go on from, or why the prompt is excluded."""
+        search = replace(search, n_rounds=search.n_rounds + 1)
+        for step, (a, b) in enumerate(zip(pt, it, strict=True), start=search.decided):
             if a != b:
                 # Differing before the end, the event moves; it is taken from a forward over its own sequence.
                 moved = search.go_on(search.shared[:step], proposed=True)
                 return None if step == len(search.shared) else moved
             if step < len(search.shared) and a == search.shared[step]:
                 continue
-            ended = self.limits.after_agreeing(a, len(search.ids) + step, step + 1)
-            return ended.value if ended is not None else search.go_on([*search.shared[:step], a], proposed=False)
+            length = len(search.ids) + step
+            ended = self.limits.after_agreeing(a, length, step + 1)
+            if ended is not None:
+                return ended.value
+            if length == self.regimes.last(length):
+                search = replace(search, decided=step + 1, n_rounds=0)
+            return search.go_on([*search.shared[:step], a], proposed=False)
         raise AssertionError("the choice after the last shared token always decides")
 
     def _margins(self, final: dict[str, torch.Tensor], tokens: dict[str, int]) -> dict[str, float]:
@@ -398,7 +420,7 @@ class _Capture:
             "prompt_id": column((e.search.prompt.id for e in captured), pa.string()),
             "kind": column((KIND for _ in captured), pa.string()),
             "step": column((len(e.search.shared) for e in captured), pa.int32()),
-            "proposed_step": column((e.search.first_step for e in captured), pa.int32()),
+            "proposed_step": column((e.proposed_step for e in captured), pa.int32()),
             "sequence": column(range(len(captured)), pa.int64()),
             "position": column((e.position for e in captured), pa.int64()),
             "y_pt": column((e.tokens["pt"] for e in captured), pa.int64()),
@@ -456,6 +478,17 @@ def forward_and_gather(
     if on_cuda:
         torch.cuda.current_stream(trunk.device).synchronize()
     return gathered, hidden
+
+
+def _common_decoding(pair: Sequence[Trunk], say: Callable[[str], None]) -> Decoding:
+    """How searches of this pair decode: as both may."""
+    order = list(Decoding)
+    decoding, reason = max((find_decoding(trunk) for trunk in pair), key=lambda found: order.index(found[0]))
+    if decoding is Decoding.EVEN:
+        say(f"searches share a batch where their prompts are of one length: {reason}")
+    elif decoding is Decoding.FULL:
+        say(f"the search goes by full forwards: {reason}")
+    return decoding
 
 
 def _why_not_packable(trunk: Trunk) -> str | None:

@@ -15,21 +15,32 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 import torch
+from torch import nn
 from transformers import DynamicCache
 
-from actcache.packing import plan_packs
-from actcache.trunk import Trunk
+from actcache.packing import offsets_of, plan_packs
+from actcache.regimes import Regimes
+from actcache.trunk import FAILURES, Trunk, rounding_of, why_failed
 
 OnStep: TypeAlias = Callable[[int, int, int], object]  # tokens run, number of the step, sequences still searched
 
 
 class Outcome(StrEnum):
-    """Why a search ended; every outcome but DIVERGED excludes the prompt, and is the reason recorded."""
+    """Why a search ended; all but the first two exclude the prompt, and are the reason recorded."""
 
     DIVERGED = "diverged"
+    OPEN = "open"  # still equal at the last length of a regime: whatever comes then is of other forwards
     ENDED = "both_ended"  # both chose the same end token
     NO_DIVERGENCE = "no_divergence"  # still equal after the last allowed token
     POSITION_LIMIT = "position_limit"  # still equal where the model's positions end
+
+
+class Decoding(StrEnum):
+    """How a search chooses its tokens: the first of these that gives what full forwards give."""
+
+    PADDED = "padded"  # with a cache, prompts of different lengths in one batch, padded on the left
+    EVEN = "even"  # with a cache, only prompts of one length in a batch, without padding
+    FULL = "full"  # without a cache: a forward over the whole sequence for each token
 
 
 @dataclass
@@ -74,8 +85,11 @@ def propose(
     *,
     max_tokens: int = 4096,
     on_step: OnStep = lambda tokens, step, n_open: None,
+    decoding: Decoding = Decoding.PADDED,
+    pack_tokens: int = 0,
+    regimes: Regimes | None = None,
 ) -> list[Proposal]:
-    """Search every sequence for the first token at which the two checkpoints differ.
+    """Search every sequence for the first token at which the two checkpoints differ, as far as its regime goes.
 
     Args:
         trunks: the two checkpoints of the pair.
@@ -85,79 +99,194 @@ def propose(
         max_tokens: padded prompt tokens of one batch.
         on_step: called after each step of a batch with the tokens that each checkpoint has run in it, the step's
             number from 1 on, and how many sequences are searched further.
+        decoding: see :func:`find_decoding`.
+        pack_tokens: tokens of one full forward, where the decoding is by those; 0 for one sequence each.
+        regimes: in which the sequences are captured; by default those of these trunks.
 
     Returns:
         One proposal a sequence, in the order given.
     """
-    proposals: list[Proposal | None] = [None] * len(sequences)
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))  # like lengths together: little padding
-    for batch in plan_packs([len(sequences[i]) for i in order], max_tokens, padded=True):
-        members = [order[k] for k in batch]
-        found = _lockstep(trunks, [sequences[i] for i in members], [n_compared[i] for i in members], limits, on_step)
-        for index, proposal in zip(members, found, strict=True):
-            proposals[index] = proposal
-    return [proposal for proposal in proposals if proposal is not None]
+    search = _Search(trunks, limits, regimes or Regimes.joined(one.regimes for one in trunks), on_step)
+    walks = [_Walk(list(ids), n, Proposal(Outcome.DIVERGED)) for ids, n in zip(sequences, n_compared, strict=True)]
+    in_order = sorted(walks, key=lambda walk: len(walk.ids))  # like lengths together: little padding
+    cached = [walk for walk in in_order if decoding is not Decoding.FULL and search.stays_cached(walk)]
+    lengths = [len(walk.ids) for walk in cached]
+    kinds = [search.company(walk, even=decoding is Decoding.EVEN) for walk in cached]
+    for batch in plan_packs(lengths, max_tokens, padded=True, kinds=kinds):
+        search.lockstep([cached[i] for i in batch])
+    search.by_full_forwards(in_order[len(cached) :], pack_tokens)  # the shortest are cached, if any are
+    return [walk.proposal for walk in walks]
 
 
-@torch.no_grad()
-def _lockstep(
-    trunks: Sequence[Trunk],
-    sequences: Sequence[Sequence[int]],
-    n_compared: Sequence[int],
-    limits: SearchLimits,
-    on_step: OnStep,
-) -> list[Proposal]:
-    """Decode one left-padded batch in lockstep; a sequence leaves the batch as soon as its search ends."""
-    proposals = [Proposal(Outcome.DIVERGED) for _ in sequences]
+@dataclass
+class _Walk:
+    """A sequence on its way."""
+
+    ids: list[int]
+    n_compared: int
+    proposal: Proposal
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.ids + self.proposal.shared
+
+
+class _Search:
+    def __init__(self, trunks: Sequence[Trunk], limits: SearchLimits, regimes: Regimes, on_step: OnStep) -> None:
+        self.trunks, self.limits, self.regimes, self.on_step = trunks, limits, regimes, on_step
+
+    def stays_cached(self, walk: _Walk) -> bool:
+        most = self.regimes.longest_cached
+        return most is None or len(walk.ids) + self.limits.max_new <= most
+
+    def company(self, walk: _Walk, *, even: bool) -> tuple[int, int]:
+        """Walks of one company may share a padded batch."""
+        length = len(walk.ids)
+        return self.regimes.of(length), length if even or not self.regimes.in_row(length + self.limits.max_new) else 0
+
+    def goes_on(self, walk: _Walk, choices: Sequence[int]) -> bool:
+        """Take what each checkpoint chose after a walk's sequence; False where its search ends with it."""
+        token, proposal = choices[0], walk.proposal
+        if any(choice != token for choice in choices[1:]):
+            return False
+        length = len(walk.ids) + len(proposal.shared)
+        ended = self.limits.after_agreeing(token, length, walk.n_compared + len(proposal.shared) + 1)
+        if ended is None and length == self.regimes.last(length):
+            ended = Outcome.OPEN
+        if ended is not None:
+            proposal.outcome = ended
+            return False
+        proposal.shared.append(token)
+        return True
+
+    @torch.no_grad()
+    def lockstep(self, walks: list[_Walk]) -> None:
+        """Decode one left-padded batch in lockstep; a sequence leaves the batch as soon as its search ends."""
+        tokens, mask = left_padded([walk.ids for walk in walks])
+        caches = [DynamicCache(config=trunk.config) for trunk in self.trunks]
+        n_tokens = sum(len(walk.ids) for walk in walks)
+        for step in itertools.count(1):
+            hidden = [decode(trunk, tokens, mask, cache) for trunk, cache in zip(self.trunks, caches, strict=True)]
+            kept = self._choose(walks, hidden)
+            if len(kept) < len(walks):
+                rows = torch.tensor(kept, dtype=torch.int64)
+                walks = [walks[row] for row in kept]
+                mask = mask[rows]
+                for trunk, cache in zip(self.trunks, caches, strict=True):
+                    cache.batch_select_indices(rows.to(trunk.device))
+            self.on_step(n_tokens, step, len(walks))
+            if not walks:
+                return
+            n_tokens = len(walks)
+            tokens = torch.tensor([walk.proposal.shared[-1] for walk in walks], dtype=torch.int64)[:, None]
+            mask = torch.cat([mask, torch.ones(len(walks), 1, dtype=torch.int64)], dim=1)
+
+    @torch.no_grad()
+    def by_full_forwards(self, walks: list[_Walk], pack_tokens: int) -> None:
+        """A forward over whole sequences for every token; packed, if they may be."""
+        step = 0
+        while walks:
+            n_tokens, step = sum(len(walk.sequence) for walk in walks), step + 1
+            walks.sort(key=lambda walk: len(walk.sequence))
+            going: list[_Walk] = []
+            for pack in self.regimes.packs([len(walk.sequence) for walk in walks], pack_tokens):
+                packed = [walks[i] for i in pack]
+                bounds = offsets_of([len(walk.sequence) for walk in packed])
+                ids = torch.tensor([token for walk in packed for token in walk.sequence])[None]
+                last = bounds[1:] - 1
+                hidden = [
+                    trunk.forward(bounds.tolist(), input_ids=ids.to(trunk.device))[last.to(trunk.device)]
+                    for trunk in self.trunks
+                ]
+                going += [packed[row] for row in self._choose(packed, hidden)]
+            walks = going
+            self.on_step(n_tokens, step, len(walks))
+
+    def _choose(self, walks: Sequence[_Walk], hidden: Sequence[torch.Tensor]) -> list[int]:
+        """Indices of the walks that go on after the choices that are made from ``hidden``, ``[n, D]`` of each trunk."""
+        best = [trunk.readout.top2(one)[0][:, 0].tolist() for trunk, one in zip(self.trunks, hidden, strict=True)]
+        return [row for row, choices in enumerate(zip(*best, strict=True)) if self.goes_on(walks[row], choices)]
+
+
+def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, ``[B, T]`` int64 each, of sequences that end together."""
     longest = max(len(ids) for ids in sequences)
     tokens = torch.zeros(len(sequences), longest, dtype=torch.int64)
     mask = torch.zeros_like(tokens)
     for row, ids in enumerate(sequences):
         tokens[row, longest - len(ids) :] = torch.tensor(ids)
         mask[row, longest - len(ids) :] = 1
-    caches = [DynamicCache(config=trunk.config) for trunk in trunks]
-    active = list(range(len(sequences)))
-    n_tokens = sum(map(len, sequences))
-    for step in itertools.count(1):
-        choices = [_choose(trunk, tokens, mask, cache) for trunk, cache in zip(trunks, caches, strict=True)]
-        keep, chosen = [], []
-        for row, index in enumerate(active):
-            token = choices[0][row]
-            if any(choice[row] != token for choice in choices[1:]):
-                continue
-            proposal = proposals[index]
-            length = len(sequences[index]) + len(proposal.shared)
-            ended = limits.after_agreeing(token, length, n_compared[index] + len(proposal.shared) + 1)
-            if ended is not None:
-                proposal.outcome = ended
-                continue
-            proposal.shared.append(token)
-            keep.append(row)
-            chosen.append(token)
-        if len(keep) < len(active):
-            rows = torch.tensor(keep, dtype=torch.int64)
-            active = [active[row] for row in keep]
-            mask = mask[rows]
-            for trunk, cache in zip(trunks, caches, strict=True):
-                cache.batch_select_indices(rows.to(trunk.device))
-        on_step(n_tokens, step, len(active))
-        if not active:
-            break
-        n_tokens = len(active)
-        tokens = torch.tensor(chosen, dtype=torch.int64)[:, None]
-        mask = torch.cat([mask, torch.ones(len(active), 1, dtype=torch.int64)], dim=1)
-    return proposals
+    return tokens, mask
 
 
-def _choose(trunk: Trunk, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> list[int]:
-    """Greedy next tokens after ``tokens [B, t]``, the newest columns of a left-padded batch with ``mask [B, T]``."""
+def decode(trunk: Trunk, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    """``[B, D]``, last block's output at the end of each row, after ``tokens [B, t]``: the newest columns of a
+    left-padded batch with ``mask [B, T]``."""
     device = trunk.device
     taken = inspect.signature(trunk.decoder.forward).parameters
-    inputs: dict[str, Any] = {"input_ids": tokens.to(device), "attention_mask": mask.to(device)}
+    inputs: dict[str, Any] = {"input_ids": tokens.to(device)}
+    if not mask.all():  # recurrent blocks read a mask of ones as one of the new tokens, and go wrong
+        inputs["attention_mask"] = mask.to(device)
     inputs["cache" if "cache" in taken else "past_key_values"] = cache  # renamed in transformers 5.24
     if "position_ids" in taken:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs["position_ids"] = positions.to(device)
-    hidden = trunk.run(**inputs, use_cache=True)[:, -1]
-    ids, _ = trunk.readout.top2(hidden)
-    return ids[:, 0].tolist()
+    return trunk.run(**inputs, use_cache=True)[:, -1]
+
+
+# ---- the probe ----
+
+# How far a cached choice's state may be from a full forward's, relative to its largest value. It is a proposal: more
+# than rounding is allowed (recurrences are summed in another order), less than what a lost token or a wrong mask does.
+_PROPOSED = 1e-2
+_N_STEPS = 3
+
+
+@torch.no_grad()
+def find_decoding(trunk: Trunk) -> tuple[Decoding, str | None]:
+    """How a search may decode with this model, and why not in padded batches, where it may not.
+
+    Decodes two short random sequences with a cache, side by side and one alone, and compares every step with the same
+    position of a full forward. What begins beyond a few tokens, ``trunk.regimes`` knows.
+    """
+    name = type(trunk.decoder).__name__
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(trunk.readout.vocab_size, (n,), generator=generator).tolist() for n in (2, 5)]
+    chosen = torch.randint(trunk.readout.vocab_size, (2, _N_STEPS), generator=generator)
+    expected = []
+    for prompt, tokens in zip(prompts, chosen.tolist(), strict=True):
+        ids = torch.tensor([prompt + tokens], device=trunk.device)
+        expected.append(trunk.forward([0, ids.shape[1]], input_ids=ids)[len(prompt) - 1 :].float())
+    allowed = max(_PROPOSED, rounding_of(trunk.dtype))
+    indexer = next((path for block in trunk.blocks if (path := _indexer(block)) is not None), None)
+    reason = f"{name}: its blocks' {indexer} chooses keys by their number in the row" if indexer else None
+    for decoding, rows in ((Decoding.PADDED, slice(0, 2)), (Decoding.EVEN, slice(1, 2))):
+        if decoding is Decoding.PADDED and indexer:
+            continue
+        try:
+            found = _decoded(trunk, prompts[rows], chosen[rows])
+        except FAILURES as error:
+            reason = why_failed(trunk.decoder, "cached", error)
+            continue
+        pairs = zip(found.unbind(1), expected[rows], strict=True)
+        off = max(((one - whole).abs().max() / whole.abs().max()).item() for one, whole in pairs)
+        if not off > allowed:  # what is no number is found where it is read
+            return decoding, reason
+        reason = f"{name}: a cached, {decoding} batch gives states that are off by {off:.2g} of the largest value"
+    return Decoding.FULL, reason
+
+
+def _decoded(trunk: Trunk, prompts: Sequence[Sequence[int]], chosen: torch.Tensor) -> torch.Tensor:
+    """``[n + 1, B, D]`` float32: what a search reads after the prompts, and after each of ``chosen [B, n]``."""
+    tokens, mask = left_padded(prompts)
+    cache = DynamicCache(config=trunk.config)
+    hidden = []
+    for step in range(chosen.shape[1] + 1):
+        hidden.append(decode(trunk, tokens, mask, cache).float())
+        tokens = chosen[:, step : step + 1]
+        mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.int64)], dim=1)
+    return torch.stack(hidden)
+
+
+def _indexer(block: nn.Module) -> str | None:
+    return next((path for path, module in block.named_modules() if "indexer" in type(module).__name__.lower()), None)

@@ -6,7 +6,9 @@ stores; knows no command line and no folders of runs.
 
 from __future__ import annotations
 
+import inspect
 import time
+import weakref
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -44,13 +46,18 @@ class SearchCounter:
     def watch(self, trunk: Trunk, shape: ModelShape) -> Trunk:
         """Count the cached forwards of this trunk from now on; returns it."""
         self._first = self._first or trunk
+        taken = dict.fromkeys(inspect.signature(trunk.decoder.forward).parameters)
+        name = "cache" if "cache" in taken else "past_key_values"
+        searches: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # a cache each: tokens that it saw
 
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             now = time.perf_counter()
             self._end_forward(now)
             if not kwargs.get("use_cache"):  # only a search decodes with a cache
                 return
-            (n, n_new), n_seen = kwargs["input_ids"].shape, kwargs["attention_mask"].shape[1]
+            n, n_new = kwargs["input_ids"].shape
+            n_seen = searches.get(kwargs[name], 0) + n_new
+            searches[kwargs[name]] = n_seen
             if n_new == n_seen:
                 products = shape.products(np.array([n_seen], np.float64))
             else:
@@ -177,7 +184,7 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -
     if len(steps) > 1:
         sources["shared_tokens"] += f", {len(steps)} events, standard error {steps.std(ddof=1) / len(steps) ** 0.5:.1f}"
     eventless = longest
-    if n_eventless and "search_choices" in captured:
+    if n_eventless and captured.get("search_choices"):  # none where searches went by full forwards
         # Each search chooses one token more than it shares.
         eventless = (captured["search_choices"] - captured["n_searches"] - int(steps.sum())) / n_eventless
         eventless = min(max(eventless, 0.0), longest)

@@ -19,7 +19,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -50,15 +50,17 @@ _BRANCHES_AT_ONCE = 64
 Mask = torch.Tensor | None  # [1, 1 or H, T, T], boolean or additive; None is plain causal
 
 
-def plan_packs(lengths: Sequence[int], max_tokens: int, *, padded: bool = False) -> list[range]:
+def plan_packs(
+    lengths: Sequence[int], max_tokens: int, *, padded: bool = False, kinds: Sequence[Hashable] | None = None
+) -> list[range]:
     """Cut sequences, in order, into packs of at most ``max_tokens`` tokens (a longer sequence is a pack alone); if
-    ``padded``, each sequence takes as many as the longest of its pack."""
+    ``padded``, each sequence takes as many as the longest of its pack. Those of different ``kinds`` share none."""
     packs: list[range] = []
     start, n_tokens, longest = 0, 0, 0
     for index, length in enumerate(lengths):
         longest = max(longest, length)
         n_tokens = (index - start + 1) * longest if padded else n_tokens + length
-        if index > start and n_tokens > max_tokens:
+        if index > start and (n_tokens > max_tokens or (kinds is not None and kinds[index] != kinds[start])):
             packs.append(range(start, index))
             start, n_tokens, longest = index, length, length
     if start < len(lengths):

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ from actcache.checkpoint import DTYPES
 from actcache.errors import InputError
 from actcache.grid import GridSettings, whose_head
 from actcache.lineup import Lineup
-from actcache.packing import plan_packs
 from actcache.readout import MAX_LOGITS_AT_ONCE
+from actcache.regimes import ONE_REGIME, Regimes
 from actcache.replay import MAX_TOKENS, TOKENS_OF_A_WORKER, Mode
 from actcache.shape import ModelShape, Numbers
 from actcache.workers import share_threads
@@ -141,6 +142,12 @@ class Study:
         """Of every checkpoint."""
         return next(iter(self.shapes.values()))
 
+    @cached_property
+    def search_batches(self) -> list[tuple[int, int]]:
+        """See :func:`search_batches`."""
+        regimes = Regimes.joined(shape.regimes for shape in self.shapes.values())
+        return search_batches(self.lengths, self.capture, regimes)
+
     @property
     def itemsize(self) -> int:
         """Bytes of one value of a state or weight."""
@@ -234,7 +241,7 @@ def estimate(study: Study, assumed: Assumptions) -> dict[str, float]:
     }
     rows |= _stored(study, rows["tokens"], rows["events"])
     rows["stored_bytes"] = rows["raw_bytes"] / assumed.compression
-    rows["search_multiply_adds"] = _search(study, assumed, search_batches(study.lengths, study.capture))
+    rows["search_multiply_adds"] = _search(study, assumed, study.search_batches)
     rows |= multiply_adds_of(study, sequences, share, rows["events"] * (1 + assumed.shared_tokens), rows)
     rows["hooks_multiply_adds"] += _search(study, assumed, [(length, 1) for length in study.lengths])
     rows |= _memory(study, assumed)
@@ -273,16 +280,19 @@ def _search_calls(study: Study, assumed: Assumptions) -> float:
     if not counts.sum():
         return 0.0
     decided = np.cumsum(counts) / counts.sum()  # share of prompts that shared at most 0, 1, 2, ... tokens
-    batches = search_batches(study.lengths, study.capture)
+    batches = study.search_batches
     return study.n_checkpoints * sum(1 + float((1 - decided**n).sum()) for _, n in batches)
 
 
-def search_batches(lengths: Sequence[int], capture: CaptureSettings) -> list[tuple[int, int]]:
+def search_batches(
+    lengths: Sequence[int], capture: CaptureSettings, regimes: Regimes = ONE_REGIME
+) -> list[tuple[int, int]]:
     """``(longest prompt, number of prompts)`` of every batch that the searches begin with."""
     batches = []
     for start in range(0, len(lengths), capture.shard_prompts):
         ordered = sorted(lengths[start : start + capture.shard_prompts])
-        batches += [(ordered[batch[-1]], len(batch)) for batch in plan_packs(ordered, capture.max_tokens, padded=True)]
+        packs = regimes.packs(ordered, capture.max_tokens, padded=True)
+        batches += [(ordered[pack[-1]], len(pack)) for pack in packs]
     return batches
 
 
@@ -342,7 +352,7 @@ def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
     # Logits are float32 whatever the model is, and so is the copy of the head that makes them.
     logits = 4 * min(MAX_LOGITS_AT_ONCE, max(pack_tokens, 1) * shape.vocab_size)
     head = 0 if size == 4 else 4 * shape.head_products
-    cache = max(n * (at + assumed.shared_tokens) for at, n in search_batches(study.lengths, capture))
+    cache = max(n * (at + assumed.shared_tokens) for at, n in study.search_batches)
     # A cache grows by a copy with every token, and leaves holes as large as itself behind.
     cached = 2 * study.n_checkpoints * cache * shape.n_blocks * shape.cache_width * size
     tokenizers = study.n_checkpoints * TOKENIZER_BYTES * shape.vocab_size

@@ -323,7 +323,9 @@ class LateStack:
             donors=donors,
         )
         mode, budget = self._how(strict, max_tokens)
-        shared = [i for i, v in enumerate(variants) if v.at_last_only] if mode == "packed" else []
+        # Where the place in the row counts, a row of branches is no place for the last position of a sequence.
+        branching = mode == "packed" and all(map(self._trunk.regimes.in_row, lengths))
+        shared = [i for i, v in enumerate(variants) if v.at_last_only] if branching else []
         if len(shared) < 2:  # nothing to share
             shared = []
         batch = _Batch(rows, bounds, every, variants, moves, frozenset(shared), mode, budget)
@@ -385,9 +387,7 @@ class LateStack:
     def _plan(self, lengths: Sequence[int], mode: Mode, budget: int) -> list[range]:
         if mode == "single":
             return plan_packs(lengths, 0)
-        limit = _same_angles_up_to(self._trunk.config)
-        takes = [budget if limit and length > limit else length for length in lengths]
-        return plan_packs(takes, budget, padded=mode == "padded")
+        return self._trunk.regimes.packs(lengths, budget, padded=mode == "padded")
 
     @torch.no_grad()
     def _iterate_pack(self, batch: _Batch, pack: range) -> Iterator[_Result]:
@@ -415,7 +415,8 @@ class LateStack:
         """``[T, D]`` states of the sequences cut at ``bounds`` -> ``[n, D]`` last block's output at their ends."""
         state = variant.edit_states(state, at)
         last = torch.tensor(bounds[1:]) - 1
-        if mode == "packed" and (len(last) > 1 or len(state) >= _IN_TWO_STEPS_FROM):
+        two_steps = len(last) > 1 or (len(state) >= _IN_TWO_STEPS_FROM and self._trunk.regimes.in_row(len(state)))
+        if mode == "packed" and two_steps:
             with self._editing([(variant, torch.arange(len(at)), at)]):
                 entering, prefix = self._forward_to_last_keys(state, bounds, every_block=False)
             ends = at.chosen(last)
@@ -437,7 +438,7 @@ class LateStack:
         last = torch.tensor(bounds[1:]) - 1
         ends, end_rows = at.chosen(last), state[last.to(self.device)]
         n = len(last)
-        step = max(1, budget // n)
+        step = max(1, self._trunk.regimes.row(budget) // n)
         for first in range(0, len(variants), step):
             some = range(first, min(first + step, len(variants)))
             watched = [(variants[i][0], replace(ends, watch=variants[i][1])) for i in some]
@@ -605,17 +606,3 @@ def _editing_hook(edits: Sequence[tuple[Any, torch.Tensor, Rows]]) -> Any:
         return (edited, *output[1:]) if isinstance(output, tuple) else edited
 
     return hook
-
-
-def _same_angles_up_to(config: Any) -> int | None:
-    """The length beyond which a model's rotary angles depend on the longest sequence in the batch: such sequences run
-    alone. None where they never do."""
-    found = []
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for one in (parameters, *(value for value in parameters.values() if isinstance(value, dict))):
-        if one.get("rope_type") in ("longrope", "dynamic"):
-            limit = one.get("original_max_position_embeddings") or getattr(
-                config, "original_max_position_embeddings", None
-            )
-            found.append(limit or config.max_position_embeddings)
-    return min(found, default=None)

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import find_anatomy
+from actcache.blocks import find_anatomy, text_config
 from actcache.checkpoint import Checkpoint
 from actcache.errors import InputError
+from actcache.regimes import Regimes
 
 Numbers = npt.NDArray[np.float64]
 
@@ -42,6 +43,7 @@ class ModelShape:
         widest: ``(rows, columns)`` of the largest matrix that tokens go through whole.
         widest_side: the widest activation inside a block.
         active_experts: ``(a token's, all)``, or None where blocks have none.
+        regimes: which sequences may share a forward.
     """
 
     architecture: str
@@ -58,6 +60,7 @@ class ModelShape:
     widest: tuple[int, int]
     widest_side: int
     active_experts: tuple[int, int] | None
+    regimes: Regimes
 
     @classmethod
     def of_checkpoint(cls, checkpoint: Checkpoint) -> ModelShape:
@@ -96,6 +99,7 @@ class ModelShape:
             widest=tuple(max(matrices, key=torch.Tensor.numel).shape[-2:]),
             widest_side=max(max(p.shape[-2:]) for p in matrices),
             active_experts=active,
+            regimes=Regimes.of_config(text_config(config)),
         )
 
     @property

@@ -10,12 +10,12 @@ models itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,9 @@ from actcache.cells import identity
 from actcache.checkpoint import DTYPES
 from actcache.errors import InputError
 from actcache.files import locked, write_atomically
-from actcache.packing import plan_packs
+from actcache.packing import offsets_of
 from actcache.progress import OnProgress, Tally, untold
+from actcache.regimes import Regimes
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
 from actcache.store import Store
 from actcache.trunk import Trunk
@@ -303,6 +304,15 @@ class _Choices:
     gaps: dict[str, Floats]  # label -> [C]; none for choices that were not made here
 
 
+class _Leg(NamedTuple):
+    """The beginning of a sequence, whose last positions are compared: those of one regime."""
+
+    start: int  # where it begins in ids
+    length: int
+    n_compared: int
+    is_last: bool  # of its sequence
+
+
 @dataclass(frozen=True)
 class _Compared:
     """The compared positions of n sequences, one after another: C of them, ``step + 1`` a sequence, its last ones."""
@@ -315,6 +325,15 @@ class _Compared:
     def starts(self) -> Ints:
         """``[n + 1]``, where each sequence's compared positions begin among all C."""
         return np.concatenate([[0], np.cumsum(self.step + 1)])
+
+    def legs(self, regimes: Regimes) -> Iterator[_Leg]:
+        """Every sequence, once for each regime that its compared positions are in: as its own choices were made."""
+        for start, stop, step in zip(
+            self.offsets[:-1].tolist(), self.offsets[1:].tolist(), self.step.tolist(), strict=True
+        ):
+            length = stop - start
+            for first, last in regimes.legs(length - step, length):
+                yield _Leg(start, last, last - first + 1, last == length)
 
     @cached_property
     def rows(self) -> Ints:
@@ -357,21 +376,23 @@ def _choose(
 ) -> str | None:
     """Fill in one checkpoint's choices under both numerics; the reason why packs are not exact, or None."""
     reason = _why_not_packable(trunk)
+    legs = list(compared.legs(trunk.regimes))
     for choices, pack_tokens in ((strict, 0), (packed, max_tokens)):
         if choices is packed and reason:
             choices.tokens[label], choices.gaps[label] = strict.tokens[label], strict.gaps[label]
             tally.add(found=len(compared.step))
             continue
         tokens, gaps = [], []
-        for pack in plan_packs(np.diff(compared.offsets).tolist(), pack_tokens):
-            start, stop = compared.offsets[pack.start], compared.offsets[pack.stop]
-            bounds = (compared.offsets[pack.start : pack.stop + 1] - start).tolist()
-            hidden = trunk.forward(bounds, input_ids=compared.ids[None, start:stop].to(trunk.device))
-            rows = compared.rows[compared.starts[pack.start] : compared.starts[pack.stop]] - start
-            best, logits = trunk.readout.top2(hidden[torch.from_numpy(rows).to(hidden.device)])
+        for pack in trunk.regimes.packs([leg.length for leg in legs], pack_tokens):
+            members = [legs[i] for i in pack]
+            bounds = offsets_of([leg.length for leg in members]).tolist()
+            ids = torch.cat([compared.ids[leg.start : leg.start + leg.length] for leg in members])
+            rows = [torch.arange(end - leg.n_compared, end) for leg, end in zip(members, bounds[1:], strict=True)]
+            hidden = trunk.forward(bounds, input_ids=ids[None].to(trunk.device))
+            best, logits = trunk.readout.top2(hidden[torch.cat(rows).to(hidden.device)])
             tokens.append(best[:, 0].numpy())
             gaps.append((logits[:, 0] - logits[:, 1]).numpy())
-            tally.add(len(pack), tokens=bounds[-1])
+            tally.add(sum(leg.is_last for leg in members), tokens=bounds[-1])
         choices.tokens[label], choices.gaps[label] = np.concatenate(tokens), np.concatenate(gaps)
     return reason
 

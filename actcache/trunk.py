@@ -26,6 +26,7 @@ from actcache.packing import (
     why_not_packable,
 )
 from actcache.readout import Readout
+from actcache.regimes import Regimes
 
 
 def rounding_of(dtype: torch.dtype) -> float:
@@ -58,6 +59,7 @@ class Trunk:
         dtype: of the weights and the residual stream.
         max_positions: longest sequence, or None.
         config: the model's.
+        regimes: which sequences may share a forward, or a cache, at all.
     """
 
     def __init__(self, model: PreTrainedModel, readout: Readout | None = None) -> None:
@@ -72,6 +74,7 @@ class Trunk:
         self.dtype: torch.dtype = model.dtype
         self.config = text_config(model.config)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
+        self.regimes = Regimes.of_config(self.config)
 
     @property
     def device(self) -> torch.device:

@@ -21,12 +21,16 @@ from transformers import (
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -100,6 +104,12 @@ _GEMMA: dict[str, Any] = {
     "sliding_window": 6,
     "layer_types": list(_WINDOWED),
 }
+LIMIT = 12
+_LONGROPE: dict[str, Any] = {
+    **{"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+    **{"short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [3.0, 5.0, 7.0, 9.0]},
+    "original_max_position_embeddings": LIMIT,
+}
 _ARCH: dict[str, tuple[type, type, dict[str, Any], bool]] = {
     "llama": (LlamaConfig, LlamaForCausalLM, _COMMON, False),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM, {**_COMMON, "hidden_size": 40, "head_dim": 16}, True),
@@ -118,6 +128,27 @@ _ARCH: dict[str, tuple[type, type, dict[str, Any], bool]] = {
         True,
     ),
     "mistral": (MistralConfig, MistralForCausalLM, {**_COMMON, "sliding_window": 9}, False),
+    # Whose forwards depend on the longest sequence of a batch, and on places in a row, beyond LIMIT tokens.
+    "phi3": (
+        Phi3Config,
+        Phi3ForCausalLM,
+        {**_COMMON, "rope_parameters": _LONGROPE, "original_max_position_embeddings": LIMIT},
+        False,
+    ),
+    "llama4": (
+        Llama4TextConfig,
+        Llama4ForCausalLM,
+        {
+            **{**_COMMON, "head_dim": 8, "intermediate_size_mlp": 64, "interleave_moe_layer_step": 9},
+            **{
+                "attention_chunk_size": 7,
+                "floor_scale": LIMIT + 1,
+                "attn_scale": 0.5,
+                "no_rope_layers": [1, 0, 1, 1, 0],
+            },
+        },
+        False,
+    ),
 }
 
 # Measured at seed 0 over PROMPTS and 24 new tokens in both dtypes: 19 to 24 of 24 prompts diverge, at a median step of
