@@ -9,7 +9,9 @@ from what it chose, or the prompt is excluded with the reason recorded.
 from __future__ import annotations
 
 import itertools
+import math
 import platform
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -24,7 +26,8 @@ from actcache import prompts as prompts_module
 from actcache.blocks import block_of, check_boundary
 from actcache.checkpoint import DTYPES
 from actcache.divergence import Decoding, Outcome, SearchLimits, find_decoding, propose
-from actcache.errors import InputError
+from actcache.errors import InputError, NotFiniteError
+from actcache.finite import first_not_finite, not_finite
 from actcache.gather import gather_rows
 from actcache.lineup import Lineup, as_fingerprint
 from actcache.packing import offsets_of
@@ -308,6 +311,8 @@ class _Capture:
             decoding=self.decoding,
             pack_tokens=self.pack_tokens,
             regimes=self.regimes,
+            names=[f"prompt {search.prompt.id!r}" for search in open_ended],
+            labels=PAIR,
         )
         going = [search for search in searches if search.proposed]
         for search, proposal in zip(open_ended, proposals, strict=True):
@@ -341,7 +346,8 @@ class _Capture:
             gathered, hidden = forward_and_gather(trunk, ids, bounds, self.settings.boundaries, _concatenated(kept))
             states.update({(label, boundary): rows for boundary, rows in gathered.items()})
             final[label] = gather_rows(hidden, _concatenated(compared))
-        best = {label: self.trunks[label].readout.top2(final[label]) for label in PAIR}
+        self._check_finite(pack, states, kept, final, compared)
+        best = {label: self._best(label, final[label], pack, compared) for label in PAIR}
         rows_of = _consecutive([len(rows) for rows in kept])
         compared_of = _consecutive([len(rows) for rows in compared])
         for search, rows, choices in zip(pack, rows_of, compared_of, strict=True):
@@ -354,6 +360,8 @@ class _Capture:
             last = choices.stop - 1
             tokens = {label: int(best[label][0][last, 0]) for label in PAIR}
             margins = self._margins({label: final[label][last : last + 1] for label in final}, tokens)
+            if (wrong := next((one for one, margin in margins.items() if not math.isfinite(margin)), None)) is not None:
+                raise self._not_finite(wrong, "a scored logit", [search], [choices], 0)
             if not margins["pt"] < 0 < margins["it"]:
                 yield search, "tie"
             elif not self.vocabulary.issuperset(tokens.values()):
@@ -363,6 +371,37 @@ class _Capture:
                 own_states = {key: kept_rows[rows.start : rows.stop] for key, kept_rows in states.items()}
                 own_final = {label: hidden[last].cpu() for label, hidden in final.items()}
                 yield search, _Captured(search, tokens, gaps, margins, own_states, own_final)
+
+    def _check_finite(
+        self,
+        pack: Sequence[_Search],
+        states: dict[tuple[str, int], torch.Tensor],
+        kept: Sequence[range],
+        final: dict[str, torch.Tensor],
+        compared: Sequence[range],
+    ) -> None:
+        for (label, boundary), rows in states.items():
+            if (row := first_not_finite(rows)) is not None:
+                raise self._not_finite(label, f"the state at boundary {boundary}", pack, kept, row)
+        for label, rows in final.items():
+            if (row := first_not_finite(rows)) is not None:
+                raise self._not_finite(label, "the final state", pack, compared, row)
+
+    def _best(
+        self, label: str, final: torch.Tensor, pack: Sequence[_Search], compared: Sequence[range]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return self.trunks[label].readout.top2(final)
+        except NotFiniteError as error:
+            raise self._not_finite(label, "a logit", pack, compared, error.row or 0) from error
+
+    def _not_finite(
+        self, label: str, what: str, pack: Sequence[_Search], rows: Sequence[range], row: int
+    ) -> NotFiniteError:
+        """``row`` counts in ``rows`` of the pack's sequences, one after another."""
+        search = pack[bisect_right(list(itertools.accumulate(map(len, rows))), row)]
+        whose = f"checkpoint {label}, prompt {search.prompt.id!r}"
+        return not_finite(whose, what, self.trunks[label], search.sequence)
 
     def _decide(self, search: _Search, pt: list[int], it: list[int]) -> _Search | str | None:
         """None where the pair shares exactly ``search.shared`` and then differs. Otherwise, the capture forward has

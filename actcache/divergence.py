@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from actcache.errors import NotFiniteError
+from actcache.finite import not_finite
 from actcache.packing import offsets_of, plan_packs
 from actcache.regimes import Regimes
 from actcache.trunk import FAILURES, Trunk, rounding_of, why_failed
@@ -88,6 +90,8 @@ def propose(
     decoding: Decoding = Decoding.PADDED,
     pack_tokens: int = 0,
     regimes: Regimes | None = None,
+    names: Sequence[str] = (),
+    labels: Sequence[str] = (),
 ) -> list[Proposal]:
     """Search every sequence for the first token at which the two checkpoints differ, as far as its regime goes.
 
@@ -102,12 +106,22 @@ def propose(
         decoding: see :func:`find_decoding`.
         pack_tokens: tokens of one full forward, where the decoding is by those; 0 for one sequence each.
         regimes: in which the sequences are captured; by default those of these trunks.
+        names: what an error calls each sequence; by default its number.
+        labels: what it calls each checkpoint.
 
     Returns:
         One proposal a sequence, in the order given.
+
+    Raises:
+        NotFiniteError: a checkpoint computes NaN or infinity; names it, the sequence and the first block.
     """
-    search = _Search(trunks, limits, regimes or Regimes.joined(one.regimes for one in trunks), on_step)
-    walks = [_Walk(list(ids), n, Proposal(Outcome.DIVERGED)) for ids, n in zip(sequences, n_compared, strict=True)]
+    names = names or [f"sequence {number}" for number in range(len(sequences))]
+    labels = labels or [str(number) for number in range(len(trunks))]
+    search = _Search(trunks, labels, limits, regimes or Regimes.joined(one.regimes for one in trunks), on_step)
+    walks = [
+        _Walk(name, list(ids), n, Proposal(Outcome.DIVERGED))
+        for name, ids, n in zip(names, sequences, n_compared, strict=True)
+    ]
     in_order = sorted(walks, key=lambda walk: len(walk.ids))  # like lengths together: little padding
     cached = [walk for walk in in_order if decoding is not Decoding.FULL and search.stays_cached(walk)]
     lengths = [len(walk.ids) for walk in cached]
@@ -122,6 +136,7 @@ def propose(
 class _Walk:
     """A sequence on its way."""
 
+    name: str
     ids: list[int]
     n_compared: int
     proposal: Proposal
@@ -132,8 +147,16 @@ class _Walk:
 
 
 class _Search:
-    def __init__(self, trunks: Sequence[Trunk], limits: SearchLimits, regimes: Regimes, on_step: OnStep) -> None:
-        self.trunks, self.limits, self.regimes, self.on_step = trunks, limits, regimes, on_step
+    def __init__(
+        self,
+        trunks: Sequence[Trunk],
+        labels: Sequence[str],
+        limits: SearchLimits,
+        regimes: Regimes,
+        on_step: OnStep,
+    ) -> None:
+        self.trunks, self.labels, self.limits = trunks, labels, limits
+        self.regimes, self.on_step = regimes, on_step
 
     def stays_cached(self, walk: _Walk) -> bool:
         most = self.regimes.longest_cached
@@ -204,7 +227,14 @@ class _Search:
 
     def _choose(self, walks: Sequence[_Walk], hidden: Sequence[torch.Tensor]) -> list[int]:
         """Indices of the walks that go on after the choices that are made from ``hidden``, ``[n, D]`` of each trunk."""
-        best = [trunk.readout.top2(one)[0][:, 0].tolist() for trunk, one in zip(self.trunks, hidden, strict=True)]
+        best = []
+        for label, trunk, one in zip(self.labels, self.trunks, hidden, strict=True):
+            try:
+                best.append(trunk.readout.top2(one)[0][:, 0].tolist())
+            except NotFiniteError as error:
+                walk = walks[error.row or 0]
+                whose = f"checkpoint {label}, {walk.name}"
+                raise not_finite(whose, "a logit at the end", trunk, walk.sequence) from error
         return [row for row, choices in enumerate(zip(*best, strict=True)) if self.goes_on(walks[row], choices)]
 
 

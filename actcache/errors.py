@@ -42,6 +42,19 @@ class UnsupportedModelError(ActcacheError):
     """The architecture cannot be cut into blocks, or fails a probe that the result depends on."""
 
 
+class NotFiniteError(UnsupportedModelError):
+    """A model, given finite values, computed NaN or infinity: its weights are damaged, or its dtype is too narrow. Who
+    chose the checkpoint and the dtype must act. (Of an edit that makes such values, it is an InputError.)
+
+    Attributes:
+        row: the first row of those computed together, where its caller may know more of it; None otherwise.
+    """
+
+    def __init__(self, message: str, *, row: int | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 class CorruptStoreError(ActcacheError):
     """Stored bytes are not the bytes that were committed: names the segment, the array and the chunk where known."""
 

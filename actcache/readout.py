@@ -16,7 +16,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from actcache.blocks import find_anatomy, replace, shallow_clone
-from actcache.errors import UnsupportedModelError
+from actcache.errors import NotFiniteError, UnsupportedModelError
+from actcache.finite import is_finite
 
 # Whole-vocabulary logits are made at most this many at a time: 64 MiB of float32.
 MAX_LOGITS_AT_ONCE = 1 << 24
@@ -83,6 +84,9 @@ class Readout:
 
         Returns:
             token ids ``[n, 2]`` int64 and logits ``[n, 2]`` float32, best first; of equal logits the lower id first.
+
+        Raises:
+            NotFiniteError: a best logit is NaN or infinite: nothing is chosen there; its ``row`` is the first such one.
         """
         ids = torch.empty(len(final_hidden), 2, dtype=torch.int64)
         logits = torch.empty(len(final_hidden), 2, dtype=torch.float32)
@@ -91,6 +95,9 @@ class Readout:
             rows = slice(start, start + step)
             every = self._logits(self._norm(final_hidden[None, rows].to(self.device)), None)
             best, index = every.max(dim=-1)
+            if not is_finite(best):  # a masked token's -inf is never the best
+                row = start + int(torch.isfinite(best).logical_not().nonzero()[0])
+                raise NotFiniteError(f"the logits of row {row} are not finite", row=row)
             every.scatter_(1, index[:, None], -torch.inf)
             second, second_index = every.max(dim=-1)
             ids[rows] = torch.stack([index, second_index], 1).cpu()
@@ -147,6 +154,8 @@ class Readout:
             raise UnsupportedModelError(f"{name}: its head {type(head).__name__} is more than a matrix product")
         try:
             ids, logits = self.top2(hidden)
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{name}: its norm and head give logits that are not finite") from error
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".split("\n", 1)[0]
             raise UnsupportedModelError(f"{name}: it makes no logits from a final state alone ({reason})") from error

@@ -19,6 +19,7 @@ README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
 FLOW = [
     *(
         "errors",
+        "finite",
         "files",
         "cpus",
         "progress",
