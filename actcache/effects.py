@@ -105,9 +105,14 @@ def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
     margin = cells["margin"].to_numpy()
     if not np.isfinite(margin).all():
         bad = int(np.flatnonzero(~np.isfinite(margin))[0])
+        variants = sorted(
+            {str(one) for one in pc.unique(cells["variant"].filter(pa.array(~np.isfinite(margin)))).to_pylist()}
+        )
         raise InputError(
             f"{_describe(cells, bad)} has margin {margin[bad]} in the cell {_cell_name(int(cell[bad]), pt, it)}; "
-            f"{int((~np.isfinite(margin)).sum())} of {margin.size} margins are not finite: score these cells again"
+            f"{int((~np.isfinite(margin)).sum())} of {margin.size} margins are not finite, of variants "
+            f"{', '.join(variants)}: filter them out; in a run, move the files of cells that hold them away and give "
+            "'actcache grid RUN' again, which scores the rest"
         )
 
     codes = [_ranks(cells[name]) for name in (*GROUP_COLUMNS, "event_id")]

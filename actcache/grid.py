@@ -34,7 +34,7 @@ from actcache.cells import (
     write_group,
 )
 from actcache.edits import PLAIN, Edit, Replace, Variant
-from actcache.errors import CheckError, InputError
+from actcache.errors import CheckError, InputError, NotFiniteError
 from actcache.moves import Moves
 from actcache.progress import OnProgress, Tally, untold
 from actcache.replay import LateStack, Mode
@@ -398,19 +398,24 @@ class _Work:
                     own=states.final[label] if self.kl else None,
                 )
                 moves = Moves()
-                for sequences, numbers, hidden in late.iterate_variants(
-                    states.rows[base],
-                    states.offsets,
-                    [replay.variant for replay in replays],
-                    donors=states.rows,
-                    keys=events["event_id"].to_pylist(),
-                    strict=self.settings.strict,
-                    max_tokens=self.settings.max_tokens,
-                    moves=moves,
-                ):
-                    table.add(sequences, numbers, hidden)
-                    tally.add(sum(len(replays[number].cells) for number in numbers.tolist()))
-                table.finish()
+                try:
+                    for sequences, numbers, hidden in late.iterate_variants(
+                        states.rows[base],
+                        states.offsets,
+                        [replay.variant for replay in replays],
+                        donors=states.rows,
+                        keys=events["event_id"].to_pylist(),
+                        strict=self.settings.strict,
+                        max_tokens=self.settings.max_tokens,
+                        moves=moves,
+                    ):
+                        table.add(sequences, numbers, hidden)
+                        tally.add(sum(len(replays[number].cells) for number in numbers.tolist()))
+                    table.finish()
+                except NotFiniteError as error:
+                    place = f"late stack of checkpoint {label}, states of {base} at boundary {self.boundary}"
+                    variant = "" if error.row is None else f", variant {replays[error.row].name!r}"
+                    raise NotFiniteError(f"{place}{variant}: {error}") from error
                 for number, replay in enumerate(replays):
                     for scope, _ in replay.cells if replay.name != PLAIN.name else ():
                         n_still[scope][replay.name] += int(moves.still(number, after=replay.n_of_scope).sum())

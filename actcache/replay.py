@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -42,7 +43,8 @@ from actcache.blocks import (
 )
 from actcache.checkpoint import Checkpoint, load_weights
 from actcache.edits import PLAIN, Edit, Rows, Variant
-from actcache.errors import InputError
+from actcache.errors import ActcacheError, InputError, NotFiniteError
+from actcache.finite import first_block, first_not_finite
 from actcache.linear import fast_products
 from actcache.moves import Moves
 from actcache.packing import Prefix, offsets_of, plan_evenly, plan_packs
@@ -235,7 +237,8 @@ class LateStack:
             CPU, in this stack's dtype.
 
         Raises:
-            InputError: dtype, width or offsets do not fit, or a sequence is longer than the model's positions.
+            InputError: dtype, width or offsets do not fit, a row is not finite, or a sequence is longer than the model's
+                positions.
         """
         return self.run_variants(rows, offsets, [PLAIN], strict=strict, max_tokens=max_tokens)[:, 0]
 
@@ -294,6 +297,8 @@ class LateStack:
                 not exist; a vector that does not fit, or is missing for a key; an edit that moves nothing (see
                 :class:`actcache.moves.Moves`).
             UnsupportedModelError: an edit inside the stack of an architecture that has no such site.
+            NotFiniteError: finite rows become NaN or infinity in a block, which it names; InputError, where the edits
+                of a variant do that.
         """
         bounds = self._check(rows, offsets)
         lengths = [b - a for a, b in itertools.pairwise(bounds)]
@@ -303,6 +308,8 @@ class LateStack:
                 raise InputError(f"donor {label!r} has shape {tuple(other.shape)}, the rows have {tuple(rows.shape)}")
             if other.dtype != rows.dtype:
                 raise InputError(f"donor {label!r} is {other.dtype}, the rows are {rows.dtype}")
+            if other is not rows:
+                _check_finite(f"donor {label!r}", other, bounds)
         if keys is not None and len(keys) != len(lengths):
             raise InputError(f"{len(keys)} keys are given for {len(lengths)} sequences")
         keys = [str(number) for number in range(len(lengths))] if keys is None else list(keys)
@@ -334,13 +341,33 @@ class LateStack:
         copies = self._copies(n_workers, variants)
         if n_workers == 1:
             for pack in packs:
-                yield from copies[0]._iterate_pack(batch, pack)
+                yield from self._checked(batch, copies[0]._iterate_pack(batch, pack))
             return
 
         def run(pack: range, worker: int) -> Iterator[_Result]:
             return copies[worker]._iterate_pack(batch, pack)
 
-        yield from side_by_side([partial(run, pack) for pack in packs], n_workers, n_threads)
+        results = side_by_side([partial(run, pack) for pack in packs], n_workers, n_threads)
+        yield from self._checked(batch, results)
+
+    def _checked(self, batch: _Batch, results: Iterable[_Result]) -> Iterator[_Result]:
+        """What comes out of finite rows is finite, or an error that names sequence, and variant or block."""
+        for sequences, numbers, hidden in results:
+            if (row := first_not_finite(hidden)) is not None:
+                raise self._not_finite(batch, int(sequences[row]), batch.variants[int(numbers[row])])
+            yield sequences, numbers, hidden
+
+    def _not_finite(self, batch: _Batch, sequence: int, variant: Variant) -> ActcacheError:
+        key = batch.places.keys[sequence]
+        if variant.name != PLAIN.name:
+            return InputError(
+                f"variant {variant.name!r}: what its edits make of sequence {key!r} is not finite in {self.dtype}; "
+                "leave it out, or make its values smaller"
+            )
+        (late,) = self._copies(1, [])
+        state = batch.rows[batch.bounds[sequence] : batch.bounds[sequence + 1]].to(self.device)
+        where = first_block(list(late._trunk.blocks), lambda: late._forward(state[None]), self.boundary)
+        return NotFiniteError(f"the replay of sequence {key!r} from finite states is not finite; {where}")
 
     def packs(self, lengths: Sequence[int], *, strict: bool = False, max_tokens: int | None = None) -> list[range]:
         """How :meth:`run` cuts sequences of these lengths into forwards."""
@@ -535,6 +562,7 @@ class LateStack:
                 raise InputError(
                     f"sequence {index} has {stop - start} rows; the model has {self._trunk.max_positions} positions"
                 )
+        _check_finite("the states given", rows, bounds)
         return bounds
 
     # ---- probes at load ----
@@ -593,6 +621,15 @@ class LateStack:
         if not off <= allowed:
             return f"{name}: a {mode} sequence differs from the same one alone by {off:.2g}"
         return None
+
+
+def _check_finite(what: str, rows: torch.Tensor, bounds: Sequence[int]) -> None:
+    if (row := first_not_finite(rows)) is not None:
+        sequence = bisect_right(bounds, row) - 1
+        raise InputError(
+            f"{what}: row {row} (sequence {sequence}, position {row - bounds[sequence]}) holds values that are not "
+            "finite; a store of an earlier version that does must be captured again"
+        )
 
 
 def _editing_hook(edits: Sequence[tuple[Any, torch.Tensor, Rows]]) -> Any:

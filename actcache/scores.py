@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
+from actcache.errors import NotFiniteError
+from actcache.finite import first_not_finite
 from actcache.readout import Readout
 
 _WHOLE_AT_ONCE = 256  # states whose whole-vocabulary logits are made together: enough for a matrix product at its rate
@@ -60,9 +62,16 @@ class ScoreTable:
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
     def add(self, events: torch.Tensor, replays: torch.Tensor, final_hidden: torch.Tensor) -> None:
-        """Take ``[m, D]`` final hidden states of so many (event, replay) pairs."""
+        """Take ``[m, D]`` final hidden states of so many (event, replay) pairs.
+
+        Raises:
+            NotFiniteError: a score is NaN or infinite; its ``row`` is the replay.
+        """
         for name, readout in self._readouts.items():
-            self._logits[name][replays, events] = readout.scores(final_hidden, self._pair_ids[events])
+            scores = readout.scores(final_hidden, self._pair_ids[events])
+            if (row := first_not_finite(scores)) is not None:
+                raise NotFiniteError(f"the logits that the head of {name} makes are not finite", row=int(replays[row]))
+            self._logits[name][replays, events] = scores
         chosen = torch.isin(replays, torch.tensor(sorted(self._whole), dtype=torch.int64))
         if chosen.any():
             self._waiting.append((events[chosen], replays[chosen], final_hidden[chosen]))
@@ -75,7 +84,10 @@ class ScoreTable:
             events, replays, final_hidden = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
             for name, readout in self._readouts.items():
                 if self._own is None:
-                    self._top1[name][replays, events] = readout.top2(final_hidden)[0][:, 0]
+                    try:
+                        self._top1[name][replays, events] = readout.top2(final_hidden)[0][:, 0]
+                    except NotFiniteError as error:
+                        raise NotFiniteError(str(error), row=int(replays[error.row or 0])) from error
                 else:
                     best, kl = readout.compare(final_hidden, self._own, events)
                     self._top1[name][replays, events], self._kl[name][replays, events] = best, kl

@@ -10,6 +10,7 @@ models itself.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +28,9 @@ import torch
 from actcache.capture import PAIR
 from actcache.cells import identity
 from actcache.checkpoint import DTYPES
-from actcache.errors import InputError
+from actcache.errors import InputError, NotFiniteError
 from actcache.files import locked, write_atomically
+from actcache.finite import not_finite
 from actcache.packing import offsets_of
 from actcache.progress import OnProgress, Tally, untold
 from actcache.regimes import Regimes
@@ -389,7 +391,14 @@ def _choose(
             ids = torch.cat([compared.ids[leg.start : leg.start + leg.length] for leg in members])
             rows = [torch.arange(end - leg.n_compared, end) for leg, end in zip(members, bounds[1:], strict=True)]
             hidden = trunk.forward(bounds, input_ids=ids[None].to(trunk.device))
-            best, logits = trunk.readout.top2(hidden[torch.cat(rows).to(hidden.device)])
+            try:
+                best, logits = trunk.readout.top2(hidden[torch.cat(rows).to(hidden.device)])
+            except NotFiniteError as error:
+                at = bisect_right(np.cumsum([leg.n_compared for leg in members]).tolist(), error.row or 0)
+                leg = members[at]
+                ids_of = compared.ids[leg.start : leg.start + leg.length].tolist()
+                whose = f"checkpoint {label} in {trunk.dtype}, event {pack.start + at} of those checked"
+                raise not_finite(whose, "a logit", trunk, ids_of) from error
             tokens.append(best[:, 0].numpy())
             gaps.append((logits[:, 0] - logits[:, 1]).numpy())
             tally.add(sum(leg.is_last for leg in members), tokens=bounds[-1])
