@@ -237,8 +237,8 @@ class LateStack:
             CPU, in this stack's dtype.
 
         Raises:
-            InputError: dtype, width or offsets do not fit, a row is not finite, or a sequence is longer than the model's
-                positions.
+            InputError: dtype, width or offsets do not fit, a row is not finite, or a sequence is longer than the
+                model's positions.
         """
         return self.run_variants(rows, offsets, [PLAIN], strict=strict, max_tokens=max_tokens)[:, 0]
 
