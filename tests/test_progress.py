@@ -84,8 +84,8 @@ def test_what_was_found_done_says_nothing_of_the_rate(tty, clock):
         clock.now_s += 20
         tally.add(2, tokens=400, doing="searching: step 3 of at most 8, 1 still alike")
         assert line.line() == (
-            "capture: 32 of 40 prompts (30 of them before), searching: step 3 of at most 8, 1 still alike, "
-            "400 tokens, 20 tokens a second, 0:25, about 1:20 left"
+            "capture: 32 of 40 prompts (30 of them before), 0:25, about 1:20 left, "
+            "searching: step 3 of at most 8, 1 still alike, 400 tokens, 20 tokens a second"
         )
         tally.add(8)
         clock.now_s += 5

@@ -123,14 +123,12 @@ class LiveLine:
     def line(self) -> str:
         """How far the stage is."""
         elapsed_s = time.monotonic() - self._began_s
-        said = [*self._counts(), _clock(elapsed_s)]
-        if self._during is not None:
-            said.insert(0, self._during)
-        elif self._now is None:
-            said.insert(0, "reading what it needs")
-        elif (left_s := self._left_s()) is not None:
+        counts = self._counts()
+        said = [self._during] if self._during is not None else [] if counts else ["reading what it needs"]
+        said += [*counts[:1], _clock(elapsed_s)]  # what matters most first: a narrow terminal cuts the end
+        if self._during is None and (left_s := self._left_s()) is not None:
             said.append(f"about {_clock(left_s)} left")
-        return f"{self._stage}: {', '.join(said)}"
+        return f"{self._stage}: {', '.join([*said, *counts[1:]])}"
 
     def _ended(self) -> str:
         return f"{self._stage}: {', '.join([*self._counts(), f'took {_clock(time.monotonic() - self._began_s)}'])}"
