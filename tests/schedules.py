@@ -52,7 +52,7 @@ class Actor(threading.Thread):
         self.rng = random.Random(f"{schedule.seed} {role}")
         self.n_steps, self.dead, self.over = 0, False, False
         self.failure: BaseException | None = None
-        self._go = threading.Semaphore(0)
+        self.n_waiting = 0
 
     def run(self) -> None:
         try:
@@ -62,14 +62,22 @@ class Actor(threading.Thread):
             pass
         except BaseException as error:
             self.failure = error
-        self.over = True
-        self.schedule.back.release()
+        with self.schedule.changed:
+            self.over = True
+            self.schedule.changed.notify_all()
 
     def turn(self, what: str) -> None:
         """Hand the turn back and wait for it."""
-        self.schedule.back.release()
-        if not self._go.acquire(timeout=_STUCK_S):
-            raise TimeoutError(f"{self.role} never got its turn")
+        schedule = self.schedule
+        with schedule.changed:
+            if schedule.current is self:
+                schedule.current = None
+            self.n_waiting += 1
+            schedule.changed.notify_all()
+            if not schedule.changed.wait_for(lambda: schedule.granted is self, _STUCK_S):
+                raise RuntimeError(f"{self.role} never got its turn")
+            schedule.granted = None
+            self.n_waiting -= 1
         self.n_steps += 1
         self.dead |= self.dies_at is not None and self.n_steps >= self.dies_at
         self.schedule.trace.append(f"{self.role}: {'killed before ' if self.dead else ''}{what}")
@@ -78,8 +86,12 @@ class Actor(threading.Thread):
 
     def go(self) -> None:
         """Give the actor its turn; returns when it hands it back."""
-        self._go.release()
-        self.schedule.wait()
+        schedule = self.schedule
+        with schedule.changed:
+            schedule.current = schedule.granted = self
+            schedule.changed.notify_all()
+            schedule.wait(lambda: schedule.current is not self or self.over)
+            schedule.current = schedule.granted = None
 
 
 class Place(Protocol):
@@ -111,7 +123,9 @@ class Schedule:
         self.rng = random.Random(seed)
         self.acknowledged: set[str] = set()
         self.trace: list[str] = []
-        self.back = threading.Semaphore(0)
+        self.changed = threading.Condition()
+        self.current: Actor | None = None  # who acts
+        self.granted: Actor | None = None  # who may begin to
         self.actors: list[Actor] = []
         self.n_deaths = 0
 
@@ -122,12 +136,13 @@ class Schedule:
         actor = Actor(self, f"{role}#{len(self.actors)}", act, dies_at if self.n_deaths < 6 else None)
         self.actors.append(actor)
         actor.start()
-        self.wait()
+        with self.changed:
+            self.wait(lambda: actor.n_waiting > 0 or actor.over)
 
-    def wait(self) -> None:
+    def wait(self, until: Callable[[], bool]) -> None:
         """Wait until the actor who has the turn hands it back."""
-        if not self.back.acquire(timeout=_STUCK_S):
-            raise TimeoutError("an actor neither goes on nor ends")
+        if not self.changed.wait_for(until, _STUCK_S):
+            raise RuntimeError("an actor neither goes on nor ends")
 
     def run(self) -> None:
         """Until all are done; the dead are followed by others who take up their work. Then look at what is left."""
@@ -314,10 +329,9 @@ def check_batch(feed: RowFeed, batch: Any, seen: dict[int, bytes]) -> None:
 class TurnedDisk(LocalStorage):
     """A disk upon which an actor takes turns."""
 
-    parallel_reads = parallel_writes = 1  # so that the order of its steps does not depend on threads
-
     def __init__(self, root: Path, actor: Actor, held: dict[str, Actor]) -> None:
         super().__init__(root)
+        self.parallel_reads = self.parallel_writes = 1  # so that an actor is one thread at a time
         self.actor, self.held = actor, held
 
     def read(self, key: str) -> bytes:
