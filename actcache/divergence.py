@@ -196,7 +196,7 @@ class _Search:
                 walks = [walks[row] for row in kept]
                 mask = mask[rows]
                 for trunk, cache in zip(self.trunks, caches, strict=True):
-                    cache.batch_select_indices(rows.to(trunk.device))
+                    leave(cache, rows.to(trunk.device))
             self.on_step(n_tokens, step, len(walks))
             if not walks:
                 return
@@ -249,6 +249,11 @@ def left_padded(sequences: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch
     return tokens, mask
 
 
+def leave(cache: DynamicCache, rows: torch.Tensor) -> None:
+    """Have only these rows of a batch stay in the cache."""
+    cache.reorder_cache(rows)  # type: ignore[arg-type]  # unlike batch_select_indices, the states of recurrent blocks have it too
+
+
 def decode(trunk: Trunk, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
     """``[B, D]``, last block's output at the end of each row, after ``tokens [B, t]``: the newest columns of a
     left-padded batch with ``mask [B, T]``."""
@@ -289,10 +294,10 @@ def find_decoding(trunk: Trunk) -> tuple[Decoding, str | None]:
         expected.append(trunk.forward([0, ids.shape[1]], input_ids=ids)[len(prompt) - 1 :].float())
     allowed = max(_PROPOSED, rounding_of(trunk.dtype))
     indexer = next((path for block in trunk.blocks if (path := _indexer(block)) is not None), None)
-    reason = f"{name}: its blocks' {indexer} chooses keys by their number in the row" if indexer else None
+    if indexer is not None:
+        return Decoding.FULL, f"{name}: its blocks' {indexer} chooses among the keys of a row"
+    reason = None
     for decoding, rows in ((Decoding.PADDED, slice(0, 2)), (Decoding.EVEN, slice(1, 2))):
-        if decoding is Decoding.PADDED and indexer:
-            continue
         try:
             found = _decoded(trunk, prompts[rows], chosen[rows])
         except FAILURES as error:
@@ -307,14 +312,17 @@ def find_decoding(trunk: Trunk) -> tuple[Decoding, str | None]:
 
 
 def _decoded(trunk: Trunk, prompts: Sequence[Sequence[int]], chosen: torch.Tensor) -> torch.Tensor:
-    """``[n + 1, B, D]`` float32: what a search reads after the prompts, and after each of ``chosen [B, n]``."""
-    tokens, mask = left_padded(prompts)
+    """``[n + 1, B, D]`` float32: what a search reads after the prompts, and after each of ``chosen [B, n]``, beside a
+    sequence that leaves the batch after the first choice."""
+    tokens, mask = left_padded([prompts[-1][::-1], *prompts])
     cache = DynamicCache(config=trunk.config)
-    hidden = []
-    for step in range(chosen.shape[1] + 1):
-        hidden.append(decode(trunk, tokens, mask, cache).float())
+    hidden = [decode(trunk, tokens, mask, cache)[1:].float()]
+    mask = mask[1:]
+    leave(cache, torch.arange(1, len(prompts) + 1, device=trunk.device))
+    for step in range(chosen.shape[1]):
         tokens = chosen[:, step : step + 1]
         mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.int64)], dim=1)
+        hidden.append(decode(trunk, tokens, mask, cache).float())
     return torch.stack(hidden)
 
 

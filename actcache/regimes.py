@@ -18,7 +18,7 @@ at more than the tokens up to a position, and what is made of it:
   Only Moshi's cache forgets what lies before ``sliding_window`` while its attention reads it: searches end there.
 * ALiBi (BLOOM, MPT, Falcon), learned positions counted in the cache (BART and its kin), recurrences and convolutions
   (Mamba and its kin, RecurrentGemma, RWKV, xLSTM, MiniMax, Nemotron-H): a few tokens show it; the probes at load do.
-* indexers (DeepSeek 3.2, GLM DSA, MiniMax M3) choose keys of the row by number: never packed, never padded on the left.
+* indexers (DeepSeek 3.2, GLM DSA, MiniMax M3) choose among the keys of a row: never packed, searched without cache.
 * mixture-of-experts with a capacity that drops tokens, and norms over a batch: no causal LM of transformers has them
   (Switch and NLLB, which do, are encoder-decoders; batch norms are in towers for images and sound, in eval mode).
 

@@ -245,10 +245,15 @@ def test_sequences_end_where_dynamic_angles_would_begin_to_follow_the_longest(tm
 
 DECODINGS = {
     **{"llama": Decoding.PADDED, "gemma3_text": Decoding.PADDED, "jamba": Decoding.PADDED, "bloom": Decoding.PADDED},
-    **{"mamba": Decoding.EVEN, "falcon_mamba": Decoding.EVEN, "mbart": Decoding.EVEN, "deepseek_v32": Decoding.EVEN},
-    **{"minimax_m3_vl_text": Decoding.EVEN, "recurrent_gemma": Decoding.FULL, "minimax": Decoding.FULL},
-    **{"xlstm": Decoding.FULL, "roberta-prelayernorm": Decoding.FULL, "moshi": Decoding.PADDED},
-    **{"llama4_text": Decoding.PADDED, "mpt": Decoding.PADDED, "nemotron_h": Decoding.PADDED},
+    **{"mamba": Decoding.EVEN, "falcon_mamba": Decoding.EVEN, "mbart": Decoding.EVEN, "deepseek_v32": Decoding.FULL},
+    **{"minimax_m3_vl_text": Decoding.FULL, "recurrent_gemma": Decoding.FULL, "minimax": Decoding.FULL},
+    **{"xlstm": Decoding.FULL, "roberta-prelayernorm": Decoding.FULL, "moshi": Decoding.FULL},
+    **{
+        "llama4_text": Decoding.PADDED,
+        "mpt": Decoding.PADDED,
+        "falcon_h1": Decoding.PADDED,
+        "nemotron_h": Decoding.PADDED,
+    },
 }
 
 

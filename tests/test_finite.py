@@ -1,0 +1,110 @@
+"""What is not finite is no state, logit or choice: each place that makes or takes one names what it found."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file, save_file
+
+from actcache.cli import main
+from actcache.divergence import SearchLimits, propose
+from actcache.edits import Add, Call, Edit, Variant
+from actcache.errors import InputError, NotFiniteError
+from actcache.finite import first_not_finite, is_finite
+from actcache.replay import LateStack
+from actcache.trunk import Trunk
+
+BOUNDARY = 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_one_value_among_many_is_found(dtype):
+    rows = torch.zeros(300, 7, dtype=dtype)
+    rows[0, 0] = torch.finfo(dtype).max
+    assert is_finite(rows)
+    assert first_not_finite(rows) is None
+    assert is_finite(rows[:0])
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for row in (0, 150, 299):
+            wrong = rows.clone()
+            wrong[row, 3] = value
+            assert first_not_finite(wrong) == row
+
+
+def spoil(folder, name, value=float("nan")):
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name].view(-1)[:] = value
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("strict", [(), ("--strict",)])
+@pytest.mark.parametrize(
+    ("tensor", "value", "words"),
+    [
+        ("model.layers.1.mlp.down_proj.weight", float("nan"), "block 1 is the first"),
+        ("model.layers.2.mlp.down_proj.weight", 1e38, "block 2 is the first"),
+        ("lm_head.weight", float("inf"), "not finite"),
+    ],
+)
+def test_a_checkpoint_that_computes_none_is_named(tmp_path, capsys, tensor, value, words, strict):
+    pt, it = tiny.make_pair(tmp_path, "llama")
+    spoil(it, tensor, value)
+    given = ["--pt", pt, "--it", it, "--prompts", tiny.write_prompts(tmp_path / "p.jsonl", 3)]
+    assert main(["run", *map(str, given), "--out", str(tmp_path / "run"), "--max-new", "4", *strict]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert "same tokens" not in said.out
+    if "block" in words:
+        assert "checkpoint it, prompt 'p0" in said.err
+
+
+def test_a_search_names_checkpoint_and_sequence(tmp_path):
+    folder = tiny.make_checkpoint(tmp_path, "llama")
+    from transformers import AutoModelForCausalLM
+
+    trunks = [Trunk(AutoModelForCausalLM.from_pretrained(folder).eval()) for _ in range(2)]
+    with torch.no_grad():
+        trunks[1].blocks[2].mlp.down_proj.weight.fill_(float("nan"))
+    limits = SearchLimits(4, frozenset(), None)
+    with pytest.raises(NotFiniteError, match=r"checkpoint b, the first: .*block 2 is the first whose output is not"):
+        propose(trunks, [[5, 6], [7, 8, 9]], [0, 0], limits, names=["the first", "the second"], labels=["a", "b"])
+
+
+def test_rows_edits_and_blocks_of_a_replay_are_told_apart(tmp_path):
+    late = LateStack.load(tiny.make_checkpoint(tmp_path, "llama"), BOUNDARY)
+    rows, offsets = torch.randn(7, late.width, generator=torch.Generator().manual_seed(0)), [0, 3, 7]
+    wrong = rows.clone()
+    wrong[4, 2] = float("inf")
+    with pytest.raises(InputError, match=r"the states given: row 4 \(sequence 1, position 1\) .* not finite"):
+        late.run(wrong, offsets)
+    with pytest.raises(InputError, match="donor 'it': row 4"):
+        late.run_variants(rows, offsets, [Variant("none")], donors={"it": wrong})
+    far = Variant("far", (Edit(Call(lambda state, at: state * torch.inf, "far")),))
+    for strict in (False, True):
+        with pytest.raises(InputError, match="'far'"):
+            late.run_variants(rows, offsets, [far, Variant("none")], strict=strict)
+    with pytest.raises(InputError, match="not finite"):
+        Add(torch.full((late.width,), torch.nan))
+    with torch.no_grad():
+        late.blocks[1].mlp.down_proj.weight.fill_(torch.nan)
+    with pytest.raises(NotFiniteError, match=f"block {BOUNDARY + 1} is the first whose output is not"):
+        late.run(rows, offsets)
+
+
+def test_effects_name_the_variants_whose_margins_are_not_finite(tiny_run, tmp_path, capsys):
+    run = tiny_run("llama", torch.float32)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    margins = run.cells["margin"].to_pylist()
+    margins[0] = float("nan")
+    at = run.cells.column_names.index("margin")
+    path = tmp_path / "cells.parquet"
+    pq.write_table(run.cells.set_column(at, "margin", pa.array(margins, pa.float32())), path)
+    assert main(["effects", str(path)]) == 2
+    assert "1 of" in (said := capsys.readouterr().err)
+    assert "of variants none: filter them out" in said
+    assert json.dumps(margins[1])  # the others are numbers
