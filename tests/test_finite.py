@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
-
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from actcache.cli import main
 from actcache.divergence import SearchLimits, propose
@@ -63,8 +64,6 @@ def test_a_checkpoint_that_computes_none_is_named(tmp_path, capsys, tensor, valu
 
 def test_a_search_names_checkpoint_and_sequence(tmp_path):
     folder = tiny.make_checkpoint(tmp_path, "llama")
-    from transformers import AutoModelForCausalLM
-
     trunks = [Trunk(AutoModelForCausalLM.from_pretrained(folder).eval()) for _ in range(2)]
     with torch.no_grad():
         trunks[1].blocks[2].mlp.down_proj.weight.fill_(float("nan"))
@@ -96,15 +95,12 @@ def test_rows_edits_and_blocks_of_a_replay_are_told_apart(tmp_path):
 
 def test_effects_name_the_variants_whose_margins_are_not_finite(tiny_run, tmp_path, capsys):
     run = tiny_run("llama", torch.float32)
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     margins = run.cells["margin"].to_pylist()
     margins[0] = float("nan")
     at = run.cells.column_names.index("margin")
     path = tmp_path / "cells.parquet"
-    pq.write_table(run.cells.set_column(at, "margin", pa.array(margins, pa.float32())), path)
+    cells = run.cells.set_column(at, "margin", pa.array(margins, pa.float32()))
+    pq.write_table(cells.replace_schema_metadata(None), path)
     assert main(["effects", str(path)]) == 2
     assert "1 of" in (said := capsys.readouterr().err)
     assert "of variants none: filter them out" in said
-    assert json.dumps(margins[1])  # the others are numbers
