@@ -13,7 +13,7 @@ import torch
 
 from actcache import capture, replay, stability
 from actcache.checkpoint import Checkpoint
-from actcache.cli import main
+from actcache.cli import build_parser, main
 from actcache.store import compact
 
 COMMAND = [sys.executable, "-m", "actcache.cli"]
@@ -49,6 +49,15 @@ def test_a_command_that_is_none_is_one_line(words, said, capsys):
     assert caught.value.code == 2
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "given", [["--boundary", "-3,-1"], ["--boundary=-3,-1"], ["--boundary", "-.5"], ["--boun", "-3"]]
+)
+def test_a_list_may_begin_with_a_minus(given):
+    args = build_parser().parse_args(["grid", "RUN", *given, "--quiet"])
+    assert args.boundary == given[-1].partition("=")[2] or args.boundary == given[-1]
+    assert args.quiet
 
 
 def test_a_prefix_of_an_option_is_enough(capsys):

@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NoReturn
+
+_NEGATIVE_LIST = re.compile(r"-[0-9.]+(,-?[0-9.]+)*")
 
 
 class Parser(argparse.ArgumentParser):
@@ -29,7 +32,18 @@ class Parser(argparse.ArgumentParser):
                 known = self._option_string_actions
                 if name.startswith("--") and not any(option.startswith(name) for option in known):
                     self.error(f"there is no option {name}{_meant(name, known)}")
-        return super().parse_known_args(words, namespace)
+        return super().parse_known_args(self._with_negative_lists(words), namespace)
+
+    def _with_negative_lists(self, words: Sequence[str]) -> list[str]:
+        """``--boundary -3,-1`` as ``--boundary=-3,-1``: argparse takes what begins with a minus for an option."""
+        joined: list[str] = []
+        for word in words:
+            before = self._option_string_actions.get(joined[-1]) if joined else None
+            if before is not None and before.nargs != 0 and _NEGATIVE_LIST.fullmatch(word):
+                joined[-1] += f"={word}"
+            else:
+                joined.append(word)
+        return joined
 
     def error(self, message: str) -> NoReturn:
         """One line, and exit code 2."""
