@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -96,7 +97,10 @@ def test_another_broken_pipe_is_an_error(tiny_run, monkeypatch, capsys):
 
 
 def test_ctrl_c_is_one_line(tmp_path):
-    ran = subprocess.Popen([*COMMAND, "demo", "--out", str(tmp_path / "run")], stderr=subprocess.PIPE, text=True)
+    # What starts in the background may ignore the signal, and its children with it.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    command = [*COMMAND, "demo", "--out", str(tmp_path / "run")]
+    ran = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     said = ran.stderr.readline()
     while said and "capture" not in said:
         said = ran.stderr.readline()

@@ -261,7 +261,16 @@ def test_without_a_device_the_module_says_what_is_missing(monkeypatch: pytest.Mo
         pytest.skip("there is a CUDA device")
     with pytest.raises(RuntimeError, match=r"device_count: CUDA error \d+ \(cudaError\w+\): "):
         module.device_count()
-    monkeypatch.setattr(gather, "native", lambda kind: (module, ""))
+
+    class OnTheHost:
+        """The module behind tensors of the CPU, whose outputs come as arrays and not as pointers."""
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *given: getattr(module, name)(
+                *(one.ctypes.data if isinstance(one, np.ndarray) else one for one in given)
+            )
+
+    monkeypatch.setattr(gather, "native", lambda kind: (OnTheHost(), ""))
     src, ids, says = torch.zeros(5, 3), torch.tensor([1]), r": CUDA error \d+ \(cudaError\w+\): .*ACTCACHE_ENGINE=torch"
     with pytest.raises(KernelError, match=f"{KERNEL}{says}"):
         gather_rows(src, ids)
