@@ -49,7 +49,7 @@ MAX_ID = 1000  # characters: it is repeated in every cell of its events, and a p
 _NOT_READ_YET = {
     "messages": (
         "render them with the tuned checkpoint's tokenizer, apply_chat_template(messages, tokenize=False, "
-        "add_generation_prompt=True), and give the text as 'prompt', without the BOS that it begins with"
+        "add_generation_prompt=True), and give the text as 'prompt'; leave out a BOS that the tokenizer adds by itself"
     ),
     "token_ids": "give the text that they stand for as 'prompt'",
 }

@@ -30,6 +30,9 @@ class Readout:
     the size or order of the batch, and :meth:`top2` over the whole vocabulary, one float32 matrix product.
     """
 
+    def __repr__(self) -> str:
+        return f"<Readout of a width of {self.width} into {self.vocab_size:,} tokens>"
+
     def __init__(self, model: PreTrainedModel) -> None:
         """Take norm and head (shared, not copied) from a causal LM.
 

@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
-from sae_lens.config import SAETrainerConfig
+
+try:
+    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: pip install 'actcache[examples]'")
 
 import actcache
 from actcache.feed import ActivationBuffer, RowFeed

@@ -398,6 +398,15 @@ def test_no_home_folder_is_shown(tables):
     assert "bob" not in html
 
 
+def test_a_home_folder_behind_a_link_is_not_shown(tables, tmp_path, monkeypatch):
+    (tmp_path / "disk" / "carol").mkdir(parents=True)
+    (tmp_path / "carol").symlink_to(tmp_path / "disk" / "carol")
+    monkeypatch.setenv("HOME", str(tmp_path / "carol"))
+    paths = {"typed": f"{tmp_path}/carol/pt", "resolved": f"{tmp_path}/disk/carol/it"}
+    made = Page(page_of(tables, paths)).section("made")
+    assert "typed ~/pt resolved ~/it" in made
+
+
 def test_equal_events_with_zero_margins():
     cells, events, excluded = run_tables(4)
     zero = cells.set_column(cells.column_names.index("margin"), "margin", pa.array([0.0] * cells.num_rows))

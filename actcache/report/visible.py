@@ -49,7 +49,9 @@ def plain(text: str) -> str:
 
 def without_home(text: str) -> str:
     """``text`` with every home folder in a path as ``~``: a page is made to be shared, a person's name is not."""
-    return _HOME.sub("~", text.replace(str(Path.home()), "~") if Path.home() != Path("/") else text)
+    for home in {Path.home(), Path.home().resolve()} - {Path("/")}:
+        text = text.replace(str(home), "~")
+    return _HOME.sub("~", text)
 
 
 def head(text: str, limit: int) -> str:
