@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from actcache.lineup import Lineup
+    from actcache.prompts import Prompt
     from actcache.store import Store
     from actcache.trunk import Trunk
 
@@ -103,8 +105,9 @@ def _run(args: argparse.Namespace) -> None:
             f"--rows {args.rows}: a run scores the grid, which needs prefix rows; "
             "'actcache capture --rows divergence' keeps the events' own rows alone"
         )
+    prompts = _read_prompts(args)
     _check_grid_asked(args)
-    lineup = _capture_lineup(args)
+    lineup = _capture_lineup(args, prompts)
     folder = RunFolder(args.out)
     check_run(args, folder, lineup)
     _score(folder, lineup, args, None, args.device)
@@ -114,6 +117,13 @@ def _run(args: argparse.Namespace) -> None:
         effects = _write_effects(folder, store, stable_only=True)
     _write_report(folder, store, stable_only=args.stable_only)
     print("\n".join([*answer(effects.content, store), "", f"Report: {folder.report}"]))
+
+
+def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
+    """What is wrong with the prompts is said before torch is loaded, which takes seconds."""
+    from actcache.prompts import read_prompts
+
+    return read_prompts(args.prompts, args.limit)
 
 
 def _check_grid_asked(args: argparse.Namespace) -> None:
@@ -129,18 +139,16 @@ def _check_grid_asked(args: argparse.Namespace) -> None:
 
 
 def _capture(args: argparse.Namespace) -> None:
-    _capture_lineup(args)
+    _capture_lineup(args, _read_prompts(args))
     say(f"{RunFolder(args.out).store} holds them; next: actcache grid {args.out}")
 
 
-def _capture_lineup(args: argparse.Namespace) -> Lineup:
+def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Lineup:
     quiet_libraries()
     from actcache.capture import capture
     from actcache.lineup import Lineup
-    from actcache.prompts import read_prompts
 
     check_device(args.device)
-    prompts = read_prompts(args.prompts, args.limit)
     lineup = Lineup.open({"pt": args.pt, "it": args.it})
     settings = capture_settings(args, lineup.n_blocks)
     folder = RunFolder(args.out)
