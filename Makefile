@@ -11,6 +11,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 RUN    ?= runs/demo
+# More of pytest's arguments. Tests run side by side, one process per CPU.
 PYTEST ?=
 
 BIN := $(VENV)/bin
@@ -22,10 +23,10 @@ demo: $(VENV)/installed
 	$(BIN)/actcache demo --out $(RUN)
 
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(PYTEST)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto $(PYTEST)
 
 test-deep: $(VENV)/installed-test
-	$(BIN)/python -m pytest tests/test_schedules.py -m "deep or not deep" $(PYTEST)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto tests/test_schedules.py -m "deep or not deep" $(PYTEST)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check .

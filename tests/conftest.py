@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,6 +18,10 @@ import torch
 import actcache
 from actcache import replay
 from actcache.cli import main
+
+# How long one example takes is the machine's business: tests share it with others.
+hypothesis.settings.register_profile("actcache", deadline=None)
+hypothesis.settings.load_profile("actcache")
 
 MAX_NEW = 24
 BOUNDARY = 3  # round(0.6 * tiny.N_BLOCKS)
