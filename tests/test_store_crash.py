@@ -167,7 +167,7 @@ def test_a_writer_killed_anywhere_loses_only_its_open_segment(tmp_path, uninterr
             names = {name for name in found if name not in committed_before}
             assert all(name.startswith(tuple(store.uncommitted)) for name in names)
             left.update(store.uncommitted)
-        if step % 8 == 0 or step > 380:  # all the steps of the commit
+        if step % 8 == 0 or step > 500:  # all the steps of the commit
             append_missing(path)
             assert read_tree(path) == uninterrupted
             assert open_store(path).uncommitted == []
