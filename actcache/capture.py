@@ -27,7 +27,7 @@ from actcache.blocks import block_of, check_boundary
 from actcache.checkpoint import DTYPES
 from actcache.divergence import Decoding, Outcome, SearchLimits, find_decoding, propose
 from actcache.errors import InputError, NotFiniteError
-from actcache.finite import first_not_finite, not_finite
+from actcache.finite import first_no_state, not_finite
 from actcache.gather import gather_rows
 from actcache.lineup import Lineup, as_fingerprint
 from actcache.packing import offsets_of
@@ -150,11 +150,13 @@ def load_trunk(lineup: Lineup, label: str, settings: CaptureSettings) -> Trunk:
     Raises:
         UnsupportedModelError: the architecture cannot be replayed from its states, and prefix rows are asked for.
     """
-    model = lineup.checkpoints[label].load(DTYPES[settings.dtype], settings.device)
-    if settings.row_selection == "prefix":
-        for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
-            check_replayable(model, boundary)
-    return Trunk(model)
+    checkpoint = lineup.checkpoints[label]
+    model = checkpoint.load(DTYPES[settings.dtype], settings.device)
+    with checkpoint.named():
+        if settings.row_selection == "prefix":
+            for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
+                check_replayable(model, boundary)
+        return Trunk(model)
 
 
 def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> dict[str, Any]:
@@ -381,10 +383,10 @@ class _Capture:
         compared: Sequence[range],
     ) -> None:
         for (label, boundary), rows in states.items():
-            if (row := first_not_finite(rows)) is not None:
+            if (row := first_no_state(rows)) is not None:
                 raise self._not_finite(label, f"the state at boundary {boundary}", pack, kept, row)
         for label, rows in final.items():
-            if (row := first_not_finite(rows)) is not None:
+            if (row := first_no_state(rows)) is not None:
                 raise self._not_finite(label, "the final state", pack, compared, row)
 
     def _best(

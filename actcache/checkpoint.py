@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -197,6 +198,14 @@ class Checkpoint:
         now = self.fingerprint
         return next((field for field, value in captured.items() if now.get(field) != value), None)
 
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Within this block, what is said against a model made of this folder names the checkpoint and the folder."""
+        try:
+            yield
+        except UnsupportedModelError as error:
+            raise type(error)(f"checkpoint {self.label}, {self.path}: {error}") from error
+
     def load(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
         """The whole model, in eval mode; see :func:`load_weights`."""
         return load_weights(self.model_class, self, dtype).to(device)  # type: ignore[arg-type]
@@ -215,7 +224,7 @@ def load_weights(
     Raises:
         InputError: a parameter has no weight in the files (it would be random) or one of another shape; a tensor in
             them is not read, so that the model would not be what they hold (an unknown part, the scales of quantized
-            weights); or the files changed meanwhile.
+            weights); a weight is stored as whole numbers, bytes or truth values; or the files changed meanwhile.
     """
     path = checkpoint.path
     tensors = files.open_tensors(files.weight_files(path))
@@ -241,9 +250,28 @@ def load_weights(
             f"{path}: {len(unread)} tensors of the files are not read by {model_class.__name__}: {unread[0]}; save the "
             "model without them, or with the config that they belong to"
         )
+    _check_stored(path, model, tensors)
     if files.stamp(path) != checkpoint._stamp:
         raise InputError(f"{path}: its files have changed since they were opened; start again")
     return model.eval().requires_grad_(False)
+
+
+def _check_stored(path: Path, model: PreTrainedModel, tensors: Mapping[str, Any]) -> None:
+    """What is not stored in floats is a buffer that is none in the model either (a mask, positions), or is ignored.
+
+    Whatever else there is has become a weight, under its own name or merged with others.
+    """
+    buffers = [name for name, buffer in model.named_buffers() if not buffer.is_floating_point()]
+    ignored = [*_UNREAD, *(model._keys_to_ignore_on_load_unexpected or ())]
+    for name, tensor in tensors.items():
+        if files.stored_dtype(path, name, tensor).is_floating_point or any(re.search(one, name) for one in ignored):
+            continue
+        # A file may leave out the name of the decoder, or say it where the model does not.
+        if not any(f".{one}".endswith(f".{name}") or f".{name}".endswith(f".{one}") for one in buffers):
+            raise InputError(
+                f"{path}: {name} is stored as {tensor.get_dtype()}, which is a weight only together with its scale; "
+                "save the model in bfloat16 or float32"
+            )
 
 
 def _dtype_of(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> torch.dtype:

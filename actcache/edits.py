@@ -19,6 +19,7 @@ import torch
 
 from actcache.blocks import check_counted, span_of
 from actcache.errors import InputError
+from actcache.finite import are_states
 from actcache.vectors import EventVectors, InOneLine, as_number, as_tensor, as_vector, bytes_of, take_vector
 
 Site = Literal["state", "attention", "mlp"]
@@ -301,12 +302,18 @@ class Call(InOneLine):
         """Call the function.
 
         Raises:
-            InputError: it returned another shape.
+            InputError: it returned something else than a tensor of real numbers, or another shape.
         """
         out = self.function(rows, at)
-        if out.shape != rows.shape:
-            raise InputError(f"edit {self.key!r} made {tuple(out.shape)} of rows {tuple(rows.shape)}")
-        return out.to(rows)
+        if isinstance(out, torch.Tensor) and out.shape == rows.shape and not out.is_complex():
+            return out.to(rows)
+        made: Any = type(out).__name__
+        if isinstance(out, torch.Tensor):
+            made = tuple(out.shape) if out.shape != rows.shape else str(out.dtype).removeprefix("torch.")
+        raise InputError(
+            f"edit {self.key!r} made {made} of rows {tuple(rows.shape)}, expected a tensor of real numbers of "
+            "their shape"
+        )
 
 
 @dataclass(frozen=True, repr=False)
@@ -417,8 +424,10 @@ class Edit(InOneLine):
                 continue
             if value.shape[-1] != width:
                 raise InputError(f"variant {name!r}: {_unfitting(value, width)}")
-            if not torch.isfinite(value.to(dtype)).all():
-                raise InputError(f"variant {name!r}: a vector has values that {dtype} does not hold")
+            if not are_states(value.to(dtype)):
+                raise InputError(
+                    f"variant {name!r}: a vector has values that {dtype} does not hold, or whose squares are not finite"
+                )
 
     def check_positions(self, lengths: Sequence[int], name: str) -> None:
         """Raise InputError, naming the variant, for a position that some sequence does not have."""

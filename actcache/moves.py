@@ -11,6 +11,7 @@ import torch
 
 from actcache.edits import Edit, Rows, Variant
 from actcache.errors import InputError
+from actcache.finite import first_no_state
 
 
 class Moves:
@@ -26,8 +27,8 @@ class Moves:
         """What is to be told of the edits of this variant (see :class:`actcache.edits.Rows`).
 
         Raises:
-            InputError: when told of an edit that left all rows of a sequence as they are and should not have; names the
-                variant and the sequence.
+            InputError: when told of an edit that left all rows of a sequence as they are and should not have, or that
+                gave values that are not finite, or whose squares are not; names the variant and the sequence.
         """
         return partial(self._see, number)
 
@@ -38,6 +39,13 @@ class Moves:
 
     def _see(self, number: int, edit: Edit, at: Rows, before: torch.Tensor, after: torch.Tensor) -> None:
         variant = self._variants[number]
+        where = "the state" if at.layer is None else f"the {edit.site} of block {at.layer}"
+        edited = f"variant {variant.name!r}: its edit {type(edit.operation).__name__} of {where}"
+        if (row := first_no_state(after)) is not None:  # a norm behind it would make zeros of it
+            raise InputError(
+                f"{edited} gives {self._keys[int(at.sequence[row])]!r} values that are not finite in {after.dtype}, or "
+                "whose squares are not in float32; leave it out, or make its values smaller"
+            )
         moved = torch.zeros(len(self._keys), dtype=torch.bool)
         moved[at.sequence[(before != after.to(before.dtype)).any(dim=1).cpu()]] = True
         index = next(index for index, one in enumerate(variant.edits) if one is edit)
@@ -49,8 +57,6 @@ class Moves:
         wrong = still & ~(may_stay.cpu() if isinstance(may_stay, torch.Tensor) else torch.tensor(may_stay))
         if wrong.any():
             key = self._keys[int(at.sequence[wrong][0])]
-            where = "the state" if at.layer is None else f"the {edit.site} of block {at.layer}"
             raise InputError(
-                f"variant {variant.name!r}: its edit {type(edit.operation).__name__} of {where} moves nothing at "
-                f"{key!r}; give it something to move, or declare the variant a placebo"
+                f"{edited} moves nothing at {key!r}; give it something to move, or declare the variant a placebo"
             )

@@ -17,7 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.blocks import NoEmbedding, StateSource, cut_upstream, find_anatomy, shallow_clone
-from actcache.errors import UnsupportedModelError
+from actcache.errors import NotFiniteError, UnsupportedModelError
+from actcache.finite import first_block, is_finite
 
 # What transformers' blocks may be given beside the hidden state: made from the positions alone, so that a late stack
 # makes it again. A tensor under any other name carries something else past the boundary.
@@ -71,6 +72,7 @@ def probe_late_blocks(model: PreTrainedModel, boundary: int, source: StateSource
 
     Raises:
         UnsupportedModelError: one of these does not hold; the message says which.
+        NotFiniteError: what the late blocks and the norm give is not finite; the message names the first block.
     """
     probe = _LateProbe(model, boundary, source)
     probe.learn_block_output()
@@ -162,8 +164,12 @@ class _LateProbe:
         finally:
             for hook in hooks:
                 hook.remove()
-        if not torch.isfinite(returned).all():
-            self._refuse("its late blocks give values that are not finite: weights or buffers that nothing has set?")
+        if not is_finite(returned):
+            where = first_block(list(self.blocks), lambda: self._forward(input_ids=self.ids[0]), self.boundary)
+            raise NotFiniteError(
+                f"{self.name}: its late blocks, or its final norm, give values that are not finite; {where}: weights "
+                "or buffers that nothing has set?"
+            )
         if calls != late:
             self._refuse(f"its late blocks are called in the order {calls}, expected {late}")
         if beside:

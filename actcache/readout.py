@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from actcache.blocks import find_anatomy, replace, shallow_clone
 from actcache.errors import NotFiniteError, UnsupportedModelError
-from actcache.finite import is_finite
+from actcache.finite import first_no_state, is_finite
 
 # Whole-vocabulary logits are made at most this many at a time: 64 MiB of float32.
 MAX_LOGITS_AT_ONCE = 1 << 24
@@ -72,9 +72,13 @@ class Readout:
 
         Returns:
             ``[n, k]`` float32; a row depends on nothing but that row of the input (bit for bit).
+
+        Raises:
+            NotFiniteError: a final state is not finite, or its squares are not; its ``row`` is the first such one.
         """
         if len(final_hidden) == 0:
             return torch.empty(0, token_ids.shape[1], dtype=torch.float32)
+        _check_states(final_hidden)
         normed = self._norm(final_hidden[None].to(self.device))
         return self._logits(normed, token_ids.to(self.device)).float().cpu()
 
@@ -89,8 +93,10 @@ class Readout:
             token ids ``[n, 2]`` int64 and logits ``[n, 2]`` float32, best first; of equal logits the lower id first.
 
         Raises:
-            NotFiniteError: a best logit is NaN or infinite: nothing is chosen there; its ``row`` is the first such one.
+            NotFiniteError: a final state is not finite, or its squares are not, or a best logit is not: nothing is
+                chosen there; its ``row`` is the first such one.
         """
+        _check_states(final_hidden)
         ids = torch.empty(len(final_hidden), 2, dtype=torch.int64)
         logits = torch.empty(len(final_hidden), 2, dtype=torch.float32)
         step = max(1, MAX_LOGITS_AT_ONCE // self.vocab_size)
@@ -121,7 +127,12 @@ class Readout:
         Returns:
             token ids ``[n]`` int64, of equal logits the lower; and KL(reference || row) ``[n]`` float32, in nats, from
             float32 logits, summed in float64.
+
+        Raises:
+            NotFiniteError: a final state or reference is not finite, or its squares are not.
         """
+        _check_states(final_hidden)
+        _check_states(references)
         ids = torch.empty(len(final_hidden), dtype=torch.int64)
         kl = torch.empty(len(final_hidden), dtype=torch.float32)
         step = max(1, MAX_LOGITS_AT_ONCE // (4 * self.vocab_size))  # float64, and twice
@@ -164,6 +175,12 @@ class Readout:
             raise UnsupportedModelError(f"{name}: it makes no logits from a final state alone ({reason})") from error
         if not torch.allclose(self.scores(hidden, ids), logits, rtol=1e-4, atol=1e-4):
             raise UnsupportedModelError(f"{name}: logits of chosen tokens differ from those of the whole vocabulary")
+
+
+def _check_states(final_hidden: torch.Tensor) -> None:
+    """Of one that overflows in the norm, all logits would be 0."""
+    if (row := first_no_state(final_hidden)) is not None:
+        raise NotFiniteError(f"the final state {row} is not finite, or its squares are not", row=row)
 
 
 class _Given(threading.local):

@@ -44,7 +44,7 @@ from actcache.blocks import (
 from actcache.checkpoint import Checkpoint, load_weights
 from actcache.edits import PLAIN, Edit, Rows, Variant
 from actcache.errors import ActcacheError, InputError, NotFiniteError
-from actcache.finite import first_block, first_not_finite
+from actcache.finite import first_block, first_no_state
 from actcache.linear import fast_products
 from actcache.moves import Moves
 from actcache.packing import Prefix, offsets_of, plan_evenly, plan_packs
@@ -176,7 +176,8 @@ class LateStack:
         Late.__name__ = Late.__qualname__ = checkpoint.model_class.__name__
         Late.__module__ = checkpoint.model_class.__module__
         model = load_weights(Late, checkpoint, dtype).to(device)  # type: ignore[arg-type]
-        return cls(model, cut[-1], boundary)
+        with checkpoint.named():
+            return cls(model, cut[-1], boundary)
 
     def at(self, boundary: int) -> LateStack:
         """The same stack from a later boundary on; weights are shared, nothing is loaded.
@@ -237,8 +238,8 @@ class LateStack:
             CPU, in this stack's dtype.
 
         Raises:
-            InputError: dtype, width or offsets do not fit, a row is not finite, or a sequence is longer than the
-                model's positions.
+            InputError: dtype, width or offsets do not fit, a row is not finite, or its squares are not, or a sequence
+                is longer than the model's positions.
         """
         return self.run_variants(rows, offsets, [PLAIN], strict=strict, max_tokens=max_tokens)[:, 0]
 
@@ -297,8 +298,8 @@ class LateStack:
                 not exist; a vector that does not fit, or is missing for a key; an edit that moves nothing (see
                 :class:`actcache.moves.Moves`).
             UnsupportedModelError: an edit inside the stack of an architecture that has no such site.
-            NotFiniteError: finite rows become NaN or infinity in a block, which it names; InputError, where the edits
-                of a variant do that.
+            NotFiniteError: finite rows become NaN or infinity, or their squares do, in a block, which it names;
+                InputError, where the edits of a variant do that.
         """
         bounds = self._check(rows, offsets)
         lengths = [b - a for a, b in itertools.pairwise(bounds)]
@@ -353,7 +354,7 @@ class LateStack:
     def _checked(self, batch: _Batch, results: Iterable[_Result]) -> Iterator[_Result]:
         """What comes out of finite rows is finite, or an error that names sequence, and variant or block."""
         for sequences, numbers, hidden in results:
-            if (row := first_not_finite(hidden)) is not None:
+            if (row := first_no_state(hidden)) is not None:
                 raise self._not_finite(batch, int(sequences[row]), batch.variants[int(numbers[row])])
             yield sequences, numbers, hidden
 
@@ -361,13 +362,15 @@ class LateStack:
         key = batch.places.keys[sequence]
         if variant.name != PLAIN.name:
             return InputError(
-                f"variant {variant.name!r}: what its edits make of sequence {key!r} is not finite in {self.dtype}; "
-                "leave it out, or make its values smaller"
+                f"variant {variant.name!r}: what its edits make of sequence {key!r} is not finite in {self.dtype}, "
+                "or its squares are not in float32; leave it out, or make its values smaller"
             )
         (late,) = self._copies(1, [])
         state = batch.rows[batch.bounds[sequence] : batch.bounds[sequence + 1]].to(self.device)
         where = first_block(list(late._trunk.blocks), lambda: late._forward(state[None]), self.boundary)
-        return NotFiniteError(f"the replay of sequence {key!r} from finite states is not finite; {where}")
+        return NotFiniteError(
+            f"the replay of sequence {key!r} from finite states is not finite, or its squares are not; {where}"
+        )
 
     def packs(self, lengths: Sequence[int], *, strict: bool = False, max_tokens: int | None = None) -> list[range]:
         """How :meth:`run` cuts sequences of these lengths into forwards."""
@@ -624,11 +627,11 @@ class LateStack:
 
 
 def _check_finite(what: str, rows: torch.Tensor, bounds: Sequence[int]) -> None:
-    if (row := first_not_finite(rows)) is not None:
+    if (row := first_no_state(rows)) is not None:
         sequence = bisect_right(bounds, row) - 1
         raise InputError(
             f"{what}: row {row} (sequence {sequence}, position {row - bounds[sequence]}) holds values that are not "
-            "finite; a store of an earlier version that does must be captured again"
+            "finite, or whose squares are not; a store of an earlier version that does must be captured again"
         )
 
 

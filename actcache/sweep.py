@@ -43,6 +43,7 @@ import json
 import math
 import runpy
 import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ from actcache.edits import (
     SignedPermutation,
     Variant,
 )
-from actcache.errors import InputError
+from actcache.errors import ActcacheError, InputError
 from actcache.vectors import EventVectors, as_tensor
 
 SCOPES = ("prefix", "position")
@@ -116,13 +117,13 @@ def read_sweep(path: str | Path, width: int) -> Sweep:
         width: D, of vectors that are given by a word.
 
     Raises:
-        InputError: no such file, or what it says is not a sweep: names the key.
+        InputError: no such file, or what it says is not a sweep: names the key, or the line of a .py that fails.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a sweep as .toml or .py")
     if path.suffix == ".py":
-        found = runpy.run_path(str(path)).get("sweep")
+        found = _run(path).get("sweep")
         if not isinstance(found, Sweep):
             raise InputError(f"{path} assigns {type(found).__name__} to 'sweep', expected an actcache.sweep.Sweep")
         return found
@@ -134,6 +135,23 @@ def read_sweep(path: str | Path, width: int) -> Sweep:
         return _Description(path.parent, width, described).sweep()
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def _run(path: Path) -> dict[str, Any]:
+    """What a .py assigns."""
+    try:
+        return runpy.run_path(str(path))
+    except Exception as error:  # the caller's own code, which may raise anything
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+        said = f"{type(error).__name__}: {_shown(error)}"
+        if isinstance(error, SyntaxError) and error.filename == str(path):
+            lines.append(error.lineno)
+            said = f"{type(error).__name__}: {error.msg}"
+        if isinstance(error, ActcacheError):
+            said = str(error)
+        line = f", line {lines[-1]}" if lines else ""
+        raise InputError(f"{path}{line}: {said}") from error
 
 
 _EDIT_KEYS = {"edit", "positions", "site", "layers", "sweep"}

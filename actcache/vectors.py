@@ -25,11 +25,13 @@ def as_tensor(given: Any, what: str) -> torch.Tensor:
     Whole numbers become float64; floats keep their dtype, and the tensor or array that holds them may be shared.
 
     Raises:
-        InputError: it holds no numbers, complex ones, truth values, or one that is not finite.
+        InputError: it holds no numbers, complex ones, truth values, masked ones, or one that is not finite.
     """
     if isinstance(given, torch.Tensor):
         tensor = given.detach()
     else:
+        if isinstance(given, np.ma.MaskedArray):
+            raise InputError(f"{what} is a masked array, expected one without a mask; fill it first (.filled(0), say)")
         if isinstance(given, np.ndarray):  # torch expects the native byte order, rows that go on, and may write
             whole = np.float64 if given.dtype.kind in "iu" else given.dtype.newbyteorder("=")
             given = np.require(given, whole, ["C", "W"])

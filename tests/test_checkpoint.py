@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from actcache.checkpoint import Checkpoint
-from actcache.errors import ActcacheError, InputError
+from actcache.errors import ActcacheError, InputError, NotFiniteError
 from actcache.replay import LateStack
 
 BOUNDARY = 3
@@ -174,6 +174,16 @@ BROKEN: dict[str, tuple[Change, str]] = {
         change_tensors(lambda t: t.update({f"{QKV}.weight": t[f"{QKV}.weight"].to(torch.int8)})),
         "is stored as I8",
     ),
+    **{
+        f"whole numbers as {dtype}": (
+            change_tensors(lambda t, dtype=dtype: t.update({f"{QKV}.weight": (t[f"{QKV}.weight"] * 100).to(dtype)})),
+            f"{QKV}.weight is stored as {stored}, which is a weight only together with its scale",
+        )
+        for dtype, stored in (
+            *((torch.int32, "I32"), (torch.int64, "I64")),
+            *((torch.uint8, "U8"), (torch.bool, "BOOL")),
+        )
+    },
     "other config files": (config(configuration_files=["config.5.0.0.json"]), "configuration_files names other"),
     "other weight files": (config(transformers_weights="../other.safetensors"), "transformers_weights names other"),
     "other tokenizer files": (
@@ -255,6 +265,22 @@ def test_what_is_no_model_folder_says_what_it_is(pristine, tmp_path, monkeypatch
 def test_tensors_that_decide_nothing_may_be_unread(name, folder):
     change_tensors(lambda tensors: tensors.update({name: torch.ones(4)}))(folder)
     use(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8])
+def test_masks_and_positions_may_be_whole_numbers(dtype, tmp_path):
+    folder = tiny.make_checkpoint(tmp_path, "gpt2")
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 8, 8, dtype=dtype) for i in range(6)}
+    change_tensors(lambda tensors: tensors.update(masks, **{"transformer.position_ids": torch.arange(8)}))(folder)
+    use(folder)
+
+
+@pytest.mark.parametrize("name", ["model.layers.4.mlp.down_proj.weight", "model.norm.weight"])
+def test_a_folder_whose_late_blocks_give_no_numbers_is_named(name, folder):
+    change_tensors(lambda tensors: tensors[name].fill_(torch.nan))(folder)
+    with pytest.raises(NotFiniteError, match=f"checkpoint late, {folder}: LlamaForCausalLM: its late blocks") as caught:
+        use(folder)
+    assert ("block 4 is the first whose output is not" in str(caught.value)) == ("layers.4" in name)
 
 
 def test_links_of_the_hubs_cache_are_followed(folder, tmp_path):

@@ -296,6 +296,14 @@ def test_what_does_not_fit_the_rows_is_refused(given_rows):
         MatchedNorm(0, "it")(x, rows_of([4, 5], at.donors, layer=3))
     with pytest.raises(InputError, match=r"edit 'cut' made \(9, 2\) of rows \(9, 24\)"):
         Call(lambda rows, _: rows[:, :2], "cut")(x, at)
+    for function, made in (
+        (lambda rows, _: rows * 1j, "complex64"),
+        (lambda rows, _: None, "NoneType"),
+        (lambda rows, _: rows.numpy(), "ndarray"),
+    ):
+        words = rf"edit 'f' made {made} of rows \(9, 24\), expected a tensor of real numbers of their shape"
+        with pytest.raises(InputError, match=words):
+            Call(function, "f")(x.float(), at)
 
 
 def test_a_digest_tells_everything_that_results_depend_on_and_nothing_else():

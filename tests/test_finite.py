@@ -12,9 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from actcache.cli import main
 from actcache.divergence import SearchLimits, propose
-from actcache.edits import Add, Call, Edit, Variant
+from actcache.edits import Add, Call, Edit, Replace, Variant
 from actcache.errors import InputError, NotFiniteError
-from actcache.finite import first_not_finite, is_finite
+from actcache.finite import are_states, first_no_state, first_not_finite, is_finite
 from actcache.replay import LateStack
 from actcache.trunk import Trunk
 
@@ -35,6 +35,23 @@ def test_one_value_among_many_is_found(dtype):
             assert first_not_finite(wrong) == row
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("width", [1, 7, 4096])
+def test_a_state_is_no_larger_than_a_norm_can_square(dtype, width):
+    """A norm keeps the direction of what passes as a state, also of a row whose values are all as large."""
+    most = (torch.finfo(torch.float32).max / width) ** 0.5
+    rows = torch.full((3, width), 0.99 * most, dtype=dtype)
+    assert are_states(rows)
+    assert first_no_state(rows) is None
+    assert torch.nn.functional.rms_norm(rows.float(), (width,)).abs().max() > 0.9
+    for value in (1.01 * most, -1.01 * most, float("nan"), float("inf"), -float("inf")):
+        wrong = rows.clone()
+        wrong[1, -1] = value
+        assert first_no_state(wrong) == 1
+    assert are_states(rows[:0])
+    assert is_finite(rows * 2)  # a logit may be
+
+
 def spoil(folder, name, value=float("nan")):
     tensors = load_file(folder / "model.safetensors")
     tensors[name].view(-1)[:] = value
@@ -47,6 +64,8 @@ def spoil(folder, name, value=float("nan")):
     [
         ("model.layers.1.mlp.down_proj.weight", float("nan"), "block 1 is the first"),
         ("model.layers.2.mlp.down_proj.weight", 1e38, "block 2 is the first"),
+        ("model.layers.1.mlp.down_proj.weight", 1e30, "block 1 is the first"),  # its squares are not
+        ("model.layers.4.mlp.down_proj.weight", 1e30, "block 4 is the first"),
         ("lm_head.weight", float("inf"), "not finite"),
     ],
 )
@@ -87,10 +106,44 @@ def test_rows_edits_and_blocks_of_a_replay_are_told_apart(tmp_path):
             late.run_variants(rows, offsets, [far, Variant("none")], strict=strict)
     with pytest.raises(InputError, match="not finite"):
         Add(torch.full((late.width,), torch.nan))
-    with torch.no_grad():
-        late.blocks[1].mlp.down_proj.weight.fill_(torch.nan)
-    with pytest.raises(NotFiniteError, match=f"block {BOUNDARY + 1} is the first whose output is not"):
-        late.run(rows, offsets)
+    for value in (torch.nan, 1e30):
+        with torch.no_grad():
+            late.blocks[1].mlp.down_proj.weight.fill_(value)
+        with pytest.raises(NotFiniteError, match=f"block {BOUNDARY + 1} is the first whose output is not"):
+            late.run(rows, offsets)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_norm_hides_what_overflows(tmp_path, dtype):
+    late = LateStack.load(tiny.make_checkpoint(tmp_path, "llama"), BOUNDARY, dtype=dtype)
+    rows = torch.randn(7, late.width, generator=torch.Generator().manual_seed(0)).to(dtype)
+    offsets, ones = [0, 3, 7], torch.ones(late.width)
+    with pytest.raises(InputError, match=r"the states given: row 0 .* or whose squares are not"):
+        late.run(rows * 1e30, offsets)
+    with pytest.raises(InputError, match="donor 'it': row 0"):
+        late.run_variants(rows, offsets, [Variant("none")], donors={"it": rows * 1e30})
+    with pytest.raises(InputError, match=r"variant 'v': a vector has values that .*, or whose squares are not finite"):
+        late.run_variants(rows, offsets, [Variant("v", (Edit(Replace(vector=ones * 1e25)),))])
+    for place in ({}, {"positions": (0,)}, {"positions": "all"}, {"site": "mlp", "layers": (4,)}):
+        # Alone, and beside another that shares the earlier positions.
+        far = Variant("v", (Edit(Add(ones, 1e25), **place),))
+        for variants in ([far], [far, Variant("other", (Edit(Add(ones)),))]):
+            for strict in (False, True):
+                with pytest.raises(
+                    InputError, match=r"variant 'v': its edit Add of .* whose squares are not in float32"
+                ):
+                    late.run_variants(rows, offsets, variants, strict=strict)
+    late.run_variants(rows, offsets, [Variant("large", (Edit(Add(ones, 1e15)),))])
+    final, pair = late.run(rows, offsets), torch.tensor([[1, 2], [3, 4]])
+    final[1] *= 1e30
+    for read in (
+        lambda: late.readout.top2(final),
+        lambda: late.readout.scores(final, pair),
+        lambda: late.readout.compare(final, final[:1], torch.zeros(2, dtype=torch.int64)),
+        lambda: late.readout.compare(final[:1], final, torch.zeros(1, dtype=torch.int64)),
+    ):
+        with pytest.raises(NotFiniteError, match="the final state 1 is not finite, or its squares are not"):
+            read()
 
 
 def test_effects_name_the_variants_whose_margins_are_not_finite(tiny_run, tmp_path, capsys):

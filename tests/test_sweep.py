@@ -216,6 +216,25 @@ sweep = Sweep(boundaries="all", scopes=("position",), variants=variants)
     assert Sweep(variants=[Variant("a")]).variants_at(1) == (Variant("a"),)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("x = 1\nsweep = (", "line 2: SyntaxError: '(' was never closed"),
+        ("x = 1\n\nx / 0", "line 3: ZeroDivisionError: division by zero"),
+        ("import os\nimport not_there", "line 2: ModuleNotFoundError: No module named 'not_there'"),
+        ("def f():\n    raise ValueError('a\\nb')\nf()", "line 2: ValueError: a b"),
+        ("import json\njson.loads('{')", "line 2: JSONDecodeError: "),
+        ("from actcache.edits import Replace\nReplace()", "line 2: replace takes either"),
+    ],
+)
+def test_code_of_the_python_form_that_fails_is_one_line(written, text, words):
+    path = written(text, "s.py")
+    with pytest.raises(InputError) as caught:
+        read_sweep(path, WIDTH)
+    assert str(caught.value).startswith(f"{path}, {words}")
+    assert "\n" not in str(caught.value)
+
+
 def one_edit(text):
     return f'[[variants]]\nname = "v"\n[[variants.edits]]\n{text}'
 

@@ -80,6 +80,7 @@ def test_what_holds_numbers_is_taken_as_they_are(given, expected):
         (torch.tensor([1.0, torch.nan]), "the vector holds values that are not finite"),
         ([1.0, float("inf")], "the vector holds values that are not finite"),
         (np.array([-np.inf]), "the vector holds values that are not finite"),
+        (np.ma.masked_array(NUMBERS, [0, 1, 0, 0]), "the vector is a masked array, expected one without a mask"),
         (torch.ones(WIDTH).to_sparse(), "the vector is a sparse, quantized or meta tensor"),
         (torch.ones(WIDTH, device="meta"), "the vector is a sparse, quantized or meta tensor"),
     ],

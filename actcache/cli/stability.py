@@ -95,7 +95,9 @@ def _check(
         def load(label: str, dtype: torch.dtype) -> Trunk:
             loading = f"loading {label} in {str(dtype).removeprefix('torch.')}"
             with clock.loading(), enough_memory(loading, LESS_MODEL), line.during(loading):
-                return Trunk(lineup.checkpoints[label].load(dtype, device))
+                model = lineup.checkpoints[label].load(dtype, device)
+                with lineup.checkpoints[label].named():
+                    return Trunk(model)
 
         table = run_stability(
             store,
