@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from actcache.errors import CorruptStoreError, InputError
-from actcache.files import fsync, make_folder
+from actcache.files import fsync, make_folder, naming
 from actcache.progress import OnProgress, Tally, untold
 from actcache.store import Store
 
@@ -104,8 +104,9 @@ def export(
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     draft.mkdir()
     try:
-        index = _write_all(store, draft, to, arrays, on_progress)
-        (draft / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        with naming(target):
+            index = _write_all(store, draft, to, arrays, on_progress)
+            (draft / INDEX_FILE).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         for path in (*draft.rglob("*"), draft):
             fsync(path)
         os.replace(draft, target)  # takes the place of an empty folder, and fails on one that was filled meanwhile
@@ -303,7 +304,9 @@ def _write_npy(folder: Path, array: _Array, event_ids: pa.ChunkedArray, tally: T
         _write_rows(stream, array, tally)
     if array.is_ragged:
         files.append(f"{array.name}/offsets.npy")
-        np.save(folder / files[1], array.offsets)
+        with open(folder / files[1], "wb") as stream:
+            np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(array.offsets))
+            stream.write(array.offsets.data)  # np.save would not say why it cannot
     return files
 
 

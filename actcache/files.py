@@ -26,7 +26,8 @@ def write_atomically(path: str | Path, data: Any) -> None:
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        write_durably(temporary, data)
+        with naming(path):
+            write_durably(temporary, data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -42,6 +43,17 @@ def write_durably(path: Path, data: Any) -> None:
         stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError that names no file, as of a write to a full disk, names this one."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def open_own(path: Path) -> int:
@@ -67,6 +79,19 @@ def _not_own(path: Path) -> InputError:
     return InputError(f"{path} is a link, or no ordinary file: nothing is written there; remove it")
 
 
+def check_own_folder(folder: Path) -> None:
+    """Raise InputError where a link is in the place of a folder whose files shall change: it would lead elsewhere."""
+    if folder.is_symlink():
+        raise InputError(f"{folder} is a link: nothing is changed through it; put the folder itself there")
+
+
+def no_file(path: Path, what: str) -> str:
+    """What there is, in words, where a file was expected and :meth:`Path.is_file` says no."""
+    if path.is_dir():
+        return f"{path} is a folder, not a {what}"
+    return f"{path} is a pipe or a device, not a {what}" if path.exists() else f"{path}: no such {what}"
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, with parents, unless it is there; durable when this returns."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -79,7 +104,8 @@ def fsync(path: Path) -> None:
     """Make a file's content, or the names in a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -105,7 +131,8 @@ def sole_creator(path: Path) -> Iterator[Callable[[bytes], None]]:
     handle = _lock(draft)
 
     def publish(data: bytes) -> None:
-        write_durably(draft, data)
+        with naming(path):
+            write_durably(draft, data)
         os.rename(draft, path)
         fsync(path.parent)
 
@@ -140,7 +167,8 @@ def _lock(path: Path) -> int:
     while True:
         handle = open_own(path)
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            with naming(path):
+                fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_open_at(handle, path):
                 return handle
         except BaseException:

@@ -35,6 +35,7 @@ from actcache.cells import (
 )
 from actcache.edits import PLAIN, Edit, Replace, Variant
 from actcache.errors import CheckError, InputError, NotFiniteError
+from actcache.files import check_own_folder
 from actcache.moves import Moves
 from actcache.progress import OnProgress, Tally, untold
 from actcache.replay import LateStack, Mode
@@ -130,6 +131,7 @@ def run_grid(
     check_settings(store, settings)
     settings = settings.of_depth(store.fingerprint["n_blocks"])
     folder = Path(folder)
+    check_own_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finished, damaged = find_groups(folder, store)
     _check_names(finished, settings)

@@ -12,6 +12,7 @@ from typing import Any
 
 from actcache import carried
 from actcache.errors import InputError
+from actcache.files import no_file
 
 # Columns of the tables that prompts are carried into: a prompt key of the same name would be ambiguous there.
 RESERVED_KEYS = frozenset(
@@ -78,7 +79,7 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such prompts file; give a JSON Lines file with one prompt per line")
+        raise InputError(f"{no_file(path, 'prompts file')}; give a JSON Lines file with one prompt per line")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:

@@ -18,9 +18,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actcache.errors import CorruptFileError, IncompatibleError, InputError
 from actcache.files import write_atomically
@@ -28,6 +28,9 @@ from actcache.sealed import NoSealError, Sealed, check_seal, json_bytes, read_js
 
 if TYPE_CHECKING:
     from actcache.store import Store
+
+
+_RECORD_ADVICE = "put back what was there; after a change on purpose, remove its last two keys, 'made_from' and 'seal'"
 
 
 def run_at(given: str | Path) -> RunFolder | None:
@@ -79,6 +82,20 @@ class RunRecord:
     command: str
     store: str | None = None
     fingerprint: str | None = None
+
+
+class CheckedFiles(NamedTuple):
+    """What :meth:`RunFolder.check_files` found.
+
+    Attributes:
+        whole: files whose bytes are those written.
+        without_seal: files of an earlier version's run, which cannot be checked.
+        wrong: what is wrong with each of the others, and what to do.
+    """
+
+    whole: list[Path]
+    without_seal: list[Path]
+    wrong: list[CorruptFileError | NoSealError]
 
 
 class RunFolder:
@@ -174,21 +191,21 @@ class RunFolder:
         """The record of a captured run.
 
         Raises:
-            InputError: the folder holds no run.
+            InputError: the folder holds no run, or a record without a seal that is none.
             CorruptFileError: the record is damaged.
         """
         try:
             content = read_json(
                 self.record_path,
                 "a run record",
-                "put back what was there; after a change on purpose, remove its last two keys, 'made_from' and 'seal'",
+                _RECORD_ADVICE,
                 without_seal=True,
             ).content
-            return RunRecord(**content)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise InputError(f"{self.path} holds no run (no run.json); make one with 'actcache run'") from error
-        except TypeError as error:
-            raise InputError(f"{self.record_path} is not a run record: {error}") from error
+        if (wrong := _what_is_wrong(content)) is not None:
+            raise InputError(f"{self.record_path} is not a run record: {wrong}; put back what was there")
+        return RunRecord(**content)
 
     def timings(self) -> dict[str, Any]:
         """What each stage took of those that made this run; see :meth:`record_timing`.
@@ -251,19 +268,51 @@ class RunFolder:
         filters += [] if min_gap is None else [f"min-gap-{min_gap!r}".removesuffix(".0")]
         return self.effects.with_stem("-".join([self.effects.stem, *filters]))
 
-    def check_files(self) -> list[CorruptFileError | NoSealError]:
-        """What is wrong with the files of the run, its store apart; those of earlier versions have no seal."""
-        effects = self.path.glob(f"{self.effects.stem}*.json")
-        named = (self.record_path, self.stability, self.cells, *effects, self.report, self.timings_path, self.plan)
-        wrong: list[CorruptFileError | NoSealError] = []
-        for path in sorted({*named, *self.cell_groups.glob("*.parquet")}):
+    def filters_of(self, effects: Path) -> str:
+        """The flags that asked for such a file of effects, each after a space; empty for all events."""
+        named = effects.stem.removeprefix(self.effects.stem)
+        return named.replace("-stable-only", " --stable-only").replace("-min-gap-", " --min-gap ")
+
+    def check_files(self) -> CheckedFiles:
+        """Hold the files of the run, its store apart, against their seals.
+
+        A file without a seal is wrong in a run whose record has one. Where the record has none either, an earlier
+        version made the run, and its files cannot be checked. Cell groups of such a version do not count any more.
+        """
+        from actcache.cells import group_files
+
+        checked = CheckedFiles([], [], [])
+        record_has_seal = True
+        for path, advice in self._files_and_ways_on(group_files(self.cell_groups)):
             try:
-                check_seal(path.read_bytes(), path, "a file of a run", "remove it and make it again")
+                check_seal(path.read_bytes(), path, "a file of a run", advice)
             except FileNotFoundError:
-                pass
-            except (CorruptFileError, NoSealError) as error:
-                wrong.append(error)
-        return wrong
+                continue
+            except NoSealError as error:
+                record_has_seal = record_has_seal and path != self.record_path
+                if record_has_seal:
+                    checked.wrong.append(error)
+                else:
+                    checked.without_seal.append(path)
+            except CorruptFileError as error:
+                checked.wrong.append(error)
+            else:
+                checked.whole.append(path)
+        return checked
+
+    def _files_and_ways_on(self, groups: list[Path]) -> Iterator[tuple[Path, str]]:
+        """Every file that a run may have, its record first, and what to do where it is damaged."""
+        yield self.record_path, _RECORD_ADVICE
+        yield self.stability, f"remove it, and 'actcache stability {self.path}' makes it again"
+        for path in groups:
+            yield path, "remove it, and give the 'actcache grid' command again that scored it"
+        yield self.cells, f"'actcache grid {self.path}' makes it again"
+        filtered = (path for kind in ("stable-only", "min-gap-") for path in self.path.glob(f"effects-{kind}*.json"))
+        for path in (self.effects, *sorted(filtered)):
+            yield path, f"'actcache effects {self.path}{self.filters_of(path)}' makes it again"
+        yield self.report, f"'actcache report {self.path}' makes it again"
+        yield self.timings_path, "remove it; what the stages took is not known then"
+        yield self.plan, "remove it; the run is put beside its own numbers then"
 
     def _write_record(self, record: RunRecord) -> None:
         write_atomically(self.record_path, json_bytes(asdict(record), {}))
@@ -271,7 +320,15 @@ class RunFolder:
     def _check_fingerprint(self, store: Store) -> None:
         from actcache.store import layout
 
-        recorded, found = self.record().fingerprint, layout.fingerprint_digest(store.fingerprint)
+        record = self.record()
+        labels, captured = sorted(record.checkpoints), sorted(store.fingerprint["checkpoints"])
+        if labels != captured:
+            raise IncompatibleError(
+                f"{self.record_path} says where {', '.join(labels) or 'no checkpoint'} is, the store at {store.path} "
+                f"holds states of {', '.join(captured)}; put back the record that was there",
+                field="checkpoints",
+            )
+        recorded, found = record.fingerprint, layout.fingerprint_digest(store.fingerprint)
         if recorded not in (None, found):
             raise IncompatibleError(
                 f"the store at {store.path} is not the one that {self.path} was captured into: the digest of its "
@@ -299,6 +356,23 @@ class RunFolder:
         self.record_path.unlink(missing_ok=True)
         if made_folder and self.path.is_dir():
             self.path.rmdir()
+
+
+def _what_is_wrong(content: Any) -> str | None:
+    """Why this is not the content of a run's record; None where it is."""
+    if not isinstance(content, dict):
+        return f"it holds a JSON {type(content).__name__}, expected an object"
+    optional = {field.name for field in fields(RunRecord) if field.default is None}
+    known = {field.name for field in fields(RunRecord)}
+    if (odd := sorted(content.keys() - known)) or (odd := sorted(known - optional - content.keys())):
+        return f"its keys should be {', '.join(sorted(known))}; see {odd[0]!r}"
+    places = content["checkpoints"]
+    if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+        return f"'checkpoints' is {str(places)[:40]}, expected an object of folders by label"
+    for name in sorted(content.keys() - {"checkpoints"}):
+        if not (isinstance(content[name], str) or (name in optional and content[name] is None)):
+            return f"{name!r} is {str(content[name])[:40]}, expected text"
+    return None
 
 
 def absolute_place(store: str | None) -> str | None:

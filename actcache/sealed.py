@@ -93,7 +93,7 @@ def read_json(path: str | Path, what: str, advice: str, *, without_seal: bool = 
     if without_seal and _last_seal(data) is None:
         try:
             return Sealed(json.loads(data), {}, "")
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not {what}: {error}; {advice}") from error
     seal = check_seal(data, path, what, advice)
     content = json.loads(data)
@@ -124,7 +124,8 @@ def seal_of(data: bytes) -> str:
 def check_seal(data: bytes, path: str | Path, what: str, advice: str) -> str:
     """The seal of a file's bytes (errors as :func:`read_json`)."""
     found = _last_seal(data)
-    if found is None:
+    # Arrow hands the blank one on with a table's schema, to what others make of a table of ours.
+    if found is None or found[0] == _BLANK.encode():
         raise NoSealError(
             f"{path} is not {what} of this version: it has no seal (an earlier version wrote it, or another "
             f"program); {advice}"

@@ -66,6 +66,7 @@ from actcache.edits import (
     Variant,
 )
 from actcache.errors import ActcacheError, InputError
+from actcache.files import no_file
 from actcache.vectors import EventVectors, as_tensor
 
 SCOPES = ("prefix", "position")
@@ -121,7 +122,7 @@ def read_sweep(path: str | Path, width: int) -> Sweep:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such file; give a sweep as .toml or .py")
+        raise InputError(f"{no_file(path, 'file')}; give a sweep as .toml or .py")
     if path.suffix == ".py":
         found = _run(path).get("sweep")
         if not isinstance(found, Sweep):

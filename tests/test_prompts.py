@@ -178,8 +178,10 @@ def test_another_kind_of_file_says_what_it_is_and_the_way_on(tmp_path, name, con
 def test_missing_empty_and_binary_files(tmp_path):
     with pytest.raises(InputError, match="no such prompts file"):
         read_prompts(tmp_path / "none.jsonl")
-    with pytest.raises(InputError, match="no such prompts file"):
+    with pytest.raises(InputError, match="is a folder, not a prompts file; give a JSON Lines file"):
         read_prompts(tmp_path)
+    with pytest.raises(InputError, match="is a pipe or a device, not a prompts file"):
+        read_prompts("/dev/null")
     with pytest.raises(InputError, match="no prompts in it"):
         read_prompts(write(tmp_path / "e.jsonl", "", " "))
     (tmp_path / "b.jsonl").write_bytes(b'{"id": "\xff"}')

@@ -256,6 +256,79 @@ def test_verify_names_damaged_files_of_the_run(run, capfd):
     assert main(["verify", str(run)]) == 0
 
 
+@pytest.mark.parametrize("left", [0, 1, -100])
+def test_verify_names_files_that_were_cut(run, capfd, left):
+    """A seal that was cut off was there: the run's record has one."""
+    ways_on = {
+        "run.json": "put back what was there",
+        "cells.parquet": f"'actcache grid {run}' makes it again",
+        "effects.json": f"'actcache effects {run}' makes it again",
+        "effects-stable-only-min-gap-0.json": f"'actcache effects {run} --stable-only --min-gap 0' makes it again",
+        "report.html": f"'actcache report {run}' makes it again",
+        "stability.parquet": f"'actcache stability {run}' makes it again",
+        "timings.json": "remove it",
+    }
+    ways_on[min((run / "cells").iterdir()).name] = "give the 'actcache grid' command again"
+    assert main(["stability", str(run), "--dtype", "float32"]) == 0
+    assert main(["effects", str(run), "--stable-only", "--min-gap", "-0.0"]) == 0
+    assert f"next: actcache report {run} --stable-only --min-gap 0\n" in capfd.readouterr().err
+    (run / "effects-mine.json").write_text("{}")
+    assert main(["verify", str(run)]) == 0
+    (said,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith(f"{run}: as written are "))
+    assert all(name in said for name in ways_on if name[0] != "b")
+    assert said.endswith("timings.json, 12 of cells/")
+    for name, way_on in ways_on.items():
+        path = run / name if (run / name).is_file() else run / "cells" / name
+        good = path.read_bytes()
+        path.write_bytes(good[:left])
+        capfd.readouterr()
+        assert main(["verify", str(run)]) == (2 if name == "run.json" else 1)
+        said = "".join(capfd.readouterr())
+        assert str(path) in said
+        assert way_on in said
+        path.write_bytes(good)
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({name: record[name] for name in list(record)[:-2]}))
+    (run / "report.html").write_text("an earlier version's")
+    assert main(["verify", str(run)]) == 0
+    assert "which cannot be checked: run.json, report.html" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"store": 5}, "'store' is 5, expected text"),
+        ({"fingerprint": []}, "'fingerprint' is [], expected text"),
+        ({"prompts": None}, "'prompts' is None, expected text"),
+        ({"checkpoints": 3}, "'checkpoints' is 3, expected an object of folders by label"),
+        ({"checkpoints": {"pt": "/a", "it": 1}}, "expected an object of folders by label"),
+        ({"checkpoints": {}}, "says where no checkpoint is, the store"),
+        ({"checkpoints": {"pt": "/a"}}, "says where pt is, the store"),
+        ({"more": ""}, "see 'more'"),
+        ("[]", "it holds a JSON list, expected an object"),
+        ("{}", "see 'checkpoints'"),
+        ("[" * 100_000, "is not a run record: "),
+        ("", "is not a run record: "),
+    ],
+)
+def test_a_record_that_is_none_is_one_line(run, capfd, change, words):
+    path = run / "run.json"
+    record = json.loads(path.read_text())
+    unsealed = {name: value for name, value in record.items() if name not in ("made_from", "seal")}
+    path.write_text(change if isinstance(change, str) else json.dumps(unsealed | change))
+    for verb in ("effects", "report", "plan", "inspect"):
+        refused(capfd, words, verb, run)
+
+
+def test_cells_are_not_written_through_a_link(run, capfd):
+    shutil.rmtree(run / "cells")
+    theirs = run.parent / "theirs"
+    theirs.mkdir()
+    (run / "cells").symlink_to(theirs)
+    refused(capfd, f"{run / 'cells'} is a link: nothing is changed through it", "grid", run)
+    assert not list(theirs.iterdir())
+
+
 def test_effects_that_leave_events_out_are_another_file(run, capfd):
     n_events = len(actcache_store(run))
     gaps = actcache_store(run).events

@@ -7,6 +7,7 @@ import random
 import shutil
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -104,6 +105,25 @@ def test_texts_that_look_like_a_seal_are_texts(tmp_path):
     page = html_bytes(f"<p>{LOOKALIKE}</p>", {"a": "--> <script>"}).decode()
     assert page.count("-->") == 1
     assert seal_of(page.encode()) != "0" * 64
+
+
+@pytest.mark.parametrize("change", ["filtered", "renamed", "by pandas", "with another column"])
+def test_what_others_make_of_a_table_of_ours_is_theirs(made, tmp_path, capsys, change):
+    """Arrow hands the metadata of a schema on, with a seal that was never filled in."""
+    out, _ = made
+    table, path = pq.read_table(out / "cells.parquet"), tmp_path / "mine.parquet"
+    changed = {
+        "filtered": lambda: table.filter(pc.equal(table["readout"], "native")),
+        "renamed": lambda: table.rename_columns([{"kl": "nats"}.get(name, name) for name in table.column_names]),
+        "by pandas": lambda: pa.Table.from_pandas(table.to_pandas()).replace_schema_metadata(table.schema.metadata),
+        "with another column": lambda: table.append_column("mine", pa.array(range(table.num_rows))),
+    }[change]()
+    pq.write_table(changed, path)
+    with pytest.raises(NoSealError, match="or another program"):
+        read_parquet(path, "", "")
+    assert main(["effects", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {group["readout"] for group in found["groups"]} == set(changed["readout"].to_pylist())
 
 
 def test_one_content_is_one_file():

@@ -82,8 +82,15 @@ def _add_filters(parser: argparse.ArgumentParser) -> None:
         "--stable-only", action="store_true", help="leave out events that rounding changes, as 'stability' found"
     )
     parser.add_argument(
-        "--min-gap", type=float, metavar="G", help="leave out events whose gap_pt or gap_it is below G logits"
+        "--min-gap", type=_logits, metavar="G", help="leave out events whose gap_pt or gap_it is below G logits"
     )
+
+
+def _logits(text: str) -> float:
+    try:
+        return float(text) + 0.0  # no negative zero, which would be another file's name
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of logits") from error
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -238,7 +245,7 @@ def _effects(args: argparse.Namespace) -> None:
         if args.json and (left_out := said_of_left_out(result.content)) is not None:
             say(left_out)
         path = folder.effects_of(stable_only=args.stable_only, min_gap=args.min_gap)
-        say(f"{path} holds them; next: actcache report {args.source}")
+        say(f"{path} holds them; next: actcache report {args.source}{folder.filters_of(path)}")
     elif args.stable_only or args.min_gap is not None:
         raise InputError(f"{args.source} is not a run: --stable-only and --min-gap need the folder of a run, RUN")
     else:

@@ -11,8 +11,8 @@ from typing import Any
 from actcache.cli.arguments import Verbs, add_verb, numbers, positive
 from actcache.cli.memory import enough_memory
 from actcache.cli.terminal import LiveLine, one_line, printable
-from actcache.errors import CorruptFileError, InputError
-from actcache.run_folder import open_store, run_at, store_place
+from actcache.errors import InputError
+from actcache.run_folder import CheckedFiles, RunFolder, open_store, run_at, store_place
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -92,14 +92,32 @@ def _verify(args: argparse.Namespace) -> int:
             print(f"set aside: {', '.join(dropped)}; give the same capture command to write them anew")
         problems = left
     run = run_at(args.store)
-    damaged = [] if run is None else [error for error in run.check_files() if isinstance(error, CorruptFileError)]
-    for error in damaged:
-        print(one_line(error))
-    if problems or damaged:
-        print(f"{args.store}: {len(problems) + len(damaged)} problems", file=sys.stderr)
+    n_damaged = 0
+    if run is not None:
+        files = run.check_files()
+        n_damaged = len(files.wrong)
+        for error in files.wrong:
+            print(one_line(error))
+        print(printable(_said_of_files(run, files)))
+    if problems or n_damaged:
+        print(f"{args.store}: {len(problems) + n_damaged} problems", file=sys.stderr)
         return 1
     print(f"{place}: every committed byte is as written")
     return 0
+
+
+def _said_of_files(run: RunFolder, files: CheckedFiles) -> str:
+    """Which files of a run are as written, and which cannot be checked, in one line."""
+
+    def named(paths: list[Path]) -> str:
+        names = [path.name for path in paths if path.parent != run.cell_groups]
+        n_groups = len(paths) - len(names)
+        return ", ".join([*names, *([f"{n_groups} of cells/"] if n_groups else [])]) or "none"
+
+    said = f"{run.path}: as written are {named(files.whole)}"
+    if files.without_seal:
+        said += f"; an earlier version's, which cannot be checked: {named(files.without_seal)}"
+    return said
 
 
 def _export(args: argparse.Namespace) -> None:

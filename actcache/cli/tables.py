@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.cli.terminal import one_line
 from actcache.errors import IncompatibleError, InputError
-from actcache.files import write_atomically
+from actcache.files import no_file, write_atomically
 from actcache.run_folder import RunFolder
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
 
@@ -27,7 +27,7 @@ def read_cells(path: Path) -> Sealed:
     import pyarrow.parquet as pq
 
     if not path.is_file():
-        raise InputError(f"{path}: no such table of cells; 'actcache grid RUN' makes one")
+        raise InputError(f"{no_file(path, 'table of cells')}; 'actcache grid RUN' makes one")
     try:
         return read_parquet(path, "a table of cells", "make it again, with 'actcache grid RUN' say")
     except NoSealError:

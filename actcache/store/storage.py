@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from actcache.cpus import usable_cpus
 from actcache.errors import CorruptStoreError, InputError
-from actcache.files import fsync, is_draft, make_folder, sole_creator, write_durably
+from actcache.files import check_own_folder, fsync, is_draft, make_folder, naming, sole_creator, write_durably
 
 if TYPE_CHECKING:
     import obstore.store
@@ -186,7 +186,8 @@ class LocalStorage:
     def put(self, key: str, data: bytes) -> None:
         path = self._own(key)
         make_folder(path.parent)
-        write_durably(path, data)
+        with naming(path):
+            write_durably(path, data)
         fsync(path.parent)
 
     def creating(self, key: str) -> AbstractContextManager[Publish]:
@@ -207,7 +208,7 @@ class LocalStorage:
             if file.parent not in folders:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 folders.update(folder for folder in file.parents if folder.is_relative_to(top))
-            with open(file, "xb") as stream:
+            with naming(file), open(file, "xb") as stream:
                 n_bytes = sum(stream.write(part) for part in parts)
             durable.append(pool.submit(fsync, file))
             return n_bytes
@@ -260,8 +261,7 @@ class LocalStorage:
         if ".." in parts or PurePosixPath(key).is_absolute():
             raise InputError(f"{key!r} does not lie in {self.root}")
         for n in range(1, len(parts)):
-            if (folder := self.root.joinpath(*parts[:n])).is_symlink():
-                raise InputError(f"{folder} is a link: nothing is changed through it; put the folder itself there")
+            check_own_folder(self.root.joinpath(*parts[:n]))
         return self.root / key
 
     @contextmanager
@@ -276,6 +276,7 @@ class LocalStorage:
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise FileNotFoundError(errno.ENOENT, "not an ordinary file", str(self.root / key))
-            yield handle
+            with naming(self.root / key):
+                yield handle
         finally:
             os.close(handle)
