@@ -336,7 +336,7 @@ def test_what_is_far_off_is_marked(piloted, tmp_path, capsys):
     assert not any(line.startswith("their tokens") and line.endswith(" off") for line in lines)
 
 
-def test_times_are_only_of_stages_that_ran_in_one_go(piloted, tmp_path, plan):
+def test_times_are_only_of_stages_that_ran_in_one_go(piloted, tmp_path, plan, capsys):
     folder, words = piloted
     out = shutil.copytree(folder / "pilot", tmp_path / "run")
     timings = RunFolder(out).timings()
@@ -347,7 +347,11 @@ def test_times_are_only_of_stages_that_ran_in_one_go(piloted, tmp_path, plan):
     next((out / "cells").glob("b003*")).unlink()
     assert main(again) == 0
     assert RunFolder(out).timings() == {name: timings[name] for name in ("capture", "stability")}
-    assert "grid_s" not in plan(out)["truth"]
+    found = plan(out)
+    assert "grid_s" not in found["truth"]
+    assert found["untimed"] == {"grid": "scored in more than one go"}
+    assert main(["plan", str(out)]) == 0
+    assert capsys.readouterr().out.endswith("without a time: grid: scored in more than one go\n")
     (commit,) = (out / "store" / "commits").glob("shard*")
     commit.unlink()
     shutil.rmtree(out / "store" / "segments")
@@ -508,7 +512,11 @@ def test_a_rate_is_measured_where_none_is_given(tiny_run, plan, capsys):
     run = tiny_run("llama", torch.float32)
     assert min(plan(*of(run))["assumed"]["rates"].values()) > 1e6
     assert main(["plan", *map(str, of(run))]) == 0
-    assert "measured here" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "measured here" in out
+    times = [line for line in out.splitlines() if line.startswith("time: ") or line.endswith(" s")]
+    assert len(times) == 3
+    assert all(" >= " in line for line in times), "what operations take beside multiply-adds is not in it"
 
 
 def test_more_of_everything_costs_more(tiny_run, plan):

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from actcache.plan import Assumptions, Group, Study
     from actcache.store import Store
 
+_MEASURED_HERE = "a matrix product's, measured here: what a run reaches is less"
 FAR = 0.2  # an estimate off by more than this share of the truth is marked
 _FLOP_PER_MULTIPLY_ADD = 2
 _UNITS = {"": 1.0} | {
@@ -198,7 +199,7 @@ def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptio
         check_device(study.capture.device)
         n_tokens = max(1, min(study.capture.max_tokens, study.capture.shard_prompts * max(study.lengths)))
         rate = measure_rate(study.shape, n_tokens, study.capture.dtype, study.capture.device)
-        source = "a matrix product's, measured here: what a run reaches is less"
+        source = _MEASURED_HERE
     if rate is not None:
         assumed = replace(assumed, rates=dict.fromkeys(RATED, rate), search_call_s=0.0)
         sources["rates"] = source
@@ -227,6 +228,7 @@ def _compare(args: argparse.Namespace) -> None:
         "assumed": as_json(assumed),
         "estimate": estimate(study, assumed),
         "truth": truth(study, store, timings, scored=scored),
+        "untimed": _untimed(folder, study, timings),
     }
     _print(args.json, study, assumed, found)
 
@@ -274,6 +276,23 @@ def _timings_of(folder: RunFolder, study: Study) -> dict[str, Any]:
     return timings
 
 
+def _untimed(folder: RunFolder, study: Study, timings: Mapping[str, Any]) -> dict[str, str]:
+    """Why a stage that left something in the run has no time, by stage."""
+    recorded = folder.timings()
+    done = {"capture": "captured"}
+    done |= {"stability": "checked"} if folder.stability.is_file() else {}
+    done |= {"grid": "scored"} if folder.cells.is_file() else {}
+    why = {}
+    for stage, verb in done.items():
+        if not recorded:
+            why[stage] = f"{folder.timings_path.name} has no times of this store"
+        elif stage in recorded and stage not in timings:
+            why[stage] = "it scored other cells than the run now has"
+        elif stage not in timings:
+            why[stage] = f"{verb} in more than one go"
+    return why
+
+
 def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, Any]) -> None:
     estimated, true = found["estimate"], found.get("truth")
     if as_json:
@@ -284,7 +303,9 @@ def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, A
         ratios = {} if true is None else {"ratio": _ratios(estimated, true)}
         print(json.dumps({"model": model, **found, **ratios}, indent=1))
         return
-    print("\n".join([*_heading(study, assumed), "", *_table(study, estimated, true)]))
+    print("\n".join([*_heading(study, assumed), "", *_table(study, assumed, estimated, true)]))
+    if untimed := found.get("untimed"):
+        print("without a time: " + "; ".join(f"{stage}: {why}" for stage, why in untimed.items()))
 
 
 def _ratios(estimated: Mapping[str, float], true: Mapping[str, float]) -> dict[str, float]:
@@ -311,33 +332,41 @@ def _heading(study: Study, assumed: Assumptions) -> list[str]:
     return lines
 
 
-def _table(study: Study, estimated: Mapping[str, float], true: Mapping[str, float] | None) -> list[str]:
-    notes = _notes(study, estimated)
+def _table(
+    study: Study, assumed: Assumptions, estimated: Mapping[str, float], true: Mapping[str, float] | None
+) -> list[str]:
+    notes = _notes(study, assumed)
+    at_least = assumed.sources.get("rates") == _MEASURED_HERE
     head = "" if true is None else f"{'truth':>12} {'ratio':>7}"
     lines = [f"{'':30}{'estimate':>12} {head}".rstrip()]
     for name, value in estimated.items():
         if name in ("variants_multiply_adds", "stability_multiply_adds", "stability_s") and not value:
             continue
-        line = f"{_LABELS[name]:30}{_shown(name, value):>12}"
+        shown = _shown(name, value)
+        line = f"{_LABELS[name]:30}{f'>= {shown}' if at_least and name.endswith('_s') else shown:>12}"
         if true is not None:
             if name in true:
                 ratio = f"{value / true[name]:7.2f}" if true[name] else f"{'':7}"
                 far = " off" if abs(value - true[name]) > FAR * abs(true[name]) else ""
                 line += f" {_shown(name, true[name]):>12} {ratio}{far}"
             else:
-                line += f" {'-':>12}"
+                line += f" {'-':>12}" + (f"  {notes[name]}" if name in notes else "")
         elif name in notes:
             line += f"  {notes[name]}"
         lines.append(line)
     return lines
 
 
-def _notes(study: Study, estimated: Mapping[str, float]) -> dict[str, str]:
+def _notes(study: Study, assumed: Assumptions) -> dict[str, str]:
     groups, n_checkpoints = study.groups, study.n_checkpoints
     notes = {
         "capture_memory_bytes": "weights of all checkpoints, one batch, segments being written; above the imports",
         "grid_memory_bytes": "late blocks and readouts of all checkpoints, one pack; above the imports",
     }
+    if assumed.sources.get("rates") == _MEASURED_HERE:
+        notes["capture_s"] = (
+            "at least: what operations take beside multiply-adds, most of a small model's time, is not in"
+        )
     if groups:
         cells = [group.n_cells(n_checkpoints) for group in groups]
         boundaries = len({group.boundary for group in groups})
@@ -353,7 +382,8 @@ def _notes(study: Study, estimated: Mapping[str, float]) -> dict[str, str]:
         replays = (f"{_counted(number, 'replay')} of {what}" for what, number in edited.items() if number)
         notes["variants_multiply_adds"] = f"an event: {', '.join(replays)}"
         notes["hooks_multiply_adds"] = (
-            "a full forward per event and cell; at batch one each takes far longer per multiply-add than a pack does"
+            "a full forward per event and cell, its search included; at batch one each takes far longer per "
+            "multiply-add than a pack does"
         )
     return notes
 
