@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import builtins
 import errno
-import io
 import itertools
 import os
 import resource
@@ -18,17 +17,15 @@ import subprocess
 import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
-import torch
 from test_store import Twin, make_fingerprint, make_segment, read_tree, write_store
 
 from actcache import files
-from actcache.cli import main
 from actcache.errors import IncompatibleError, InputError
 from actcache.files import sole_creator, write_atomically
 from actcache.store import StoreWriter, open_store, storage, verify
@@ -310,31 +307,6 @@ def test_a_limit_on_file_size_stops_a_write_midway(tmp_path):
     assert read_tree(path) == before
     StoreWriter(path, FINGERPRINT).append("big", big)
     Twin(FINGERPRINT, SEGMENTS | {"big": big}).check(open_store(path), range(4))
-
-
-def test_a_file_that_cannot_be_written_is_named(tiny_run, tmp_path):
-    """The kernel tells of an open file what is wrong, and not which file it is."""
-    run = shutil.copytree(tiny_run("llama", torch.float32, "--shard-prompts", "4").out, tmp_path / "run")
-    verbs = {
-        run / "report.html": ["report", run],
-        run / "effects.json": ["effects", run],
-        run / "cells.parquet": ["grid", run],
-        run / "store": ["compact", run],
-        tmp_path / "npy": ["export", run, "--to", "npy", "--out", tmp_path / "npy"],
-        tmp_path / "st": ["export", run, "--to", "safetensors", "--out", tmp_path / "st"],
-        tmp_path / "arrow": ["export", run, "--to", "arrow", "--out", tmp_path / "arrow"],
-    }
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for path, words in verbs.items():
-        said = io.StringIO()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-        try:
-            with redirect_stderr(said), redirect_stdout(said):
-                code = main([str(word) for word in words])
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        last = said.getvalue().splitlines()[-1]
-        assert (code, last.startswith(f"actcache: {path}"), "File too large" in last) == (2, True, True), last
 
 
 @pytest.fixture
