@@ -304,7 +304,7 @@ class Call(InOneLine):
         Raises:
             InputError: it returned something else than a tensor of real numbers, or another shape.
         """
-        out = self.function(rows, at)
+        out = self.function(rows.clone(), at)
         if isinstance(out, torch.Tensor) and out.shape == rows.shape and not out.is_complex():
             return out.to(rows)
         made: Any = type(out).__name__
