@@ -63,9 +63,8 @@ def _limit_of(group: Path) -> float:
 def settle_threads(n_threads: int | None = None) -> None:
     """Have torch's threads be as many as asked for, and sleep while they wait; call it before torch is loaded.
 
-    OpenMP's threads spin while they wait for each other. That is quickest where every thread has a CPU to itself; on
-    a busy machine each spins away the time that the others need. What the environment says already (OMP_WAIT_POLICY,
-    OMP_NUM_THREADS) stays, but for a number that is asked for here.
+    OpenMP's threads spin while they wait for each other: on a busy machine each spins away the time that the others
+    need. What the environment says already (OMP_WAIT_POLICY, OMP_NUM_THREADS) stays, but for a number asked for here.
 
     Args:
         n_threads: how many; None for what torch takes by itself, or fewer where a quota gives fewer.
