@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from actcache.errors import ActcacheError as ActcacheError
-    from actcache.feed import ActivationBuffer as ActivationBuffer
-    from actcache.feed import RowFeed as RowFeed
-    from actcache.replay import LateStack as LateStack
-    from actcache.run_folder import open_store as open_store
+    from actcache.replay.late_stack import LateStack as LateStack
     from actcache.store import Store as Store
+    from actcache.store.feed import ActivationBuffer as ActivationBuffer
+    from actcache.store.feed import RowFeed as RowFeed
+    from actcache.study.run_folder import open_store as open_store
 
 # Resolved on first use: importing the package costs nothing, and reading a store never imports transformers.
 _HOME = {
     "ActcacheError": "actcache.errors",
-    "ActivationBuffer": "actcache.feed",
-    "LateStack": "actcache.replay",
-    "RowFeed": "actcache.feed",
+    "ActivationBuffer": "actcache.store.feed",
+    "LateStack": "actcache.replay.late_stack",
+    "RowFeed": "actcache.store.feed",
     "Store": "actcache.store",
-    "open_store": "actcache.run_folder",
+    "open_store": "actcache.study.run_folder",
 }
 __all__ = ["ActcacheError", "ActivationBuffer", "LateStack", "RowFeed", "Store", "open_store"]
 

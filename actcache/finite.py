@@ -5,7 +5,7 @@ by infinity, and what it hands on is zeros, which look like numbers. So a state 
 one that is not finite; logits, which no norm reads, need be finite alone.
 
 The plain path pays one pass over what it keeps. Where that finds a value that is not finite, the one sequence is run
-again, alone, to name the first block that gave it. Knows tensors and trunks; knows no files, no prompts.
+again, alone, to name the first block that gave it. Knows tensors and backbones; knows no files, no prompts.
 """
 
 from __future__ import annotations
@@ -80,11 +80,11 @@ def first_block(blocks: Sequence[nn.Module], forward: Callable[[], Any], first: 
     return f"block {found[0]} is the first whose output is not" if found else "each block's output is, of it alone"
 
 
-def not_finite(whose: str, what: str, trunk: Any, ids: Sequence[int]) -> NotFiniteError:
-    """The error that names the first block; ``what`` is not finite of this sequence (token ids), by this trunk."""
-    tokens = torch.tensor([list(ids)], device=trunk.device)
-    where = first_block(trunk.blocks, lambda: trunk.forward([0, len(ids)], input_ids=tokens))
+def not_finite(whose: str, what: str, backbone: Any, ids: Sequence[int]) -> NotFiniteError:
+    """The error that names the first block; ``what`` is not finite of this sequence (token ids), by this backbone."""
+    tokens = torch.tensor([list(ids)], device=backbone.device)
+    where = first_block(backbone.blocks, lambda: backbone.forward([0, len(ids)], input_ids=tokens))
     return NotFiniteError(
         f"{whose}: {what} of {len(ids)} tokens is not finite, or a state's squares are not; {where}: its weights "
-        f"are damaged, or its dtype ({trunk.dtype}) does not hold its values"
+        f"are damaged, or its dtype ({backbone.dtype}) does not hold its values"
     )

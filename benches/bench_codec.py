@@ -29,7 +29,8 @@ from measure import in_turn, median, print_result
 from numcodecs import Shuffle, Zstd
 
 import actcache
-from actcache import native, planes
+from actcache import native
+from actcache.store import planes
 
 Words = npt.NDArray[np.uint16]
 CHUNK_BYTES = 256 * 1024  # as in the store

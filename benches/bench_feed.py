@@ -38,8 +38,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from actcache.feed import RowFeed
 from actcache.store import SegmentData, StoreWriter, layout, open_store
+from actcache.store.feed import RowFeed
 
 LABELS = ("pt", "it")
 BOUNDARY = 5

@@ -21,7 +21,7 @@ import torch
 from measure import in_turn, median, print_result
 
 from actcache import native
-from actcache.gather import gather_planes, gather_rows, scatter_rows
+from actcache.models.gather import gather_planes, gather_rows, scatter_rows
 
 LAYOUTS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "aligned": lambda flat, width: flat[: flat.numel() // width * width].view(-1, width)[:-1],

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from measure import LINEAR, in_turn, median, print_result
 
-from actcache.linear import describe_products, linear_in_core, tiles_are_there
+from actcache.models.linear import describe_products, linear_in_core, tiles_are_there
 
 PRODUCTS = {"float32": 6, "float16": 5, "bfloat16": 3}  # of bfloat16, for one of float32, by what the weights were
 TOLERANCE = 1e-6  # of the size of the sums

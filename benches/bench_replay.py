@@ -44,12 +44,12 @@ from measure import LIMIT, Products, Workload, in_turn, print_result, print_work
 from rivals import Hooks, grid
 from study import REPLAY_TARGET, TOLERANCE, Ours, Study, add_pair_arguments, events_of
 
-from actcache.capture import parse_boundaries
-from actcache.checkpoint import DTYPES
+from actcache.capture.capture import parse_boundaries
 from actcache.cpus import usable_cpus
-from actcache.linear import describe_products
-from actcache.lineup import Lineup
-from actcache.replay import LateStack
+from actcache.models.checkpoint import DTYPES
+from actcache.models.linear import describe_products
+from actcache.models.lineup import Lineup
+from actcache.replay.late_stack import LateStack
 from actcache.store import Store, open_store
 
 MEMORY_TOKENS = 64

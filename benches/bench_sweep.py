@@ -59,9 +59,9 @@ from study import (
     position_edits,
 )
 
-from actcache.capture import parse_boundaries
-from actcache.checkpoint import DTYPES
-from actcache.linear import describe_products
+from actcache.capture.capture import parse_boundaries
+from actcache.models.checkpoint import DTYPES
+from actcache.models.linear import describe_products
 from actcache.store import Store
 
 COLD_TARGETS = {"hooks": 1.8, "nnsight": 1.25}

@@ -25,17 +25,17 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 import actcache
-from actcache.blocks import find_anatomy
-from actcache.capture import CaptureSettings, capture
-from actcache.checkpoint import DTYPES
-from actcache.edits import Add, Edit, Interpolate, Variant
-from actcache.grid import GridSettings, run_grid
-from actcache.lineup import Lineup
-from actcache.packing import plan_packs
+from actcache.capture.capture import CaptureSettings, capture
+from actcache.models.backbone import Backbone
+from actcache.models.blocks import find_anatomy
+from actcache.models.checkpoint import DTYPES
+from actcache.models.lineup import Lineup
+from actcache.models.packing import plan_packs
 from actcache.prompts import Prompt, read_prompts
-from actcache.replay import MAX_TOKENS, LateStack
+from actcache.replay.edits import Add, Edit, Interpolate, Variant
+from actcache.replay.late_stack import MAX_TOKENS, LateStack
 from actcache.store import Store, open_store
-from actcache.trunk import Trunk
+from actcache.study.grid import GridSettings, run_grid
 
 CROSSED = (("pt", "it"), ("it", "pt"))  # (upstream, late)
 REPLAY_TARGET = 1.15  # times the limit
@@ -103,8 +103,8 @@ class Study:
     def capture(self, folder: Path, boundaries: Sequence[int]) -> Store:
         """Search and capture, from models in memory to a store in ``folder``."""
         settings = CaptureSettings(tuple(sorted(boundaries)), dtype=self.dtype, max_new=self.max_new)
-        trunks = {label: Trunk(model) for label, model in self.models.items()}
-        capture(self.lineup, self.prompts, folder, settings, load=trunks.__getitem__)
+        backbones = {label: Backbone(model) for label, model in self.models.items()}
+        capture(self.lineup, self.prompts, folder, settings, load=backbones.__getitem__)
         store = open_store(folder)
         if not len(store):
             sys.exit(f"no event on {len(self.prompts)} prompts within {self.max_new} choices: give more, or --max-new")

@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install 'actcache[examples]'")
 
 import actcache
-from actcache.feed import ActivationBuffer, RowFeed
+from actcache.store.feed import ActivationBuffer, RowFeed
 
 
 def main(argv: Sequence[str] | None = None) -> int:

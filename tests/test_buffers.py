@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from test_gather import each_engine, native_core, using
 
-from actcache import planes
 from actcache.errors import InputError
+from actcache.store import planes
 
 WORDS = np.arange(12, dtype=np.uint16).reshape(4, 3)
 CHUNK = np.frombuffer(planes.encode(WORDS, 3), np.uint8)

@@ -10,9 +10,9 @@ import torch
 from test_store import make_fingerprint, make_segment, write_store
 
 from actcache.carried import as_columns, encode
-from actcache.cells import gather_cells, write_group
 from actcache.sealed import parquet_bytes
 from actcache.store import layout, open_store
+from actcache.study.cells import gather_cells, write_group
 
 N_VARIANTS = 800
 DOCUMENTS = [f"{i} " + "lorem ipsum dolor sit amet " * 12_000 for i in range(3)]

@@ -17,9 +17,9 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from actcache.checkpoint import Checkpoint
 from actcache.errors import ActcacheError, InputError, NotFiniteError
-from actcache.replay import LateStack
+from actcache.models.checkpoint import Checkpoint
+from actcache.replay.late_stack import LateStack
 
 BOUNDARY = 3
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -12,9 +12,11 @@ from functools import partial
 import pytest
 import torch
 
-from actcache import capture, replay, stability
-from actcache.checkpoint import Checkpoint
+from actcache.analyses import stability
+from actcache.capture import capture
 from actcache.cli import build_parser, main
+from actcache.models.checkpoint import Checkpoint
+from actcache.replay import late_stack as replay
 from actcache.store import compact
 
 COMMAND = [sys.executable, "-m", "actcache.cli"]

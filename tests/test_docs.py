@@ -19,7 +19,7 @@ import torch
 
 import actcache
 from actcache.cli import build_parser, main
-from actcache.edits import Add, Edit, Project, Variant
+from actcache.replay.edits import Add, Edit, Project, Variant
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [

@@ -19,7 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache.edits import (
+from actcache.errors import InputError, UnsupportedModelError
+from actcache.replay.edits import (
     PLAIN,
     Add,
     Call,
@@ -32,9 +33,8 @@ from actcache.edits import (
     SignedPermutation,
     Variant,
 )
-from actcache.errors import InputError, UnsupportedModelError
-from actcache.moves import Moves
-from actcache.replay import LateStack
+from actcache.replay.late_stack import LateStack
+from actcache.replay.moves import Moves
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])

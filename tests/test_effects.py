@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from actcache import effects as module
-from actcache.effects import CELLS, GROUP_COLUMNS, contrasts, effects, select_events
+from actcache.analyses import effects as module
+from actcache.analyses.effects import CELLS, GROUP_COLUMNS, contrasts, effects, select_events
 from actcache.errors import InputError
 
 GRID = [("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")]

@@ -17,11 +17,22 @@ import torch
 
 import actcache
 from actcache import errors
-from actcache.capture import CaptureSettings
-from actcache.edits import Add, Call, Edit, Interpolate, MatchedNorm, Project, Replace, Rows, SignedPermutation, Variant
+from actcache.capture.capture import CaptureSettings
 from actcache.errors import ActcacheError, IncompatibleError
-from actcache.grid import GridSettings
-from actcache.sweep import read_sweep
+from actcache.replay.edits import (
+    Add,
+    Call,
+    Edit,
+    Interpolate,
+    MatchedNorm,
+    Project,
+    Replace,
+    Rows,
+    SignedPermutation,
+    Variant,
+)
+from actcache.replay.sweep import read_sweep
+from actcache.study.grid import GridSettings
 
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ActcacheError)]
 WAYS = [

@@ -15,7 +15,7 @@ import torch
 
 import actcache
 from actcache.cli import main
-from actcache.feed import ActivationBuffer, RowFeed
+from actcache.store.feed import ActivationBuffer, RowFeed
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_store import Twin, bits, make_fingerprint, make_segment, read_tree, write_store
 
-import actcache.export
+import actcache.store.export
 from actcache.cli import main
 from actcache.errors import CorruptStoreError, InputError
-from actcache.export import FORMATS, export, parse_events
 from actcache.progress import Progress
 from actcache.store import Store, open_store
+from actcache.store.export import FORMATS, export, parse_events
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,13 +126,13 @@ def check(out: Path, to: str, want: Exported) -> None:
     assert set(read_tree(out)) == named
 
 
-@pytest.mark.parametrize("batch_bytes", [1, 100, actcache.export.BATCH_BYTES])
+@pytest.mark.parametrize("batch_bytes", [1, 100, actcache.store.export.BATCH_BYTES])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("selection", ["prefix", "divergence"])
 @pytest.mark.parametrize("to", FORMATS)
 def test_an_export_holds_what_was_captured(to, selection, dtype, batch_bytes, tmp_path):
     store, twin = make_twin(tmp_path / "store", dtype=dtype, row_selection=selection)
-    with mock.patch.object(actcache.export, "BATCH_BYTES", batch_bytes):
+    with mock.patch.object(actcache.store.export, "BATCH_BYTES", batch_bytes):
         export(store, tmp_path / "all", to)
         check(tmp_path / "all", to, expected(twin, ["pt", "it"], [1, 2], range(5)))
         assert pq.read_table(tmp_path / "all/events.parquet").equals(store.events)
@@ -183,7 +183,10 @@ def test_rows_pass_through_memory_a_batch_at_a_time(tmp_path):
         asked.append(len(events))
         return read(label, boundary, events)
 
-    with mock.patch.object(actcache.export, "BATCH_BYTES", 3 * 10 * 64 * 4), mock.patch.object(store, "states", states):
+    with (
+        mock.patch.object(actcache.store.export, "BATCH_BYTES", 3 * 10 * 64 * 4),
+        mock.patch.object(store, "states", states),
+    ):
         export(store, tmp_path / "out", "safetensors", checkpoints=["pt"], boundaries=[1])
     assert asked == [3] * 13 + [1]
 
@@ -191,7 +194,7 @@ def test_rows_pass_through_memory_a_batch_at_a_time(tmp_path):
 def test_progress_counts_to_its_total(tmp_path):
     store, _ = make_twin(tmp_path / "store")
     told: list[Progress] = []
-    with mock.patch.object(actcache.export, "BATCH_BYTES", 1):
+    with mock.patch.object(actcache.store.export, "BATCH_BYTES", 1):
         export(store, tmp_path / "out", "npy", on_progress=told.append)
     assert len(told) == 1 + 5 * (2 * 2 + 2 + 1), "at the start, and an event of an array at a time"
     assert [step.done for step in told] == sorted({step.done for step in told})

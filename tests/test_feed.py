@@ -25,11 +25,11 @@ from hypothesis import strategies as st
 from test_store import Twin, bits, make_fingerprint, make_segment, twins, write_store
 from torch.utils.data import DataLoader
 
-import actcache.feed
-import actcache.rows
+import actcache.store.feed
+import actcache.store.rows
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
-from actcache.feed import SHUFFLES, ActivationBuffer, RowBatch, RowFeed
 from actcache.store import StoreWriter, open_store, shard
+from actcache.store.feed import SHUFFLES, ActivationBuffer, RowBatch, RowFeed
 
 # As many workers as asked for: torch warns where that is more than the machine has processors.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -107,7 +107,7 @@ def test_each_row_comes_once_as_it_was_captured(twin, positions, shuffle, drop_l
         "positions": (lambda places: places.token_id % 2 == 1) if positions == "odd tokens" else positions,
         "memory_bytes": batches_held * batch_rows * len(labels) * len(boundaries) * twin.fingerprint["width"] * 4,
     } | {"labels": labels, "boundaries": boundaries, "batch_rows": batch_rows, "shuffle": shuffle, "seed": 7}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(actcache.rows, "_CHUNK_BYTES", 40):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(actcache.store.rows, "_CHUNK_BYTES", 40):
         path = write_store(Path(folder) / "store", twin.fingerprint, twin.segments)
         if not chosen:
             with pytest.raises(InputError, match=r"no row of .* is chosen"):
@@ -131,7 +131,7 @@ def test_each_row_comes_once_as_it_was_captured(twin, positions, shuffle, drop_l
 def run_worker(feed: RowFeed, worker: int, workers: int) -> list[RowBatch]:
     """What one of several workers reads, in this process."""
     info = mock.Mock(id=worker, num_workers=workers)
-    with mock.patch.object(actcache.feed, "get_worker_info", return_value=info):
+    with mock.patch.object(actcache.store.feed, "get_worker_info", return_value=info):
         return list(feed)
 
 
@@ -246,7 +246,7 @@ def test_rows_shuffle_is_the_uniform_permutation(tmp_path, no_reading):
 
 def test_blocks_shuffle_mixes_all_segments(long_path, no_reading):
     """1,000 rows, a pool of 256, blocks of 4: no trace of the stored order beyond what the module's docstring says."""
-    with mock.patch.object(actcache.rows, "_CHUNK_BYTES", 80):
+    with mock.patch.object(actcache.store.rows, "_CHUNK_BYTES", 80):
         feeds = [RowFeed(long_path, batch_rows=64, memory_bytes=256 * ROW_BYTES, seed=seed) for seed in range(300)]
     assert (feeds[0].chosen.chunk_rows, feeds[0].block_rows, feeds[0].pool_rows) == (8, 4, 256)
     segment_of = np.repeat(np.arange(4), [320, 320, 210, 150])
@@ -305,7 +305,7 @@ def test_memory_is_bounded(wide_path, shuffle):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    in_flight = (os.cpu_count() or 1) * (2**20 + 3 * actcache.rows._CHUNK_BYTES)
+    in_flight = (os.cpu_count() or 1) * (2**20 + 3 * actcache.store.rows._CHUNK_BYTES)
     assert peak < memory + 2 * batch_rows * feed.row_bytes + in_flight + 200_000
 
 
@@ -391,7 +391,7 @@ def test_a_workers_own_state_resumes_that_worker(path):
         whole = run_worker(make_feed(path), worker, 2)
         for n in range(len(whole) + 1):
             info = mock.Mock(id=worker, num_workers=2)
-            with mock.patch.object(actcache.feed, "get_worker_info", return_value=info):
+            with mock.patch.object(actcache.store.feed, "get_worker_info", return_value=info):
                 left, resumed = make_feed(path), make_feed(path)
                 batches = iter(left)
                 for _ in range(n):

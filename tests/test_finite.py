@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from actcache.capture.search import SearchLimits, propose
 from actcache.cli import main
-from actcache.divergence import SearchLimits, propose
-from actcache.edits import Add, Call, Edit, Replace, Variant
 from actcache.errors import InputError, NotFiniteError
 from actcache.finite import are_states, first_no_state, first_not_finite, is_finite
-from actcache.replay import LateStack
-from actcache.trunk import Trunk
+from actcache.models.backbone import Backbone
+from actcache.replay.edits import Add, Call, Edit, Replace, Variant
+from actcache.replay.late_stack import LateStack
 
 BOUNDARY = 3
 
@@ -83,12 +83,12 @@ def test_a_checkpoint_that_computes_none_is_named(tmp_path, capsys, tensor, valu
 
 def test_a_search_names_checkpoint_and_sequence(tmp_path):
     folder = tiny.make_checkpoint(tmp_path, "llama")
-    trunks = [Trunk(AutoModelForCausalLM.from_pretrained(folder).eval()) for _ in range(2)]
+    backbones = [Backbone(AutoModelForCausalLM.from_pretrained(folder).eval()) for _ in range(2)]
     with torch.no_grad():
-        trunks[1].blocks[2].mlp.down_proj.weight.fill_(float("nan"))
+        backbones[1].blocks[2].mlp.down_proj.weight.fill_(float("nan"))
     limits = SearchLimits(4, frozenset(), None)
     with pytest.raises(NotFiniteError, match=r"checkpoint b, the first: .*block 2 is the first whose output is not"):
-        propose(trunks, [[5, 6], [7, 8, 9]], [0, 0], limits, names=["the first", "the second"], labels=["a", "b"])
+        propose(backbones, [[5, 6], [7, 8, 9]], [0, 0], limits, names=["the first", "the second"], labels=["a", "b"])
 
 
 def test_rows_edits_and_blocks_of_a_replay_are_told_apart(tmp_path):

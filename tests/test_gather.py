@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from actcache.errors import InputError, KernelError
-from actcache.gather import describe_engines, engine, gather_rows
+from actcache.models.gather import describe_engines, engine, gather_rows
 from actcache.native import native
 
 DTYPES = (

@@ -20,9 +20,9 @@ import pytest
 import torch
 from test_gather import DTYPES, VIEWS, random_bits, raw, rows_ref, using
 
-from actcache import gather
 from actcache.errors import InputError, KernelError
-from actcache.gather import engine, gather_planes, gather_rows, scatter_rows
+from actcache.models import gather
+from actcache.models.gather import engine, gather_planes, gather_rows, scatter_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL = "actcache_gather_rows"

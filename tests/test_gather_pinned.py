@@ -12,9 +12,9 @@ import torch
 from test_gather import random_bits, using
 from test_gather_cuda import device  # noqa: F401 (a fixture)
 
-from actcache import gather
 from actcache.errors import InputError
-from actcache.gather import PinnedGather, gather_rows
+from actcache.models import gather
+from actcache.models.gather import PinnedGather, gather_rows
 
 WAIT_S = 10
 

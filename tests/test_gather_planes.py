@@ -16,8 +16,8 @@ from test_gather import VIEWS, each_engine, native_core, random_bits, rows_ref, 
 from test_gather_cuda import BLOCKS, ROOT, device, edited, native_cuda, ptxsim  # noqa: F401 (fixtures)
 
 from actcache.errors import InputError
-from actcache.gather import gather_planes
-from actcache.planes import encode, encode_planes
+from actcache.models.gather import gather_planes
+from actcache.store.planes import encode, encode_planes
 
 KERNEL = "actcache_gather_planes"
 # PlanesParams of csrc/planes.h, field by field.

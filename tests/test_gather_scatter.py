@@ -16,7 +16,7 @@ from test_gather import DTYPES, each_engine, native_core, random_bits, raw, rows
 from test_gather_cuda import BLOCKS, ROOT, device, edited, native_cuda, ptxsim  # noqa: F401 (fixtures)
 
 from actcache.errors import InputError
-from actcache.gather import gather_rows, scatter_rows
+from actcache.models.gather import gather_rows, scatter_rows
 
 KERNEL = "actcache_scatter_rows"
 # ScatterParams of csrc/scatter.h, field by field.

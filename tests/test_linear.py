@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from test_replay import BOUNDARY, N_BLOCKS, WIDTH, Sequences, build
 from torch import nn
 
-from actcache import linear
-from actcache.edits import Add, Edit, Variant
-from actcache.linear import fast_products, linear_in_core, onednn_is_faster, tiles_are_there
+from actcache.models import linear
+from actcache.models.linear import fast_products, linear_in_core, onednn_is_faster, tiles_are_there
 from actcache.native import native
-from actcache.replay import LateStack
+from actcache.replay.edits import Add, Edit, Variant
+from actcache.replay.late_stack import LateStack
 
 HAS_CORE = native("cpu")[0] is not None
 needs_onednn = pytest.mark.skipif(

@@ -12,13 +12,13 @@ import pytest
 import tiny
 import torch
 
-from actcache.replay import LateStack
+from actcache.replay.late_stack import LateStack
 
 PEAK = """
 import re, sys, torch
 from pathlib import Path
-from actcache.replay import LateStack
-from actcache.checkpoint import Checkpoint
+from actcache.replay.late_stack import LateStack
+from actcache.models.checkpoint import Checkpoint
 what, folder = sys.argv[1:]
 if what == "model":
     model = Checkpoint.open("x", folder).load(torch.float32)
@@ -37,7 +37,7 @@ print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1
 def test_a_late_stack_holds_no_upstream_parameters(tmp_path, arch, tie, shards):
     folder = tiny.make_checkpoint(tmp_path, arch, tie=tie, shards=shards)
     late = LateStack.load(folder, 3)
-    held = {name for name, _ in late._trunk.decoder.named_parameters()}
+    held = {name for name, _ in late._backbone.decoder.named_parameters()}
     assert any(re.search(r"\.?(3|4)\.", name) for name in held)
     assert not [name for name in held if re.search(r"(layers|h)\.[012]\.", name)]
     embeddings = [name for name in held if re.search(r"embed_tokens|wte", name)]
@@ -68,7 +68,7 @@ def test_peak_memory_is_that_of_the_late_blocks(tmp_path):
 
 FAULTS = """
 import resource, sys, torch
-from actcache.replay import LateStack
+from actcache.replay.late_stack import LateStack
 torch.set_num_threads(1)
 late = LateStack.load(sys.argv[1], 1)
 rows = torch.randn(1024, late.width)

@@ -22,9 +22,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from actcache import packing
-from actcache.native import native
-from actcache.packing import (
+from actcache.models import packing
+from actcache.models.packing import (
     Prefix,
     attend_in_core,
     attend_varlen,
@@ -37,6 +36,7 @@ from actcache.packing import (
     takes_core,
     takes_varlen,
 )
+from actcache.native import native
 
 SMALL = {
     "hidden_size": 16,

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 import actcache
 from actcache.cli import main
-from actcache.replay import LateStack
+from actcache.replay.late_stack import LateStack
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])

@@ -19,19 +19,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import actcache
-from actcache.capture import CaptureSettings
-from actcache.cells import finished_groups
-from actcache.checkpoint import Checkpoint
+from actcache.capture.capture import CaptureSettings
+from actcache.capture.search import SearchLimits, propose
 from actcache.cli import main
-from actcache.divergence import SearchLimits, propose
-from actcache.finished import SearchCounter, _shared_counts, scored_groups
-from actcache.lineup import Lineup
-from actcache.plan import Group, Study, default_assumptions, estimate, search_batches
-from actcache.replay import LateStack
-from actcache.run_folder import RunFolder
+from actcache.models.backbone import Backbone
+from actcache.models.checkpoint import Checkpoint
+from actcache.models.cost import ModelShape
+from actcache.models.lineup import Lineup
+from actcache.replay.late_stack import LateStack
 from actcache.sealed import json_bytes
-from actcache.shape import ModelShape
-from actcache.trunk import Trunk
+from actcache.study.cells import finished_groups
+from actcache.study.finished import SearchCounter, _shared_counts, scored_groups
+from actcache.study.plan import Group, Study, default_assumptions, estimate, search_batches
+from actcache.study.run_folder import RunFolder
 
 MADE = ("llama", "qwen3", "gemma2", "gemma3", "olmo2", "gpt2", "mistral")
 COUNTS = ("tokens", "rows", "raw_bytes", "stored_bytes")
@@ -212,12 +212,12 @@ def test_searches_are_batched_as_the_search_does():
 def test_the_counter_counts_what_a_search_runs(tmp_path):
     paths = tiny.make_pair(tmp_path, "gemma3")
     lineup = Lineup.open(dict(zip(("pt", "it"), paths, strict=True)))
-    counter, trunks, shapes = SearchCounter(), [], []
+    counter, backbones, shapes = SearchCounter(), [], []
     for checkpoint in lineup.checkpoints.values():
         shapes.append(ModelShape.of_checkpoint(checkpoint))
-        trunks.append(counter.watch(Trunk(checkpoint.load(torch.float32)), shapes[-1]))
+        backbones.append(counter.watch(Backbone(checkpoint.load(torch.float32)), shapes[-1]))
     ids = lineup.checkpoints["pt"].tokenizer("In the morning the baker")["input_ids"]
-    (proposal,) = propose(trunks, [ids], [0], SearchLimits(MAX_NEW, lineup.end_ids, None))
+    (proposal,) = propose(backbones, [ids], [0], SearchLimits(MAX_NEW, lineup.end_ids, None))
     n, steps = len(ids), len(proposal.shared)
     one = shapes[0].products(np.array([n], float)) + shapes[0].step_products(np.arange(n, n + steps, dtype=float))
     assert counter.multiply_adds == 2 * (one + (steps + 1) * shapes[0].head_products)
@@ -536,7 +536,7 @@ def test_more_of_everything_costs_more(tiny_run, plan):
 
 
 def test_a_gpu_is_planned_for_without_one(tiny_run, plan, monkeypatch):
-    monkeypatch.setattr("actcache.plan.share_threads", None)  # this machine's threads have no part in it
+    monkeypatch.setattr("actcache.study.plan.share_threads", None)  # this machine's threads have no part in it
     found = plan(
         *of(tiny_run("llama", torch.float32)), "--device", "cuda", "--dtype", "bfloat16", "--rate", "300TFLOP/s"
     )

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_gather import each_engine, native_core, using
 
 from actcache.errors import InputError
-from actcache.planes import CODED, HEADER, MAGIC, STORED, decode, encode, encode_planes
+from actcache.store.planes import CODED, HEADER, MAGIC, STORED, decode, encode, encode_planes
 
 TILE = 4096  # of csrc/codec.cpp
 ALL_WORDS = np.arange(65536, dtype="<u2")
@@ -329,5 +329,5 @@ def test_threads_may_share_it() -> None:
 
 
 def test_it_needs_neither_torch_nor_zarr() -> None:
-    code = "import sys, actcache.planes; print([m for m in ('torch', 'zarr') if m in sys.modules])"
+    code = "import sys, actcache.store.planes; print([m for m in ('torch', 'zarr') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -15,8 +15,8 @@ from zarr.codecs import Crc32cCodec
 from zarr.registry import register_codec
 
 from actcache.errors import InputError
-from actcache.planes import decode, encode
-from actcache.zarr_codec import NAME, Bf16Planes
+from actcache.store.planes import decode, encode
+from actcache.store.zarr_codec import NAME, Bf16Planes
 
 register_codec(NAME, Bf16Planes)  # as the entry point does; its own test is below
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from actcache import stability
+from actcache.analyses import stability
 from actcache.cli import main, terminal
 from actcache.cli.terminal import LiveLine, say
 from actcache.progress import Progress, Tally

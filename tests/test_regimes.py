@@ -15,15 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import actcache
-from actcache.checkpoint import Checkpoint
+from actcache.analyses.stability import check_stability
+from actcache.capture.search import Decoding, Outcome, SearchLimits, find_decoding, propose
 from actcache.cli import main
-from actcache.divergence import Decoding, Outcome, SearchLimits, find_decoding, propose
-from actcache.edits import Add, Edit, Variant
 from actcache.errors import InputError
-from actcache.regimes import ONE_REGIME, Regimes
-from actcache.replay import LateStack
-from actcache.stability import check_stability
-from actcache.trunk import Trunk
+from actcache.models.backbone import Backbone
+from actcache.models.checkpoint import Checkpoint
+from actcache.models.regimes import ONE_REGIME, Regimes
+from actcache.replay.edits import Add, Edit, Variant
+from actcache.replay.late_stack import LateStack
 
 BOUNDARY, MAX_NEW = 3, 8
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
@@ -199,7 +199,7 @@ def test_stability_finds_what_was_captured(captured, name):
     paths = json.loads((run / "run.json").read_text())["checkpoints"]
 
     def load(label, dtype):
-        return Trunk(Checkpoint.open(label, paths[label]).load(dtype))
+        return Backbone(Checkpoint.open(label, paths[label]).load(dtype))
 
     table = check_stability(actcache.open_store(run / "store"), load, ["float32"], max_tokens=4096)
     assert table["not_packable"].null_count == table.num_rows
@@ -261,31 +261,34 @@ DECODINGS = {
 def test_a_search_finds_what_full_forwards_find(name):
     if name not in families.NAMES:
         pytest.skip("not in this transformers")
-    trunks = [Trunk(families.build(name)) for _ in range(2)]
+    backbones = [Backbone(families.build(name)) for _ in range(2)]
     noise = torch.Generator().manual_seed(1)
     with torch.no_grad():  # the second differs a little
-        for parameter in trunks[1].decoder.parameters():
+        for parameter in backbones[1].decoder.parameters():
             std = parameter.std(correction=0)
             parameter.add_(0.01 * std * torch.randn(parameter.shape, generator=noise))
-    decoding, reason = find_decoding(trunks[0])
+    decoding, reason = find_decoding(backbones[0])
     assert decoding is DECODINGS[name]
     assert (reason is None) == (decoding is Decoding.PADDED)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, families.VOCAB_SIZE, (n,), generator=generator).tolist() for n in (3, 9, 4, 9, 1, 6)]
     found = propose(
-        trunks, prompts, [0] * len(prompts), SearchLimits(8, frozenset({2}), 64), decoding=decoding, pack_tokens=0
+        backbones, prompts, [0] * len(prompts), SearchLimits(8, frozenset({2}), 64), decoding=decoding, pack_tokens=0
     )
     for prompt, proposal in zip(prompts, found, strict=True):
         sequence = list(prompt)
         for token in proposal.shared:
-            assert chosen(trunks, sequence) == [token, token]
+            assert chosen(backbones, sequence) == [token, token]
             sequence.append(token)
-        a, b = chosen(trunks, sequence)
+        a, b = chosen(backbones, sequence)
         assert (a != b) == (proposal.outcome is Outcome.DIVERGED)
     assert len({proposal.outcome for proposal in found}) > 1 or max(len(one.shared) for one in found) > 2
 
 
 @torch.no_grad()
-def chosen(trunks, sequence):
+def chosen(backbones, sequence):
     ids = torch.tensor([sequence])
-    return [int(trunk.readout.top2(trunk.forward([0, len(sequence)], input_ids=ids)[-1:])[0][0, 0]) for trunk in trunks]
+    return [
+        int(backbone.readout.top2(backbone.forward([0, len(sequence)], input_ids=ids)[-1:])[0][0, 0])
+        for backbone in backbones
+    ]

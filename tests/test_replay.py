@@ -28,11 +28,11 @@ from transformers import (
 )
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from actcache.edits import Add, Call, Edit, Interpolate, Replace, Variant
 from actcache.errors import InputError, UnsupportedModelError
-from actcache.linear import without_queries
-from actcache.readout import Readout
-from actcache.replay import LateStack
+from actcache.models.linear import without_queries
+from actcache.models.readout import Readout
+from actcache.replay.edits import Add, Call, Edit, Interpolate, Replace, Variant
+from actcache.replay.late_stack import LateStack
 
 WIDTH, N_BLOCKS, BOUNDARY, VOCAB_SIZE = 32, 4, 2, 50
 LENGTHS = (7, 1, 12, 3, 9)
@@ -230,7 +230,7 @@ def test_sequences_beyond_the_original_positions_do_not_change_their_neighbours(
     sequences = Sequences(model, lengths)
     check_every_mode(late, sequences)
     # Otherwise the equality says little: with the long factors, a short sequence ends elsewhere.
-    rope = late._trunk.decoder.rotary_emb
+    rope = late._backbone.decoder.rotary_emb
     before = late.run(sequences.rows[:3], [0, 3])
     kept = rope.original_inv_freq
     rope.original_inv_freq = rope.long_inv_freq
@@ -334,7 +334,7 @@ def test_a_stack_is_as_before_after_an_error():
                     late.run_variants(sequences.rows, sequences.offsets, variants, strict=strict)
                 assert torch.equal(late.run(sequences.rows, sequences.offsets, strict=True), expected)
                 torch.testing.assert_close(late.run(sequences.rows, sequences.offsets), expected, rtol=0, atol=1e-4)
-    assert late._trunk.config._attn_implementation == "sdpa"
+    assert late._backbone.config._attn_implementation == "sdpa"
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -447,14 +447,14 @@ def test_workers_share_weights_and_nothing_that_a_forward_changes():
         assert stack._model.config is not late._model.config
         assert all(block is not own for block, own in zip(stack.blocks, late.blocks[-len(stack.blocks) :], strict=True))
         for block in stack.blocks:
-            assert block.self_attn.config is stack._trunk.config
-            assert block.mlp is not late._trunk.blocks[3].mlp
+            assert block.self_attn.config is stack._backbone.config
+            assert block.mlp is not late._backbone.blocks[3].mlp
     assert {id(module) for module in one.blocks} & {id(module) for module in other.blocks} == set()
 
 
 def test_a_thread_hands_on_its_own_state_and_no_others():
     late = LateStack.load(build("llama"), BOUNDARY)
-    stand_in, (one, two) = late._trunk.blocks[0], torch.randn(2, 1, 3, WIDTH)
+    stand_in, (one, two) = late._backbone.blocks[0], torch.randn(2, 1, 3, WIDTH)
 
     def elsewhere():
         found = [stand_in()]
@@ -539,7 +539,7 @@ def test_distributions_are_compared_with_their_references_however_many_at_once(n
     hidden, references = torch.randn(9, WIDTH, generator=generator), torch.randn(3, WIDTH, generator=generator)
     which = torch.tensor([2, 0, 0, 2, 2, 0, 2, 2, 2])
     hidden[3] = references[2]
-    monkeypatch.setattr("actcache.readout.MAX_LOGITS_AT_ONCE", 4 * VOCAB_SIZE * n_at_once)
+    monkeypatch.setattr("actcache.models.readout.MAX_LOGITS_AT_ONCE", 4 * VOCAB_SIZE * n_at_once)
     ids, kl = Readout(model).compare(hidden, references, which)
     for row, own in enumerate(references[which]):
         p, q = (reference.readout(model, one).double().softmax(-1) for one in (own, hidden[row]))

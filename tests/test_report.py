@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from actcache.effects import effects, select_events
+from actcache.analyses.effects import effects, select_events
 from actcache.errors import InputError
 from actcache.report import build_report
 from actcache.report.visible import Piece, decimals, percent, pieces, signed, tail

@@ -18,11 +18,11 @@ from conftest import MAX_NEW
 from safetensors.torch import load_file, save_file
 
 import actcache
-from actcache import grid
 from actcache.cli import main
 from actcache.errors import CheckError
 from actcache.files import write_atomically
-from actcache.replay import LateStack
+from actcache.replay.late_stack import LateStack
+from actcache.study import grid
 
 
 def command(pair, prompts, out):
@@ -75,7 +75,7 @@ def test_a_finished_run_loads_no_weights(whole, monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("weights were loaded")
 
-    monkeypatch.setattr("actcache.checkpoint.load_weights", refuse)
+    monkeypatch.setattr("actcache.models.checkpoint.load_weights", refuse)
     monkeypatch.setattr(LateStack, "load", refuse)
     assert main(command(pair, prompts, out)) == 0
     assert bytes_below(out) == before
@@ -93,7 +93,7 @@ def test_a_grid_goes_on_group_by_group(whole, tmp_path, monkeypatch):
         scored.append(path)
         write_atomically(path, data)
 
-    monkeypatch.setattr("actcache.cells.write_atomically", write)
+    monkeypatch.setattr("actcache.study.cells.write_atomically", write)
     assert main(["grid", str(out)]) == 0
     assert sorted(scored) == groups[1:4]
     assert pq.read_table(out / "cells.parquet").equals(cells)

@@ -17,12 +17,12 @@ from conftest import MAX_NEW
 
 import actcache
 import actcache.cli.stages as stages
-from actcache import grid
 from actcache.cli import main
 from actcache.errors import IncompatibleError
-from actcache.run_folder import RunFolder
 from actcache.sealed import read_json
 from actcache.store import compact
+from actcache.study import grid
+from actcache.study.run_folder import RunFolder
 
 SEGMENTS = ("--shard-prompts", "4", "--boundary", "2,3", "--stability", "0")
 KEYS = ("event_id", "boundary", "scope", "upstream", "late", "readout", "variant")
@@ -177,7 +177,7 @@ def test_two_stability_checks_at_once_are_both_in_the_table(run):
     def other():
         assert main(["stability", str(run), "--sample", "3", "--dtype", "float32"]) == 0
 
-    import actcache.stability as stability
+    import actcache.analyses.stability as stability
 
     with between(stability, "check_stability", 0, other):
         assert main(["stability", str(run), "--sample", "2", "--dtype", "bfloat16"]) == 0

@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from actcache.cells import gather_cells
+from actcache.analyses.stability import read_stability
 from actcache.cli import main
 from actcache.cli.tables import read_run_cells
 from actcache.errors import ActcacheError, CorruptFileError, InputError
-from actcache.run_folder import RunFolder
 from actcache.sealed import NoSealError, html_bytes, json_bytes, parquet_bytes, read_json, read_parquet, seal_of
-from actcache.stability import read_stability
+from actcache.study.cells import gather_cells
+from actcache.study.run_folder import RunFolder
 
 N_FLIPS = 200  # of the bits of one file
 

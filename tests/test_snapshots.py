@@ -17,8 +17,8 @@ from test_store import Twin, make_fingerprint, make_segment, no_fsync
 
 from actcache import RowFeed
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
-from actcache.feed import RowBatch
 from actcache.store import Store, StoreWriter, compact, layout, open_store, records, verify
+from actcache.store.feed import RowBatch
 from actcache.store.storage import LocalStorage, open_storage
 
 FINGERPRINT = make_fingerprint(checkpoints={"pt": {}, "it": {}}, boundaries=[1])

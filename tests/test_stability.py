@@ -21,15 +21,15 @@ import torch
 from transformers import AutoTokenizer
 
 import actcache
-from actcache import stability
+from actcache.analyses import stability
+from actcache.analyses.effects import effects
+from actcache.analyses.stability import check_stability, describe, read_stability, run_stability, spread, summarise
 from actcache.cli import main
-from actcache.effects import effects
 from actcache.errors import InputError
-from actcache.lineup import Lineup
-from actcache.packing import offsets_of, packed_attention, plan_packs, restarting_positions
+from actcache.models.backbone import Backbone
+from actcache.models.lineup import Lineup
+from actcache.models.packing import offsets_of, packed_attention, plan_packs, restarting_positions
 from actcache.progress import Tally
-from actcache.stability import check_stability, describe, read_stability, run_stability, spread, summarise
-from actcache.trunk import Trunk
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
@@ -39,7 +39,7 @@ MAX_TOKENS = 90  # a few packs of a few sequences each
 
 def load(run):
     lineup = Lineup.open({"pt": run.pt, "it": run.it})
-    return lambda label, dtype: Trunk(lineup.checkpoints[label].load(dtype))
+    return lambda label, dtype: Backbone(lineup.checkpoints[label].load(dtype))
 
 
 def copied(run, tmp_path):
@@ -198,13 +198,13 @@ def coarser(hidden):
 @pytest.fixture
 def shape_matters(monkeypatch):
     """Packs of several sequences round bfloat16 otherwise than a sequence alone."""
-    forward = Trunk.forward
+    forward = Backbone.forward
 
-    def rounded(trunk, bounds, **inputs):
-        hidden = forward(trunk, bounds, **inputs)
+    def rounded(backbone, bounds, **inputs):
+        hidden = forward(backbone, bounds, **inputs)
         return coarser(hidden) if len(bounds) > 2 and hidden.dtype == BFLOAT16 else hidden
 
-    monkeypatch.setattr(Trunk, "forward", rounded)
+    monkeypatch.setattr(Backbone, "forward", rounded)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "mistral"])
@@ -298,7 +298,7 @@ def test_what_was_checked_is_not_checked_again(tiny_run, tmp_path, monkeypatch, 
     path = out / "stability.parquet"
     before = path.read_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("actcache.checkpoint.load_weights", refuse)
+        patched.setattr("actcache.models.checkpoint.load_weights", refuse)
         for sample in ("16", "5"):  # fewer are among them
             assert main(["stability", str(out), "--sample", sample]) == 0
             assert path.read_bytes() == before
@@ -311,7 +311,7 @@ def test_what_was_checked_is_not_checked_again(tiny_run, tmp_path, monkeypatch, 
     assert main(["stability", str(out), "--dtype", "bfloat16"]) == 0
     n_events = len(run.store)
     assert pq.read_table(path)["dtype"].to_pylist() == ["float32"] * 16 + ["bfloat16"] * n_events
-    monkeypatch.setattr("actcache.checkpoint.load_weights", refuse)
+    monkeypatch.setattr("actcache.models.checkpoint.load_weights", refuse)
     words = run.arguments()
     words[words.index("--out") + 1] = str(out)
     after = path.read_bytes()
@@ -359,11 +359,11 @@ def test_one_model_is_in_memory_at_a_time(tiny_run):
     loaded, alive = [], []
 
     def watched(label, dtype):
-        assert all(trunk() is None for trunk in alive)
-        trunk = load(run)(label, dtype)
-        alive.append(weakref.ref(trunk))
+        assert all(backbone() is None for backbone in alive)
+        backbone = load(run)(label, dtype)
+        alive.append(weakref.ref(backbone))
         loaded.append((label, dtype))
-        return trunk
+        return backbone
 
     told = []
     tally = Tally(3 * 4 * 2, "decisions", told.append)
@@ -383,7 +383,7 @@ def test_a_store_without_prefix_rows_is_enough(tiny_run, tmp_path, capsys):
 
 def test_what_is_never_packed_cannot_change(tiny_run, tmp_path, monkeypatch, capsys, shape_matters):
     out = copied(tiny_run("llama", FLOAT32), tmp_path)
-    monkeypatch.setattr(Trunk, "why_not_packable", lambda *args: "its attention knows no packs")
+    monkeypatch.setattr(Backbone, "why_not_packable", lambda *args: "its attention knows no packs")
     (out / "stability.parquet").unlink()
     assert main(["stability", str(out)]) == 0
     said = capsys.readouterr()

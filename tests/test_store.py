@@ -28,7 +28,7 @@ from actcache.errors import ActcacheError, CorruptStoreError, FormatVersionError
 from actcache.store import Problem, Segment, SegmentData, Store, StoreWriter, compact, layout, open_store, shard, verify
 from actcache.store.chunks import BLOSC, CODECS
 from actcache.store.verify import _check_files
-from actcache.zarr_codec import Bf16Planes
+from actcache.store.zarr_codec import Bf16Planes
 
 INT_OF = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 

@@ -21,9 +21,11 @@ from test_edits import Changes, Study, hooked
 from test_pipeline import exact_margin
 
 import actcache
-from actcache import grid
+from actcache.analyses.effects import effects
 from actcache.cli import main
-from actcache.edits import (
+from actcache.errors import InputError
+from actcache.files import write_atomically
+from actcache.replay.edits import (
     Add,
     Edit,
     Interpolate,
@@ -33,13 +35,11 @@ from actcache.edits import (
     SignedPermutation,
     Variant,
 )
-from actcache.effects import effects
-from actcache.errors import InputError
-from actcache.files import write_atomically
-from actcache.grid import GridSettings, run_grid
-from actcache.replay import LateStack
-from actcache.run_folder import RunFolder
-from actcache.sweep import Sweep, read_sweep
+from actcache.replay.late_stack import LateStack
+from actcache.replay.sweep import Sweep, read_sweep
+from actcache.study import grid
+from actcache.study.grid import GridSettings, run_grid
+from actcache.study.run_folder import RunFolder
 
 WIDTH = 32
 TENSORS = {
@@ -197,8 +197,8 @@ def test_boundaries_in_words_and_numbers(written, given, asked):
 
 def test_the_python_form(written):
     text = """
-from actcache.edits import Call, Edit, Variant
-from actcache.sweep import Sweep
+from actcache.replay.edits import Call, Edit, Variant
+from actcache.replay.sweep import Sweep
 
 def doubled(rows, at):
     return rows * 2
@@ -224,7 +224,7 @@ sweep = Sweep(boundaries="all", scopes=("position",), variants=variants)
         ("import os\nimport not_there", "line 2: ModuleNotFoundError: No module named 'not_there'"),
         ("def f():\n    raise ValueError('a\\nb')\nf()", "line 2: ValueError: a b"),
         ("import json\njson.loads('{')", "line 2: JSONDecodeError: "),
-        ("from actcache.edits import Replace\nReplace()", "line 2: replace takes either"),
+        ("from actcache.replay.edits import Replace\nReplace()", "line 2: replace takes either"),
     ],
 )
 def test_code_of_the_python_form_that_fails_is_one_line(written, text, words):
@@ -458,7 +458,7 @@ def scored(monkeypatch):
         names.append(path.name)
         write_atomically(path, data)
 
-    monkeypatch.setattr("actcache.cells.write_atomically", write)
+    monkeypatch.setattr("actcache.study.cells.write_atomically", write)
     return names
 
 
@@ -567,12 +567,12 @@ def test_a_grid_killed_between_two_groups_goes_on(captured, strict_cells, tmp_pa
             store, lambda label, b: LateStack.load(pair[label], b), tmp_path / "cells", settings_of(strict_cells)
         )
 
-    monkeypatch.setattr("actcache.cells.write_atomically", die)
+    monkeypatch.setattr("actcache.study.cells.write_atomically", die)
     with pytest.raises(KeyboardInterrupt):
         go_on()
     survived = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
     assert len(survived) == 3
-    monkeypatch.setattr("actcache.cells.write_atomically", write_atomically)
+    monkeypatch.setattr("actcache.study.cells.write_atomically", write_atomically)
     assert go_on().equals(cells_of(strict_cells))
     for name, written_at in survived.items():
         assert (tmp_path / "cells" / name).stat().st_mtime_ns == written_at
@@ -1181,7 +1181,7 @@ def test_a_hundred_thousand_variants_are_taken(written):
     ],
 )
 def test_a_python_sweep_is_counted_too(written, variants):
-    head = "from actcache.edits import Variant\nfrom actcache.sweep import Sweep\n"
+    head = "from actcache.replay.edits import Variant\nfrom actcache.replay.sweep import Sweep\n"
     with pytest.raises(InputError, match="the sweep has more than 100,000 variants; at most 100,000 are scored"):
         read_sweep(written(f"{head}sweep = Sweep(variants={variants})", "s.py"), WIDTH).variants_at(2)
     with pytest.raises(InputError, match="its name has 600 bytes"):

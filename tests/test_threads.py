@@ -1,5 +1,5 @@
-"""Several threads on one model, late stack, trunk or readout: each gets what it gets alone, and the model stays as it
-is, also in the middle of a replay."""
+"""Several threads on one model, late stack, backbone or readout: each gets what it gets alone, and the model stays
+as it is, also in the middle of a replay."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import pytest
 import torch
 from test_replay import BOUNDARY, N_BLOCKS, SHIFT, VOCAB_SIZE, WIDTH, Sequences, build
 
-from actcache.blocks import find_anatomy
-from actcache.edits import Add, Call, Edit, Variant
-from actcache.readout import Readout
-from actcache.replay import LateStack
-from actcache.trunk import Trunk
+from actcache.models.backbone import Backbone
+from actcache.models.blocks import find_anatomy
+from actcache.models.readout import Readout
+from actcache.replay.edits import Add, Call, Edit, Variant
+from actcache.replay.late_stack import LateStack
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 AT_LAST = [Variant(f"{number}", [Edit(Add(SHIFT))]) for number in range(3)]
@@ -179,23 +179,23 @@ def test_a_model_whose_forward_is_wrapped_is_run_itself_and_only_hooked_to():
 
 @pytest.mark.usefixtures("switching")
 @torch.no_grad()
-def test_threads_take_turns_on_one_trunk():
-    trunk = Trunk(build("llama"))
+def test_threads_take_turns_on_one_backbone():
+    backbone = Backbone(build("llama"))
     ids, bounds = torch.arange(2, 14)[None], [0, 3, 4, 12]
-    whole, packed = trunk.forward([0, 12], input_ids=ids), trunk.forward(bounds, input_ids=ids)
+    whole, packed = backbone.forward([0, 12], input_ids=ids), backbone.forward(bounds, input_ids=ids)
     start = threading.Barrier(3, timeout=60)
 
     def work(own_bounds, expected):
         start.wait()
         for _ in range(20):
             with torch.no_grad():
-                torch.testing.assert_close(trunk.forward(own_bounds, input_ids=ids), expected, rtol=0, atol=0)
+                torch.testing.assert_close(backbone.forward(own_bounds, input_ids=ids), expected, rtol=0, atol=0)
 
     with ThreadPoolExecutor(3) as pool:
         given = (bounds, packed), ([0, 12], whole), (bounds, packed)
         for future in [pool.submit(work, *one) for one in given]:
             future.result(timeout=60)
-    assert trunk.config._attn_implementation == "sdpa"
+    assert backbone.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.usefixtures("switching")

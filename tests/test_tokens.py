@@ -12,9 +12,9 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
-from actcache.capture import CaptureSettings, capture
+from actcache.capture.capture import CaptureSettings, capture
 from actcache.errors import IncompatibleError, InputError
-from actcache.lineup import Lineup, as_fingerprint
+from actcache.models.lineup import Lineup, as_fingerprint
 from actcache.prompts import Prompt
 from actcache.store import open_store
 

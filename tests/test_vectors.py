@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from actcache.edits import Add, MatchedNorm, Project, Replace, Rows, SignedPermutation, Variant
 from actcache.errors import InputError
-from actcache.vectors import EventVectors, as_tensor
+from actcache.replay.edits import Add, MatchedNorm, Project, Replace, Rows, SignedPermutation, Variant
+from actcache.replay.vectors import EventVectors, as_tensor
 
 NUMBERS = [1.0, -2.0, 3.0, 0.5]
 WIDTH = len(NUMBERS)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from actcache.errors import InputError
 
 if TYPE_CHECKING:
-    from actcache.capture import CaptureSettings
-    from actcache.grid import GridSettings
+    from actcache.capture.capture import CaptureSettings
+    from actcache.study.grid import GridSettings
 
 READOUTS = "native,common_it,common_pt"
 Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -87,7 +87,7 @@ def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings
     Raises:
         InputError: a boundary is not one of a model of so many blocks.
     """
-    from actcache.capture import CaptureSettings, parse_boundaries
+    from actcache.capture.capture import CaptureSettings, parse_boundaries
 
     return CaptureSettings(
         boundaries=parse_boundaries(args.boundary, n_blocks),
@@ -117,7 +117,7 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
         "--sweep",
         type=Path,
         metavar="FILE",
-        help="boundaries, scopes, readouts and edits to score, as .toml or .py (see actcache/sweep.py)",
+        help="boundaries, scopes, readouts and edits to score, as .toml or .py (see actcache/replay/sweep.py)",
     )
     add_strict_and_pack(parser)
 
@@ -131,9 +131,9 @@ def grid_settings(
     Raises:
         InputError: the sweep cannot be read, says what an argument says too, or a boundary is not one of the model's.
     """
-    from actcache.capture import parse_boundaries
-    from actcache.grid import GridSettings
-    from actcache.sweep import Sweep, read_sweep
+    from actcache.capture.capture import parse_boundaries
+    from actcache.replay.sweep import Sweep, read_sweep
+    from actcache.study.grid import GridSettings
 
     sweep = read_sweep(args.sweep, width) if args.sweep else Sweep()
     given: dict[str, tuple[Any, Any]] = {

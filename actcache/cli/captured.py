@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from actcache.cli.arguments import check_device
 from actcache.errors import IncompatibleError, InputError
-from actcache.run_folder import RunFolder
+from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from actcache.lineup import Lineup
+    from actcache.models.lineup import Lineup
     from actcache.store import Store
 
 
@@ -25,7 +25,7 @@ def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup, str]:
     """The run that these arguments name, its checkpoints, and the device to load them on; no weights are read."""
-    from actcache.lineup import Lineup
+    from actcache.models.lineup import Lineup
 
     folder = RunFolder(args.run)
     record = folder.record()

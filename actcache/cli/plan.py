@@ -23,13 +23,13 @@ from actcache.cli.arguments import (
 from actcache.cli.stability import add_run_arguments, samples_asked
 from actcache.cli.terminal import quiet_libraries, say
 from actcache.errors import IncompatibleError, InputError
-from actcache.run_folder import RunFolder
+from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from actcache.capture import CaptureSettings
-    from actcache.lineup import Lineup
-    from actcache.plan import Assumptions, Group, Study
+    from actcache.capture.capture import CaptureSettings
+    from actcache.models.lineup import Lineup
     from actcache.store import Store
+    from actcache.study.plan import Assumptions, Group, Study
 
 _MEASURED_HERE = "a matrix product's, measured here: what a run reaches is less"
 FAR = 0.2  # an estimate off by more than this share of the truth is marked
@@ -141,9 +141,9 @@ def _plan(args: argparse.Namespace) -> None:
     missing = [f"--{name}" for name in ("pt", "it", "prompts") if getattr(args, name) is None]
     if missing:
         raise InputError(f"give {', '.join(missing)} to plan a run, or the folder of a finished one")
-    from actcache.lineup import Lineup
-    from actcache.plan import Study, as_json, estimate, shapes_of
+    from actcache.models.lineup import Lineup
     from actcache.prompts import digest, read_prompts
+    from actcache.study.plan import Study, as_json, estimate, shapes_of
 
     prompts = read_prompts(args.prompts, args.limit)
     lineup = Lineup.open({"pt": args.pt, "it": args.it}, with_weights=False)
@@ -161,8 +161,8 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _groups_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettings) -> list[Group]:
     """What the arguments, and the sweep that they name, ask to be scored of what is captured."""
-    from actcache.grid import check_servable
-    from actcache.plan import groups_of
+    from actcache.study.grid import check_servable
+    from actcache.study.plan import groups_of
 
     if args.variants < 0:
         raise InputError(f"{args.variants} variants asked for; give 0 or more")
@@ -179,8 +179,8 @@ def _groups_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSett
 
 def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptions:
     """Defaults, then what a pilot tells, then what the command line says, then a rate measured here."""
-    from actcache.finished import check_pilot, learn
-    from actcache.plan import RATED, default_assumptions, measure_rate
+    from actcache.study.finished import check_pilot, learn
+    from actcache.study.plan import RATED, default_assumptions, measure_rate
 
     assumed = default_assumptions(study.capture)
     if args.pilot is not None:
@@ -208,9 +208,9 @@ def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptio
 
 def _compare(args: argparse.Namespace) -> None:
     """A finished run: the estimate, under what its plan assumed, beside the truth."""
-    from actcache.finished import learn, truth
-    from actcache.lineup import Lineup
-    from actcache.plan import as_json, assumptions_from_json, estimate
+    from actcache.models.lineup import Lineup
+    from actcache.study.finished import learn, truth
+    from actcache.study.plan import as_json, assumptions_from_json, estimate
 
     folder = RunFolder(args.run)
     record, store = folder.record(), folder.open_store()
@@ -235,12 +235,12 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Path) -> tuple[Study, bool]:
     """What a run computed, and whether it is known what it scored; if not, with the grid that would be scored."""
-    from actcache.capture import digests_of_segments
-    from actcache.cells import finished_groups
-    from actcache.finished import scored_groups, settings_of
-    from actcache.grid import GridSettings
-    from actcache.plan import Study, groups_of, shapes_of
+    from actcache.capture.capture import digests_of_segments
     from actcache.prompts import digest, read_prompts
+    from actcache.study.cells import finished_groups
+    from actcache.study.finished import scored_groups, settings_of
+    from actcache.study.grid import GridSettings
+    from actcache.study.plan import Study, groups_of, shapes_of
 
     fingerprint = store.fingerprint
     for field, found in (("n_blocks", lineup.n_blocks), ("width", lineup.width)):
@@ -268,7 +268,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
 
 def _timings_of(folder: RunFolder, study: Study) -> dict[str, Any]:
     """What the run's stages took, but for a grid that scored other cells than the run now has."""
-    from actcache.plan import groups_as_json
+    from actcache.study.plan import groups_as_json
 
     timings = folder.timings()
     if (grid := timings.get("grid")) is not None and grid.get("groups") != groups_as_json(study.groups):

@@ -11,13 +11,13 @@ from actcache.cli.captured import add_captured_arguments, check_complete, check_
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import StabilityClock
-from actcache.run_folder import RunFolder
+from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import torch
 
-    from actcache.lineup import Lineup
-    from actcache.trunk import Trunk
+    from actcache.models.backbone import Backbone
+    from actcache.models.lineup import Lineup
 
 DTYPES = ("float32", "bfloat16")
 
@@ -66,7 +66,7 @@ def samples_asked(args: argparse.Namespace) -> dict[str, int | None]:
 
 def summaries_of(folder: RunFolder) -> list[dict[str, Any]]:
     """What the report shows of the run's table; empty where there is none of its events."""
-    from actcache.stability import read_stability, summarise
+    from actcache.analyses.stability import read_stability, summarise
 
     return summarise(read_stability(folder.open_store(), folder.stability))
 
@@ -82,8 +82,8 @@ def _stability(args: argparse.Namespace) -> None:
 def _check(
     folder: RunFolder, lineup: Lineup, samples: Mapping[str, int | None], max_tokens: int | None, device: str
 ) -> list[str]:
-    from actcache.stability import describe, run_stability, summarise
-    from actcache.trunk import Trunk
+    from actcache.analyses.stability import describe, run_stability, summarise
+    from actcache.models.backbone import Backbone
 
     store = folder.open_store()
     check_complete(store)
@@ -92,12 +92,12 @@ def _check(
     clock = StabilityClock(folder)
     with enough_memory("stability", "a lower --max-tokens needs less"), LiveLine("stability") as line:
 
-        def load(label: str, dtype: torch.dtype) -> Trunk:
+        def load(label: str, dtype: torch.dtype) -> Backbone:
             loading = f"loading {label} in {str(dtype).removeprefix('torch.')}"
             with clock.loading(), enough_memory(loading, LESS_MODEL), line.during(loading):
                 model = lineup.checkpoints[label].load(dtype, device)
                 with lineup.checkpoints[label].named():
-                    return Trunk(model)
+                    return Backbone(model)
 
         table = run_stability(
             store,

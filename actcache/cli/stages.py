@@ -29,16 +29,16 @@ from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import CorruptFileError, InputError
 from actcache.files import write_atomically
-from actcache.run_folder import RunFolder, RunRecord, absolute_place
 from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, read_json, seal_of
+from actcache.study.run_folder import RunFolder, RunRecord, absolute_place
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from actcache.lineup import Lineup
+    from actcache.models.backbone import Backbone
+    from actcache.models.lineup import Lineup
     from actcache.prompts import Prompt
     from actcache.store import Store
-    from actcache.trunk import Trunk
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -136,8 +136,8 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
 def _check_grid_asked(args: argparse.Namespace) -> None:
     """What is wrong with the grid that is asked for is said before anything is captured."""
     quiet_libraries()
-    from actcache.grid import check_servable
-    from actcache.lineup import Lineup
+    from actcache.models.lineup import Lineup
+    from actcache.study.grid import check_servable
 
     lineup = Lineup.open({"pt": args.pt, "it": args.it})
     captured = capture_settings(args, lineup.n_blocks).boundaries
@@ -152,8 +152,8 @@ def _capture(args: argparse.Namespace) -> None:
 
 def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Lineup:
     quiet_libraries()
-    from actcache.capture import capture
-    from actcache.lineup import Lineup
+    from actcache.capture.capture import capture
+    from actcache.models.lineup import Lineup
 
     check_device(args.device)
     lineup = Lineup.open({"pt": args.pt, "it": args.it})
@@ -175,7 +175,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
         LiveLine("capture") as line,
     ):
 
-        def load(label: str) -> Trunk:
+        def load(label: str) -> Backbone:
             with enough_memory(f"loading {label}", LESS_MODEL), line.during(f"loading {label}"):
                 return clock.load(label)
 
@@ -196,9 +196,9 @@ def _grid(args: argparse.Namespace) -> None:
 
 def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> int:
     """Score what is not scored yet; how many cells there are now."""
-    from actcache.cells import gather_cells, group_files, identity
-    from actcache.grid import check_settings, run_grid
-    from actcache.replay import LateStack
+    from actcache.replay.late_stack import LateStack
+    from actcache.study.cells import gather_cells, group_files, identity
+    from actcache.study.grid import check_settings, run_grid
 
     store = folder.open_store()
     check_complete(store)
@@ -231,7 +231,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
 
 
 def _effects(args: argparse.Namespace) -> None:
-    from actcache.effects import effects
+    from actcache.analyses.effects import effects
 
     if args.draws < 1:
         raise InputError(f"draws is {args.draws}; it must be at least 1")
@@ -267,7 +267,7 @@ def _write_effects(
     min_gap: float | None = None,
 ) -> Sealed:
     """Average the cells of a run; effects that leave events out go into a file of their own."""
-    from actcache.effects import effects
+    from actcache.analyses.effects import effects
 
     cells, left_out, made_from = _selected(folder, store, stable_only, min_gap)
     result = _sealed(left_out | effects(cells, draws=draws, seed=seed), made_from)
@@ -284,8 +284,8 @@ def _selected(
     folder: RunFolder, store: Store, stable_only: bool, min_gap: float | None
 ) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
     """The cells of a run whose events are averaged, what to say of those left out, and what both were made from."""
-    from actcache.effects import select_events
-    from actcache.stability import read_sealed
+    from actcache.analyses.effects import select_events
+    from actcache.analyses.stability import read_sealed
 
     cells = read_run_cells(folder, store)
     if not stable_only and min_gap is None:
@@ -308,8 +308,8 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False, min_gap: float | None = None) -> None:
-    from actcache.cells import identity
     from actcache.report import build_report
+    from actcache.study.cells import identity
 
     cells, _, made_from = _selected(folder, store, stable_only, min_gap)
     if stable_only or min_gap is not None:

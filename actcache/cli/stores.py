@@ -12,7 +12,7 @@ from actcache.cli.arguments import Verbs, add_verb, numbers, positive
 from actcache.cli.memory import enough_memory
 from actcache.cli.terminal import LiveLine, one_line, printable
 from actcache.errors import InputError
-from actcache.run_folder import CheckedFiles, RunFolder, open_store, run_at, store_place
+from actcache.study.run_folder import CheckedFiles, RunFolder, open_store, run_at, store_place
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -51,8 +51,8 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     if args.engine:
-        from actcache.gather import describe_engines
-        from actcache.linear import describe_products
+        from actcache.models.gather import describe_engines
+        from actcache.models.linear import describe_products
 
         print(*describe_engines(), describe_products(), sep="\n")
     if args.store is None:
@@ -121,7 +121,7 @@ def _said_of_files(run: RunFolder, files: CheckedFiles) -> str:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from actcache.export import export, parse_events
+    from actcache.store.export import export, parse_events
 
     store = open_store(args.store)
     events = None if args.events is None else parse_events(args.events)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from actcache.cli.terminal import one_line
 from actcache.errors import IncompatibleError, InputError
 from actcache.files import no_file, write_atomically
-from actcache.run_folder import RunFolder
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
+from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from actcache.store import Store
@@ -46,7 +46,7 @@ def read_run_cells(folder: RunFolder, store: Store) -> Sealed:
         IncompatibleError: they are of another store, or of other events than it holds.
         CorruptFileError: the table is damaged.
     """
-    from actcache.cells import identity
+    from actcache.study.cells import identity
 
     again = f"'actcache grid {folder.path}' makes it again"
     try:

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from actcache.run_folder import RunFolder
+from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from actcache.capture import CaptureSettings
-    from actcache.lineup import Lineup
+    from actcache.capture.capture import CaptureSettings
+    from actcache.models.backbone import Backbone
+    from actcache.models.lineup import Lineup
     from actcache.store import Store
-    from actcache.trunk import Trunk
 
 
 class _Clock:
@@ -41,19 +41,19 @@ class CaptureClock(_Clock):
     """Times a capture and counts what its searches compute: pass :meth:`load` to it."""
 
     def __init__(self, lineup: Lineup, settings: CaptureSettings) -> None:
-        from actcache.finished import SearchCounter
+        from actcache.study.finished import SearchCounter
 
         super().__init__()
         self._lineup, self._settings, self._counter = lineup, settings, SearchCounter()
 
-    def load(self, label: str) -> Trunk:
-        """The trunk of a checkpoint, watched."""
-        from actcache.capture import load_trunk
-        from actcache.shape import ModelShape
+    def load(self, label: str) -> Backbone:
+        """The backbone of a checkpoint, watched."""
+        from actcache.capture.capture import load_backbone
+        from actcache.models.cost import ModelShape
 
         with self.loading():
-            trunk = load_trunk(self._lineup, label, self._settings)
-            return self._counter.watch(trunk, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))
+            backbone = load_backbone(self._lineup, label, self._settings)
+            return self._counter.watch(backbone, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))
 
     def write(self, folder: RunFolder, n_prompts: int) -> None:
         """Record a capture of so many prompts; one of which others did a part is taken off the record."""
@@ -88,9 +88,9 @@ class GridClock(_Clock):
 
     def write(self) -> None:
         """Record the grid, with what it scored; one of which something was finished before is taken off the record."""
-        from actcache.cells import finished_groups
-        from actcache.finished import scored_groups
-        from actcache.plan import groups_as_json
+        from actcache.study.cells import finished_groups
+        from actcache.study.finished import scored_groups
+        from actcache.study.plan import groups_as_json
 
         times = self._times()
         if times is None:

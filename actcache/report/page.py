@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
-from actcache.effects import FEWEST_PROMPTS, GROUP_COLUMNS, contrasts
+from actcache.analyses.effects import FEWEST_PROMPTS, GROUP_COLUMNS, contrasts
 from actcache.errors import InputError
 from actcache.report import figures, visible
 
@@ -59,8 +59,8 @@ def build_report(
 
     Args:
         cells: the scored cells, columns as in ``cells.parquet``.
-        effects: what :func:`actcache.effects.effects` returned for these cells, with what
-            :func:`actcache.effects.select_events` noted if it chose them.
+        effects: what :func:`actcache.analyses.effects.effects` returned for these cells, with what
+            :func:`actcache.analyses.effects.select_events` noted if it chose them.
         events: one row per event: event_id, prompt_id, kind, gap_pt, gap_it (top-1 minus top-2, logits), context
             (the text before the divergence), token_pt, token_it (decoded; any text); special_pt, special_it (whether
             the token is a special one) where the store has them; more columns are ignored.
@@ -68,7 +68,7 @@ def build_report(
         settings: label -> text, shown in this order as how the run was made.
         default_boundary: the boundary to lead with; the nearest one that was run is taken. Without it: 0.6 of the
             largest boundary plus one, which is the default boundary where all boundaries were run.
-        stability: what :func:`actcache.stability.summarise` returned; empty where nothing was checked.
+        stability: what :func:`actcache.analyses.stability.summarise` returned; empty where nothing was checked.
 
     Returns:
         The page. The same arguments give the same text, for any order of the rows of ``cells`` and ``events``; it can

@@ -9,8 +9,8 @@ import numcodecs.blosc as blosc
 import numpy as np
 import numpy.typing as npt
 
-from actcache import planes
 from actcache.errors import InputError
+from actcache.store import planes
 
 Rows = npt.NDArray[Any]
 

@@ -279,7 +279,7 @@ class RunFolder:
         A file without a seal is wrong in a run whose record has one. Where the record has none either, an earlier
         version made the run, and its files cannot be checked. Cell groups of such a version do not count any more.
         """
-        from actcache.cells import group_files
+        from actcache.study.cells import group_files
 
         checked = CheckedFiles([], [], [])
         record_has_seal = True

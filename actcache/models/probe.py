@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import NoEmbedding, StateSource, cut_upstream, find_anatomy, shallow_clone
 from actcache.errors import NotFiniteError, UnsupportedModelError
 from actcache.finite import first_block, is_finite
+from actcache.models.blocks import NoEmbedding, StateSource, cut_upstream, find_anatomy, shallow_clone
 
 # What transformers' blocks may be given beside the hidden state: made from the positions alone, so that a late stack
 # makes it again. A tensor under any other name carries something else past the boundary.

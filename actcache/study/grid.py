@@ -21,7 +21,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actcache.cells import (
+from actcache.errors import CheckError, InputError, NotFiniteError
+from actcache.files import check_own_folder
+from actcache.progress import OnProgress, Tally, untold
+from actcache.replay.edits import PLAIN, Edit, Replace, Variant
+from actcache.replay.late_stack import LateStack, Mode
+from actcache.replay.moves import Moves
+from actcache.replay.sweep import SCOPES, VariantsAt
+from actcache.store import Segment, Store, layout
+from actcache.study.cells import (
     Finished,
     FinishedGroup,
     by_segment,
@@ -33,15 +41,7 @@ from actcache.cells import (
     has_earlier_files,
     write_group,
 )
-from actcache.edits import PLAIN, Edit, Replace, Variant
-from actcache.errors import CheckError, InputError, NotFiniteError
-from actcache.files import check_own_folder
-from actcache.moves import Moves
-from actcache.progress import OnProgress, Tally, untold
-from actcache.replay import LateStack, Mode
-from actcache.scores import Scores, ScoreTable, score
-from actcache.store import Segment, Store, layout
-from actcache.sweep import SCOPES, VariantsAt
+from actcache.study.scores import Scores, ScoreTable, score
 
 _COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head for every cell
 
@@ -123,7 +123,7 @@ def run_grid(
 
     Raises:
         InputError: settings that the store cannot serve; a variant whose name stands for other edits in ``folder``; an
-            edit that moves nothing (see :class:`actcache.moves.Moves`).
+            edit that moves nothing (see :class:`actcache.replay.moves.Moves`).
         CheckError: a replayed diagonal margin is off its native one by more than rounding, or that is off the one that
             capture stored; a cell asked for is missing at the end, as files of finished groups went away meanwhile.
         CorruptFileError: the file of a finished group is damaged, and not one that is scored again here.

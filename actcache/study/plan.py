@@ -23,16 +23,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from actcache.capture import CaptureSettings
-from actcache.checkpoint import DTYPES
+from actcache.capture.capture import CaptureSettings
 from actcache.errors import InputError
-from actcache.grid import GridSettings, whose_head
-from actcache.lineup import Lineup
-from actcache.readout import MAX_LOGITS_AT_ONCE
-from actcache.regimes import ONE_REGIME, Regimes
-from actcache.replay import MAX_TOKENS, TOKENS_OF_A_WORKER, Mode
-from actcache.shape import ModelShape, Numbers
-from actcache.workers import share_threads
+from actcache.models.checkpoint import DTYPES
+from actcache.models.cost import ModelShape, Numbers
+from actcache.models.lineup import Lineup
+from actcache.models.readout import MAX_LOGITS_AT_ONCE
+from actcache.models.regimes import ONE_REGIME, Regimes
+from actcache.replay.copies import share_threads
+from actcache.replay.late_stack import MAX_TOKENS, TOKENS_OF_A_WORKER, Mode
+from actcache.study.grid import GridSettings, whose_head
 
 # Where no pilot says otherwise. The two pairs tried at hand shared 6 tokens (the shipped one) and 14 (SmolLM2) before
 # they diverged; that every prompt diverges is what costs most in all but the search.

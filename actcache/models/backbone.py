@@ -1,4 +1,4 @@
-"""Trunk: a causal LM without its readout, run over packs of sequences or over one sequence at a time.
+"""Backbone: a causal LM without its readout, run over packs of sequences or over one sequence at a time.
 
 The same few lines serve the whole model (capture, search) and the cut one (replay), so that both see the same kernels.
 Knows transformers modules; knows no files, no stores, no prompts.
@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import Turns, find_anatomy, mixes_tokens, of_this_thread, text_config
 from actcache.errors import UnsupportedModelError
-from actcache.linear import fast_products, without_queries
-from actcache.packing import (
+from actcache.models.blocks import Turns, find_anatomy, mixes_tokens, of_this_thread, text_config
+from actcache.models.linear import fast_products, without_queries
+from actcache.models.packing import (
     PackStoppedError,
     Prefix,
     branched_attention,
@@ -25,8 +25,8 @@ from actcache.packing import (
     restarting_positions,
     why_not_packable,
 )
-from actcache.readout import Readout
-from actcache.regimes import Regimes
+from actcache.models.readout import Readout
+from actcache.models.regimes import Regimes
 
 
 def rounding_of(dtype: torch.dtype) -> float:
@@ -45,7 +45,7 @@ def _keep_freed_memory() -> None:
     torch.empty(_LARGEST_KEPT, dtype=torch.uint8)
 
 
-class Trunk:
+class Backbone:
     """Embeddings and blocks of a causal LM, whose readout stands beside it.
 
     During a forward of a pack the model given is switched over, so it shall be nobody else's; afterwards it is as

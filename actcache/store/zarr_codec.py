@@ -15,7 +15,7 @@ from zarr.abc.codec import BytesBytesCodec
 from zarr.core.common import JSON, parse_named_configuration
 
 from actcache.errors import InputError
-from actcache.planes import HEADER, decode, encode
+from actcache.store.planes import HEADER, decode, encode
 
 if TYPE_CHECKING:
     from zarr.core.array_spec import ArraySpec

@@ -20,9 +20,9 @@ from transformers import DynamicCache
 
 from actcache.errors import NotFiniteError
 from actcache.finite import not_finite
-from actcache.packing import offsets_of, plan_packs
-from actcache.regimes import Regimes
-from actcache.trunk import FAILURES, Trunk, rounding_of, why_failed
+from actcache.models.backbone import FAILURES, Backbone, rounding_of, why_failed
+from actcache.models.packing import offsets_of, plan_packs
+from actcache.models.regimes import Regimes
 
 OnStep: TypeAlias = Callable[[int, int, int], object]  # tokens run, number of the step, sequences still searched
 
@@ -80,7 +80,7 @@ class SearchLimits:
 
 
 def propose(
-    trunks: Sequence[Trunk],
+    backbones: Sequence[Backbone],
     sequences: Sequence[Sequence[int]],
     n_compared: Sequence[int],
     limits: SearchLimits,
@@ -96,7 +96,7 @@ def propose(
     """Search every sequence for the first token at which the two checkpoints differ, as far as its regime goes.
 
     Args:
-        trunks: the two checkpoints of the pair.
+        backbones: the two checkpoints of the pair.
         sequences: token ids to continue, of any lengths >= 1.
         n_compared: how many choices of each sequence were compared before (0 for a bare prompt).
         limits: when to give up.
@@ -105,7 +105,7 @@ def propose(
             number from 1 on, and how many sequences are searched further.
         decoding: see :func:`find_decoding`.
         pack_tokens: tokens of one full forward, where the decoding is by those; 0 for one sequence each.
-        regimes: in which the sequences are captured; by default those of these trunks.
+        regimes: in which the sequences are captured; by default those of these backbones.
         names: what an error calls each sequence; by default its number.
         labels: what it calls each checkpoint.
 
@@ -116,8 +116,8 @@ def propose(
         NotFiniteError: a checkpoint computes NaN or infinity; names it, the sequence and the first block.
     """
     names = names or [f"sequence {number}" for number in range(len(sequences))]
-    labels = labels or [str(number) for number in range(len(trunks))]
-    search = _Search(trunks, labels, limits, regimes or Regimes.joined(one.regimes for one in trunks), on_step)
+    labels = labels or [str(number) for number in range(len(backbones))]
+    search = _Search(backbones, labels, limits, regimes or Regimes.joined(one.regimes for one in backbones), on_step)
     walks = [
         _Walk(name, list(ids), n, Proposal(Outcome.DIVERGED))
         for name, ids, n in zip(names, sequences, n_compared, strict=True)
@@ -149,13 +149,13 @@ class _Walk:
 class _Search:
     def __init__(
         self,
-        trunks: Sequence[Trunk],
+        backbones: Sequence[Backbone],
         labels: Sequence[str],
         limits: SearchLimits,
         regimes: Regimes,
         on_step: OnStep,
     ) -> None:
-        self.trunks, self.labels, self.limits = trunks, labels, limits
+        self.backbones, self.labels, self.limits = backbones, labels, limits
         self.regimes, self.on_step = regimes, on_step
 
     def stays_cached(self, walk: _Walk) -> bool:
@@ -186,17 +186,19 @@ class _Search:
     def lockstep(self, walks: list[_Walk]) -> None:
         """Decode one left-padded batch in lockstep; a sequence leaves the batch as soon as its search ends."""
         tokens, mask = left_padded([walk.ids for walk in walks])
-        caches = [DynamicCache(config=trunk.config) for trunk in self.trunks]
+        caches = [DynamicCache(config=backbone.config) for backbone in self.backbones]
         n_tokens = sum(len(walk.ids) for walk in walks)
         for step in itertools.count(1):
-            hidden = [decode(trunk, tokens, mask, cache) for trunk, cache in zip(self.trunks, caches, strict=True)]
+            hidden = [
+                decode(backbone, tokens, mask, cache) for backbone, cache in zip(self.backbones, caches, strict=True)
+            ]
             kept = self._choose(walks, hidden)
             if len(kept) < len(walks):
                 rows = torch.tensor(kept, dtype=torch.int64)
                 walks = [walks[row] for row in kept]
                 mask = mask[rows]
-                for trunk, cache in zip(self.trunks, caches, strict=True):
-                    leave(cache, rows.to(trunk.device))
+                for backbone, cache in zip(self.backbones, caches, strict=True):
+                    leave(cache, rows.to(backbone.device))
             self.on_step(n_tokens, step, len(walks))
             if not walks:
                 return
@@ -218,23 +220,23 @@ class _Search:
                 ids = torch.tensor([token for walk in packed for token in walk.sequence])[None]
                 last = bounds[1:] - 1
                 hidden = [
-                    trunk.forward(bounds.tolist(), input_ids=ids.to(trunk.device))[last.to(trunk.device)]
-                    for trunk in self.trunks
+                    backbone.forward(bounds.tolist(), input_ids=ids.to(backbone.device))[last.to(backbone.device)]
+                    for backbone in self.backbones
                 ]
                 going += [packed[row] for row in self._choose(packed, hidden)]
             walks = going
             self.on_step(n_tokens, step, len(walks))
 
     def _choose(self, walks: Sequence[_Walk], hidden: Sequence[torch.Tensor]) -> list[int]:
-        """Indices of the walks that go on after the choices that are made from ``hidden``, ``[n, D]`` of each trunk."""
+        """Indices of the walks that go on after the choices from each backbone's ``hidden``, ``[n, D]``."""
         best = []
-        for label, trunk, one in zip(self.labels, self.trunks, hidden, strict=True):
+        for label, backbone, one in zip(self.labels, self.backbones, hidden, strict=True):
             try:
-                best.append(trunk.readout.top2(one)[0][:, 0].tolist())
+                best.append(backbone.readout.top2(one)[0][:, 0].tolist())
             except NotFiniteError as error:
                 walk = walks[error.row or 0]
                 whose = f"checkpoint {label}, {walk.name}"
-                raise not_finite(whose, "a logit at the end", trunk, walk.sequence) from error
+                raise not_finite(whose, "a logit at the end", backbone, walk.sequence) from error
         return [row for row, choices in enumerate(zip(*best, strict=True)) if self.goes_on(walks[row], choices)]
 
 
@@ -254,11 +256,11 @@ def leave(cache: DynamicCache, rows: torch.Tensor) -> None:
     cache.reorder_cache(rows)  # type: ignore[arg-type]  # unlike batch_select_indices, the states of recurrent blocks have it too
 
 
-def decode(trunk: Trunk, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+def decode(backbone: Backbone, tokens: torch.Tensor, mask: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
     """``[B, D]``, last block's output at the end of each row, after ``tokens [B, t]``: the newest columns of a
     left-padded batch with ``mask [B, T]``."""
-    device = trunk.device
-    taken = inspect.signature(trunk.decoder.forward).parameters
+    device = backbone.device
+    taken = inspect.signature(backbone.decoder.forward).parameters
     inputs: dict[str, Any] = {"input_ids": tokens.to(device)}
     if not mask.all():  # recurrent blocks read a mask of ones as one of the new tokens, and go wrong
         inputs["attention_mask"] = mask.to(device)
@@ -266,7 +268,7 @@ def decode(trunk: Trunk, tokens: torch.Tensor, mask: torch.Tensor, cache: Dynami
     if "position_ids" in taken:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         inputs["position_ids"] = positions.to(device)
-    return trunk.run(**inputs, use_cache=True)[:, -1]
+    return backbone.run(**inputs, use_cache=True)[:, -1]
 
 
 # ---- the probe ----
@@ -278,30 +280,30 @@ _N_STEPS = 3
 
 
 @torch.no_grad()
-def find_decoding(trunk: Trunk) -> tuple[Decoding, str | None]:
+def find_decoding(backbone: Backbone) -> tuple[Decoding, str | None]:
     """How a search may decode with this model, and why not in padded batches, where it may not.
 
     Decodes two short random sequences with a cache, side by side and one alone, and compares every step with the same
-    position of a full forward. What begins beyond a few tokens, ``trunk.regimes`` knows.
+    position of a full forward. What begins beyond a few tokens, ``backbone.regimes`` knows.
     """
-    name = type(trunk.decoder).__name__
+    name = type(backbone.decoder).__name__
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(trunk.readout.vocab_size, (n,), generator=generator).tolist() for n in (2, 5)]
-    chosen = torch.randint(trunk.readout.vocab_size, (2, _N_STEPS), generator=generator)
+    prompts = [torch.randint(backbone.readout.vocab_size, (n,), generator=generator).tolist() for n in (2, 5)]
+    chosen = torch.randint(backbone.readout.vocab_size, (2, _N_STEPS), generator=generator)
     expected = []
     for prompt, tokens in zip(prompts, chosen.tolist(), strict=True):
-        ids = torch.tensor([prompt + tokens], device=trunk.device)
-        expected.append(trunk.forward([0, ids.shape[1]], input_ids=ids)[len(prompt) - 1 :].float())
-    allowed = max(_PROPOSED, rounding_of(trunk.dtype))
-    indexer = next((path for block in trunk.blocks if (path := _indexer(block)) is not None), None)
+        ids = torch.tensor([prompt + tokens], device=backbone.device)
+        expected.append(backbone.forward([0, ids.shape[1]], input_ids=ids)[len(prompt) - 1 :].float())
+    allowed = max(_PROPOSED, rounding_of(backbone.dtype))
+    indexer = next((path for block in backbone.blocks if (path := _indexer(block)) is not None), None)
     if indexer is not None:
         return Decoding.FULL, f"{name}: its blocks' {indexer} chooses among the keys of a row"
     reason = None
     for decoding, rows in ((Decoding.PADDED, slice(0, 2)), (Decoding.EVEN, slice(1, 2))):
         try:
-            found = _decoded(trunk, prompts[rows], chosen[rows])
+            found = _decoded(backbone, prompts[rows], chosen[rows])
         except FAILURES as error:
-            reason = why_failed(trunk.decoder, "cached", error)
+            reason = why_failed(backbone.decoder, "cached", error)
             continue
         pairs = zip(found.unbind(1), expected[rows], strict=True)
         off = max(((one - whole).abs().max() / whole.abs().max()).item() for one, whole in pairs)
@@ -311,18 +313,18 @@ def find_decoding(trunk: Trunk) -> tuple[Decoding, str | None]:
     return Decoding.FULL, reason
 
 
-def _decoded(trunk: Trunk, prompts: Sequence[Sequence[int]], chosen: torch.Tensor) -> torch.Tensor:
+def _decoded(backbone: Backbone, prompts: Sequence[Sequence[int]], chosen: torch.Tensor) -> torch.Tensor:
     """``[n + 1, B, D]`` float32: what a search reads after the prompts, and after each of ``chosen [B, n]``, beside a
     sequence that leaves the batch after the first choice."""
     tokens, mask = left_padded([prompts[-1][::-1], *prompts])
-    cache = DynamicCache(config=trunk.config)
-    hidden = [decode(trunk, tokens, mask, cache)[1:].float()]
+    cache = DynamicCache(config=backbone.config)
+    hidden = [decode(backbone, tokens, mask, cache)[1:].float()]
     mask = mask[1:]
-    leave(cache, torch.arange(1, len(prompts) + 1, device=trunk.device))
+    leave(cache, torch.arange(1, len(prompts) + 1, device=backbone.device))
     for step in range(chosen.shape[1]):
         tokens = chosen[:, step : step + 1]
         mask = torch.cat([mask, torch.ones(len(mask), 1, dtype=torch.int64)], dim=1)
-        hidden.append(decode(trunk, tokens, mask, cache).float())
+        hidden.append(decode(backbone, tokens, mask, cache).float())
     return torch.stack(hidden)
 
 

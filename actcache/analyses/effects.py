@@ -199,8 +199,9 @@ def select_events(
         cells: as for :func:`contrasts`.
         events: one row an event: event_id, and gap_pt and gap_it where ``min_gap`` is given.
         dtype: in which the events were captured.
-        stability: rows of :func:`actcache.stability.check_stability`, among them every event of the cells in ``dtype``.
-            An event stays if its strict and its packed decision are both the stored one. None keeps them all.
+        stability: rows of :func:`actcache.analyses.stability.check_stability`, among them every event of the cells in
+            ``dtype``. An event stays if its strict and its packed decision are both the stored one. None keeps
+            them all.
         min_gap: an event stays if both its gaps are known and at least this, in logits. None keeps them all. The gaps
             are those at the event: a near tie on the way to it does not show in them, but in ``stability``.
 

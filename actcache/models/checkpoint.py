@@ -29,9 +29,9 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-from actcache import checkpoint_files as files
 from actcache.errors import InputError, UnsupportedModelError
-from actcache.tokens import Encoder
+from actcache.models import checkpoint_files as files
+from actcache.models.tokens import Encoder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from actcache.checkpoint import Checkpoint
 from actcache.errors import IncompatibleError, InputError
+from actcache.models.checkpoint import Checkpoint
 from actcache.prompts import Prompt
 
 # What must be equal for states of one checkpoint to be read by the late blocks of another.

@@ -23,20 +23,20 @@ import torch
 
 from actcache import carried
 from actcache import prompts as prompts_module
-from actcache.blocks import block_of, check_boundary
-from actcache.checkpoint import DTYPES
-from actcache.divergence import Decoding, Outcome, SearchLimits, find_decoding, propose
+from actcache.capture.search import Decoding, Outcome, SearchLimits, find_decoding, propose
 from actcache.errors import InputError, NotFiniteError
 from actcache.finite import first_no_state, not_finite
-from actcache.gather import gather_rows
-from actcache.lineup import Lineup, as_fingerprint
-from actcache.packing import offsets_of
-from actcache.probe import check_replayable
+from actcache.models.backbone import Backbone
+from actcache.models.blocks import block_of, check_boundary
+from actcache.models.checkpoint import DTYPES
+from actcache.models.gather import gather_rows
+from actcache.models.lineup import Lineup, as_fingerprint
+from actcache.models.packing import offsets_of
+from actcache.models.probe import check_replayable
+from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
-from actcache.regimes import Regimes
 from actcache.store import BackgroundWriter, Place, SegmentData, StoreWriter
-from actcache.trunk import Trunk
 
 PAIR = ("pt", "it")
 KIND = "first_divergence"
@@ -97,7 +97,7 @@ def capture(
     settings: CaptureSettings,
     *,
     part: tuple[int, int] = (0, 1),
-    load: Callable[[str], Trunk] | None = None,
+    load: Callable[[str], Backbone] | None = None,
     on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -109,7 +109,7 @@ def capture(
         store: where the store is or shall be, as in ``open_store``; new, or left by an earlier run of the same capture.
         settings: what to compute.
         part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
-        load: gives the trunk of a checkpoint by label; by default :func:`load_trunk`.
+        load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
         on_progress: told of prompts decided (or found committed), after every step of a search and every pack.
         say: told, in one line, what a person should know (packing not possible, for example).
 
@@ -117,7 +117,7 @@ def capture(
         InputError: see :meth:`Lineup.encode`, or a boundary out of range.
         IncompatibleError: the store belongs to another run; names the field. Prompts may have changed since, those that
             are not captured yet.
-        UnsupportedModelError: see :func:`load_trunk`.
+        UnsupportedModelError: see :func:`load_backbone`.
         OSError: the disk refuses; nothing half-written stays. Writing goes on beside the forwards, up to two segments
             behind; its failure stops them before the next one.
     """
@@ -133,7 +133,7 @@ def capture(
     left = [(name, shard) for name, shard in shards if name not in committed]
     if not left:
         return
-    load = load or (lambda label: load_trunk(lineup, label, settings))
+    load = load or (lambda label: load_backbone(lineup, label, settings))
     job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, tally, say)
     with BackgroundWriter(writer) as background:
         for name, shard in left:
@@ -144,8 +144,8 @@ def capture(
             background.append(name, segment)
 
 
-def load_trunk(lineup: Lineup, label: str, settings: CaptureSettings) -> Trunk:
-    """A checkpoint's trunk, from its folder; one that could not be replayed is refused before anything is captured.
+def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Backbone:
+    """A checkpoint's backbone, from its folder; one that could not be replayed is refused before anything is captured.
 
     Raises:
         UnsupportedModelError: the architecture cannot be replayed from its states, and prefix rows are asked for.
@@ -156,7 +156,7 @@ def load_trunk(lineup: Lineup, label: str, settings: CaptureSettings) -> Trunk:
         if settings.row_selection == "prefix":
             for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
                 check_replayable(model, boundary)
-        return Trunk(model)
+        return Backbone(model)
 
 
 def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> dict[str, Any]:
@@ -244,23 +244,23 @@ class _Capture:
     def __init__(
         self,
         lineup: Lineup,
-        trunks: dict[str, Trunk],
+        backbones: dict[str, Backbone],
         settings: CaptureSettings,
         tally: Tally,
         say: Callable[[str], None],
     ) -> None:
-        self.trunks = trunks
+        self.backbones = backbones
         self.tally = tally
         self.settings = settings
         self.decode = lineup.decode
         self.vocabulary = lineup.vocabulary
         self.special = lineup.special_ids
         self.limits = SearchLimits(settings.max_new, lineup.end_ids, lineup.max_positions)
-        self.regimes = Regimes.joined(trunk.regimes for trunk in trunks.values())
-        self.decoding = _common_decoding([trunks[label] for label in PAIR], say)
+        self.regimes = Regimes.joined(backbone.regimes for backbone in backbones.values())
+        self.decoding = _common_decoding([backbones[label] for label in PAIR], say)
         self.pack_tokens = settings.max_tokens
         if not settings.strict:
-            reasons = [reason for trunk in trunks.values() if (reason := _why_not_packable(trunk))]
+            reasons = [reason for backbone in backbones.values() if (reason := _why_not_packable(backbone))]
             if reasons:
                 say(f"one sequence a forward: {reasons[0]}")
                 self.pack_tokens = 0
@@ -301,7 +301,7 @@ class _Capture:
         capture forward is to decide on, those of one regime together."""
         open_ended = [search for search in searches if not search.proposed]
         proposals = propose(
-            [self.trunks[label] for label in PAIR],
+            [self.backbones[label] for label in PAIR],
             [search.sequence for search in open_ended],
             [len(search.shared) for search in open_ended],
             self.limits,
@@ -344,8 +344,8 @@ class _Capture:
         kept = [range(start, stop) if prefix else range(stop - 1, stop) for start, stop in itertools.pairwise(bounds)]
         states: dict[tuple[str, int], torch.Tensor] = {}
         final: dict[str, torch.Tensor] = {}
-        for label, trunk in self.trunks.items():
-            gathered, hidden = forward_and_gather(trunk, ids, bounds, self.settings.boundaries, _concatenated(kept))
+        for label, backbone in self.backbones.items():
+            gathered, hidden = forward_and_gather(backbone, ids, bounds, self.settings.boundaries, _concatenated(kept))
             states.update({(label, boundary): rows for boundary, rows in gathered.items()})
             final[label] = gather_rows(hidden, _concatenated(compared))
         self._check_finite(pack, states, kept, final, compared)
@@ -393,7 +393,7 @@ class _Capture:
         self, label: str, final: torch.Tensor, pack: Sequence[_Search], compared: Sequence[range]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         try:
-            return self.trunks[label].readout.top2(final)
+            return self.backbones[label].readout.top2(final)
         except NotFiniteError as error:
             raise self._not_finite(label, "a logit", pack, compared, error.row or 0) from error
 
@@ -403,7 +403,7 @@ class _Capture:
         """``row`` counts in ``rows`` of the pack's sequences, one after another."""
         search = pack[bisect_right(list(itertools.accumulate(map(len, rows))), row)]
         whose = f"checkpoint {label}, prompt {search.prompt.id!r}"
-        return not_finite(whose, what, self.trunks[label], search.sequence)
+        return not_finite(whose, what, self.backbones[label], search.sequence)
 
     def _decide(self, search: _Search, pt: list[int], it: list[int]) -> _Search | str | None:
         """None where the pair shares exactly ``search.shared`` and then differs. Otherwise, the capture forward has
@@ -427,20 +427,20 @@ class _Capture:
 
     def _margins(self, final: dict[str, torch.Tensor], tokens: dict[str, int]) -> dict[str, float]:
         pair_ids = torch.tensor([[tokens["pt"], tokens["it"]]])
-        scores = {label: self.trunks[label].readout.scores(hidden, pair_ids)[0] for label, hidden in final.items()}
+        scores = {label: self.backbones[label].readout.scores(hidden, pair_ids)[0] for label, hidden in final.items()}
         return {label: float(score[1] - score[0]) for label, score in scores.items()}
 
     def _segment(self, captured: list[_Captured], excluded: list[tuple[Prompt, str]]) -> SegmentData:
-        width, dtype = next(iter(self.trunks.values())).width, DTYPES[self.settings.dtype]
+        width, dtype = next(iter(self.backbones.values())).width, DTYPES[self.settings.dtype]
         lengths = [len(event.sequence) for event in captured]
-        keys = [(label, boundary) for label in self.trunks for boundary in self.settings.boundaries]
+        keys = [(label, boundary) for label in self.backbones for boundary in self.settings.boundaries]
         empty = torch.empty(0, width, dtype=dtype)
         return SegmentData(
             token_ids=np.array([token for event in captured for token in event.sequence], dtype=np.int32),
             sequence_offsets=offsets_of(lengths).numpy(),
             states={key: torch.cat([empty, *(event.states[key] for event in captured)]) for key in keys},
             final={
-                label: torch.cat([empty, *(event.final[label][None] for event in captured)]) for label in self.trunks
+                label: torch.cat([empty, *(event.final[label][None] for event in captured)]) for label in self.backbones
             },
             events=self._event_table(captured),
             excluded=pa.table(
@@ -474,13 +474,13 @@ class _Capture:
         for label in PAIR:
             columns[f"special_{label}"] = column((int(e.tokens[label] in self.special) for e in captured), pa.int32())
             columns[f"gap_{label}"] = column((e.gaps[label] for e in captured), pa.float32())
-        for label in self.trunks:
+        for label in self.backbones:
             columns[f"margin_{label}"] = column((e.margins[label] for e in captured), pa.float32())
         return pa.table(columns)
 
 
 def forward_and_gather(
-    trunk: Trunk,
+    backbone: Backbone,
     ids: torch.Tensor,
     bounds: Sequence[int],
     boundaries: Sequence[int],
@@ -489,7 +489,7 @@ def forward_and_gather(
     """One plain forward; the rows at each boundary are gathered as the blocks are entered.
 
     Args:
-        trunk: the checkpoint.
+        backbone: the checkpoint.
         ids: ``[1, T]`` int64.
         bounds: ``[n + 1]``, where each sequence begins.
         boundaries: blocks whose input is gathered.
@@ -499,7 +499,7 @@ def forward_and_gather(
         rows of every boundary, ``[n_rows, D]`` on the CPU, and the last block's output ``[T, D]`` on the device.
     """
     gathered: dict[int, torch.Tensor] = {}
-    on_cuda = trunk.device.type == "cuda"
+    on_cuda = backbone.device.type == "cuda"
 
     def hook_for(boundary: int) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -510,21 +510,21 @@ def forward_and_gather(
 
         return hook
 
-    handles = [trunk.blocks[b].register_forward_pre_hook(hook_for(b), with_kwargs=True) for b in boundaries]
+    handles = [backbone.blocks[b].register_forward_pre_hook(hook_for(b), with_kwargs=True) for b in boundaries]
     try:
-        hidden = trunk.forward(bounds, input_ids=ids.to(trunk.device))
+        hidden = backbone.forward(bounds, input_ids=ids.to(backbone.device))
     finally:
         for handle in handles:
             handle.remove()
     if on_cuda:
-        torch.cuda.current_stream(trunk.device).synchronize()
+        torch.cuda.current_stream(backbone.device).synchronize()
     return gathered, hidden
 
 
-def _common_decoding(pair: Sequence[Trunk], say: Callable[[str], None]) -> Decoding:
+def _common_decoding(pair: Sequence[Backbone], say: Callable[[str], None]) -> Decoding:
     """How searches of this pair decode: as both may."""
     order = list(Decoding)
-    decoding, reason = max((find_decoding(trunk) for trunk in pair), key=lambda found: order.index(found[0]))
+    decoding, reason = max((find_decoding(backbone) for backbone in pair), key=lambda found: order.index(found[0]))
     if decoding is Decoding.EVEN:
         say(f"searches share a batch where their prompts are of one length: {reason}")
     elif decoding is Decoding.FULL:
@@ -532,11 +532,11 @@ def _common_decoding(pair: Sequence[Trunk], say: Callable[[str], None]) -> Decod
     return decoding
 
 
-def _why_not_packable(trunk: Trunk) -> str | None:
+def _why_not_packable(backbone: Backbone) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    return trunk.why_not_packable(
-        lambda ids, bounds: trunk.forward(bounds, input_ids=ids[None].to(trunk.device)),
-        lambda n: torch.randint(trunk.readout.vocab_size, (n,), generator=generator),
+    return backbone.why_not_packable(
+        lambda ids, bounds: backbone.forward(bounds, input_ids=ids[None].to(backbone.device)),
+        lambda n: torch.randint(backbone.readout.vocab_size, (n,), generator=generator),
     )
 
 

@@ -17,10 +17,10 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from actcache.blocks import check_counted, span_of
 from actcache.errors import InputError
 from actcache.finite import are_states
-from actcache.vectors import EventVectors, InOneLine, as_number, as_tensor, as_vector, bytes_of, take_vector
+from actcache.models.blocks import check_counted, span_of
+from actcache.replay.vectors import EventVectors, InOneLine, as_number, as_tensor, as_vector, bytes_of, take_vector
 
 Site = Literal["state", "attention", "mlp"]
 Positions = str | tuple[int, ...]  # "last", "all", or positions of the sequence; negative ones count from its end

@@ -23,9 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from actcache.edits import PLAIN
 from actcache.errors import CheckError, CorruptFileError
 from actcache.files import write_atomically
+from actcache.replay.edits import PLAIN
 from actcache.sealed import NoSealError, parquet_bytes, read_parquet
 from actcache.store import Segment, Store, layout
 

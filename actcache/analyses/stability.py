@@ -4,7 +4,7 @@ An argmax may hang on the shape of the batch that computed it, above all in bflo
 every event anew on its own sequence, in each dtype twice: *strict*, one sequence a forward, and *packed*, many in one.
 Nothing is captured again; the token ids in the store are enough.
 
-For whoever asks how many of a run's events its numerics have made. Knows the store, trunks and readouts; loads no
+For whoever asks how many of a run's events its numerics have made. Knows the store, backbones and readouts; loads no
 models itself.
 """
 
@@ -25,18 +25,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from actcache.capture import PAIR
-from actcache.cells import identity
-from actcache.checkpoint import DTYPES
+from actcache.capture.capture import PAIR
 from actcache.errors import InputError, NotFiniteError
 from actcache.files import locked, write_atomically
 from actcache.finite import not_finite
-from actcache.packing import offsets_of
+from actcache.models.backbone import Backbone
+from actcache.models.checkpoint import DTYPES
+from actcache.models.packing import offsets_of
+from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
-from actcache.regimes import Regimes
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
 from actcache.store import Store
-from actcache.trunk import Trunk
+from actcache.study.cells import identity
 
 UNIT = "decisions"  # what is counted: one event's by one checkpoint in one dtype, strict or packed
 
@@ -66,7 +66,7 @@ Bools = npt.NDArray[np.bool_]
 
 def check_stability(
     store: Store,
-    load: Callable[[str, torch.dtype], Trunk],
+    load: Callable[[str, torch.dtype], Backbone],
     dtypes: Sequence[str],
     *,
     max_tokens: int,
@@ -81,8 +81,8 @@ def check_stability(
 
     Args:
         store: whose events are checked; their states are not read.
-        load: gives the trunk of a checkpoint by label and dtype; called once for each. A trunk is let go before the
-            next one is asked for: memory holds one model.
+        load: gives the backbone of a checkpoint by label and dtype; called once for each. One is let go before the next
+            one is asked for: memory holds one model.
         dtypes: of ``float32`` and ``bfloat16``.
         max_tokens: tokens of one pack. Packs hold the events that are checked, in this order.
         events: indices, or None for all.
@@ -120,7 +120,7 @@ def check_stability(
         strict, packed = _Choices({}, {}), _Choices({}, {})
         reasons = []
         for label in PAIR:
-            # Only the called function holds the trunk, so it is gone before the next one is loaded.
+            # Only the called function holds the backbone, so it is gone before the next one is loaded.
             reason = _choose(load(label, DTYPES[dtype]), compared, label, strict, packed, max_tokens, tally)
             reasons += [reason] if reason else []
         if reasons:
@@ -144,7 +144,7 @@ def check_stability(
 
 def run_stability(
     store: Store,
-    load: Callable[[str, torch.dtype], Trunk],
+    load: Callable[[str, torch.dtype], Backbone],
     path: str | Path,
     samples: Mapping[str, int | None],
     *,
@@ -368,7 +368,7 @@ class _Compared:
 
 @torch.no_grad()
 def _choose(
-    trunk: Trunk,
+    backbone: Backbone,
     compared: _Compared,
     label: str,
     strict: _Choices,
@@ -377,28 +377,28 @@ def _choose(
     tally: Tally,
 ) -> str | None:
     """Fill in one checkpoint's choices under both numerics; the reason why packs are not exact, or None."""
-    reason = _why_not_packable(trunk)
-    legs = list(compared.legs(trunk.regimes))
+    reason = _why_not_packable(backbone)
+    legs = list(compared.legs(backbone.regimes))
     for choices, pack_tokens in ((strict, 0), (packed, max_tokens)):
         if choices is packed and reason:
             choices.tokens[label], choices.gaps[label] = strict.tokens[label], strict.gaps[label]
             tally.add(found=len(compared.step))
             continue
         tokens, gaps = [], []
-        for pack in trunk.regimes.packs([leg.length for leg in legs], pack_tokens):
+        for pack in backbone.regimes.packs([leg.length for leg in legs], pack_tokens):
             members = [legs[i] for i in pack]
             bounds = offsets_of([leg.length for leg in members]).tolist()
             ids = torch.cat([compared.ids[leg.start : leg.start + leg.length] for leg in members])
             rows = [torch.arange(end - leg.n_compared, end) for leg, end in zip(members, bounds[1:], strict=True)]
-            hidden = trunk.forward(bounds, input_ids=ids[None].to(trunk.device))
+            hidden = backbone.forward(bounds, input_ids=ids[None].to(backbone.device))
             try:
-                best, logits = trunk.readout.top2(hidden[torch.cat(rows).to(hidden.device)])
+                best, logits = backbone.readout.top2(hidden[torch.cat(rows).to(hidden.device)])
             except NotFiniteError as error:
                 at = bisect_right(np.cumsum([leg.n_compared for leg in members]).tolist(), error.row or 0)
                 leg = members[at]
                 ids_of = compared.ids[leg.start : leg.start + leg.length].tolist()
-                whose = f"checkpoint {label} in {trunk.dtype}, event {pack.start + at} of those checked"
-                raise not_finite(whose, "a logit", trunk, ids_of) from error
+                whose = f"checkpoint {label} in {backbone.dtype}, event {pack.start + at} of those checked"
+                raise not_finite(whose, "a logit", backbone, ids_of) from error
             tokens.append(best[:, 0].numpy())
             gaps.append((logits[:, 0] - logits[:, 1]).numpy())
             tally.add(sum(leg.is_last for leg in members), tokens=bounds[-1])
@@ -427,11 +427,11 @@ def _where_parted(
     return dict(zip(names, columns, strict=True))
 
 
-def _why_not_packable(trunk: Trunk) -> str | None:
+def _why_not_packable(backbone: Backbone) -> str | None:
     generator = torch.Generator().manual_seed(0)
-    return trunk.why_not_packable(
-        lambda ids, bounds: trunk.forward(bounds, input_ids=ids[None].to(trunk.device)),
-        lambda n: torch.randint(trunk.readout.vocab_size, (n,), generator=generator),
+    return backbone.why_not_packable(
+        lambda ids, bounds: backbone.forward(bounds, input_ids=ids[None].to(backbone.device)),
+        lambda n: torch.randint(backbone.readout.vocab_size, (n,), generator=generator),
     )
 
 

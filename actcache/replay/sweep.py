@@ -32,8 +32,8 @@
     vector = { file = "x.safetensors", tensor = "name/{event}" } # a tensor [D] each, or
     # vector = { file = "x.npy", events = "ids.json" }           # an array [E, D] and a list of E ids
 
-The Python form is a file that assigns a :class:`Sweep` to ``sweep``; it may use :class:`~actcache.edits.Call`. Knows
-edits and files that describe them; knows no models and no stores.
+The Python form is a file that assigns a :class:`Sweep` to ``sweep``; it may use :class:`~actcache.replay.edits.Call`.
+Knows edits and files that describe them; knows no models and no stores.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from actcache.edits import (
+from actcache.errors import ActcacheError, InputError
+from actcache.files import no_file
+from actcache.replay.edits import (
     Add,
     Edit,
     Interpolate,
@@ -65,9 +67,7 @@ from actcache.edits import (
     SignedPermutation,
     Variant,
 )
-from actcache.errors import ActcacheError, InputError
-from actcache.files import no_file
-from actcache.vectors import EventVectors, as_tensor
+from actcache.replay.vectors import EventVectors, as_tensor
 
 SCOPES = ("prefix", "position")
 
@@ -91,7 +91,7 @@ class Sweep:
         readouts: of ``native`` and ``common_<label>``.
         variants: the same at every boundary, or a function of the boundary.
         top1: whether variants get their best token of the whole vocabulary too.
-        kl: whether cells get KL(own || cell) (see :class:`actcache.grid.GridSettings`).
+        kl: whether cells get KL(own || cell) (see :class:`actcache.study.grid.GridSettings`).
     """
 
     boundaries: str | None = None
@@ -126,7 +126,9 @@ def read_sweep(path: str | Path, width: int) -> Sweep:
     if path.suffix == ".py":
         found = _run(path).get("sweep")
         if not isinstance(found, Sweep):
-            raise InputError(f"{path} assigns {type(found).__name__} to 'sweep', expected an actcache.sweep.Sweep")
+            raise InputError(
+                f"{path} assigns {type(found).__name__} to 'sweep', expected an actcache.replay.sweep.Sweep"
+            )
         return found
     try:
         described = tomllib.loads(path.read_text(encoding="utf-8"))

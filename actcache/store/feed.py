@@ -36,8 +36,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from actcache.errors import IncompatibleError, InputError
-from actcache.rows import Ints, Positions, RowPlaces, StoreRows
 from actcache.store import Segment, Store, layout
+from actcache.store.rows import Ints, Positions, RowPlaces, StoreRows
 
 SHUFFLES = ("blocks", "rows", "none")
 _ROUND_BLOCKS = 64  # at least: with few, a batch would be little else than some neighbourhoods of the store

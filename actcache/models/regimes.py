@@ -32,7 +32,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actcache.packing import plan_packs
+from actcache.models.packing import plan_packs
 
 _LIMIT = "original_max_position_embeddings"
 
@@ -54,7 +54,7 @@ class Regimes:
 
     @classmethod
     def of_config(cls, config: Any) -> Regimes:
-        """Of a decoder's config (see :func:`actcache.blocks.text_config`)."""
+        """Of a decoder's config (see :func:`actcache.models.blocks.text_config`)."""
         rows = []
         if getattr(config, "attn_temperature_tuning", False):
             rows.append(config.floor_scale - 1)
@@ -98,7 +98,7 @@ class Regimes:
         return max_tokens if self.longest_row is None else min(max_tokens, self.longest_row)
 
     def packs(self, lengths: Sequence[int], max_tokens: int, *, padded: bool = False) -> list[range]:
-        """Sequences, in order, cut into forwards that each may share (see :func:`actcache.packing.plan_packs`).
+        """Sequences, in order, cut into forwards that each may share (see :func:`actcache.models.packing.plan_packs`).
 
         One whose own place in a row counts is alone. In rows of their own, padded on the right, all begin at 0.
         """

@@ -9,13 +9,13 @@ from functools import partial
 
 import torch
 
-from actcache.edits import Edit, Rows, Variant
 from actcache.errors import InputError
 from actcache.finite import first_no_state
+from actcache.replay.edits import Edit, Rows, Variant
 
 
 class Moves:
-    """Watches the edits of one call of :meth:`actcache.replay.LateStack.iterate_variants`."""
+    """Watches the edits of one call of :meth:`actcache.replay.late_stack.LateStack.iterate_variants`."""
 
     def begin(self, variants: Sequence[Variant], keys: Sequence[str]) -> None:
         """Watch these variants over sequences with these names, from the start."""
@@ -24,7 +24,7 @@ class Moves:
         self._moved = torch.zeros(len(variants), most, len(keys), dtype=torch.bool)
 
     def watch(self, number: int) -> Callable[[Edit, Rows, torch.Tensor, torch.Tensor], None]:
-        """What is to be told of the edits of this variant (see :class:`actcache.edits.Rows`).
+        """What is to be told of the edits of this variant (see :class:`actcache.replay.edits.Rows`).
 
         Raises:
             InputError: when told of an edit that left all rows of a sequence as they are and should not have, or that

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import find_anatomy, text_config
-from actcache.checkpoint import Checkpoint
 from actcache.errors import InputError
-from actcache.regimes import Regimes
+from actcache.models.blocks import find_anatomy, text_config
+from actcache.models.checkpoint import Checkpoint
+from actcache.models.regimes import Regimes
 
 Numbers = npt.NDArray[np.float64]
 

@@ -28,7 +28,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from actcache.blocks import (
+from actcache.errors import ActcacheError, InputError, NotFiniteError
+from actcache.finite import first_block, first_no_state
+from actcache.models.backbone import FAILURES, Backbone, rounding_of, why_failed
+from actcache.models.blocks import (
     StateSource,
     Turns,
     apart,
@@ -41,17 +44,14 @@ from actcache.blocks import (
     shallow_clone,
     upstream_names,
 )
-from actcache.checkpoint import Checkpoint, load_weights
-from actcache.edits import PLAIN, Edit, Rows, Variant
-from actcache.errors import ActcacheError, InputError, NotFiniteError
-from actcache.finite import first_block, first_no_state
-from actcache.linear import fast_products
-from actcache.moves import Moves
-from actcache.packing import Prefix, offsets_of, plan_evenly, plan_packs
-from actcache.probe import probe_late_blocks
-from actcache.readout import Readout
-from actcache.trunk import FAILURES, Trunk, rounding_of, why_failed
-from actcache.workers import share_threads, side_by_side
+from actcache.models.checkpoint import Checkpoint, load_weights
+from actcache.models.linear import fast_products
+from actcache.models.packing import Prefix, offsets_of, plan_evenly, plan_packs
+from actcache.models.probe import probe_late_blocks
+from actcache.models.readout import Readout
+from actcache.replay.copies import share_threads, side_by_side
+from actcache.replay.edits import PLAIN, Edit, Rows, Variant
+from actcache.replay.moves import Moves
 
 Mode = Literal["packed", "padded", "single"]
 
@@ -114,10 +114,10 @@ class LateStack:
             probe_late_blocks(probed, boundary, source)
         self._model = model
         self._source: StateSource = source
-        self._trunk = Trunk(model, like.readout if like else None)
+        self._backbone = Backbone(model, like.readout if like else None)
         self.boundary = boundary
-        self.n_blocks, self.width, self.dtype = self._trunk.n_blocks, self._trunk.width, self._trunk.dtype
-        self.readout: Readout = self._trunk.readout
+        self.n_blocks, self.width, self.dtype = self._backbone.n_blocks, self._backbone.width, self._backbone.dtype
+        self.readout: Readout = self._backbone.readout
         self._cutting: Turns = like._cutting if like else Turns()
         self._views: dict[int, LateStack] = like._views if like else {}
         self._views[boundary] = self
@@ -199,7 +199,7 @@ class LateStack:
             return self._views[boundary]
 
     def __repr__(self) -> str:
-        kind = type(self._trunk.decoder).__name__
+        kind = type(self._backbone.decoder).__name__
         return (
             f"<LateStack of {kind}: blocks {self.boundary}..{self.n_blocks - 1}, "
             f"{str(self.dtype).removeprefix('torch.')}, width {self.width}, on {self.device}, {self.mode}>"
@@ -208,12 +208,12 @@ class LateStack:
     @property
     def blocks(self) -> list[nn.Module]:
         """The late blocks themselves. What is hooked to them may be called from several threads, on copies of them."""
-        return list(self._trunk.blocks)[self.boundary :]
+        return list(self._backbone.blocks)[self.boundary :]
 
     @property
     def device(self) -> torch.device:
         """Where the late blocks are."""
-        return self._trunk.device
+        return self._backbone.device
 
     def run(
         self,
@@ -296,7 +296,7 @@ class LateStack:
         Raises:
             InputError: as :meth:`run`; donors that do not match ``rows``; an edit of a layer or position that does
                 not exist; a vector that does not fit, or is missing for a key; an edit that moves nothing (see
-                :class:`actcache.moves.Moves`).
+                :class:`actcache.replay.moves.Moves`).
             UnsupportedModelError: an edit inside the stack of an architecture that has no such site.
             NotFiniteError: finite rows become NaN or infinity, or their squares do, in a block, which it names;
                 InputError, where the edits of a variant do that.
@@ -332,7 +332,7 @@ class LateStack:
         )
         mode, budget = self._how(strict, max_tokens)
         # Where the place in the row counts, a row of branches is no place for the last position of a sequence.
-        branching = mode == "packed" and all(map(self._trunk.regimes.in_row, lengths))
+        branching = mode == "packed" and all(map(self._backbone.regimes.in_row, lengths))
         shared = [i for i, v in enumerate(variants) if v.at_last_only] if branching else []
         if len(shared) < 2:  # nothing to share
             shared = []
@@ -367,7 +367,7 @@ class LateStack:
             )
         (late,) = self._copies(1, [])
         state = batch.rows[batch.bounds[sequence] : batch.bounds[sequence + 1]].to(self.device)
-        where = first_block(list(late._trunk.blocks), lambda: late._forward(state[None]), self.boundary)
+        where = first_block(list(late._backbone.blocks), lambda: late._forward(state[None]), self.boundary)
         return NotFiniteError(
             f"the replay of sequence {key!r} from finite states is not finite, or its squares are not; {where}"
         )
@@ -417,7 +417,7 @@ class LateStack:
     def _plan(self, lengths: Sequence[int], mode: Mode, budget: int) -> list[range]:
         if mode == "single":
             return plan_packs(lengths, 0)
-        return self._trunk.regimes.packs(lengths, budget, padded=mode == "padded")
+        return self._backbone.regimes.packs(lengths, budget, padded=mode == "padded")
 
     @torch.no_grad()
     def _iterate_pack(self, batch: _Batch, pack: range) -> Iterator[_Result]:
@@ -445,7 +445,7 @@ class LateStack:
         """``[T, D]`` states of the sequences cut at ``bounds`` -> ``[n, D]`` last block's output at their ends."""
         state = variant.edit_states(state, at)
         last = torch.tensor(bounds[1:]) - 1
-        two_steps = len(last) > 1 or (len(state) >= _IN_TWO_STEPS_FROM and self._trunk.regimes.in_row(len(state)))
+        two_steps = len(last) > 1 or (len(state) >= _IN_TWO_STEPS_FROM and self._backbone.regimes.in_row(len(state)))
         if mode == "packed" and two_steps:
             with self._editing([(variant, torch.arange(len(at)), at)]):
                 entering, prefix = self._forward_to_last_keys(state, bounds, every_block=False)
@@ -468,7 +468,7 @@ class LateStack:
         last = torch.tensor(bounds[1:]) - 1
         ends, end_rows = at.chosen(last), state[last.to(self.device)]
         n = len(last)
-        step = max(1, self._trunk.regimes.row(budget) // n)
+        step = max(1, self._backbone.regimes.row(budget) // n)
         for first in range(0, len(variants), step):
             some = range(first, min(first + step, len(variants)))
             watched = [(variants[i][0], replace(ends, watch=variants[i][1])) for i in some]
@@ -502,19 +502,19 @@ class LateStack:
             yield
 
     def _module_at(self, layer: int, site: str) -> nn.Module:
-        return find_site(self._trunk.blocks[layer], site)  # type: ignore[arg-type]
+        return find_site(self._backbone.blocks[layer], site)  # type: ignore[arg-type]
 
     def _forward(self, state: torch.Tensor) -> torch.Tensor:
         """A plain forward over ``[B, T, D]`` states -> ``[B, T, D]`` last block's output."""
         with self._handing_on(state):
-            return self._trunk.run(inputs_embeds=torch.zeros_like(state), use_cache=False)
+            return self._backbone.run(inputs_embeds=torch.zeros_like(state), use_cache=False)
 
     def _forward_padded(self, state: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
         """Right-padded, without a mask: no position sees a later one. ``[T, D]`` -> ``[B * Tmax, D]``."""
         n, longest = len(bounds) - 1, max(b - a for a, b in itertools.pairwise(bounds))
         padded = state.new_zeros(n * longest, state.shape[1])
         padded[self._padded_index(bounds).to(state.device)] = state
-        with fast_products(self._trunk.blocks):
+        with fast_products(self._backbone.blocks):
             return self._forward(padded.view(n, longest, -1)).flatten(0, 1)
 
     @staticmethod
@@ -529,14 +529,14 @@ class LateStack:
     ) -> tuple[torch.Tensor, Prefix]:
         with self._handing_on(state[None]):
             inputs = torch.zeros_like(state)[None]
-            return self._trunk.forward_to_last_keys(bounds, every_block=every_block, inputs_embeds=inputs)
+            return self._backbone.forward_to_last_keys(bounds, every_block=every_block, inputs_embeds=inputs)
 
     def _forward_branches(
         self, prefix: Prefix, sequence_of: Sequence[int], positions: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
         with self._handing_on(rows[None]):
             inputs = torch.zeros_like(rows)[None]
-            return self._trunk.forward_branches(prefix, sequence_of, positions.to(self.device), inputs_embeds=inputs)
+            return self._backbone.forward_branches(prefix, sequence_of, positions.to(self.device), inputs_embeds=inputs)
 
     @contextmanager
     def _handing_on(self, state: torch.Tensor) -> Iterator[None]:
@@ -561,9 +561,9 @@ class LateStack:
         for index, (start, stop) in enumerate(itertools.pairwise(bounds)):
             if stop <= start:
                 raise InputError(f"sequence {index} has {stop - start} rows; each needs at least one")
-            if self._trunk.max_positions is not None and stop - start > self._trunk.max_positions:
+            if self._backbone.max_positions is not None and stop - start > self._backbone.max_positions:
                 raise InputError(
-                    f"sequence {index} has {stop - start} rows; the model has {self._trunk.max_positions} positions"
+                    f"sequence {index} has {stop - start} rows; the model has {self._backbone.max_positions} positions"
                 )
         _check_finite("the states given", rows, bounds)
         return bounds
@@ -579,10 +579,10 @@ class LateStack:
         )
         if is_wrapped(self._model):
             self.mode = "single"
-            self.not_packable = f"{type(self._trunk.decoder).__name__}: the forward of one of its modules is wrapped"
+            self.not_packable = f"{type(self._backbone.decoder).__name__}: the forward of one of its modules is wrapped"
             return
         (late,) = self._copies(1, [])
-        self.not_packable = self._trunk.not_packable or late._why_not("packed", first, changed, second)
+        self.not_packable = self._backbone.not_packable or late._why_not("packed", first, changed, second)
         if self.not_packable:
             self.mode = "single" if late._why_not("padded", first, changed, second) else "padded"
 
@@ -592,7 +592,7 @@ class LateStack:
         The second sequence must give what it gives alone, to rounding, behind the first, behind a changed one, before
         it, and (where the mode is ``packed``) as a variant of another that differs at its last position.
         """
-        name = type(self._trunk.decoder).__name__
+        name = type(self._backbone.decoder).__name__
         n = len(second)
         alone = self._forward(second[None])[0, -1].float()
         allowed = rounding_of(self.dtype) * alone.abs().max().item()
@@ -609,7 +609,7 @@ class LateStack:
             try:
                 found.append(self._run_pack(torch.cat(order), bounds, place(lengths), PLAIN, mode)[index])
             except FAILURES as error:
-                return why_failed(self._trunk.decoder, mode, error)
+                return why_failed(self._backbone.decoder, mode, error)
         if mode == "packed":
             bounds = offsets_of([n, n]).tolist()
             mixed = torch.cat([first[: n - 1], second[-1:], second[:-1], first[-1:]])
@@ -619,7 +619,7 @@ class LateStack:
             try:
                 found.append(self._forward_branches(prefix, [0, 1, 1], ends, rows)[1])
             except FAILURES as error:
-                return why_failed(self._trunk.decoder, mode, error)
+                return why_failed(self._backbone.decoder, mode, error)
         off = max((one.float() - alone).abs().max().item() for one in found)
         if not off <= allowed:
             return f"{name}: a {mode} sequence differs from the same one alone by {off:.2g}"

@@ -12,7 +12,7 @@ import torch
 
 from actcache.errors import NotFiniteError
 from actcache.finite import first_not_finite
-from actcache.readout import Readout
+from actcache.models.readout import Readout
 
 _WHOLE_AT_ONCE = 256  # states whose whole-vocabulary logits are made together: enough for a matrix product at its rate
 

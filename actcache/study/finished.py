@@ -16,20 +16,20 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from actcache.capture import CaptureSettings
-from actcache.cells import Finished
-from actcache.divergence import Outcome
-from actcache.edits import PLAIN
+from actcache.capture.capture import CaptureSettings
+from actcache.capture.search import Outcome
 from actcache.errors import IncompatibleError, InputError
-from actcache.lineup import Lineup
-from actcache.plan import ESTIMATED, STAGES, Assumptions, Group, Study, multiply_adds_of
-from actcache.shape import ModelShape
+from actcache.models.backbone import Backbone
+from actcache.models.cost import ModelShape
+from actcache.models.lineup import Lineup
+from actcache.replay.edits import PLAIN
 from actcache.store import Store
-from actcache.trunk import Trunk
+from actcache.study.cells import Finished
+from actcache.study.plan import ESTIMATED, STAGES, Assumptions, Group, Study, multiply_adds_of
 
 
 class SearchCounter:
-    """Counts and times what the searches of a capture compute: hand every trunk through :meth:`watch`.
+    """Counts and times what the searches of a capture compute: hand every backbone through :meth:`watch`.
 
     Attributes:
         multiply_adds: of all checkpoints, padding included.
@@ -39,14 +39,14 @@ class SearchCounter:
 
     def __init__(self) -> None:
         self.multiply_adds, self.n_choices, self.n_searches = 0.0, 0, 0
-        self._first: Trunk | None = None
+        self._first: Backbone | None = None
         self._running: tuple[float, float] | None = None  # multiply-adds and start of the forward that runs
         self._sums = np.zeros(5)  # of 1, x, y, x x and x y: multiply-adds and seconds of each forward
 
-    def watch(self, trunk: Trunk, shape: ModelShape) -> Trunk:
-        """Count the cached forwards of this trunk from now on; returns it."""
-        self._first = self._first or trunk
-        taken = dict.fromkeys(inspect.signature(trunk.decoder.forward).parameters)
+    def watch(self, backbone: Backbone, shape: ModelShape) -> Backbone:
+        """Count the cached forwards of this backbone from now on; returns it."""
+        self._first = self._first or backbone
+        taken = dict.fromkeys(inspect.signature(backbone.decoder.forward).parameters)
         name = "cache" if "cache" in taken else "past_key_values"
         searches: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # a cache each: tokens that it saw
 
@@ -64,17 +64,17 @@ class SearchCounter:
                 products = shape.step_products(np.arange(n_seen - n_new, n_seen, dtype=np.float64))
             products = n * (products + shape.head_products)
             self.multiply_adds += products
-            if trunk is self._first:
+            if backbone is self._first:
                 self.n_choices += n
                 self.n_searches += n if n_new == n_seen else 0
             self._running = products, now
 
-        trunk.decoder.register_forward_pre_hook(count, with_kwargs=True)
-        return trunk
+        backbone.decoder.register_forward_pre_hook(count, with_kwargs=True)
+        return backbone
 
     def record(self) -> dict[str, float]:
         """What was counted; and, if anything was, ``search_s`` with the two numbers that explain it best:
-        ``search_rate`` and ``search_call_s`` (see :class:`actcache.plan.Assumptions`)."""
+        ``search_rate`` and ``search_call_s`` (see :class:`actcache.study.plan.Assumptions`)."""
         counted = {
             "n_searches": self.n_searches,
             "search_choices": self.n_choices,
@@ -127,7 +127,7 @@ def scored_groups(finished: Finished) -> list[Group]:
 
 
 def truth(study: Study, store: Store, timings: Mapping[str, Any], *, scored: bool = True) -> dict[str, float]:
-    """What a finished run took, under the names of :func:`actcache.plan.estimate`, as far as it is known.
+    """What a finished run took, under the names of :func:`actcache.study.plan.estimate`, as far as it is known.
 
     Args:
         study: of the run, with the groups that it scored; the multiply-adds are those of scoring them in one go.

@@ -1,0 +1,1 @@
+"""Sequences and events into a store: where checkpoints choose differently, and the states that lead there."""
