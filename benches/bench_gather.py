@@ -1,11 +1,10 @@
-"""Row gather, scatter and the gather that splits, on the CPU: same rows, one process, results equal first.
+"""Row gather and scatter on the CPU: same rows, one process, results equal first.
 
     python benches/bench_gather.py [--rows 4096 --width 4096 --threads 1]
 
 Native core against torch (index_select, index_copy_) and NumPy (take), for rows that are aligned, misaligned by one
-element, and strided; gather and split in one pass against the two one after the other. GB/s of bf16 rows moved, and
-their share of memcpy of as many bytes, the ceiling, measured in the same rounds. Medians and spread. The last line of
-stdout is JSON.
+element, and strided. GB/s of bf16 rows moved, and their share of memcpy of as many bytes, the ceiling, measured in the
+same rounds. Medians and spread. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import torch
 from measure import in_turn, median, print_result
 
 from actcache import native
-from actcache.models.gather import gather_planes, gather_rows, scatter_rows
+from actcache.models.gather import gather_rows, scatter_rows
 
 LAYOUTS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "aligned": lambda flat, width: flat[: flat.numel() // width * width].view(-1, width)[:-1],
@@ -69,15 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def measure_ways(src: torch.Tensor, ids: torch.Tensor, repeat: int) -> dict[str, dict[str, Any]]:
     """Rates of each way over the rows of one source. Exits where results differ."""
     shape = (len(ids), src.shape[1])
-    words, numpy_ids, in_order = src.view(torch.int16), ids.numpy(), torch.arange(len(ids))
+    words, numpy_ids = src.view(torch.int16), ids.numpy()
     rows, other, plain = (torch.zeros(shape, dtype=torch.bfloat16) for _ in range(3))
-    fused, split = ((torch.zeros(shape, dtype=torch.uint8), torch.zeros(shape, dtype=torch.uint8)) for _ in range(2))
     target, expected = torch.zeros_like(src), torch.zeros_like(src)
     target_bytes = np.zeros(shape, np.int16)
-
-    def two_passes() -> None:
-        gather_rows(src, ids, plain)
-        gather_planes(plain, in_order, split)
 
     ways: dict[str, Callable[[], Any]] = {
         "gather: actcache": lambda: gather_rows(src, ids, rows),
@@ -85,8 +79,6 @@ def measure_ways(src: torch.Tensor, ids: torch.Tensor, repeat: int) -> dict[str,
         "gather: numpy.take": lambda: np.take(words.numpy(), numpy_ids, axis=0, out=target_bytes, mode="clip"),
         "scatter: actcache": lambda: scatter_rows(rows, ids, target),
         "scatter: torch.index_copy_": lambda: expected.index_copy_(0, ids, rows),
-        "gather and split: one pass": lambda: gather_planes(src, ids, fused),
-        "gather and split: two passes": two_passes,
         "memcpy": lambda: ctypes.memmove(plain.data_ptr(), rows.data_ptr(), 2 * rows.numel()),
     }
     for way in ways.values():
@@ -96,7 +88,6 @@ def measure_ways(src: torch.Tensor, ids: torch.Tensor, repeat: int) -> dict[str,
         torch.equal(other.view(torch.int16), words[ids]),
         np.array_equal(target_bytes, words.numpy()[numpy_ids]),
         torch.equal(target.view(torch.int16), expected.view(torch.int16)),
-        all(torch.equal(a, b) for a, b in zip(fused, split, strict=True)),
     ]
     if not all(same):
         sys.exit(f"results differ: {same}")

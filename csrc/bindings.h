@@ -10,7 +10,6 @@
 #include <utility>
 
 #include "gather.h"
-#include "planes.h"
 #include "scatter.h"
 
 namespace actcache {

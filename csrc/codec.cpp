@@ -81,24 +81,8 @@ Bytes tiled(const std::uint8_t* base, std::size_t row_words) {
     return bases;
 }
 
-// Exponents of words first..first+n, and, where they are asked for, the rests.
-const std::uint8_t* planes_of(const PlanesInput& input, std::size_t first, std::size_t n, std::uint8_t* exponents,
-                              std::uint8_t* rests) {
-    if (input.words != nullptr) {
-        split_words(input.words + 2 * first, n, exponents, rests);
-        return exponents;
-    }
-    std::memcpy(rests, input.rests + first, n);
-    return input.exponents + first;
-}
-
-std::size_t without_trailing_zeros(const PlanesInput& input) {
-    std::size_t n = input.n;
-    if (input.words == nullptr) {
-        while (n > 0 && input.exponents[n - 1] == 0 && input.rests[n - 1] == 0) --n;
-    } else {
-        while (n > 0 && input.words[2 * n - 1] == 0 && input.words[2 * n - 2] == 0) --n;
-    }
+std::size_t without_trailing_zeros(const unsigned char* words, std::size_t n) {
+    while (n > 0 && words[2 * n - 1] == 0 && words[2 * n - 2] == 0) --n;
     return n;
 }
 
@@ -123,9 +107,9 @@ struct Choice {
 // A column's base comes from its exponent that about a sixth of the rows exceed: exponents crowd below their column's
 // scale and thin out below it, so a high quantile of few rows says more than a mean of many. To it is added the start
 // of the 15 exponents around those that occur most. Symbols are ranked by how often they occur.
-Choice choose(const PlanesInput& input, std::size_t n) {
+Choice choose(const unsigned char* words, std::size_t n, std::size_t row_words) {
     Choice choice{};
-    choice.row_words = input.row_words <= n / kRowsWorthBases ? input.row_words : 1;
+    choice.row_words = row_words <= n / kRowsWorthBases ? row_words : 1;
     const std::size_t row = choice.row_words;
     const std::size_t piece = row * std::min(n / row, std::max<std::size_t>(1, kPieceWords / row));
     const std::size_t n_pieces = n / piece;
@@ -136,8 +120,7 @@ Choice choose(const PlanesInput& input, std::size_t n) {
     const std::unique_ptr<std::uint8_t[]> largest(new std::uint8_t[kLargest * piece]());
     for (std::size_t k = 0; k < n_for_bases; ++k) {
         const std::size_t first = k * n_pieces / n_for_bases * piece;
-        const std::uint8_t* found = planes_of(input, first, piece, exponents.get(), spare.get());
-        if (found != exponents.get()) std::memcpy(exponents.get(), found, piece);
+        split_words(words + 2 * first, piece, exponents.get(), spare.get());
         keep_largest(exponents.get(), piece, largest.get());
     }
     const std::size_t nth = std::max<std::size_t>(1, n_for_bases * kLargest / kPiecesForBases) - 1;
@@ -154,13 +137,13 @@ Choice choose(const PlanesInput& input, std::size_t n) {
     const std::size_t n_runs = std::min(n / run, kRuns);
     const Bytes bases = tiled(choice.base.get(), row);
     std::array<std::array<std::uint32_t, 256>, 4> tables{};
-    std::array<std::uint8_t, kRunWords> buffer;
+    std::array<std::uint8_t, kRunWords> exponents_of_run;
     std::array<std::uint8_t, kRunWords> unused;
     for (std::size_t k = 0; k < n_runs; ++k) {
         const std::size_t first = k * (n / n_runs);
-        const std::uint8_t* found = planes_of(input, first, run, buffer.data(), unused.data());
+        split_words(words + 2 * first, run, exponents_of_run.data(), unused.data());
         const std::uint8_t* base = bases.get() + first % row;
-        for (std::size_t i = 0; i < run; ++i) ++tables[i % 4][static_cast<std::uint8_t>(found[i] - base[i])];
+        for (std::size_t i = 0; i < run; ++i) ++tables[i % 4][static_cast<std::uint8_t>(exponents_of_run[i] - base[i])];
     }
     std::array<std::uint32_t, 256> histogram{};
     for (const auto& table : tables) {
@@ -191,13 +174,14 @@ void make_room(std::vector<std::uint8_t>* bytes, std::size_t n) {
     if (bytes->size() < n + kTile + kSlack) bytes->resize(2 * n + kTile + kSlack);
 }
 
-// The coded form, or 0 where it would not be smaller than `limit`.
-std::size_t encode_coded(const PlanesInput& input, std::size_t n, unsigned char* out, std::size_t limit) {
+// The coded form of `n_words` words, all zero from the n-th on, or 0 where it would not be smaller than `limit`.
+std::size_t encode_coded(const unsigned char* words, std::size_t n_words, std::size_t n, std::size_t row_words,
+                         unsigned char* out, std::size_t limit) {
     if (n == 0) return 0;
-    const Choice choice = choose(input, n);
+    const Choice choice = choose(words, n, row_words);
     std::size_t size = kHeaderBytes + choice.row_words + n + code_bytes(n);
     if (size >= limit) return 0;
-    put_header({Mode::kCoded, input.n, n, choice.row_words, choice.symbol_of_rank}, out);
+    put_header({Mode::kCoded, n_words, n, choice.row_words, choice.symbol_of_rank}, out);
     std::memcpy(out + kHeaderBytes, choice.base.get(), choice.row_words);
     unsigned char* rests = out + kHeaderBytes + choice.row_words;
     unsigned char* codes = rests + n;
@@ -209,15 +193,15 @@ std::size_t encode_coded(const PlanesInput& input, std::size_t n, unsigned char*
     std::vector<std::uint8_t> outside(kTile + kSlack);
     std::size_t n_values = 0;
     std::size_t n_outside = 0;
-    std::array<std::uint8_t, kTile> buffer;
+    std::array<std::uint8_t, kTile> exponents;
     std::array<std::uint8_t, kTile> ranks;
     for (std::size_t begin = 0; begin < n; begin += kTile) {
         const std::size_t count = std::min(kTile, n - begin);
         make_room(&values, n_values);
         make_room(&outside, n_outside);
-        const std::uint8_t* exponents = planes_of(input, begin, count, buffer.data(), rests + begin);
-        n_outside += rank_exponents(exponents, bases.get() + begin % choice.row_words, count, rank_of_symbol.data(),
-                                    ranks.data(), outside.data() + n_outside);
+        split_words(words + 2 * begin, count, exponents.data(), rests + begin);
+        n_outside += rank_exponents(exponents.data(), bases.get() + begin % choice.row_words, count,
+                                    rank_of_symbol.data(), ranks.data(), outside.data() + n_outside);
         n_values += encode_level(ranks.data(), count, codes + begin / 4, values.data() + n_values);
     }
     std::vector<std::uint8_t> next(n_values + kSlack);
@@ -321,16 +305,15 @@ const char* decode_coded(const Header& header, const unsigned char* data, std::s
 
 }  // namespace
 
-std::size_t encode_planes(const PlanesInput& input, unsigned char* out) {
-    const std::size_t stored = encoded_bound(input.n);
-    if (const std::size_t size = encode_coded(input, without_trailing_zeros(input), out, stored)) return size;
-    put_header({Mode::kStored, input.n, 0, 0, {}}, out);
-    if (input.words != nullptr && input.n > 0) std::memcpy(out + kHeaderBytes, input.words, 2 * input.n);
-    if (input.words == nullptr) merge_words(input.exponents, input.rests, input.n, out + kHeaderBytes);
+std::size_t encode_words(const unsigned char* words, std::size_t n, std::size_t row_words, unsigned char* out) {
+    const std::size_t stored = encoded_bound(n), n_coded = without_trailing_zeros(words, n);
+    if (const std::size_t size = encode_coded(words, n, n_coded, row_words, out, stored)) return size;
+    put_header({Mode::kStored, n, 0, 0, {}}, out);
+    if (n > 0) std::memcpy(out + kHeaderBytes, words, 2 * n);
     return stored;
 }
 
-const char* decode_planes(const unsigned char* data, std::size_t size, std::size_t n, unsigned char* words) {
+const char* decode_words(const unsigned char* data, std::size_t size, std::size_t n, unsigned char* words) {
     Header header{};
     if (const char* refusal = get_header(data, size, n, &header)) return refusal;
     return (header.mode == Mode::kStored ? decode_stored : decode_coded)(header, data, size, words);

@@ -10,6 +10,7 @@
 #include "bindings.h"
 #include "isa.h"
 #include "linear.h"
+#include "planes.h"
 
 namespace py = pybind11;
 
@@ -35,18 +36,19 @@ void raise_bad_id(const actcache::GatherParams& params, std::int64_t bad) {
                           ", expected 0 <= id < " + std::to_string(params.n_src_rows));
 }
 
-py::bytes encode(const actcache::PlanesInput& input) {
-    if (input.n > static_cast<std::size_t>(actcache::kMaxBytes) || input.row_words < 1) {
-        throw py::value_error("encode: n_words " + std::to_string(input.n) + ", row_words " +
-                              std::to_string(input.row_words) + ": expected at most 2^60 and 1 or more");
+py::bytes encode_words(std::uintptr_t words, std::size_t n_words, std::size_t row_words) {
+    if (n_words > kMost || row_words < 1) {
+        throw py::value_error("encode_words: n_words " + std::to_string(n_words) + ", row_words " +
+                              std::to_string(row_words) + ": expected at most 2^60 and 1 or more");
     }
     // Written in place and cut to size: a copy would cost as much as a third of the encoding.
-    PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(actcache::encoded_bound(input.n)));
+    PyObject* bytes = PyBytes_FromStringAndSize(nullptr, static_cast<Py_ssize_t>(actcache::encoded_bound(n_words)));
     if (bytes == nullptr) throw py::error_already_set();
     std::size_t size = 0;
     try {
         const py::gil_scoped_release unlocked;
-        size = actcache::encode_planes(input, reinterpret_cast<unsigned char*>(PyBytes_AS_STRING(bytes)));
+        size = actcache::encode_words(reinterpret_cast<const unsigned char*>(words), n_words, row_words,
+                                      reinterpret_cast<unsigned char*>(PyBytes_AS_STRING(bytes)));
     } catch (...) {
         Py_DECREF(bytes);
         throw;
@@ -59,8 +61,8 @@ py::bytes encode(const actcache::PlanesInput& input) {
 
 PYBIND11_MODULE(_core, module) {
     module.doc() =
-        "Native core of actcache on the CPU: row gather and scatter, planes of bf16 words and "
-        "their codec, attention within packed sequences, linear layers by matrix tiles.";
+        "Native core of actcache on the CPU: row gather and scatter, the codec of bf16 words, attention within packed "
+        "sequences, linear layers by matrix tiles.";
     module.def("version", [] { return ACTCACHE_VERSION; }, "The version of actcache that this module was built from.");
     module.def(
         "gather_rows",
@@ -81,9 +83,8 @@ PYBIND11_MODULE(_core, module) {
         py::arg("row_stride_bytes"), py::arg("col_stride_bytes"), py::arg("row_ids_ptr"), py::arg("n_rows"),
         py::arg("dst"), py::arg("n_threads"),
         "Copy rows src[row_ids[i], :] to the contiguous dst, which must not overlap src. ValueError (sizes), "
-        "IndexError "
-        "(a row id) and BufferError (memory that is read-only, of another size or shared) are raised before anything "
-        "is written.");
+        "IndexError (a row id) and BufferError (memory that is read-only, of another size or shared) are raised "
+        "before anything is written.");
     module.def(
         "scatter_rows",
         [](const py::object& dst, std::int64_t n_dst_rows, std::int64_t n_cols, std::int64_t elem_bytes,
@@ -108,32 +109,6 @@ PYBIND11_MODULE(_core, module) {
         py::arg("n_threads"),
         "Copy rows src[i, :] of the contiguous src to dst[row_ids[i], :]. The ids must all be different and dst must "
         "not overlap itself or src. Errors as gather_rows.");
-    module.def(
-        "gather_planes",
-        [](std::uintptr_t src, std::int64_t n_src_rows, std::int64_t n_cols, std::int64_t elem_bytes,
-           std::int64_t row_stride, std::int64_t col_stride, std::uintptr_t row_ids, std::int64_t n_rows,
-           const py::object& exponents, const py::object& rests, int n_threads) {
-            const actcache::Output exponents_out("gather_planes", "exponents", exponents);
-            const actcache::Output rests_out("gather_planes", "rests", rests);
-            const actcache::PlanesParams params = {
-                actcache::make_gather(src, n_src_rows, n_cols, elem_bytes, row_stride, col_stride, row_ids, n_rows,
-                                      reinterpret_cast<std::uintptr_t>(exponents_out.data())),
-                rests_out.data()};
-            actcache::raise_refusal("gather_planes", "src", params.gather, actcache::check(params));
-            const auto plane = actcache::span_of(exponents_out.data(), n_rows * n_cols);
-            const auto rest = actcache::span_of(rests_out.data(), n_rows * n_cols);
-            check_written(exponents_out, plane, params.gather);
-            check_written(rests_out, rest, params.gather);
-            rests_out.check_apart(rest, "exponents", plane);
-            check_threads("gather_planes", n_threads);
-            const py::gil_scoped_release unlocked;
-            raise_bad_id(params.gather, actcache::first_bad_id(params.gather));
-            actcache::gather_planes_cpu(params, n_threads);
-        },
-        py::arg("src_ptr"), py::arg("n_src_rows"), py::arg("n_cols"), py::arg("elem_bytes"),
-        py::arg("row_stride_bytes"), py::arg("col_stride_bytes"), py::arg("row_ids_ptr"), py::arg("n_rows"),
-        py::arg("exponents"), py::arg("rests"), py::arg("n_threads"),
-        "As gather_rows, for 2-byte words, which are split on the way into contiguous planes of exponents and rests.");
     module.def(
         "attend",
         [](std::uintptr_t query, std::uintptr_t key, std::uintptr_t value, const py::object& out,
@@ -209,21 +184,8 @@ PYBIND11_MODULE(_core, module) {
         "A linear layer of float32 by bfloat16 products; see linear.h. bias_ptr may be 0; row_stride is in floats. "
         "ValueError (sizes) and BufferError (out) are raised before anything is written.");
     module.def("has_tiles", &actcache::has_tiles, "Whether linear() has matrix tiles; without, it is slow.");
-    module.def(
-        "encode_words",
-        [](std::uintptr_t words, std::size_t n_words, std::size_t row_words) {
-            return encode({reinterpret_cast<const unsigned char*>(words), nullptr, nullptr, n_words, row_words});
-        },
-        py::arg("words_ptr"), py::arg("n_words"), py::arg("row_words"),
-        "A chunk of bf16 words, of any alignment, as PLANES.md lays it out. ValueError for sizes.");
-    module.def(
-        "encode_planes",
-        [](std::uintptr_t exponents, std::uintptr_t rests, std::size_t n_words, std::size_t row_words) {
-            return encode({nullptr, reinterpret_cast<const std::uint8_t*>(exponents),
-                           reinterpret_cast<const std::uint8_t*>(rests), n_words, row_words});
-        },
-        py::arg("exponents_ptr"), py::arg("rests_ptr"), py::arg("n_words"), py::arg("row_words"),
-        "As encode_words, from planes that gather_planes has split.");
+    module.def("encode_words", &encode_words, py::arg("words_ptr"), py::arg("n_words"), py::arg("row_words"),
+               "A chunk of bf16 words, of any alignment, as PLANES.md lays it out. ValueError for sizes.");
     module.def(
         "decode_words",
         [](std::uintptr_t data, std::size_t n_bytes, std::size_t n_words, const py::object& words) {
@@ -236,7 +198,7 @@ PYBIND11_MODULE(_core, module) {
             const char* refusal = nullptr;
             {
                 const py::gil_scoped_release unlocked;
-                refusal = actcache::decode_planes(chunk, n_bytes, n_words, out.data());
+                refusal = actcache::decode_words(chunk, n_bytes, n_words, out.data());
             }
             if (refusal != nullptr) throw py::value_error(refusal);
         },

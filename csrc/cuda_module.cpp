@@ -22,7 +22,7 @@ void raise_failure(const char* what, cudaError_t error) {
 }  // namespace
 
 PYBIND11_MODULE(_cuda, module) {
-    module.doc() = "Native core of actcache on CUDA: row gather and scatter, and the gather that splits bf16 words.";
+    module.doc() = "Native core of actcache on CUDA: row gather and scatter.";
     module.def("version", [] { return ACTCACHE_VERSION; }, "The version of actcache that this module was built from.");
     module.def(
         "device_count",
@@ -68,22 +68,4 @@ PYBIND11_MODULE(_cuda, module) {
         py::arg("src_ptr"), py::arg("stream"),
         "Queue the copy of rows src[i, :] of the contiguous src (device or page-locked host memory) to dst[row_ids[i], "
         ":]. The caller has checked the row ids, all different. Errors as gather_rows.");
-    module.def(
-        "gather_planes",
-        [](std::uintptr_t src, std::int64_t n_src_rows, std::int64_t n_cols, std::int64_t elem_bytes,
-           std::int64_t row_stride, std::int64_t col_stride, std::uintptr_t row_ids, std::int64_t n_rows,
-           std::uintptr_t exponents, std::uintptr_t rests, std::uintptr_t stream) {
-            const actcache::PlanesParams params = {
-                actcache::make_gather(src, n_src_rows, n_cols, elem_bytes, row_stride, col_stride, row_ids, n_rows,
-                                      exponents),
-                reinterpret_cast<unsigned char*>(rests)};
-            actcache::raise_refusal("gather_planes", "src", params.gather, actcache::check_for_device(params));
-            const py::gil_scoped_release unlocked;
-            const int code = actcache::gather_planes_cuda(params, reinterpret_cast<void*>(stream));
-            raise_failure("actcache_gather_planes", static_cast<cudaError_t>(code));
-        },
-        py::arg("src_ptr"), py::arg("n_src_rows"), py::arg("n_cols"), py::arg("elem_bytes"),
-        py::arg("row_stride_bytes"), py::arg("col_stride_bytes"), py::arg("row_ids_ptr"), py::arg("n_rows"),
-        py::arg("exponents_ptr"), py::arg("rests_ptr"), py::arg("stream"),
-        "As gather_rows, for 2-byte words, which are split on the way into contiguous planes of exponents and rests.");
 }

@@ -1,11 +1,8 @@
-// Split and merge of bf16 planes on the CPU, and the split fused with the row gather.
-#include <algorithm>
+// Split and merge of bf16 planes on the CPU.
 #include <cstring>
 
 #include "isa.h"
 #include "planes.h"
-#include "row_copy.h"
-#include "shares.h"
 
 namespace actcache {
 namespace {
@@ -57,21 +54,6 @@ ACTCACHE_AVX512 void merge_avx512(const std::uint8_t* exponents, const std::uint
 
 #endif
 
-void split_row(const PlanesParams& p, std::int64_t i) {
-    const unsigned char* from = source_row(p.gather, i);
-    std::uint8_t* exponents = exponent_row(p, i);
-    std::uint8_t* rests = rest_row(p, i);
-    if (rows_are_runs(p.gather)) return split_words(from, static_cast<std::size_t>(p.gather.n_cols), exponents, rests);
-    // Strided words are collected first, so that the split itself works on whole registers.
-    constexpr std::int64_t kWords = 1024;
-    unsigned char words[2 * kWords];
-    for (std::int64_t c = 0; c < p.gather.n_cols; c += kWords) {
-        const std::int64_t n = std::min(kWords, p.gather.n_cols - c);
-        copy_row(from + c * p.gather.col_stride, p.gather.col_stride, words, 2, n, 2);
-        split_words(words, static_cast<std::size_t>(n), exponents + c, rests + c);
-    }
-}
-
 }  // namespace
 
 void split_words(const unsigned char* words, std::size_t n, std::uint8_t* exponents, std::uint8_t* rests) {
@@ -88,13 +70,6 @@ void merge_words(const std::uint8_t* exponents, const std::uint8_t* rests, std::
     if (isa() == Isa::kAvx2) return merge_avx2(exponents, rests, n, words);
 #endif
     merge_body(exponents, rests, n, words);
-}
-
-void gather_planes_cpu(const PlanesParams& params, int n_threads) {
-    const std::int64_t bytes = params.gather.n_rows * row_bytes(params.gather);
-    deal_out(params.gather.n_rows, bytes, n_threads, [&params](std::int64_t begin, std::int64_t end) {
-        for (std::int64_t i = begin; i < end; ++i) split_row(params, i);
-    });
 }
 
 }  // namespace actcache

@@ -65,16 +65,13 @@ Bytes encoded(const Bytes& words, std::size_t row_words) {
     const std::size_t n = words.size() / 2;
     Exact source(words);
     Exact target(Bytes(encoded_bound(n)));
-    const std::size_t size = encode_planes({source.get(), nullptr, nullptr, n, row_words}, target.get());
+    const std::size_t size = encode_words(source.get(), n, row_words, target.get());
     check(size <= encoded_bound(n), "a chunk is within its bound");
     Bytes chunk(target.get(), target.get() + size);
 
     Exact exponents{Bytes(n)};
     Exact rests{Bytes(n)};
     split_words(source.get(), n, exponents.get(), rests.get());
-    Exact again(Bytes(encoded_bound(n)));
-    const std::size_t same = encode_planes({nullptr, exponents.get(), rests.get(), n, row_words}, again.get());
-    check(same == size && std::memcmp(again.get(), chunk.data(), size) == 0, "planes and words encode alike");
     Exact merged{Bytes(2 * n)};
     merge_words(exponents.get(), rests.get(), n, merged.get());
     check(n == 0 || std::memcmp(merged.get(), words.data(), 2 * n) == 0, "merge undoes split");
@@ -85,7 +82,7 @@ Bytes encoded(const Bytes& words, std::size_t row_words) {
 bool decodes(const Bytes& chunk, std::size_t n, Bytes* words) {
     Exact source(chunk);
     Exact target{Bytes(2 * n, 0xee)};
-    const char* refusal = decode_planes(source.get(), chunk.size(), n, target.get());
+    const char* refusal = decode_words(source.get(), chunk.size(), n, target.get());
     words->assign(target.get(), target.get() + 2 * n);
     if (refusal != nullptr) check(*words == Bytes(2 * n, 0xee), "a refused chunk writes nothing");
     return refusal == nullptr;
@@ -175,18 +172,6 @@ void rows() {
                 check(std::memcmp(source.get() + at, target.get() + at, static_cast<std::size_t>(elem)) == 0,
                       "a row is back");
             }
-        }
-        if (elem != 2) continue;
-        Exact exponents{Bytes(static_cast<std::size_t>(n * n_cols))};
-        Exact rests{Bytes(static_cast<std::size_t>(n * n_cols))};
-        PlanesParams planes = {gather, rests.get()};
-        planes.gather.dst = exponents.get();
-        gather_planes_cpu(planes, n_threads);
-        Exact merged{Bytes(static_cast<std::size_t>(2 * n * n_cols))};
-        merge_words(exponents.get(), rests.get(), static_cast<std::size_t>(n * n_cols), merged.get());
-        if (n * n_cols > 0) {
-            const auto size = static_cast<std::size_t>(2 * n * n_cols);
-            check(std::memcmp(merged.get(), gathered.get(), size) == 0, "planes merge to the rows");
         }
     }
     // Shares of threads: more than a MiB each.

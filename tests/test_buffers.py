@@ -56,7 +56,6 @@ LINEAR |= {"n_out": 4, "row_stride": 3, "n_threads": 1}
 BINDINGS: list[tuple[str, dict[str, Any], dict[str, int]]] = [
     ("gather_rows", gathered(FLOATS), {"dst": 24}),
     ("scatter_rows", scattered() | {"src_ptr": FLOATS.ctypes.data}, {"dst": 48}),
-    ("gather_planes", gathered(WORDS), {"exponents": 6, "rests": 6}),
     ("attend", attending(), {"out": 48}),
     ("linear", LINEAR, {"out": 64}),
     ("decode_words", {"data_ptr": CHUNK.ctypes.data, "n_bytes": len(CHUNK), "n_words": 12}, {"words": 24}),
@@ -126,20 +125,15 @@ def test_a_binding_writes_into_any_buffer(function, given, sizes, name):
         getattr(core, function)(**given, **others, **{name: out})
         found.append(bytes(out))
     assert set(found) == {found[0]}
-    assert found[0] != bytes(n_bytes) or function == "gather_planes"
+    assert found[0] != bytes(n_bytes)
 
 
 READ = [
     *((function, given, {"dst": "src_ptr"}) for function, given, _ in BINDINGS[:2]),
     *((function, given, {"dst": "row_ids_ptr"}) for function, given, _ in BINDINGS[:2]),
-    *(
-        ("gather_planes", BINDINGS[2][1], {name: at})
-        for name in ("exponents", "rests")
-        for at in ("src_ptr", "row_ids_ptr")
-    ),
-    *(("attend", BINDINGS[3][1], {"out": f"{name}_ptr"}) for name in ("query", "key", "value")),
+    *(("attend", BINDINGS[2][1], {"out": f"{name}_ptr"}) for name in ("query", "key", "value")),
     *(("linear", LINEAR, {"out": name}) for name in ("rows_ptr", "weight_ptr", "bias_ptr")),
-    ("decode_words", BINDINGS[5][1], {"words": "data_ptr"}),
+    ("decode_words", BINDINGS[4][1], {"words": "data_ptr"}),
 ]
 
 
@@ -151,7 +145,7 @@ def test_a_binding_reads_and_writes_apart(function, given, shared):
     memory = np.zeros(400, np.uint8)
     n_read = {"row_ids_ptr": 16, "bias_ptr": 16, "data_ptr": len(CHUNK)}.get(pointer, 48)
     if pointer == "src_ptr":
-        n_read = {"gather_planes": 24, "scatter_rows": 24}.get(function, 48)
+        n_read = 24 if function == "scatter_rows" else 48
     if pointer == "data_ptr":
         memory[200 : 200 + n_read] = CHUNK
     others = {other: np.zeros(size, np.uint8) for other, size in sizes.items() if other != name}
@@ -165,18 +159,11 @@ def test_a_binding_reads_and_writes_apart(function, given, shared):
         getattr(native_core(), function)(**changed, **{name: memory[at : at + sizes[name]]})
 
 
-def test_planes_are_apart():
-    both = np.zeros(11, np.uint8)
-    with pytest.raises(BufferError, match="rests shares memory with exponents"):
-        native_core().gather_planes(**BINDINGS[2][1], exponents=both[:6], rests=both[5:])
-
-
 def test_nothing_is_written_to_nowhere():
     """No rows, no words: the memory may be none, but not read-only."""
     core = native_core()
     none = np.zeros(0, np.uint8)
     core.gather_rows(**BINDINGS[0][1] | {"n_rows": 0}, dst=none)
-    core.gather_planes(**BINDINGS[2][1] | {"n_rows": 0}, exponents=none, rests=none)
     core.linear(**LINEAR | {"n_rows": 0}, out=none)
     empty = np.frombuffer(planes.encode(b""), np.uint8)
     core.decode_words(empty.ctypes.data, len(empty), 0, none)
@@ -241,11 +228,9 @@ def test_what_is_read_may_be_read_only_and_is_contiguous_bytes(name, tmp_path):
     chunk = CHUNK.tobytes()
     locked = WORDS.copy()
     locked.flags.writeable = False
-    halves = [half.copy() for half in (WORDS >> 7 & 0xFF, WORDS >> 8 & 0x80 | WORDS & 0x7F)]
     with using(name):
         for words in (locked, WORDS.tobytes(), memoryview(WORDS.tobytes()), WORDS.view(np.int16), WORDS.view("<f2")):
             assert planes.encode(words, 3) == chunk
-        assert planes.encode_planes(*(half.astype(np.uint8).tobytes() for half in halves), 3) == chunk
         for data in (chunk, memoryview(chunk), CHUNK, mapped_copy(tmp_path / "chunk", chunk)):
             assert planes.decode(data, 24).tobytes() == WORDS.tobytes()
         for words in (WORDS[::-1], WORDS[:, ::2], WORDS.T, np.array([None]), np.array(["a"], object)):

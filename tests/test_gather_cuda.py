@@ -22,7 +22,7 @@ from test_gather import DTYPES, VIEWS, random_bits, raw, rows_ref, using
 
 from actcache.errors import InputError, KernelError
 from actcache.models import gather
-from actcache.models.gather import engine, gather_planes, gather_rows, scatter_rows
+from actcache.models.gather import engine, gather_rows, scatter_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL = "actcache_gather_rows"
@@ -237,7 +237,7 @@ def native_cuda() -> ModuleType:
     return pytest.importorskip("actcache._cuda", reason="actcache._cuda is not built", exc_type=ImportError)
 
 
-@pytest.mark.parametrize("kernel", ["gather", "scatter", "planes"])
+@pytest.mark.parametrize("kernel", ["gather", "scatter"])
 def test_every_generation_compiles_without_a_warning(tmp_path: Path, kernel: str) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not on the PATH")
@@ -276,8 +276,6 @@ def test_without_a_device_the_module_says_what_is_missing(monkeypatch: pytest.Mo
         gather_rows(src, ids)
     with pytest.raises(KernelError, match=f"actcache_scatter_rows{says}"):
         scatter_rows(torch.zeros(1, 3), ids, src)
-    with pytest.raises(KernelError, match=f"actcache_gather_planes{says}"):
-        gather_planes(src.bfloat16(), ids)
 
 
 @pytest.mark.parametrize(("n_rows", "n_cols"), [(0, 3), (1, 0), (0, 0)])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from test_gather import each_engine, native_core, using
 
 from actcache.errors import InputError
-from actcache.store.planes import CODED, HEADER, MAGIC, STORED, decode, encode, encode_planes
+from actcache.store.planes import CODED, HEADER, MAGIC, STORED, decode, encode
 
 TILE = 4096  # of csrc/codec.cpp
 ALL_WORDS = np.arange(65536, dtype="<u2")
@@ -140,10 +140,6 @@ def test_engines_agree_with_the_specification(
     finally:
         core.limit_isa(2)
     assert np.array_equal(decode_ref(expected), words)
-    planes = (words >> 7 & 0xFF).astype(np.uint8), (words >> 8 & 0x80 | words & 0x7F).astype(np.uint8)
-    for name in ("cpu", "torch"):
-        with using(name):
-            assert encode_planes(*planes, row_words) == expected
 
 
 @pytest.mark.parametrize("width", [64, 577])
@@ -298,8 +294,7 @@ def test_arguments_are_checked(name: str) -> None:
             (lambda: encode(b"ab", 0), "row_words is 0"),
             (lambda: encode(np.zeros((4, 4), "<u2")[:, ::2]), "without a contiguous buffer"),
             (lambda: encode("text"), "str without a contiguous buffer"),  # type: ignore[arg-type]
-            (lambda: encode_planes(b"ab", b"a"), "planes of 2 and 1 bytes"),
-            (lambda: encode_planes(b"ab", b"ab", -1), "row_words is -1"),
+            (lambda: encode(b"ab", -1), "row_words is -1"),
             (lambda: decode(encode(b"ab"), -2), "another number of words"),
         ):
             with pytest.raises(InputError, match=says):

@@ -377,7 +377,7 @@ def _choose(
     tally: Tally,
 ) -> str | None:
     """Fill in one checkpoint's choices under both numerics; the reason why packs are not exact, or None."""
-    reason = _why_not_packable(backbone)
+    reason = backbone.why_not_packable()
     legs = list(compared.legs(backbone.regimes))
     for choices, pack_tokens in ((strict, 0), (packed, max_tokens)):
         if choices is packed and reason:
@@ -425,14 +425,6 @@ def _where_parted(
         pa.array(gap, pa.float32(), mask=same),
     )
     return dict(zip(names, columns, strict=True))
-
-
-def _why_not_packable(backbone: Backbone) -> str | None:
-    generator = torch.Generator().manual_seed(0)
-    return backbone.why_not_packable(
-        lambda ids, bounds: backbone.forward(bounds, input_ids=ids[None].to(backbone.device)),
-        lambda n: torch.randint(backbone.readout.vocab_size, (n,), generator=generator),
-    )
 
 
 def _check_dtype(dtype: str) -> None:

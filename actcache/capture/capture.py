@@ -260,7 +260,7 @@ class _Capture:
         self.decoding = _common_decoding([backbones[label] for label in PAIR], say)
         self.pack_tokens = settings.max_tokens
         if not settings.strict:
-            reasons = [reason for backbone in backbones.values() if (reason := _why_not_packable(backbone))]
+            reasons = [reason for backbone in backbones.values() if (reason := backbone.why_not_packable())]
             if reasons:
                 say(f"one sequence a forward: {reasons[0]}")
                 self.pack_tokens = 0
@@ -530,14 +530,6 @@ def _common_decoding(pair: Sequence[Backbone], say: Callable[[str], None]) -> De
     elif decoding is Decoding.FULL:
         say(f"the search goes by full forwards: {reason}")
     return decoding
-
-
-def _why_not_packable(backbone: Backbone) -> str | None:
-    generator = torch.Generator().manual_seed(0)
-    return backbone.why_not_packable(
-        lambda ids, bounds: backbone.forward(bounds, input_ids=ids[None].to(backbone.device)),
-        lambda n: torch.randint(backbone.readout.vocab_size, (n,), generator=generator),
-    )
 
 
 def _concatenated(rows: Sequence[range]) -> torch.Tensor:

@@ -6,7 +6,7 @@ Knows transformers modules; knows no files, no stores, no prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -171,21 +171,20 @@ class Backbone:
         return why_not_packable(self.decoder)
 
     @torch.no_grad()
-    def why_not_packable(
-        self, run: Callable[[Any, Sequence[int]], torch.Tensor], make: Callable[[int], Any]
-    ) -> str | None:
+    def why_not_packable(self) -> str | None:
         """The reason why packs of this model are not exact, or None.
 
-        Runs two short sequences packed and alone, and packed again with the first one changed: the second must be what
-        it is alone whatever its neighbour is, to rounding.
-
-        Args:
-            run: ``(input, bounds) -> [T, D]``.
-            make: ``n_tokens -> input``, a random one each time, concatenable on its first dimension.
+        Runs two short random sequences packed and alone, and packed again with the first one changed: the second must
+        be what it is alone whatever its neighbour is, to rounding.
         """
         if self.not_packable is not None:
             return self.not_packable
-        first, changed, second = make(3), make(3), make(4)
+
+        def run(ids: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
+            return self.forward(bounds, input_ids=ids[None].to(self.device))
+
+        ids = torch.randint(self.readout.vocab_size, (10,), generator=torch.Generator().manual_seed(0))
+        first, changed, second = ids.split([3, 3, 4])
         bounds = offsets_of([3, 4]).tolist()
         alone = run(second, [0, 4]).float()
         allowed = rounding_of(self.dtype) * alone.abs().max().item()

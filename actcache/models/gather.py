@@ -8,8 +8,7 @@ everywhere. Knows tensors and the native core.
 
 from __future__ import annotations
 
-import queue
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from actcache.native import MODULES, native
 
 # Engines move bits: any dtype is gathered as the integer of its size, so no NaN payload meets an arithmetic unit.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_WORDS = (torch.bfloat16, torch.int16, torch.uint16)
 
 
 def engine(device: torch.device | str) -> str:
@@ -126,125 +124,6 @@ def scatter_rows(src: torch.Tensor, row_ids: torch.Tensor, dst: torch.Tensor) ->
     else:
         target.index_copy_(0, row_ids.to(target.device), source.to(target.device))
     return dst
-
-
-def gather_planes(
-    src: torch.Tensor, row_ids: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``gather_rows`` of bf16 words that splits each word on the way, for ``planes.encode_planes``.
-
-    Args:
-        src: ``[T, D]`` bfloat16 (or its words as int16 or uint16), any strides.
-        row_ids: as in ``gather_rows``.
-        out: two uint8 ``[n, D]``, each as ``out`` in ``gather_rows``, apart from one another.
-
-    Returns:
-        exponents, bits 7 to 14 of each word, and rests, bit 15 above bits 0 to 6. From CUDA as ``gather_rows``.
-
-    Raises:
-        InputError, KernelError: as ``gather_rows``.
-    """
-    src, row_ids = _checked_table("src", src), _checked_form(row_ids)
-    if src.dtype not in _WORDS:
-        raise InputError(f"src is {src.dtype}, expected words of bfloat16")
-    src = src.detach().resolve_neg()
-    shape = (len(row_ids), src.shape[1])
-    if out is None:
-        out = tuple(torch.empty(shape, dtype=torch.uint8, device=src.device) for _ in range(2))  # type: ignore[assignment]
-    else:
-        for plane in out:
-            _check_packed("out", plane, shape, torch.uint8, src, "src", row_ids)
-        _check_apart("out[0]", out[0], "out[1]", out[1])
-    assert out is not None
-    _check_range(row_ids, len(src))
-
-    words = _bits(src)
-    if native(src.device.type)[0] is not None:
-        _call("gather_planes", words, row_ids, *out)
-        return out
-    rows = words.index_select(0, row_ids.to(words.device)).to(torch.int32)  # wide, for shifts bring the sign along
-    out[0].copy_(rows >> 7 & 0xFF, non_blocking=True)
-    out[1].copy_(rows >> 8 & 0x80 | rows & 0x7F, non_blocking=True)
-    return out
-
-
-class PinnedGather:
-    """A few page-locked host buffers that rows are gathered into, so that queueing a gather waits for no device.
-
-    One thread puts, such as the one that runs a model's hooks; another iterates, such as the one that writes a store::
-
-        pinned = PinnedGather("cuda", slot_bytes)
-        pinned.put(hidden, row_ids, "b018")      # in the hook, as often as it fires; then pinned.close()
-        for tag, rows in pinned: ...             # meanwhile in the other thread
-
-    ``put`` queues the gather and an event behind it on the current stream and returns; no stream is ever synchronised.
-    The iterating thread waits for that event alone. ``put`` waits only while every slot is still in the other's hands.
-    Rows come in the order in which they were put.
-    """
-
-    def __init__(self, device: torch.device | str, slot_bytes: int, n_slots: int = 2) -> None:
-        """Take the memory of all slots, as page-locking is slow and waits for the device.
-
-        Args:
-            device: that rows come from. On the CPU slots are ordinary memory and there is nothing to wait for.
-            slot_bytes: the most bytes of one gather.
-            n_slots: gathers under way or in use at once, 2 or more.
-
-        Raises:
-            InputError: slot_bytes below 1 or n_slots below 2.
-        """
-        if slot_bytes < 1 or n_slots < 2:
-            raise InputError(f"slot_bytes {slot_bytes}, n_slots {n_slots}: expected 1 or more, 2 or more")
-        self._on_cuda = torch.device(device).type == "cuda"
-        self._slot_bytes = slot_bytes
-        self._free: queue.SimpleQueue[torch.Tensor | None] = queue.SimpleQueue()
-        self._ready: queue.SimpleQueue[tuple[Any, torch.Tensor, torch.Tensor, Any] | None] = queue.SimpleQueue()
-        self._closed = False
-        for _ in range(n_slots):
-            self._free.put(torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=self._on_cuda))
-
-    def put(self, src: torch.Tensor, row_ids: torch.Tensor, tag: Any = None) -> None:
-        """Queue ``gather_rows(src, row_ids)`` into the next free slot. ``src`` and ``row_ids`` may be dropped at once.
-
-        Raises:
-            InputError: as ``gather_rows``; the rows are larger than a slot; or the other side has ended, or this one.
-            KernelError: as ``gather_rows``. After any error the slot is free again.
-        """
-        shape = (len(row_ids), src.shape[-1])
-        n_bytes = shape[0] * shape[1] * src.element_size()
-        if n_bytes > self._slot_bytes:
-            raise InputError(f"rows {shape} of {src.dtype} take {n_bytes} bytes, a slot has {self._slot_bytes}")
-        slot = None if self._closed else self._free.get()
-        if slot is None:
-            self._free.put(None)  # for the next call
-            raise InputError("put into a PinnedGather that is closed, or that nobody takes from any more")
-        try:
-            rows = gather_rows(src, row_ids, slot[:n_bytes].view(src.dtype).view(shape))
-            event = None
-            if self._on_cuda:
-                event = torch.cuda.Event(blocking=True)  # the waiting thread sleeps instead of polling
-                event.record(torch.cuda.current_stream(src.device))
-        except BaseException:
-            self._free.put(slot)
-            raise
-        self._ready.put((tag, rows, slot, event))
-
-    def close(self) -> None:
-        """Nothing more will be put: iteration ends behind what was."""
-        self._closed = True
-        self._ready.put(None)
-
-    def __iter__(self) -> Iterator[tuple[Any, torch.Tensor]]:
-        """``tag, rows`` of each put. Rows are host memory, whole, and valid until the next is asked for."""
-        try:
-            while (item := self._ready.get()) is not None:
-                tag, rows, slot, event = item
-                if event is not None:
-                    event.synchronize()
-                yield tag, rows
-                self._free.put(slot)
-        finally:
-            self._free.put(None)  # or a put would wait for ever
 
 
 def _call(function: str, table: torch.Tensor, row_ids: torch.Tensor, *packed: torch.Tensor) -> None:

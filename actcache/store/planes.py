@@ -53,30 +53,7 @@ def encode(words: Buffer, row_words: int = 1) -> bytes:
     module, _ = native("cpu")
     if module is not None:
         return bytes(module.encode_words(raw.ctypes.data, n_words, row_words))
-    return _encode(*_split(raw.view("<u2")), row_words)
-
-
-def encode_planes(exponents: Buffer, rests: Buffer, row_words: int = 1) -> bytes:
-    """As ``encode``, from the planes of the words: what ``gather.gather_planes`` gives.
-
-    Args:
-        exponents: bits 7 to 14 of each word, a byte each, contiguous.
-        rests: bit 15 of each word above its bits 0 to 6, a byte each, contiguous.
-        row_words: as in ``encode``.
-
-    Raises:
-        InputError: planes of two sizes, or row_words below 1.
-    """
-    exponent_bytes, rest_bytes = _bytes_of(exponents), _bytes_of(rests)
-    n_words = len(exponent_bytes)
-    if n_words != len(rest_bytes):
-        raise InputError(f"planes of {n_words} and {len(rest_bytes)} bytes, expected one size")
-    row_words = _checked_width(row_words, n_words)
-    module, _ = native("cpu")
-    if module is not None:
-        pointers = exponent_bytes.ctypes.data, rest_bytes.ctypes.data
-        return bytes(module.encode_planes(*pointers, n_words, row_words))
-    return _encode(exponent_bytes, rest_bytes, row_words)
+    return _encode(raw.view("<u2"), row_words)
 
 
 def decode(data: Buffer, n_bytes: int) -> Bytes:
@@ -202,16 +179,14 @@ def _merge(exponents: Bytes, rests: Bytes) -> npt.NDArray[np.uint16]:
     return ((rest & 0x80) << 8 | exponents.astype(np.uint16) << 7 | rest & 0x7F).astype(np.uint16)
 
 
-def _encode(exponents: Bytes, rests: Bytes, row_words: int) -> bytes:
-    n_words = len(exponents)
-    stored = (
-        HEADER.pack(MAGIC, STORED, bytes(3), n_words, 0, 0, bytes(8)) + _merge(exponents, rests).astype("<u2").tobytes()
-    )
-    coded = np.flatnonzero(exponents | rests)
+def _encode(words: npt.NDArray[np.uint16], row_words: int) -> bytes:
+    n_words = len(words)
+    stored = HEADER.pack(MAGIC, STORED, bytes(3), n_words, 0, 0, bytes(8)) + words.tobytes()
+    coded = np.flatnonzero(words)
     if not len(coded):
         return stored
     n = int(coded[-1]) + 1
-    exponents, rests = exponents[:n], rests[:n]
+    exponents, rests = _split(words[:n])
     base, symbol_of_rank = _choose(exponents, row_words)
     symbols = np.minimum(exponents - np.resize(base, n), OUTSIDE)
     values = np.argsort(symbol_of_rank).astype(np.uint8)[symbols]
