@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from actcache.errors import ActcacheError as ActcacheError
     from actcache.replay.late_stack import LateStack as LateStack
     from actcache.store import Store as Store
@@ -36,6 +37,10 @@ def __dir__() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version(__name__)
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'actcache' has no attribute {name!r}")

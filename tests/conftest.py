@@ -1,12 +1,17 @@
-"""Runs of tiny pairs that several test files look at; each is made once a session."""
+"""What several test files use: runs of tiny pairs, each made once per session, and ways to run tests."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import hypothesis
 import pyarrow as pa
@@ -14,9 +19,11 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from engines import native_cuda, using
 
 import actcache
 from actcache.cli import main
+from actcache.models.gather import engine
 from actcache.replay import late_stack as replay
 
 # How long one example takes is the machine's business: tests share it with others.
@@ -24,6 +31,7 @@ hypothesis.settings.register_profile("actcache", deadline=None)
 hypothesis.settings.load_profile("actcache")
 
 MAX_NEW = 24
+ROOT = Path(__file__).resolve().parents[1]
 BOUNDARY = 3  # round(0.6 * tiny.N_BLOCKS)
 
 
@@ -89,3 +97,53 @@ def workers(request: pytest.FixtureRequest) -> None:
     """A test that uses this one runs twice."""
     if request.param == "three workers":
         request.getfixturevalue("three_workers")
+
+
+@pytest.fixture(scope="module")
+def no_fsync() -> Iterator[None]:
+    """For tests that crash nothing (test_store_crash.py does): without fsync they run many times faster."""
+    with mock.patch.object(os, "fsync"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def ptxsim() -> ModuleType:
+    """The simulator; skips where it or nvcc is absent."""
+    path = Path(os.environ.get("PTXSIM", ROOT.parent / "shared" / "ptxsim")) / "ptxsim.py"
+    if not path.exists():
+        pytest.skip("ptxsim.py is neither in the folder named by PTXSIM nor in ../shared/ptxsim")
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on the PATH")
+    spec = importlib.util.spec_from_file_location("ptxsim", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def edited(ptxsim: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """``edited(file, old, new)``: the kernel, compiled from sources in which one thing was changed."""
+
+    def build(file: str, old: str, new: str, kernel: str = "gather_cuda.cu") -> Any:
+        folder = tmp_path_factory.mktemp("edited") / "csrc"
+        shutil.copytree(ROOT / "csrc", folder)
+        text = (folder / file).read_text()
+        assert text.count(old) == 1
+        (folder / file).write_text(text.replace(old, new))
+        return ptxsim.PTX(ptxsim.compile_cu(str(folder / kernel), "sm_80"))
+
+    return build
+
+
+@pytest.fixture(params=["cuda", "torch"])
+def device(request: pytest.FixtureRequest) -> Any:
+    """A real CUDA device, served by the kernel and then by torch."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no CUDA device")
+    if request.param == "cuda":
+        native_cuda()
+    with using(request.param):
+        assert engine("cuda") == request.param
+        yield torch.device("cuda")

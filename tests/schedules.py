@@ -17,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from test_store import make_fingerprint, make_segment
+from stores import make_fingerprint, make_segment
 
 from actcache import RowFeed
 from actcache.errors import AlreadyCommittedError, InputError

@@ -12,10 +12,10 @@ from typing import Any
 
 import families
 import pytest
-import reference
 import torch
 import transformers
 from torch import nn
+from twins import reference
 
 from actcache.errors import UnsupportedModelError
 from actcache.models.blocks import cut_upstream, find_anatomy, find_site, mixes_tokens, shallow_clone

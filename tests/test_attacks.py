@@ -24,12 +24,14 @@ from attacks.content import carried_is_nested_just_too_deeply_to_write
 from attacks.forger import Forger
 from attacks.names import record_of_a_name_that_steers_the_terminal
 from attacks.texts import record_nested_just_too_deeply_to_write, root_nested_just_too_deeply_to_write
-from test_store import bits, make_fingerprint, make_segment, write_store
+from stores import bits, make_fingerprint, make_segment, write_store
 
 from actcache.cli import main
 from actcache.errors import ActcacheError
 from actcache.store import Store, StoreWriter, open_store, shard, verify
 from actcache.store.export import export
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 ROOM_BYTES = 512 * 2**20  # what an attack may make a reader set aside
 LIMIT_S = 10
@@ -48,12 +50,6 @@ MAY_PASS = {
 }
 # The table shows these columns as they are stored; what goes by them, rows and verify, does not believe them.
 SHOWN = {name for name in ATTACKS if name.startswith("content.event_")}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Iterator[None]:
-    with mock.patch.object(os, "fsync"):
-        yield
 
 
 @pytest.fixture(scope="module")

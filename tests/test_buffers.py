@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_gather import each_engine, native_core, using
+from engines import each_engine, native_core, using
 
 from actcache.errors import InputError
 from actcache.store import planes

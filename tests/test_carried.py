@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from test_store import make_fingerprint, make_segment, write_store
+from stores import make_fingerprint, make_segment, write_store
 
 from actcache.carried import as_columns, encode
 from actcache.sealed import parquet_bytes

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 from conftest import MAX_NEW
-from test_store import make_fingerprint, make_segment
+from stores import make_fingerprint, make_segment
 
 from actcache.capture.capture import digests_of_segments
 from actcache.cli import main

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_store import Twin, bits, make_fingerprint, make_segment, read_tree, write_store
+from stores import bits, make_fingerprint, make_segment, read_tree, write_store
+from twins.store import Twin
 
 import actcache.store.export
 from actcache.cli import main
@@ -25,11 +26,7 @@ from actcache.progress import Progress
 from actcache.store import Store, open_store
 from actcache.store.export import FORMATS, export, parse_events
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Iterator[None]:
-    with mock.patch.object(os, "fsync"):
-        yield
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def make_twin(path: Path, **changes: Any) -> tuple[Store, Twin]:

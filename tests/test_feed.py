@@ -22,8 +22,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_store import Twin, bits, make_fingerprint, make_segment, twins, write_store
+from stores import bits, make_fingerprint, make_segment, write_store
 from torch.utils.data import DataLoader
+from twins.store import Twin, twins
 
 import actcache.store.feed
 import actcache.store.rows
@@ -32,13 +33,7 @@ from actcache.store import StoreWriter, open_store, shard
 from actcache.store.feed import SHUFFLES, ActivationBuffer, RowBatch, RowFeed
 
 # As many workers as asked for: torch warns where that is more than the machine has processors.
-pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Iterator[None]:
-    with mock.patch.object(os, "fsync"):
-        yield
+pytestmark = [pytest.mark.usefixtures("no_fsync"), pytest.mark.filterwarnings("ignore:This DataLoader will create")]
 
 
 class Row(NamedTuple):

@@ -5,8 +5,6 @@ ptxsim is looked for in the folder that PTXSIM names, or in ../shared/ptxsim bes
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 import shutil
 import subprocess
@@ -18,11 +16,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_gather import DTYPES, VIEWS, random_bits, raw, rows_ref, using
+from engines import BLOCKS, native_cuda
+from twins.rows import DTYPES, VIEWS, random_bits, raw, rows_ref
 
 from actcache.errors import InputError, KernelError
 from actcache.models import gather
-from actcache.models.gather import engine, gather_rows, scatter_rows
+from actcache.models.gather import gather_rows, scatter_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL = "actcache_gather_rows"
@@ -31,45 +30,12 @@ PARAMS = np.dtype(
     [(name, "u8") for name in ("src", "row_ids", "dst")]
     + [(name, "i8") for name in ("n_src_rows", "n_rows", "n_cols", "row_stride", "col_stride", "elem_bytes")]
 )
-# The launcher's own shapes, from rows of thousands of bytes down to single elements, and two that it never takes.
-BLOCKS = [(128, 1), (32, 4), (4, 32), (1, 128), (7, 3), (64, 1)]
-
-
-@pytest.fixture(scope="module")
-def ptxsim() -> ModuleType:
-    """The simulator; skips where it or nvcc is absent."""
-    path = Path(os.environ.get("PTXSIM", ROOT.parent / "shared" / "ptxsim")) / "ptxsim.py"
-    if not path.exists():
-        pytest.skip("ptxsim.py is neither in the folder named by PTXSIM nor in ../shared/ptxsim")
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on the PATH")
-    spec = importlib.util.spec_from_file_location("ptxsim", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
 def ptx(request: pytest.FixtureRequest, ptxsim: ModuleType) -> str:
     """The kernel's PTX."""
     return ptxsim.compile_cu(str(ROOT / "csrc" / "gather_cuda.cu"), request.param)
-
-
-@pytest.fixture(scope="module")
-def edited(ptxsim: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """``edited(file, old, new)``: the kernel, compiled from sources in which one thing was changed."""
-
-    def build(file: str, old: str, new: str, kernel: str = "gather_cuda.cu") -> Any:
-        folder = tmp_path_factory.mktemp("edited") / "csrc"
-        shutil.copytree(ROOT / "csrc", folder)
-        text = (folder / file).read_text()
-        assert text.count(old) == 1
-        (folder / file).write_text(text.replace(old, new))
-        return ptxsim.PTX(ptxsim.compile_cu(str(folder / kernel), "sm_80"))
-
-    return build
 
 
 class Launch:
@@ -232,11 +198,6 @@ def test_the_simulator_catches_planted_faults(
         Launch(ptxsim, edited(file, old, new), n_cols=100, block=(32, 4), n_blocks=5)
 
 
-def native_cuda() -> ModuleType:
-    """actcache._cuda, or a skip where it was not built."""
-    return pytest.importorskip("actcache._cuda", reason="actcache._cuda is not built", exc_type=ImportError)
-
-
 @pytest.mark.parametrize("kernel", ["gather", "scatter"])
 def test_every_generation_compiles_without_a_warning(tmp_path: Path, kernel: str) -> None:
     if shutil.which("nvcc") is None:
@@ -300,18 +261,6 @@ def test_a_launch_that_would_fault_is_refused(pointers_and_strides: tuple[int, .
     src, row_stride, col_stride, ids, dst = pointers_and_strides
     with pytest.raises(ValueError, match=says):
         native_cuda().gather_rows(src, 5, 3, 4, row_stride, col_stride, ids, 2, dst, 0)
-
-
-@pytest.fixture(params=["cuda", "torch"])
-def device(request: pytest.FixtureRequest) -> Any:
-    """A real CUDA device, served by the kernel and then by torch."""
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no CUDA device")
-    if request.param == "cuda":
-        native_cuda()
-    with using(request.param):
-        assert engine("cuda") == request.param
-        yield torch.device("cuda")
 
 
 @pytest.mark.gpu

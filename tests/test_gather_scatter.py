@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from engines import BLOCKS, each_engine, native_core, native_cuda, using
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gather import DTYPES, each_engine, native_core, random_bits, raw, rows_ref, using
-from test_gather_cuda import BLOCKS, ROOT, device, edited, native_cuda, ptxsim  # noqa: F401 (fixtures)
+from twins.rows import DTYPES, random_bits, raw, rows_ref
 
 from actcache.errors import InputError
 from actcache.models.gather import gather_rows, scatter_rows
 
+ROOT = Path(__file__).resolve().parents[1]
 KERNEL = "actcache_scatter_rows"
 # ScatterParams of csrc/scatter.h, field by field.
 PARAMS = np.dtype(
@@ -148,7 +150,7 @@ def test_the_core_checks_before_it_writes() -> None:
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90"])
-def ptx(request: pytest.FixtureRequest, ptxsim: ModuleType) -> str:  # noqa: F811
+def ptx(request: pytest.FixtureRequest, ptxsim: ModuleType) -> str:
     """The kernel's PTX."""
     return ptxsim.compile_cu(str(ROOT / "csrc" / "scatter_cuda.cu"), request.param)
 
@@ -208,7 +210,7 @@ CASES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_kernel_equals_numpy(ptxsim: ModuleType, ptx: str, case: dict[str, Any]) -> None:  # noqa: F811
+def test_the_kernel_equals_numpy(ptxsim: ModuleType, ptx: str, case: dict[str, Any]) -> None:
     sim = ptxsim.PTX(ptx)
     for block in BLOCKS:
         launch(ptxsim, sim, block=block, **case)
@@ -217,7 +219,7 @@ def test_the_kernel_equals_numpy(ptxsim: ModuleType, ptx: str, case: dict[str, A
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[13]], ids=str)
 def test_the_order_of_warps_does_not_matter(
-    ptxsim: ModuleType,  # noqa: F811
+    ptxsim: ModuleType,
     ptx: str,
     case: dict[str, Any],
     seed: int,
@@ -227,7 +229,7 @@ def test_the_order_of_warps_does_not_matter(
         launch(ptxsim, sim, **{**case, "block": block, "n_blocks": 5}, schedule="random", seed=seed)
 
 
-def test_aligned_rows_move_in_16_bytes(ptxsim: ModuleType, ptx: str) -> None:  # noqa: F811
+def test_aligned_rows_move_in_16_bytes(ptxsim: ModuleType, ptx: str) -> None:
     sim = ptxsim.PTX(ptx)
     for align_off, width in (((0, 0), 16), ((8, 0), 8), ((0, 4), 4), ((2, 2), 2)):
         mix = launch(ptxsim, sim, n_cols=2048, ids=[1, 0], n_blocks=1, align_off=align_off, mix=True).mix
@@ -235,7 +237,7 @@ def test_aligned_rows_move_in_16_bytes(ptxsim: ModuleType, ptx: str) -> None:  #
         assert (width == 16) == any(re.match(r"st\.global(\.\w+)*\.(v4\.[bu]32|v2\.[bu]64)", op) for op in mix)
 
 
-def test_the_simulator_catches_one_row_written_twice(ptxsim: ModuleType, ptx: str) -> None:  # noqa: F811
+def test_the_simulator_catches_one_row_written_twice(ptxsim: ModuleType, ptx: str) -> None:
     with pytest.raises(ptxsim.PTXError, match=r"race|different values"):
         launch(ptxsim, ptxsim.PTX(ptx), ids=[3, 3])
 
@@ -249,8 +251,8 @@ def test_the_simulator_catches_one_row_written_twice(ptxsim: ModuleType, ptx: st
     ids=["ids are ignored", "alignment is ignored"],
 )
 def test_planted_faults_are_caught(
-    ptxsim: ModuleType,  # noqa: F811
-    edited: Callable[..., Any],  # noqa: F811
+    ptxsim: ModuleType,
+    edited: Callable[..., Any],
     file: str,
     old: str,
     new: str,
@@ -270,7 +272,7 @@ def test_a_launch_that_would_fault_is_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_scatter_on_the_device(device: torch.device) -> None:  # noqa: F811
+def test_scatter_on_the_device(device: torch.device) -> None:
     for dtype in DTYPES:
         whole = random_bits(20 * 46, dtype).view(20, 46)
         for columns in (slice(None), slice(1, 40, 3)):

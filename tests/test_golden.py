@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import numcodecs.blosc
 import numpy as np
 import pytest
 import zarr
-from test_store import bits, read_tree
+from stores import bits, read_tree
 
 from actcache.store import layout, open_store, verify
+
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,12 +26,6 @@ STORES = [
     for folder in (GOLDEN / version for version in VERSIONS)
     for name in sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Iterator[None]:
-    with mock.patch.object(os, "fsync"):
-        yield
 
 
 def script(name: str) -> ModuleType:

@@ -6,14 +6,18 @@ import argparse
 import ast
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 import actcache
 from actcache.cli import build_parser
+from actcache.native import native
 
 PACKAGE = Path(actcache.__file__).parent
+TESTS = Path(__file__).parent
 README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
 # A module imports only from modules to its left, and from folders to the left of its own.
 FLOW = {
@@ -76,9 +80,24 @@ def test_imports_point_one_way(folder):
                 assert FLOW[folder].index(module) < FLOW[folder].index(path.stem), f"{path} imports {module}"
 
 
+def test_no_test_file_imports_another():
+    """What several share is in conftest.py, in a module of its own, or in twins/."""
+    for path in TESTS.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            given = [alias.name for alias in getattr(node, "names", [])] if isinstance(node, ast.Import) else []
+            given += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in given if name.split(".")[-1].startswith("test_")], path
+
+
 def test_importing_the_package_does_no_work():
     code = "import sys, actcache; print([m for m in ('torch', 'transformers', 'zarr', 'pyarrow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_the_version_is_that_of_the_project():
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert actcache.__version__ == version("actcache") == project["version"]
+    assert (native("cpu")[0] is None) or native("cpu")[0].version() == actcache.__version__
 
 
 def test_a_store_is_read_without_transformers():

@@ -12,8 +12,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from test_replay import BOUNDARY, N_BLOCKS, WIDTH, Sequences, build
 from torch import nn
+from twins.replay import BOUNDARY, N_BLOCKS, WIDTH, Sequences, build
 
 from actcache.models import linear
 from actcache.models.linear import fast_products, linear_in_core, onednn_is_faster, tiles_are_there

@@ -17,18 +17,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny
-from test_store import Twin, make_fingerprint, make_segment, read_tree, write_store
+from stores import FINGERPRINT, SEGMENTS, fill, make_segment, read_tree, write_store
+from twins.store import Twin
 
 from actcache.errors import AlreadyCommittedError, CorruptStoreError, IncompatibleError, InputError
 from actcache.prompts import read_prompts
 from actcache.store import BackgroundWriter, Store, StoreWriter, compact, layout, open_store, repair, verify
 from actcache.store.storage import open_storage
 
-FINGERPRINT = make_fingerprint(checkpoints={"pt": {}, "it": {}}, boundaries=[1])
-SEGMENTS = {
-    f"s-{i}": make_segment(FINGERPRINT, [4, 2 + i], [(0, 3), (1, i)][: 1 + i % 2], name=f"e{i}", seed=i)
-    for i in range(7)
-}
 EVENTS = sum(segment.events.num_rows for segment in SEGMENTS.values())
 
 
@@ -60,13 +56,6 @@ def place(request, tmp_path) -> str:
     if request.param == "disk":
         return str(tmp_path / "store")
     return f"{request.getfixturevalue('s3')}/{tmp_path.name}"
-
-
-def fill(place: str, names: list[str] | None = None) -> Store:
-    writer = StoreWriter(place, FINGERPRINT)
-    for name in SEGMENTS if names is None else names:
-        writer.append(name, SEGMENTS[name])
-    return open_store(place)
 
 
 def check(store: Store, segments: dict[str, Any] = SEGMENTS) -> None:

@@ -11,7 +11,8 @@ from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
 import pytest
-from test_store import Twin, make_fingerprint, make_segment
+from stores import make_fingerprint, make_segment
+from twins.store import Twin
 
 from actcache.errors import AlreadyCommittedError, CorruptStoreError, InputError
 from actcache.store import BackgroundWriter, StoreWriter, compact, open_store, repair, verify

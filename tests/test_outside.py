@@ -9,13 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_many_writers import FINGERPRINT, SEGMENTS, fill
-from test_store import no_fsync, read_tree
+from stores import FINGERPRINT, SEGMENTS, fill, read_tree
 
 from actcache.errors import ActcacheError, InputError
 from actcache.store import StoreWriter, compact, open_store, repair, verify
 
-__all__ = ["no_fsync"]
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture

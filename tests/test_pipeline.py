@@ -9,11 +9,11 @@ import functools
 import json
 
 import pytest
-import reference
 import tiny
 import torch
 from conftest import BOUNDARY, MAX_NEW
 from transformers import AutoTokenizer
+from twins import reference
 
 import actcache
 from actcache.cli import main
@@ -68,21 +68,6 @@ def found_events(store):
     for index, event in enumerate(events):
         event["ids"] = ids[offsets[index] : offsets[index + 1]].tolist()
     return {event["prompt_id"]: event for event in events}
-
-
-def exact_margin(model, hidden, y_pt, y_it):
-    """The margin in the arithmetic that the package promises: products summed in float64, logits rounded to float32."""
-    _, norm, head = reference.parts(model)
-    with torch.no_grad():
-        normed = norm(hidden[None, None])[0, 0].double()
-        logits = (head.weight[[y_pt, y_it]].double() * normed).sum(-1)
-        if head.bias is not None:
-            logits = logits + head.bias[[y_pt, y_it]].double()
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        if cap is not None:
-            logits = torch.tanh(logits / cap) * cap
-    logits = logits.float()
-    return float(logits[1] - logits[0])
 
 
 @DTYPES
@@ -143,7 +128,7 @@ def scored(run, scope, n_events=8):
             hidden[key] = reference.cell(*pair, event["ids"], BOUNDARY, *tokens, scope).final_hidden_last
         readout_model = models[READOUTS[cell["readout"]] or cell["late"]]
         logits = reference.readout(readout_model, hidden[key])
-        exact = exact_margin(readout_model, hidden[key], *tokens)
+        exact = reference.exact_margin(readout_model, hidden[key], *tokens)
         yield cell, float(logits[tokens[1]] - logits[tokens[0]]), exact, int(logits.argmax())
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from test_planes import states
+from twins.planes import states
 from zarr.codecs import Crc32cCodec
 from zarr.registry import register_codec
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -15,16 +14,12 @@ import tensorstore
 import torch
 import xarray
 import zarr
-from test_store import INT_OF, make_fingerprint, make_segment, write_store
+from stores import INT_OF, make_fingerprint, make_segment, write_store
 from zarrs import ZarrsCodecPipeline
 
 from actcache.store import SegmentData, layout, shard
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Iterator[None]:
-    with mock.patch.object(os, "fsync"):
-        yield
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 @pytest.fixture(

@@ -5,10 +5,10 @@ from functools import cache
 from typing import Any
 
 import pytest
-import reference
 import tiny
 import torch
 from transformers import AutoTokenizer, PreTrainedModel
+from twins import reference
 
 BOUNDARY = 3
 MAX_NEW = 12

@@ -8,11 +8,11 @@ import json
 import families
 import pyarrow.parquet as pq
 import pytest
-import reference
 import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from twins import reference
 
 import actcache
 from actcache.analyses.stability import check_stability

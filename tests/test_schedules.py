@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 import schedules
-from test_store import no_fsync
 
-__all__ = ["no_fsync"]
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 QUICK, ALL = 25, 250  # of each place: schedules of every run of the tests, and of make test-deep
 

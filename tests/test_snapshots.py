@@ -13,7 +13,8 @@ from unittest import mock
 
 import pytest
 import torch
-from test_store import Twin, make_fingerprint, make_segment, no_fsync
+from stores import make_fingerprint, make_segment
+from twins.store import Twin
 
 from actcache import RowFeed
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
@@ -26,7 +27,7 @@ SEGMENTS = {
     f"s-{i}": make_segment(FINGERPRINT, [4, 2 + i], [(0, 3), (1, i)][: 1 + i % 2], name=f"e{i}", seed=i)
     for i in range(6)
 }
-__all__ = ["no_fsync"]
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def fill(place: Path, *names: str) -> Store:

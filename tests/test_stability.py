@@ -15,10 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import reference
 import tiny
 import torch
 from transformers import AutoTokenizer
+from twins import reference
 
 import actcache
 from actcache.analyses import stability

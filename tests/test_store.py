@@ -8,8 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ import torch
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stores import INT_OF, bits, make_fingerprint, make_segment, read_tree, write_store
+from twins.store import Twin, twins
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actcache.errors import ActcacheError, CorruptStoreError, FormatVersionError, IncompatibleError, InputError
@@ -30,187 +31,10 @@ from actcache.store.chunks import BLOSC, CODECS
 from actcache.store.verify import _check_files
 from actcache.store.zarr_codec import Bf16Planes
 
-INT_OF = {torch.float32: torch.int32, torch.float16: torch.int16, torch.bfloat16: torch.int16}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync() -> Iterator[None]:
-    """These tests crash nothing (test_store_crash.py does); without fsync they run many times faster."""
-    with mock.patch.object(os, "fsync"):
-        yield
-
-
-# ---- content -------------------------------------------------------------------------------------------------------
-
-
-def make_fingerprint(**changes: Any) -> dict[str, Any]:
-    given = {
-        "checkpoints": {"pt": {"weights": "a1"}, "it": {"weights": "b2"}},
-        "pair": ["pt", "it"],
-        "dtype": "float32",
-        "boundaries": [1, 2],
-        "row_selection": "prefix",
-        "width": 3,
-        "seed": 0,
-    }
-    return given | changes
-
-
-def make_rows(n: int, fingerprint: dict[str, Any], kind: str, rng: np.random.Generator) -> torch.Tensor:
-    """Any bit pattern at all: NaNs with payloads, infinities, subnormals; or all zeros, or all negative zeros."""
-    dtype = layout.STATE_DTYPES[fingerprint["dtype"]]
-    if kind != "any bits":
-        return torch.full((n, fingerprint["width"]), -0.0 if kind == "-0" else 0.0, dtype=dtype)
-    info = torch.iinfo(INT_OF[dtype])
-    words = rng.integers(info.min, info.max, (n, fingerprint["width"]), endpoint=True)
-    return torch.from_numpy(words).to(INT_OF[dtype]).view(dtype)
-
-
-def make_table(rows: Sequence[dict[str, Any]], columns: dict[str, str]) -> pa.Table:
-    types = {name: layout.empty_column(kind).type for name, kind in columns.items()}
-    return pa.table({name: pa.array([row[name] for row in rows], kind) for name, kind in types.items()})
-
-
-def make_segment(
-    fingerprint: dict[str, Any],
-    lengths: Sequence[int],
-    places: Sequence[tuple[int, int]],
-    *,
-    name: str = "s",
-    kinds: Sequence[str] = ("any bits",),
-    carried: Sequence[dict[str, Any]] | None = None,
-    n_excluded: int = 1,
-    seed: int = 0,
-) -> SegmentData:
-    """A segment of sequences of these lengths with events at these (sequence, position) places."""
-    rng = np.random.default_rng(seed)
-    n_rows = sum(lengths) if fingerprint["row_selection"] == "prefix" else len(places)
-    keys = [(label, b) for label in fingerprint["checkpoints"] for b in fingerprint["boundaries"]]
-    events = [
-        {
-            "event_id": f"{name}-{i}",
-            "prompt_id": f"prompt é {i}\x00\n",
-            "kind": "first_divergence" if i % 3 else "later",
-            "step": i,
-            "sequence": sequence,
-            "position": position,
-            "y_pt": 2**40 + i,
-            "y_it": i,
-            "carried": json.dumps(carried[i] if carried else {}),
-            "gap_pt": i / 3,
-        }
-        for i, (sequence, position) in enumerate(places)
-    ]
-    excluded = [{"prompt_id": f"{name}-x{i}", "reason": "no divergence", "carried": "{}"} for i in range(n_excluded)]
-    return SegmentData(
-        token_ids=rng.integers(0, 2**31 - 1, sum(lengths), dtype=np.int32),
-        sequence_offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        states={key: make_rows(n_rows, fingerprint, kinds[i % len(kinds)], rng) for i, key in enumerate(keys)},
-        final={label: make_rows(len(places), fingerprint, kinds[0], rng) for label in fingerprint["checkpoints"]},
-        events=make_table(events, layout.EVENT_COLUMNS | {"gap_pt": "float32"}),
-        excluded=make_table(excluded, layout.EXCLUDED_COLUMNS),
-    )
-
-
-def write_store(path: Path, fingerprint: dict[str, Any], segments: dict[str, SegmentData]) -> Path:
-    writer = StoreWriter(path, fingerprint)
-    for name, segment in segments.items():
-        writer.append(name, segment)
-    return path
-
-
-def bits(rows: torch.Tensor) -> tuple[Any, ...]:
-    return rows.dtype, tuple(rows.shape), rows.contiguous().view(INT_OF.get(rows.dtype, rows.dtype)).numpy().tobytes()
-
-
-@dataclass
-class Twin:
-    """What a store must answer, by loops over what was appended."""
-
-    fingerprint: dict[str, Any]
-    segments: dict[str, SegmentData]
-
-    def events(self) -> list[tuple[str, dict[str, Any]]]:
-        return [(name, row) for name in sorted(self.segments) for row in self.segments[name].events.to_pylist()]
-
-    def rows(self, of: Callable[[SegmentData], Any], selection: str, events: Sequence[int]) -> list[torch.Tensor]:
-        """For each event, the rows of ``of(segment)`` that are its own."""
-        found = []
-        for number in events:
-            name, event = self.events()[number]
-            segment = self.segments[name]
-            if selection == "prefix":
-                first = int(segment.sequence_offsets[event["sequence"]])
-                found.append(of(segment)[first : first + event["position"] + 1])
-            else:
-                within = [row["event_id"] for row in segment.events.to_pylist()].index(event["event_id"])
-                found.append(of(segment)[within : within + 1])
-        return found
-
-    def check(self, store: Store, events: Sequence[int]) -> None:
-        """Every answer of ``store`` about these events, bit for bit."""
-        width, dtype = self.fingerprint["width"], layout.STATE_DTYPES[self.fingerprint["dtype"]]
-        nothing = torch.empty((0, width), dtype=dtype)
-        for label in self.fingerprint["checkpoints"]:
-            for boundary in self.fingerprint["boundaries"]:
-                key = (label, boundary)
-                want = self.rows(lambda s, key=key: s.states[key], self.fingerprint["row_selection"], events)
-                rows, offsets = store.states(label, boundary, events)
-                assert offsets.dtype == torch.int64
-                assert offsets.tolist() == np.cumsum([0, *map(len, want)]).tolist()
-                assert bits(rows) == bits(torch.cat([nothing, *want]))
-            want = self.rows(lambda s, label=label: s.final[label], "divergence", events)
-            assert bits(store.final(label, events)) == bits(torch.cat([nothing, *want]))
-        ids = self.rows(lambda s: torch.from_numpy(s.token_ids), "prefix", events)
-        found, offsets = store.token_ids(events)
-        assert found.dtype == torch.int64
-        assert found.tolist() == [token for one in ids for token in one.tolist()]
-        assert offsets.tolist() == np.cumsum([0, *map(len, ids)]).tolist()
-
-    def check_tables(self, store: Store) -> None:
-        rows = [row | {"segment": name} for name, row in self.events()]
-        carried = [json.loads(row.pop("carried")) for row in rows]
-        keys = {key for one in carried for key in one}
-        assert (
-            store.events.to_pylist()
-            == [row | {key: one.get(key) for key in keys} for row, one in zip(rows, carried, strict=True)]
-            or not rows
-        )
-        assert store.events.num_rows == len(store) == len(rows)
-        excluded = [(name, row) for name in sorted(self.segments) for row in self.segments[name].excluded.to_pylist()]
-        assert [(row["segment"], row["prompt_id"], row["reason"]) for row in store.excluded.to_pylist()] == [
-            (name, row["prompt_id"], row["reason"]) for name, row in excluded
-        ]
+pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 # ---- round trips ---------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def twins(draw: st.DrawFn) -> Twin:
-    fingerprint = make_fingerprint(
-        dtype=draw(st.sampled_from(sorted(layout.STATE_DTYPES))),
-        width=draw(st.sampled_from([1, 2, 3, 7, 32, 65])),
-        boundaries=draw(st.lists(st.integers(1, 1200), max_size=3, unique=True)),
-        row_selection=draw(st.sampled_from(layout.ROW_SELECTIONS)),
-        checkpoints={label: {} for label in ["pt", "it", "DPO-2", "s_ft"][: draw(st.integers(2, 4))]},
-    )
-    if fingerprint["dtype"] == "bfloat16":
-        fingerprint["codec"] = draw(st.sampled_from(sorted(CODECS)))
-    segments = {}
-    for name in draw(st.lists(st.sampled_from(["a", "a-1", "B", "10", "9"]), max_size=3, unique=True)):
-        lengths = draw(st.lists(st.integers(0, 12), max_size=4))
-        places = [(sequence, position) for sequence, length in enumerate(lengths) for position in range(length)]
-        segments[name] = make_segment(
-            fingerprint,
-            lengths,
-            draw(st.lists(st.sampled_from(places), max_size=6)) if places else [],
-            name=name,
-            kinds=draw(st.lists(st.sampled_from(["any bits", "0", "-0"]), min_size=1, max_size=3)),
-            n_excluded=draw(st.integers(0, 2)),
-            seed=draw(st.integers(0, 2**32)),
-        )
-    return Twin(fingerprint, segments)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -349,10 +173,6 @@ def test_equal_arrays_have_equal_bytes(tmp_path):
     segment = make_segment(fingerprint, [900], [(0, 3)])
     trees = [read_tree(write_store(tmp_path / name, fingerprint, {"s": segment})) for name in "ab"]
     assert trees[0] == trees[1]
-
-
-def read_tree(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 # ---- what is asked -------------------------------------------------------------------------------------------------

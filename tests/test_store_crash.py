@@ -23,7 +23,8 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from test_store import Twin, make_fingerprint, make_segment, read_tree, write_store
+from stores import make_fingerprint, make_segment, read_tree, write_store
+from twins.store import Twin
 
 from actcache import files
 from actcache.errors import IncompatibleError, InputError

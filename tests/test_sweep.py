@@ -12,13 +12,13 @@ import numpy as np
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-import reference
 import tiny
 import torch
 from conftest import MAX_NEW
 from safetensors.torch import save_file
-from test_edits import Changes, Study, hooked
-from test_pipeline import exact_margin
+from twins import reference
+from twins.edits import Changes, Study, hooked
+from twins.reference import exact_margin
 
 import actcache
 from actcache.analyses.effects import effects

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_replay import BOUNDARY, N_BLOCKS, SHIFT, VOCAB_SIZE, WIDTH, Sequences, build
+from twins.replay import BOUNDARY, N_BLOCKS, SHIFT, VOCAB_SIZE, WIDTH, Sequences, build
 
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import find_anatomy

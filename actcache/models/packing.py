@@ -358,8 +358,11 @@ def takes_core(
         return False
     if any(one.dtype != torch.float32 for one in (query, key, value)) or len(query) != 1:
         return False
-    core = native("cpu")[0]
-    return core is not None and core.isa() > 0 and _is_plain(module, masks, arguments)
+    if native("cpu")[0] is None:
+        return False
+    from actcache import _core
+
+    return _core.isa() > 0 and _is_plain(module, masks, arguments)
 
 
 def _is_plain(module: torch.nn.Module, masks: Sequence[Mask], arguments: dict[str, Any]) -> bool:
@@ -417,10 +420,12 @@ def attend_in_core(
     n_tokens, width = query.shape[2:]
     out = query.new_empty(1, n_tokens, query.shape[1], value.shape[-1])
     offsets = torch.tensor(bounds, dtype=torch.int64)
-    core = native("cpu")[0]
-    assert core is not None, "takes_core() said so"
-    core.attend(
-        *(tensor.data_ptr() for tensor in (query, key, value)),
+    from actcache import _core  # takes_core() said that it is there
+
+    _core.attend(
+        query.data_ptr(),
+        key.data_ptr(),
+        value.data_ptr(),
         out.numpy(),
         offsets.data_ptr(),
         n_sequences=len(bounds) - 1,

@@ -50,9 +50,10 @@ def encode(words: Buffer, row_words: int = 1) -> bytes:
         raise InputError(f"{len(raw)} bytes, expected words of 2 bytes")
     n_words = len(raw) // 2
     row_words = _checked_width(row_words, n_words)
-    module, _ = native("cpu")
-    if module is not None:
-        return bytes(module.encode_words(raw.ctypes.data, n_words, row_words))
+    if native("cpu")[0] is not None:
+        from actcache import _core
+
+        return _core.encode_words(raw.ctypes.data, n_words, row_words)
     return _encode(raw.view("<u2"), row_words)
 
 
@@ -93,12 +94,13 @@ def decode_into(data: Buffer, out: bytearray | memoryview | npt.NDArray[Any]) ->
 
 
 def _decode_into(header: _Header, chunk: Bytes, out: Bytes) -> None:
-    module, _ = native("cpu")
     try:
-        if module is None:
+        if native("cpu")[0] is None:
             _decode(header, chunk, out.view("<u2"))
         else:
-            module.decode_words(chunk.ctypes.data, len(chunk), len(out) // 2, out)
+            from actcache import _core
+
+            _core.decode_words(chunk.ctypes.data, len(chunk), len(out) // 2, out)
     except ValueError as error:
         raise _malformed(str(error)) from error
 

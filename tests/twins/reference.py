@@ -227,3 +227,18 @@ def grid(
         for u in lineup
         for late in lineup
     }
+
+
+def exact_margin(model, hidden, y_pt, y_it):
+    """The margin in the arithmetic that the package promises: products summed in float64, logits rounded to float32."""
+    _, norm, head = parts(model)
+    with torch.no_grad():
+        normed = norm(hidden[None, None])[0, 0].double()
+        logits = (head.weight[[y_pt, y_it]].double() * normed).sum(-1)
+        if head.bias is not None:
+            logits = logits + head.bias[[y_pt, y_it]].double()
+        cap = getattr(model.config, "final_logit_softcapping", None)
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+    logits = logits.float()
+    return float(logits[1] - logits[0])
