@@ -1,9 +1,11 @@
-# make demo   the whole flow on the pair that the package ships
-# make test   the test suite
-# make test-deep  all random schedules of writers, readers and compactions, of which 'make test' runs some
-# make check  ruff, mypy, clang-format
+# make demo       the whole flow on the pair that the package ships
+# make test-fast  the tests that are not marked slow: under two minutes on two cores
+# make test       all tests
+# make test-deep  and all random schedules and families, of which 'make test' takes some
+# make check      ruff, mypy, clang-format
 #
-# Each makes its own virtual environment. torch is installed first and pinned, so that nothing pulls in another build:
+# Each makes its own virtual environment, by one call of pip, which builds the native core once. torch is pinned there,
+# so that nothing pulls in another build:
 # make demo TORCH="torch==2.12.0"    another version
 # make demo TORCH=                   whatever the package's own range gives
 
@@ -17,16 +19,23 @@ PYTEST ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test test-deep check clean
+.PHONY: demo test-fast test test-deep check clean
+
+# One thread for each test process: two of them on two cores, each with two threads, are slower than with one. Tests of
+# threads ask for theirs. A file's tests stay in one process, which makes what they share once.
+RUN_TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile
 
 demo: $(VENV)/installed
 	$(BIN)/actcache demo --out $(RUN)
 
+test-fast: $(VENV)/installed-test
+	$(RUN_TESTS) -m "not slow and not deep" $(PYTEST)
+
 test: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto $(PYTEST)
+	$(RUN_TESTS) $(PYTEST)
 
 test-deep: $(VENV)/installed-test
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto tests/test_schedules.py -m "deep or not deep" $(PYTEST)
+	$(RUN_TESTS) -m "deep or not deep" $(PYTEST)
 
 check: $(VENV)/installed-check
 	$(BIN)/ruff check .
@@ -37,19 +46,21 @@ check: $(VENV)/installed-check
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(if $(TORCH),$(BIN)/python -m pip install --quiet "$(TORCH)")
+
+# Compiled to bytecode when imported: most of what is installed never is.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile $(if $(TORCH),"$(TORCH)") --editable
 
 $(VENV)/installed: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/python -m pip install --quiet --editable .
+	$(INSTALL) .
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --editable ".[test]"
-	touch $@
+$(VENV)/installed-test: $(VENV)/bin/python $(SOURCES)
+	$(INSTALL) ".[test]"
+	touch $(VENV)/installed $@
 
-$(VENV)/installed-check: $(VENV)/installed-test
-	$(BIN)/python -m pip install --quiet --editable ".[test,check]"
-	touch $@
+$(VENV)/installed-check: $(VENV)/bin/python $(SOURCES)
+	$(INSTALL) ".[test,check]"
+	touch $(VENV)/installed $(VENV)/installed-test $@
 
 clean:
 	rm -rf $(VENV) build runs *.egg-info actcache/*.so
