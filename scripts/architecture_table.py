@@ -28,7 +28,7 @@ PAGE = ROOT / "actcache" / "models" / "ARCHITECTURES.md"
 sys.path.insert(0, str(ROOT / "tests"))
 
 import families  # type: ignore[import-not-found]  # noqa: E402
-import reference  # type: ignore[import-not-found]  # noqa: E402
+from twins import reference  # type: ignore[import-not-found]  # noqa: E402
 
 # Odd lengths, one token alone, two beyond the window.
 LENGTHS = (7, 1, 13, 4)
