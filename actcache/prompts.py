@@ -13,38 +13,8 @@ from typing import Any
 from actcache import carried
 from actcache.errors import InputError
 from actcache.files import no_file
+from actcache.schema import RESERVED_NAMES, RESERVED_PREFIXES
 
-# Columns of the tables that prompts are carried into: a prompt key of the same name would be ambiguous there.
-RESERVED_KEYS = frozenset(
-    {
-        "event_id",
-        "prompt_id",
-        "kind",
-        "step",
-        "proposed_step",
-        "sequence",
-        "position",
-        "y_pt",
-        "y_it",
-        "boundary",
-        "scope",
-        "upstream",
-        "late",
-        "readout",
-        "variant",
-        "margin",
-        "top1_id",
-        "noop_delta",
-        "kl",
-        "context",
-        "token_pt",
-        "token_it",
-        "carried",
-        "reason",
-        "segment",
-    }
-)
-RESERVED_PREFIXES = ("gap_", "margin_", "special_")
 MAX_ID = 1000  # characters: it is repeated in every cell of its events, and a path or a URL fits
 
 _NOT_READ_YET = {
@@ -137,7 +107,7 @@ def _parse_line(line: str, where: str, kind: str) -> Prompt:
         _check_text(record, where, "")
     prompt = Prompt(record.pop("id"), record.pop("prompt"), record)
     for key in record:
-        if key in RESERVED_KEYS or key.startswith(RESERVED_PREFIXES):
+        if key in RESERVED_NAMES or key.startswith(RESERVED_PREFIXES):
             raise InputError(f"{where}: key {key!r} is the name of a result column; rename it")
         if not key.strip() or "\0" in key or len(key) > carried.MAX_KEY:
             raise InputError(

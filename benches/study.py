@@ -211,7 +211,7 @@ class Ours:
 
     def cold_work(self, boundary: int) -> list[Work]:
         """Those of a plain forward of both checkpoints over every event's sequence, and of four replays of it."""
-        max_tokens = self.store.fingerprint["max_tokens"]
+        max_tokens = self.store.fingerprint.max_tokens
         forwards = [
             Work(self.study.matrices(), [sum(lengths[i] for i in pack) for pack in plan_packs(lengths, max_tokens)], 2)
             for lengths in segment_lengths(self.store)

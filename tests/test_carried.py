@@ -11,7 +11,7 @@ from stores import make_fingerprint, make_segment, write_store
 
 from actcache.carried import as_columns, encode
 from actcache.sealed import parquet_bytes
-from actcache.store import layout, open_store
+from actcache.store import open_store
 from actcache.study.cells import gather_cells, write_group
 
 N_VARIANTS = 800
@@ -25,7 +25,7 @@ def cells_of(folder, carried):
     segment = make_segment(fingerprint, [len(carried)], places, carried=carried)
     store = open_store(write_store(folder / "store", fingerprint, {"s": segment}))
     variants = [f"v{i}" for i in range(N_VARIANTS)]
-    key = {"store": layout.fingerprint_digest(store.fingerprint), "segment": "s", "boundary": 1, "scope": "prefix"}
+    key = {"store": store.fingerprint.digest, "segment": "s", "boundary": 1, "scope": "prefix"}
     key |= {"strict": False, "max_tokens": None, "readouts": ["native"], "variants": dict.fromkeys(variants, "x")}
     key |= {"top1": False, "kl": False, "whole": [], "mode": "packed"}
     fields = {"boundary": 1, "scope": "prefix", "late": "it", "readout": "native", "top1_id": None, "noop_delta": None}

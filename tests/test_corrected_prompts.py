@@ -28,7 +28,7 @@ def writer_of(path: Path, prompts: dict[str, str]) -> StoreWriter:
 
 def append(writer: StoreWriter, *names: str) -> None:
     for name in names:
-        writer.append(name, make_segment(writer.fingerprint, [3], [(0, 0)], name=name))
+        writer.append(name, make_segment(make_fingerprint(), [3], [(0, 0)], name=name))
 
 
 @pytest.mark.parametrize("compacted", [False, True])

@@ -139,7 +139,7 @@ def test_an_export_holds_what_was_captured(to, selection, dtype, batch_bytes, tm
         assert pq.read_table(tmp_path / "some/events.parquet").equals(store.events.take(some))
     index = json.loads((tmp_path / "some/export.json").read_text())
     assert (index["format"], index["row_selection"], index["events"]["n"]) == (to, selection, 4)
-    assert index["fingerprint"] == store.fingerprint
+    assert index["fingerprint"] == store.fingerprint.to_json()
 
 
 @pytest.mark.parametrize("to", FORMATS)

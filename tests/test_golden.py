@@ -67,7 +67,7 @@ def test_todays_code_reads_it(folder, name):
         else:
             rows, offsets = store.token_ids()
         assert golden.described(golden.bits(rows)) == described, answer
-        if what == "token" or (what == "states" and store.fingerprint["row_selection"] == "prefix"):
+        if what == "token" or (what == "states" and store.fingerprint.has_prefix_rows):
             assert np.diff(offsets).tolist() == [row["position"] + 1 for row in want["events"]]
     for table, rows in ((store.events, want["events"]), (store.excluded, want["excluded"])):
         found = [{key: value for key, value in row.items() if key != "segment"} for row in table.to_pylist()]

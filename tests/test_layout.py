@@ -21,7 +21,7 @@ TESTS = Path(__file__).parent
 README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
 # A module imports only from modules to its left, and from folders to the left of its own.
 FLOW = {
-    "": ("errors", "finite", "files", "cpus", "progress", "sealed", "native", "carried", "prompts"),
+    "": ("errors", "schema", "finite", "files", "cpus", "progress", "sealed", "native", "carried", "prompts"),
     "store": (
         *("planes", "zarr_codec", "chunks", "storage", "objects", "shard", "layout", "records", "segment", "reader"),
         *("writer", "background", "compact", "verify", "export", "rows", "feed"),

@@ -315,7 +315,7 @@ def test_how_long_searches_last_is_told_of_every_prompt():
     """The last one that is undecided keeps its batch going, so the mean of those without an event would not do."""
     reasons = ["no_divergence", "both_ended", "no_divergence", "position_limit"]
     store = SimpleNamespace(
-        fingerprint={"max_new": 8},
+        fingerprint=SimpleNamespace(max_new=8),
         events=pa.table({"step": [0, 2, 2]}),
         excluded=pa.table({"reason": reasons}),
     )
@@ -608,7 +608,7 @@ def test_runs_that_cannot_be_put_beside(tiny_run, refused, tmp_path):
     refused("no longer holds the prompts that", out, "--prompts", other)
     (out / "plan.json").write_text("{}")
     refused("plan.json is not a plan", out)
-    prompts = run.store.fingerprint["prompts"]
+    prompts = run.store.fingerprint.prompts
     (out / "plan.json").write_bytes(json_bytes({"assumed": {"event_share": "half"}}, {"prompts": "others"}))
     refused("is a plan for other prompts", out)
     (out / "plan.json").write_bytes(json_bytes({"assumed": {"event_share": "half"}}, {"prompts": prompts}))

@@ -18,6 +18,7 @@ from twins.store import Twin
 
 from actcache import RowFeed
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
+from actcache.schema import digest_of
 from actcache.store import Store, StoreWriter, compact, layout, open_store, records, verify
 from actcache.store.feed import RowBatch
 from actcache.store.storage import LocalStorage, open_storage
@@ -250,7 +251,7 @@ def test_a_listing_made_during_a_compaction_loses_nothing(lacking, tmp_path):
     fill(place, "s-0", "s-5")
     before = {name: (place / f"commits/{name}.json").read_bytes() for name in ("s-0", "s-5")}
     compact(place)
-    digest = layout.fingerprint_digest(FINGERPRINT)
+    digest = digest_of(FINGERPRINT)
     real, count = LocalStorage.names, iter(range(100))
 
     def names(self: LocalStorage, folder: str) -> list[str]:

@@ -286,7 +286,7 @@ def test_a_run_checks_a_sample_of_both_dtypes(tiny_run):
     assert table["event_id"].to_pylist() == 2 * sample
     assert table["dtype"].to_pylist() == ["float32"] * 16 + ["bfloat16"] * 16
     whole = check_stability(
-        run.store, load(run), ["float32"], max_tokens=run.store.fingerprint["max_tokens"], events=spread(len(ids), 16)
+        run.store, load(run), ["float32"], max_tokens=run.store.fingerprint.max_tokens, events=spread(len(ids), 16)
     )
     assert whole.equals(table.slice(0, 16))
     assert "Events that rounding would change" in (run.out / "report.html").read_text()

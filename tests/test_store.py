@@ -26,6 +26,7 @@ from twins.store import Twin, twins
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actcache.errors import ActcacheError, CorruptStoreError, FormatVersionError, IncompatibleError, InputError
+from actcache.schema import digest_of
 from actcache.store import Problem, Segment, SegmentData, Store, StoreWriter, compact, layout, open_store, shard, verify
 from actcache.store.chunks import BLOSC, CODECS
 from actcache.store.verify import _check_files
@@ -539,7 +540,7 @@ def test_every_byte_flipped_in_turn_is_noticed(tmp_path):
     """Each by the read that takes it in; the metadata of groups, which no read takes in, by verify."""
     fingerprint = make_fingerprint(checkpoints={"pt": {}}, pair=["pt"], boundaries=[1])
     path = write_store(tmp_path / "store", fingerprint, {"s": make_segment(fingerprint, [3], [(0, 2)])})
-    digest = layout.fingerprint_digest(fingerprint)
+    digest = digest_of(fingerprint)
     segment = open_store(path).segments[0]
     n_flipped = 0
     for file, data in read_tree(path).items():
@@ -575,9 +576,7 @@ def raise_first(problems: Iterator[Problem]) -> None:
 def test_truncation_at_every_length_is_one_named_error(file, path):
     store = open_store(path)
     read: Callable[[], Any] = {
-        RECORD: lambda: layout.decode_record(
-            (path / RECORD).read_bytes(), "s-0", layout.fingerprint_digest(store.fingerprint)
-        ),
+        RECORD: lambda: layout.decode_record((path / RECORD).read_bytes(), "s-0", store.fingerprint.digest),
         "zarr.json": lambda: layout.decode_root((path / "zarr.json").read_bytes(), "store"),
     }.get(file, lambda: unread(store.segments[0]).read("states/pt/b001"))
     for n_bytes in reversed(range((path / file).stat().st_size)):

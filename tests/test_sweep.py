@@ -874,7 +874,7 @@ def test_a_carried_column_is_not_overwritten_by_kl(run, written, tmp_path, monke
     words = ["--pt", record.checkpoints["pt"], "--it", record.checkpoints["it"], "--prompts", prompts]
     words += ["--out", tmp_path / "carries", "--boundary", "3", "--max-new", 24]
     assert "key 'kl'" in refused(capfd, "capture", *words)
-    monkeypatch.setattr("actcache.prompts.RESERVED_KEYS", frozenset())
+    monkeypatch.setattr("actcache.prompts.RESERVED_NAMES", frozenset())
     assert main([str(word) for word in ["capture", *words]]) == 0
     said = refused(capfd, "grid", tmp_path / "carries", "--sweep", written("kl = true"))
     assert "carry a column 'kl'" in said

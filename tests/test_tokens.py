@@ -12,9 +12,9 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
-from actcache.capture.capture import CaptureSettings, capture
+from actcache.capture.capture import CaptureSettings, capture, fingerprint
 from actcache.errors import IncompatibleError, InputError
-from actcache.models.lineup import Lineup, as_fingerprint
+from actcache.models.lineup import Lineup
 from actcache.prompts import Prompt
 from actcache.store import open_store
 
@@ -106,7 +106,7 @@ def test_what_a_tokenizer_appends_is_left_off_and_said(lineup, front):
     assert found.encode([Prompt("a", TEXT)], said.append) == [[*starts, *plain(found, TEXT)]]
     (line,) = said
     assert line.startswith("checkpoints pt, it: the tokenizer appends '<|end|>'")
-    assert found.checkpoints["pt"].fingerprint["left_off"], "a store of an earlier version holds the end tokens"
+    assert found.checkpoints["pt"].fingerprint.left_off, "a store of an earlier version holds the end tokens"
 
 
 def test_an_end_token_of_the_text_itself_stays(lineup):
@@ -118,7 +118,7 @@ def test_an_end_token_of_the_text_itself_stays(lineup):
 
 def test_stored_truncation_and_padding_are_switched_off_and_said(lineup):
     found, said = lineup(store_limits), []
-    digest = found.checkpoints["pt"].fingerprint["tokenizer"]
+    digest = found.checkpoints["pt"].fingerprint.tokenizer
     short, long = found.encode([Prompt("a", "Hi!"), Prompt("b", TEXT)], said.append)
     assert [short, long] == [plain(found, "Hi!"), plain(found, TEXT)]
     assert len(short) < 32
@@ -127,7 +127,7 @@ def test_stored_truncation_and_padding_are_switched_off_and_said(lineup):
         "checkpoints pt, it: truncation and padding stored with the tokenizer: switched off, so that texts stay whole"
     ]
     again = Lineup.open({label: c.path for label, c in found.checkpoints.items()})
-    assert again.checkpoints["pt"].fingerprint["tokenizer"] == digest, "it is the same before and after use"
+    assert again.checkpoints["pt"].fingerprint.tokenizer == digest, "it is the same before and after use"
 
 
 def test_nothing_is_said_of_tokenizers_that_only_read(lineup):
@@ -135,8 +135,8 @@ def test_nothing_is_said_of_tokenizers_that_only_read(lineup):
     found = lineup(put_around([BOS], []))
     found.encode([Prompt("a", TEXT)], said.append)
     assert said == []
-    assert as_fingerprint(found).keys() == {"checkpoints"}
-    assert "left_off" not in found.checkpoints["pt"].fingerprint
+    assert fingerprint(found, [], CaptureSettings((1,))).vocabulary is None
+    assert found.checkpoints["pt"].fingerprint.left_off is None
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_both_tokenizers_count_alike(lineup, swapped):
         found = Lineup([found.checkpoints["it"], found.checkpoints["pt"]])
     assert found.vocabulary == frozenset(range(tiny.VOCAB_SIZE + 2))
     assert found.decode([tiny.VOCAB_SIZE + 1]) == "<|two|>"
-    assert as_fingerprint(found)["vocabulary"], "an earlier version left events out"
+    assert fingerprint(found, [], CaptureSettings((1,))).vocabulary, "an earlier version left events out"
 
 
 def found_specials(lineup):

@@ -30,12 +30,13 @@ from actcache.models.backbone import Backbone
 from actcache.models.blocks import block_of, check_boundary
 from actcache.models.checkpoint import DTYPES
 from actcache.models.gather import gather_rows
-from actcache.models.lineup import Lineup, as_fingerprint
+from actcache.models.lineup import Lineup
 from actcache.models.packing import offsets_of
 from actcache.models.probe import check_replayable
 from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
+from actcache.schema import Fingerprint
 from actcache.store import BackgroundWriter, Place, SegmentData, StoreWriter
 
 PAIR = ("pt", "it")
@@ -159,15 +160,17 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Back
         return Backbone(model)
 
 
-def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> dict[str, Any]:
+def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> Fingerprint:
     """Everything that the bytes of the store depend on; two equal fingerprints name the same work."""
-    return as_fingerprint(
-        lineup,
-        pair=list(PAIR),
+    return Fingerprint(
+        checkpoints={label: checkpoint.fingerprint for label, checkpoint in lineup.checkpoints.items()},
+        pair=PAIR,
+        # Only where the store would differ from one of an earlier version, which resumes otherwise.
+        vocabulary=None if lineup.has_one_vocabulary else "of any checkpoint",
         prompts=prompts_module.digest(prompts),
         n_prompts=len(prompts),
         dtype=settings.dtype,
-        boundaries=list(settings.boundaries),
+        boundaries=settings.boundaries,
         row_selection=settings.row_selection,
         width=lineup.width,
         n_blocks=lineup.n_blocks,

@@ -104,9 +104,9 @@ def _heading(groups: Sequence[Group], store: Store | None) -> str:
     shared = {name: groups[0][name] for name in _SETTINGS if len({group[name] for group in groups}) == 1}
     said = []
     if "boundary" in shared:
-        said.append(f"boundary {shared['boundary']}" + (f" of {store.fingerprint['n_blocks']} blocks" if store else ""))
+        said.append(f"boundary {shared['boundary']}" + (f" of {store.fingerprint.n_blocks} blocks" if store else ""))
     elif store is not None:
-        said.append(f"{store.fingerprint['n_blocks']} blocks")
+        said.append(f"{store.fingerprint.n_blocks} blocks")
     said += [f"{name} {shared[name]}" for name in ("scope", "readout") if name in shared]
     said += [f"variant {shared['variant']}"] if shared.get("variant", "none") != "none" else []
     n_events, n_prompts = (max(group[name] for group in groups) for name in ("n_events", "n_prompts"))

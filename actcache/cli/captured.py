@@ -38,7 +38,8 @@ def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup, str]:
 def check_complete(store: Store) -> None:
     """Fewer prompts than were asked for would give other means, and nobody would see why."""
     found = len({*store.events["prompt_id"].to_pylist(), *store.excluded["prompt_id"].to_pylist()})
-    asked = store.fingerprint["n_prompts"]
+    store.fingerprint.check_captured()
+    asked = store.fingerprint.n_prompts
     if found != asked:
         raise InputError(
             f"{store.path} holds {found} of {asked} prompts: give the capture command again until all are captured"
@@ -48,13 +49,14 @@ def check_complete(store: Store) -> None:
 
 def check_same_checkpoints(store: Store, lineup: Lineup) -> None:
     """Raise IncompatibleError, naming the field, where a checkpoint is not the one whose states are stored."""
-    for label, captured in store.fingerprint["checkpoints"].items():
+    for label, captured in store.fingerprint.checkpoints.items():
         checkpoint = lineup.checkpoints[label]
-        field = checkpoint.differs_in(captured)
+        now = checkpoint.fingerprint
+        field = captured.differs_in(now)
         if field is not None:
             raise IncompatibleError(
                 f"checkpoint {label} at {checkpoint.path} is not the one captured: its {field} is "
-                f"{str(checkpoint.fingerprint.get(field))[:12]}, the store has {captured[field][:12]}; "
+                f"{str(getattr(now, field, None))[:12]}, the store has {captured.to_json()[field][:12]}; "
                 f"point --{label} at the captured one",
                 field=f"checkpoints.{label}.{field}",
             )

@@ -219,7 +219,7 @@ def _compare(args: argparse.Namespace) -> None:
     timings = _timings_of(folder, study)
     if folder.plan.is_file():
         plan = folder.read_plan()
-        if plan.made_from["prompts"] != store.fingerprint["prompts"]:
+        if plan.made_from["prompts"] != store.fingerprint.prompts:
             raise InputError(f"{folder.plan} is a plan for other prompts than {folder.path} was made from; remove it")
         assumed = assumptions_from_json(plan.content["assumed"], str(folder.plan))
     else:
@@ -243,16 +243,17 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
     from actcache.study.plan import Study, groups_of, shapes_of
 
     fingerprint = store.fingerprint
+    fingerprint.check_captured()
     for field, found in (("n_blocks", lineup.n_blocks), ("width", lineup.width)):
-        if found != fingerprint[field]:
+        if found != (captured := getattr(fingerprint, field)):
             raise IncompatibleError(
-                f"the checkpoints have {field} {found}, the store of {folder.path} has {fingerprint[field]}; point "
+                f"the checkpoints have {field} {found}, the store of {folder.path} has {captured}; point "
                 "--pt and --it at those captured",
                 field=field,
             )
-    prompts = read_prompts(prompts_path, fingerprint["n_prompts"])
-    as_captured = store.prompts == digests_of_segments(prompts, fingerprint["shard_prompts"])
-    if not as_captured and digest(prompts) != fingerprint["prompts"]:
+    prompts = read_prompts(prompts_path, fingerprint.n_prompts)
+    as_captured = store.prompts == digests_of_segments(prompts, fingerprint.shard_prompts)
+    if not as_captured and digest(prompts) != fingerprint.prompts:
         raise InputError(
             f"{prompts_path} no longer holds the prompts that {folder.path} was made from; give theirs with --prompts"
         )

@@ -104,13 +104,13 @@ def _check(
             load,
             folder.stability,
             samples,
-            max_tokens=store.fingerprint["max_tokens"] if max_tokens is None else max_tokens,
+            max_tokens=store.fingerprint.max_tokens if max_tokens is None else max_tokens,
             device=device,
             on_progress=line,
             say=say,
         )
     clock.write([len(store) if n is None else min(n, len(store)) for n in samples.values()])
-    return describe(summarise(table), store.fingerprint["dtype"])
+    return describe(summarise(table), store.fingerprint.dtype)
 
 
 def _sample(text: str) -> int | None:

@@ -202,7 +202,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
 
     store = folder.open_store()
     check_complete(store)
-    settings = grid_settings(args, boundary, store.boundaries, store.width, store.fingerprint["n_blocks"])
+    settings = grid_settings(args, boundary, store.boundaries, store.width, store.fingerprint.n_blocks)
     check_settings(store, settings)
     check_same_checkpoints(store, lineup)
 
@@ -294,7 +294,7 @@ def _selected(
     selected, left_out = select_events(
         cells.content,
         store.events,
-        store.fingerprint["dtype"],
+        store.fingerprint.dtype,
         stability=stability and stability.content,
         min_gap=min_gap,
     )
@@ -322,7 +322,7 @@ def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False,
         store.events,
         store.excluded,
         _settings_shown(folder.record(), store),
-        default_boundary=round(0.6 * store.fingerprint["n_blocks"]),
+        default_boundary=round(0.6 * store.fingerprint.n_blocks),
         stability=summaries_of(folder),
     )
     write_atomically(folder.report, html_bytes(page, {**identity(store), **made_from, "effects": effects.seal}))
@@ -349,20 +349,18 @@ def _settings_shown(record: RunRecord, store: Store) -> dict[str, str]:
     fingerprint = store.fingerprint
     shown = {"command": record.command}
     for label, path in record.checkpoints.items():
-        digests = fingerprint["checkpoints"][label]
-        shown[f"checkpoint {label}"] = (
-            f"{path} (weights {digests['weights'][:12]}, tokenizer {digests['tokenizer'][:12]})"
-        )
-        shown["architecture"] = f"{digests['architecture']}, {fingerprint['n_blocks']} blocks of width {store.width}"
-        shown["attention"] = digests["attention"]
+        captured = fingerprint.checkpoints[label]
+        shown[f"checkpoint {label}"] = f"{path} (weights {captured.weights[:12]}, tokenizer {captured.tokenizer[:12]})"
+        shown["architecture"] = f"{captured.architecture}, {fingerprint.n_blocks} blocks of width {store.width}"
+        shown["attention"] = captured.attention
     shown |= {
-        "prompts": f"{record.prompts} ({fingerprint['n_prompts']} prompts, digest {fingerprint['prompts'][:12]})",
-        "dtype": fingerprint["dtype"],
+        "prompts": f"{record.prompts} ({fingerprint.n_prompts} prompts, digest {fingerprint.prompts[:12]})",
+        "dtype": fingerprint.dtype,
         "boundaries": ", ".join(str(boundary) for boundary in store.boundaries),
-        "choices compared a prompt": f"at most {fingerprint['max_new']}",
-        "capture": "strict, one sequence a forward" if fingerprint["strict"] else "packed",
-        "device": fingerprint["device"],
-        "versions": ", ".join(f"{name} {number}" for name, number in fingerprint["versions"].items()),
+        "choices compared a prompt": f"at most {fingerprint.max_new}",
+        "capture": "strict, one sequence a forward" if fingerprint.strict else "packed",
+        "device": fingerprint.device,
+        "versions": ", ".join(f"{name} {number}" for name, number in fingerprint.versions.items()),
     }
     return shown
 

@@ -32,6 +32,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from actcache.errors import InputError, UnsupportedModelError
 from actcache.models import checkpoint_files as files
 from actcache.models.tokens import Encoder
+from actcache.schema import CheckpointFingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -171,32 +172,25 @@ class Checkpoint:
         return frozenset(() if own is None else (own,))
 
     @property
-    def fingerprint(self) -> dict[str, str]:
-        """Digests (SHA-256) of weights, config and tokenizer, the ids that end a generation, and the architecture and
-        attention they run under; made again where a file has changed since."""
+    def fingerprint(self) -> CheckpointFingerprint:
+        """What identifies the checkpoint; made again where a file has changed since."""
         if files.stamp(self.path) != self._stamp:
             return Checkpoint.open(self.label, self.path).fingerprint
-        return dict(self._fingerprint)
+        return self._fingerprint
 
     @cached_property
-    def _fingerprint(self) -> dict[str, str]:
+    def _fingerprint(self) -> CheckpointFingerprint:
         config = {key: value for key, value in self._config_json.items() if key not in _VOLATILE_KEYS}
         # Earlier versions kept what the tokenizer appends: their stores hold other sequences.
-        left_off = {"left_off": ", ".join(map(str, self.encoder.left_off))} if self.encoder.left_off else {}
-        return left_off | {
-            "architecture": self.config.model_type,
-            "weights": files.digest_weights(self.path),
-            "config": hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
-            "tokenizer": self._encoder[1],
-            "attention": self.attention,
-            "end_ids": ",".join(str(token) for token in sorted(self.end_ids)),
-        }
-
-    def differs_in(self, captured: Mapping[str, str]) -> str | None:
-        """The first field in which a fingerprint is not this checkpoint's, of those that it has: earlier versions
-        recorded no ``end_ids``."""
-        now = self.fingerprint
-        return next((field for field, value in captured.items() if now.get(field) != value), None)
+        return CheckpointFingerprint(
+            architecture=self.config.model_type,
+            weights=files.digest_weights(self.path),
+            config=hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest(),
+            tokenizer=self._encoder[1],
+            attention=self.attention,
+            end_ids=",".join(str(token) for token in sorted(self.end_ids)),
+            left_off=", ".join(map(str, self.encoder.left_off)) or None,
+        )
 
     @contextmanager
     def named(self) -> Iterator[None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from actcache.errors import IncompatibleError, InputError
 from actcache.models.checkpoint import Checkpoint
@@ -182,12 +181,3 @@ def _check_same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
                 f"{first.path} and {token_b!r} in {other.path}",
                 field="tokenizer",
             )
-
-
-def as_fingerprint(lineup: Lineup, **settings: Any) -> dict[str, Any]:
-    """What identifies a store: every checkpoint's digests, then the settings that its content depends on."""
-    found: dict[str, Any] = {"checkpoints": {label: c.fingerprint for label, c in lineup.checkpoints.items()}}
-    # Only where a store would differ from one of an earlier version, which resumes otherwise.
-    if not lineup.has_one_vocabulary:
-        found["vocabulary"] = "of any checkpoint"
-    return found | settings

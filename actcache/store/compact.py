@@ -67,8 +67,8 @@ def compact(place: Place, max_bytes: int = 2**30, on_progress: OnProgress = unto
 def read_segment(segment: Segment) -> SegmentData:
     """All of a committed segment, as it was appended."""
     fingerprint = segment.fingerprint
-    dtype = layout.STATE_DTYPES[fingerprint["dtype"]]
-    labels = fingerprint["checkpoints"]
+    dtype = layout.STATE_DTYPES[fingerprint.dtype]
+    labels = fingerprint.checkpoints
 
     def rows(array: str) -> torch.Tensor:
         return layout.to_torch(segment.read(array), dtype)
@@ -76,7 +76,7 @@ def read_segment(segment: Segment) -> SegmentData:
     return SegmentData(
         token_ids=segment.read("token_ids"),
         sequence_offsets=segment.row_offsets,
-        states={(label, b): rows(layout.state_path(label, b)) for label in labels for b in fingerprint["boundaries"]},
+        states={(label, b): rows(layout.state_path(label, b)) for label in labels for b in fingerprint.boundaries},
         final={label: rows(layout.final_path(label)) for label in labels},
         events=segment.read_table("events"),
         excluded=segment.read_table("excluded"),
@@ -138,7 +138,7 @@ def _clear_replaced(store: Store) -> None:
     Records last: an interrupted compaction leaves those that say what is still to delete. No reader minds, as the
     record of what replaces them is there all the time.
     """
-    records = read_records(store.storage, layout.fingerprint_digest(store.fingerprint))
+    records = read_records(store.storage, store.fingerprint.digest)
     live = {record["segment"] for record in without_replaced(records)}
     for record in records:
         if record["segment"] not in live:

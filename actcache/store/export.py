@@ -188,7 +188,7 @@ def _arrays(store: Store, labels: list[str], boundaries: list[int], numbers: npt
     single = np.arange(len(numbers) + 1, dtype=np.int64)
     prefix = np.zeros(len(numbers) + 1, np.int64)
     np.cumsum(store.events["position"].to_numpy()[numbers] + 1, out=prefix[1:])
-    states = prefix if store.fingerprint["row_selection"] == "prefix" else single
+    states = prefix if store.fingerprint.has_prefix_rows else single
     dtype, vector = str(store.dtype).removeprefix("torch."), (store.width,)
 
     def state_reader(label: str, boundary: int) -> Callable[[npt.NDArray[np.int64]], torch.Tensor]:
@@ -260,10 +260,10 @@ def _write_all(store: Store, folder: Path, to: str, arrays: list[_Array], on_pro
         "export_version": 1,
         "format": to,
         "events": {"files": [EVENTS_FILE], "n": len(numbers)},
-        "row_selection": store.fingerprint["row_selection"],
+        "row_selection": store.fingerprint.row_selection,
         "arrays": files,
         "note": "event i has rows offsets[i]:offsets[i + 1]; bfloat16 that is written as uint16 is its 16-bit words",
-        "fingerprint": store.fingerprint,
+        "fingerprint": store.fingerprint.to_json(),
     }
 
 

@@ -135,7 +135,7 @@ class RowFeed(IterableDataset[RowBatch]):
         self._epoch = torch.tensor(epoch).share_memory_()
         # Everything that an epoch's batches depend on, as plain values.
         names = ("labels", "boundaries", "shuffle", "seed", "batch_rows", "drop_last", "rank", "world", "pool_rows")
-        self._identity = {"store": layout.fingerprint_digest(opened.fingerprint), "rows": self.chosen.digest()}
+        self._identity = {"store": opened.fingerprint.digest, "rows": self.chosen.digest()}
         self._identity |= {name: getattr(self, name) for name in names}
         self._identity["records"] = self.chosen.records_digest()
         self._order: tuple[int, Ints, Ints] | None = None

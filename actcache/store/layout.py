@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -19,8 +18,9 @@ from actcache.carried import MAX_KEYS as MAX_CARRIED_KEYS
 from actcache.carried import MAX_LEVELS as MAX_CARRIED_LEVELS
 from actcache.carried import is_shallow, is_text
 from actcache.errors import CorruptStoreError, FormatVersionError, InputError
+from actcache.schema import EVENTS, EXCLUDED, SEGMENT, Fingerprint, arrow_type, canonical, digest_of, is_count, types
 from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
-from actcache.store.shard import canonical, crc32c, data_file, decode_json, encode_json
+from actcache.store.shard import crc32c, data_file, decode_json, encode_json
 
 FORMAT_VERSION = 1
 
@@ -31,29 +31,18 @@ DROPPED = "dropped"
 
 STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_NAME = 200  # characters; file systems take 255 bytes
-MAX_COUNT = 2**48  # rows, tokens, bytes: beyond any disk, and sums of them stay within 64 bits
 MAX_BLOCKS = 10_000
-_COLUMN_TYPES = {"int32": pa.int32(), "int64": pa.int64(), "float32": pa.float32(), "string": pa.string()}
+_COLUMN_TYPES = {name: arrow_type(name) for name in ("int32", "int64", "float32", "string")}
 ROW_SELECTIONS = ("prefix", "divergence")
 _COUNTS = ("n_sequences", "n_tokens", "n_events", "n_excluded")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 _FOLDER = re.compile(rf"{_NAME.pattern}(\.[0-9a-f]+)?")
 _FILE = re.compile(rf"({_NAME.pattern}/)*(zarr\.json|[0-9]+)")
 
-# Columns that every events table has; more may stand beside them.
-EVENT_COLUMNS = {
-    "event_id": "string",
-    "prompt_id": "string",
-    "kind": "string",
-    "step": "int32",
-    "sequence": "int64",
-    "position": "int64",
-    "y_pt": "int64",
-    "y_it": "int64",
-    "carried": "string",
-}
-EXCLUDED_COLUMNS = {"prompt_id": "string", "reason": "string", "carried": "string"}
-SEGMENT_COLUMN = "segment"  # added by the reader
+# Columns that every such table has; more may stand beside them.
+EVENT_COLUMNS = types(EVENTS)
+EXCLUDED_COLUMNS = types(EXCLUDED)
+SEGMENT_COLUMN = SEGMENT.name  # added by the reader
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,9 +114,9 @@ def check_events(
         raise InputError("an event's position lies outside its sequence")
 
 
-def n_rows(fingerprint: dict[str, Any], n_tokens: int, n_events: int) -> int:
+def n_rows(fingerprint: Fingerprint, n_tokens: int, n_events: int) -> int:
     """N of a segment: one row a token, or one an event."""
-    return n_tokens if fingerprint["row_selection"] == "prefix" else n_events
+    return n_tokens if fingerprint.has_prefix_rows else n_events
 
 
 def check_carried(table: pa.Table, name: str) -> None:
@@ -193,19 +182,17 @@ _NAMES_OF = {"token_ids": ["token"], "sequence_offsets": ["sequence_offset"]}
 _ROW_OF = {"events": "event", "excluded": "prompt"}
 
 
-def expected_arrays(
-    record: dict[str, Any], fingerprint: dict[str, Any]
-) -> dict[str, tuple[tuple[int | None, ...], str]]:
+def expected_arrays(record: dict[str, Any], fingerprint: Fingerprint) -> dict[str, tuple[tuple[int | None, ...], str]]:
     """Path, shape and stored dtype of every array of a segment; None is a length that only the array itself knows."""
-    width, dtype = fingerprint["width"], stored_dtype(fingerprint["dtype"])
+    width, dtype = fingerprint.width, stored_dtype(fingerprint.dtype)
     rows = n_rows(fingerprint, record["n_tokens"], record["n_events"])
     arrays: dict[str, tuple[tuple[int | None, ...], str]] = {
         "token_ids": ((record["n_tokens"],), "int32"),
         "sequence_offsets": ((record["n_sequences"] + 1,), "int64"),
     }
-    for label in fingerprint["checkpoints"]:
+    for label in fingerprint.checkpoints:
         arrays[final_path(label)] = ((record["n_events"], width), dtype)
-        for boundary in fingerprint["boundaries"]:
+        for boundary in fingerprint.boundaries:
             arrays[state_path(label, boundary)] = ((rows, width), dtype)
     for table, n in (("events", record["n_events"]), ("excluded", record["n_excluded"])):
         for column, kind in record["schema"][table].items():
@@ -217,7 +204,7 @@ def expected_arrays(
     return arrays
 
 
-def expected_files(record: dict[str, Any], fingerprint: dict[str, Any]) -> list[str]:
+def expected_files(record: dict[str, Any], fingerprint: Fingerprint) -> list[str]:
     """Paths of every file that a segment may have: those of its arrays and groups."""
     arrays = expected_arrays(record, fingerprint)
     shards = [f"{path}/{data_file(len(shape))}" for path, (shape, _) in arrays.items()]
@@ -229,9 +216,9 @@ def groups_of(arrays: Iterable[str]) -> list[str]:
     return sorted({str(parent) for path in arrays for parent in PurePosixPath(path).parents})
 
 
-def codec_of(array: str, fingerprint: dict[str, Any]) -> ChunkCodec:
+def codec_of(array: str, fingerprint: Fingerprint) -> ChunkCodec:
     """The codec of an array's chunks: the fingerprint's for states and final states, Blosc for all else."""
-    return CODECS[fingerprint.get("codec", BLOSC.name)] if array.startswith(("states/", "final/")) else BLOSC
+    return CODECS[fingerprint.codec or BLOSC.name] if array.startswith(("states/", "final/")) else BLOSC
 
 
 def arrays_of(segment: SegmentData) -> Iterator[tuple[str, npt.NDArray[Any], dict[str, Any]]]:
@@ -317,43 +304,21 @@ def empty_column(kind: str) -> pa.Array:
 # ---- root and commit records -----------------------------------------------------------------------------------------
 
 
-def check_fingerprint(fingerprint: dict[str, Any]) -> None:
-    """Raise InputError unless a fingerprint says what the layout depends on."""
-    for field in ("checkpoints", "dtype", "boundaries", "row_selection", "width"):
-        if field not in fingerprint:
-            raise InputError(f"the fingerprint has no {field!r}")
-    checkpoints, boundaries = fingerprint["checkpoints"], fingerprint["boundaries"]
-    if not isinstance(checkpoints, dict) or not checkpoints:
-        raise InputError(f"the fingerprint's checkpoints are {checkpoints!r}, expected an object with a label each")
-    for label in checkpoints:
+def check_fingerprint(fingerprint: Fingerprint) -> None:
+    """Raise InputError unless the layout has a place for what a fingerprint names."""
+    for label in fingerprint.checkpoints:
         check_name(label, "checkpoint label")
-    if not set(fingerprint.get("pair", [])) <= set(checkpoints):
-        raise InputError(f"the fingerprint's pair is {fingerprint['pair']}, expected two of {', '.join(checkpoints)}")
-    if (
-        not isinstance(boundaries, list)
-        or not all(_is_count(b) and b < MAX_BLOCKS for b in boundaries)
-        or len(set(boundaries)) < len(boundaries)
+    if any(boundary >= MAX_BLOCKS for boundary in fingerprint.boundaries):
+        raise InputError(f"the fingerprint's boundaries are {fingerprint.boundaries}, expected below {MAX_BLOCKS}")
+    for field, found, known in (
+        ("dtype", fingerprint.dtype, tuple(STATE_DTYPES)),
+        ("row_selection", fingerprint.row_selection, ROW_SELECTIONS),
+        ("codec", fingerprint.codec or BLOSC.name, tuple(CODECS)),
     ):
-        raise InputError(f"the fingerprint's boundaries are {boundaries!r}, expected a list of distinct block indices")
-    if not _is_count(fingerprint["width"]) or not fingerprint["width"]:
-        raise InputError(f"the fingerprint's width is {fingerprint['width']!r}, expected a positive integer")
-    for field, known in (("dtype", tuple(STATE_DTYPES)), ("row_selection", ROW_SELECTIONS)):
-        if fingerprint[field] not in known:
-            raise InputError(f"the fingerprint's {field} is {fingerprint[field]!r}, expected one of {', '.join(known)}")
-    codec = fingerprint.get("codec", BLOSC.name)
-    if not isinstance(codec, str) or codec not in CODECS:
-        raise InputError(f"the fingerprint's codec is {codec!r}, expected one of {', '.join(CODECS)}")
-    if codec != BLOSC.name and fingerprint["dtype"] != "bfloat16":
-        raise InputError(f"codec {codec} holds bfloat16 states, not {fingerprint['dtype']}; use {BLOSC.name}")
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < MAX_COUNT
-
-
-def fingerprint_digest(fingerprint: dict[str, Any]) -> str:
-    """SHA-256 of the canonical JSON of a fingerprint."""
-    return hashlib.sha256(canonical(fingerprint)).hexdigest()
+        if found not in known:
+            raise InputError(f"the fingerprint's {field} is {found!r}, expected one of {', '.join(known)}")
+    if fingerprint.codec not in (None, BLOSC.name) and fingerprint.dtype != "bfloat16":
+        raise InputError(f"codec {fingerprint.codec} holds bfloat16 states, not {fingerprint.dtype}; use {BLOSC.name}")
 
 
 def encode_group(attributes: dict[str, Any]) -> bytes:
@@ -361,12 +326,12 @@ def encode_group(attributes: dict[str, Any]) -> bytes:
     return encode_json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
-def encode_root(fingerprint: dict[str, Any]) -> bytes:
+def encode_root(fingerprint: Fingerprint) -> bytes:
     """The ``zarr.json`` of a store: a group whose attributes hold the fingerprint and its digest."""
     content = {
         "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint,
-        "fingerprint_sha256": fingerprint_digest(fingerprint),
+        "fingerprint": fingerprint.to_json(),
+        "fingerprint_sha256": fingerprint.digest,
     }
     return encode_group({"actcache": content})
 
@@ -376,7 +341,7 @@ def commit_key(segment: str) -> str:
     return f"{COMMITS}/{segment}.json"
 
 
-def decode_root(data: bytes, where: str) -> dict[str, Any]:
+def decode_root(data: bytes, where: str) -> Fingerprint:
     """The fingerprint in the root file of the store that a person calls ``where``, checked.
 
     Raises:
@@ -386,7 +351,7 @@ def decode_root(data: bytes, where: str) -> dict[str, Any]:
     try:
         content = decode_json(data)["attributes"]["actcache"]
         check_version(content["format_version"], where)
-        fingerprint: dict[str, Any] = content["fingerprint"]
+        fingerprint = Fingerprint.from_json(content["fingerprint"])
         check_fingerprint(fingerprint)
         is_as_written = encode_root(fingerprint) == data
     except (InputError, KeyError, TypeError) as error:
@@ -403,7 +368,7 @@ def encode_record(record: dict[str, Any]) -> bytes:
 
 def record_digest(record: dict[str, Any]) -> str:
     """SHA-256 of a record without its checksum: what proves that a segment is the same one, byte for byte."""
-    return hashlib.sha256(canonical(record)).hexdigest()
+    return digest_of(record)
 
 
 def decode_record(data: bytes, segment: str, digest: str) -> dict[str, Any]:
@@ -454,7 +419,7 @@ def _check_record(record: dict[str, Any]) -> None:
     if record["segment"] in record["replaces"]:
         raise InputError(f"segment {record['segment']!r} replaces itself")
     for field in _COUNTS:
-        if not _is_count(record[field]):
+        if not is_count(record[field]):
             raise InputError(f"{field} is {record[field]!r}, expected a count")
     if "parts" in record:
         _check_parts(record)
@@ -473,13 +438,13 @@ def _check_record(record: dict[str, Any]) -> None:
     for file, (size, checksum) in record["files"].items():
         if not _FILE.fullmatch(file):
             raise InputError(f"file {file!r} does not lie in the segment")
-        if not _is_count(size) or not (checksum is None or _is_count(checksum)):
+        if not is_count(size) or not (checksum is None or is_count(checksum)):
             raise InputError(f"file {file!r} has size {size!r} and checksum {checksum!r}")
     sizes = {file: size for file, (size, _) in record["files"].items()}
     stored = sum(size for file, size in sizes.items() if file.startswith("states/"))
     if (record["stored_bytes"], record["stored_state_bytes"]) != (sum(sizes.values()), stored):
         raise InputError("stored_bytes or stored_state_bytes is not the sum of the files' sizes")
-    if not _is_count(record["raw_state_bytes"]) or (record["raw_state_bytes"] and not stored):
+    if not is_count(record["raw_state_bytes"]) or (record["raw_state_bytes"] and not stored):
         raise InputError(f"raw_state_bytes is {record['raw_state_bytes']!r}, stored in {stored}")
 
 
@@ -489,7 +454,7 @@ def _check_parts(record: dict[str, Any]) -> None:
     for part in record["parts"]:
         if part.keys() != {"segment", "record", *_COUNTS} or part["segment"] not in record["replaces"]:
             raise InputError(f"part {part!r} is not one of a segment that was replaced")
-        if not isinstance(part["record"], str) or not all(_is_count(part[field]) for field in _COUNTS):
+        if not isinstance(part["record"], str) or not all(is_count(part[field]) for field in _COUNTS):
             raise InputError(f"part {part['segment']!r} has no digest, or no counts")
     for field in _COUNTS:
         if sum(part[field] for part in record["parts"]) != record[field]:

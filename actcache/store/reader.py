@@ -18,6 +18,7 @@ import torch
 
 from actcache.carried import as_columns
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
+from actcache.schema import Fingerprint, digest_of
 from actcache.store import layout, shard
 from actcache.store.records import check_schemas, merge_prompts, read_fingerprint, read_records, without_replaced
 from actcache.store.segment import Segment, Segments
@@ -58,17 +59,17 @@ class Store:
         fingerprint = read_fingerprint(storage)
         self._hold(storage, fingerprint, _live_records(storage, fingerprint))
 
-    def _hold(self, storage: Storage, fingerprint: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
+    def _hold(self, storage: Storage, fingerprint: Fingerprint, records: Sequence[dict[str, Any]]) -> None:
         self.storage, self.fingerprint = storage, fingerprint
         self.segments = _segments(storage, fingerprint, records)
         self._tables: dict[str, pa.Table] = {}
         self._lock = threading.Lock()
         self._n_moves = 0
 
-    def __getstate__(self) -> tuple[Storage, dict[str, Any], list[dict[str, Any]]]:
+    def __getstate__(self) -> tuple[Storage, Fingerprint, list[dict[str, Any]]]:
         return self.storage, self.fingerprint, [segment.record for segment in self.segments]
 
-    def __setstate__(self, state: tuple[Storage, dict[str, Any], list[dict[str, Any]]]) -> None:
+    def __setstate__(self, state: tuple[Storage, Fingerprint, list[dict[str, Any]]]) -> None:
         self._hold(*state)
 
     @property
@@ -83,29 +84,28 @@ class Store:
     @property
     def checkpoints(self) -> list[str]:
         """Labels of the checkpoints, in lineup order."""
-        pair = self.fingerprint.get("pair", [])
-        return [*pair, *sorted(set(self.fingerprint["checkpoints"]) - set(pair))]
+        return self.fingerprint.labels
 
     @property
     def boundaries(self) -> list[int]:
         """Boundaries whose states are stored."""
-        return list(self.fingerprint["boundaries"])
+        return list(self.fingerprint.boundaries)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of states and final states."""
-        return layout.STATE_DTYPES[self.fingerprint["dtype"]]
+        return layout.STATE_DTYPES[self.fingerprint.dtype]
 
     @property
     def width(self) -> int:
         """D."""
-        return int(self.fingerprint["width"])
+        return self.fingerprint.width
 
     def __repr__(self) -> str:
         labels, boundaries = ", ".join(self.checkpoints), ", ".join(map(str, self.boundaries))
         return (
             f"<Store {self.path}: {len(self)} events, states of {labels} at {boundaries}, "
-            f"{self.fingerprint['dtype']}, width {self.width}>"
+            f"{self.fingerprint.dtype}, width {self.width}>"
         )
 
     @property
@@ -132,7 +132,7 @@ class Store:
         """
         found = merge_prompts([segment.record for segment in self.segments])
         complete = found["of"].keys() == {part.segment for segment in self.segments for part in segment.parts}
-        if complete and found["all"] and layout.fingerprint_digest(found["of"]) not in found["all"]:
+        if complete and found["all"] and digest_of(found["of"]) not in found["all"]:
             raise IncompatibleError(
                 f"{self.path} holds segments of two prompts files, captured at once; capture again into another folder",
                 field="prompts",
@@ -172,7 +172,7 @@ class Store:
         self._check_label(label)
         if boundary not in self.boundaries:
             raise InputError(f"boundary {boundary} is not in the store; it has {', '.join(map(str, self.boundaries))}")
-        spans = _prefix_spans if self.fingerprint["row_selection"] == "prefix" else _event_spans
+        spans = _prefix_spans if self.fingerprint.has_prefix_rows else _event_spans
         rows, offsets = self._rows(layout.state_path(label, boundary), self._indices(events), spans)
         return layout.to_torch(rows, self.dtype), offsets
 
@@ -195,11 +195,11 @@ class Store:
         return {
             "path": self.path,
             "format_version": layout.FORMAT_VERSION,
-            "checkpoints": {label: self.fingerprint["checkpoints"][label] for label in self.checkpoints},
-            "dtype": self.fingerprint["dtype"],
+            "checkpoints": {label: self.fingerprint.checkpoints[label].to_json() for label in self.checkpoints},
+            "dtype": self.fingerprint.dtype,
             "width": self.width,
             "boundaries": self.boundaries,
-            "row_selection": self.fingerprint["row_selection"],
+            "row_selection": self.fingerprint.row_selection,
             "codec": layout.codec_of("states/", self.fingerprint).name,
             "segments": len(self.segments),
             "events": _counts(self.events["kind"]) | {"total": len(self)},
@@ -209,7 +209,7 @@ class Store:
             "state_bytes": {"raw": raw, "stored": stored, "ratio": round(raw / stored, 3) if raw else None},
             "stored_bytes": sum(record["stored_bytes"] for record in records),
             "uncommitted": self.uncommitted,
-            "fingerprint": layout.fingerprint_digest(self.fingerprint),
+            "fingerprint": self.fingerprint.digest,
         }
 
     # ---- rows of events ----
@@ -226,7 +226,7 @@ class Store:
         return given.astype(np.int64)
 
     def _check_label(self, label: str) -> None:
-        if label not in self.fingerprint["checkpoints"]:
+        if label not in self.fingerprint.checkpoints:
             raise InputError(f"checkpoint {label!r} is not in the store; it has {', '.join(self.checkpoints)}")
 
     def _rows(
@@ -250,7 +250,7 @@ class Store:
         np.cumsum(spans[:, 1] - spans[:, 0], out=offsets[1:])
         requests = [segment.request(array, spans[asked], offsets[:-1][asked]) for segment, asked in owned]
         row_shape: tuple[int, ...] = () if array == "token_ids" else (self.width,)
-        dtype = "int32" if array == "token_ids" else layout.stored_dtype(self.fingerprint["dtype"])
+        dtype = "int32" if array == "token_ids" else layout.stored_dtype(self.fingerprint.dtype)
         return shard.read_spans(requests, int(offsets[-1]), row_shape, dtype), torch.from_numpy(offsets)
 
     def reading(self, read: Callable[[], T]) -> T:
@@ -270,8 +270,7 @@ class Store:
                 return True
             found = read_fingerprint(self.storage)
             if found != self.fingerprint:
-                fields = found.keys() | self.fingerprint.keys()
-                field = min(name for name in fields if found.get(name) != self.fingerprint.get(name))
+                field, *_ = next(self.fingerprint.differences(found))
                 raise IncompatibleError(
                     f"{self.storage} is not the store any more that was opened: its {field} is another; open it again",
                     field=field,
@@ -320,11 +319,11 @@ class Store:
         return whole
 
 
-def _live_records(storage: Storage, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
-    return without_replaced(read_records(storage, layout.fingerprint_digest(fingerprint)))
+def _live_records(storage: Storage, fingerprint: Fingerprint) -> list[dict[str, Any]]:
+    return without_replaced(read_records(storage, fingerprint.digest))
 
 
-def _segments(storage: Storage, fingerprint: dict[str, Any], records: Sequence[dict[str, Any]]) -> list[Segment]:
+def _segments(storage: Storage, fingerprint: Fingerprint, records: Sequence[dict[str, Any]]) -> list[Segment]:
     """The segments of these records, their events numbered through."""
     segments: list[Segment] = []
     for record in records:

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from actcache.errors import CorruptStoreError, InputError
+from actcache.schema import Fingerprint
 from actcache.store import layout, shard
 from actcache.store.storage import Storage
 
@@ -40,7 +41,7 @@ class Part(NamedTuple):
     counts: Counts
 
 
-def read_fingerprint(storage: Storage) -> dict[str, Any]:
+def read_fingerprint(storage: Storage) -> Fingerprint:
     """The fingerprint of a store (errors as ``open_store``)."""
     try:
         data = storage.read(layout.ROOT)

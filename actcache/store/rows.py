@@ -178,4 +178,4 @@ def _places(segment: Segment, local: Ints) -> tuple[Ints, Ints, Ints]:
 
 
 def _one_an_event(segment: Segment) -> bool:
-    return bool(segment.fingerprint["row_selection"] == "divergence")
+    return not segment.fingerprint.has_prefix_rows

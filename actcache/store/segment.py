@@ -19,6 +19,7 @@ import pyarrow as pa
 
 from actcache.carried import keys_of
 from actcache.errors import CorruptStoreError, InputError
+from actcache.schema import Fingerprint
 from actcache.store import layout, shard
 from actcache.store.records import Counts, Part, parts_of
 from actcache.store.storage import Storage
@@ -35,7 +36,7 @@ class Segment:
         parts: what writers committed of its content, in its order: itself alone, unless a compaction made it.
     """
 
-    def __init__(self, storage: Storage, events: range, record: dict[str, Any], fingerprint: dict[str, Any]) -> None:
+    def __init__(self, storage: Storage, events: range, record: dict[str, Any], fingerprint: Fingerprint) -> None:
         self.storage, self.events, self.record, self.fingerprint = storage, events, record, fingerprint
         self.parts = parts_of(record)
         self._open: dict[str, shard.StoredArray] = {}
@@ -227,7 +228,7 @@ class Segment:
         """Where the segment's rows of an array begin in one that holds ``before`` too, and how many there are."""
         axis = layout.dimension_names(array)[0]
         if axis == "row":
-            axis = "token" if self.fingerprint["row_selection"] == "prefix" else "event"
+            axis = "token" if self.fingerprint.has_prefix_rows else "event"
         field = {"token": "n_tokens", "event": "n_events", "prompt": "n_excluded"}.get(axis)
         if field is None:
             raise InputError(f"segment {self.name} has been merged into {self.home.name}: it has no {array} there")

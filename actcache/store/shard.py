@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from actcache.cpus import usable_cpus
 from actcache.errors import CorruptStoreError, InputError
+from actcache.schema import canonical
 from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
 from actcache.store.storage import Storage
 
@@ -46,14 +47,6 @@ T = TypeVar("T")
 def crc32c(data: bytes) -> int:
     """CRC-32C of bytes."""
     return int(google_crc32c.value(data))
-
-
-def canonical(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces: equal values, equal bytes. InputError for what is no JSON, as NaN."""
-    try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not a JSON value: {error}") from error
 
 
 def encode_json(value: Any) -> bytes:

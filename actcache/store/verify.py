@@ -9,6 +9,7 @@ from typing import Any
 
 from actcache.errors import CorruptStoreError
 from actcache.progress import OnProgress, Tally, untold
+from actcache.schema import Fingerprint
 from actcache.store import layout, shard
 from actcache.store.records import check_schemas, committed_names, read_fingerprint, read_record, without_replaced
 from actcache.store.segment import Segment
@@ -104,9 +105,9 @@ def repair(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
     return problems
 
 
-def _live_records(storage: Storage, fingerprint: dict[str, Any]) -> tuple[list[dict[str, Any]], list[Problem]]:
+def _live_records(storage: Storage, fingerprint: Fingerprint) -> tuple[list[dict[str, Any]], list[Problem]]:
     """The records that count, and what is wrong with the others."""
-    digest = layout.fingerprint_digest(fingerprint)
+    digest = fingerprint.digest
     problems: list[Problem] = []
     records = []
     try:

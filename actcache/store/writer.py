@@ -20,6 +20,7 @@ from typing import Any
 import numpy.typing as npt
 
 from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
+from actcache.schema import MISSING, Fingerprint, canonical, digest_of
 from actcache.store import layout, shard
 from actcache.store.chunks import ChunkCodec
 from actcache.store.layout import SegmentData
@@ -53,13 +54,16 @@ class StoreWriter:
     """
 
     def __init__(
-        self, place: Place, fingerprint: dict[str, Any], prompts: Mapping[str, str] = MappingProxyType({})
+        self,
+        place: Place,
+        fingerprint: Fingerprint | Mapping[str, Any],
+        prompts: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Create the store, or open one with the same fingerprint.
 
         Args:
             place: as in ``open_store``.
-            fingerprint: JSON values; see FORMAT.md for the fields that the layout depends on.
+            fingerprint: of its content, or the JSON object of one.
             prompts: of every segment that the store shall have, a digest of its prompts, by name. Then the store may
                 have been created with other prompts, but its segments were committed with these.
 
@@ -70,17 +74,18 @@ class StoreWriter:
             OSError: the disk or the net refuses.
         """
         self.storage: Storage = open_storage(place)
-        self.fingerprint = json.loads(layout.canonical(fingerprint))
+        content = fingerprint.to_json() if isinstance(fingerprint, Fingerprint) else fingerprint
+        self.fingerprint = Fingerprint.from_json(json.loads(canonical(content)))
         layout.check_fingerprint(self.fingerprint)
         if self.storage.size(layout.ROOT) is None:
             self._create()
         stored = read_fingerprint(self.storage)
         self._prompts = dict(prompts)
         # Of an earlier state of the prompts file, if not of this one; what is committed tells whether it matters.
-        earlier = {"prompts": stored["prompts"]} if prompts and "prompts" in stored else {}
-        _check_same(self.fingerprint | earlier, stored)
+        earlier = prompts and stored.prompts is not None
+        _check_same(self.fingerprint.with_prompts(stored.prompts) if earlier else self.fingerprint, stored)
         self._given, self.fingerprint = self.fingerprint, stored
-        self._digest = layout.fingerprint_digest(self.fingerprint)
+        self._digest = self.fingerprint.digest
         self._encoding = threading.Lock()
         self._known: dict[str, dict[str, Any]] = {}  # records seen so far, by name
         if prompts:
@@ -185,7 +190,7 @@ class StoreWriter:
     def _prompts_of(self, name: str, replaces: Sequence[str]) -> dict[str, Any] | None:
         """What the record of a segment says of its prompts, if anything is known of them."""
         if name in self._prompts:
-            return {"all": [layout.fingerprint_digest(self._prompts)], "of": {name: self._prompts[name]}}
+            return {"all": [digest_of(self._prompts)], "of": {name: self._prompts[name]}}
         merged = merge_prompts([self._known[old] for old in replaces if old in self._known])
         return merged if merged["of"] else None
 
@@ -220,8 +225,8 @@ class StoreWriter:
             raise InputError(f"{self.storage} is not empty and not a store; give a new folder")
 
     def _check_fits(self, segment: SegmentData) -> None:
-        labels, width = set(self.fingerprint["checkpoints"]), self.fingerprint["width"]
-        expected = {(label, b) for label in labels for b in self.fingerprint["boundaries"]}
+        labels, width = set(self.fingerprint.checkpoints), self.fingerprint.width
+        expected = {(label, b) for label in labels for b in self.fingerprint.boundaries}
         if set(segment.states) != expected:
             raise InputError(f"states of {sorted(segment.states)}, expected {sorted(expected)}")
         if set(segment.final) != labels:
@@ -229,7 +234,7 @@ class StoreWriter:
         n_rows = layout.n_rows(self.fingerprint, len(segment.token_ids), segment.events.num_rows)
         sizes = [(f"states {key}", rows, n_rows) for key, rows in segment.states.items()]
         sizes += [(f"final states of {label}", rows, segment.events.num_rows) for label, rows in segment.final.items()]
-        dtype = layout.STATE_DTYPES[self.fingerprint["dtype"]]
+        dtype = layout.STATE_DTYPES[self.fingerprint.dtype]
         for what, rows, n in sizes:
             if rows.dtype != dtype or tuple(rows.shape) != (n, width):
                 raise InputError(f"{what}: {rows.dtype} {tuple(rows.shape)}, expected {dtype} {(n, width)}")
@@ -275,21 +280,17 @@ def _describe_files(files: Files, segment: SegmentData) -> dict[str, Any]:
     }
 
 
-def _check_same(given: dict[str, Any], stored: dict[str, Any], prefix: str = "") -> None:
-    for field in sorted(given.keys() | stored.keys()):
-        a, b = stored.get(field), given.get(field)
-        # As bytes, which is what their digest sees: 1, 1.0 and True are equal in Python only.
-        if field in stored and field in given and layout.canonical(a) == layout.canonical(b):
-            continue
-        if isinstance(a, dict) and isinstance(b, dict):
-            _check_same(b, a, f"{prefix}{field}.")
-        if field not in stored:
+def _check_same(given: Fingerprint, stored: Fingerprint) -> None:
+    """Raise IncompatibleError, naming the first field that differs, unless both fingerprints are the same."""
+    for field, of_store, of_run in stored.differences(given):
+        shown = "not recorded" if of_run is MISSING else of_run
+        if of_store is MISSING:
             raise IncompatibleError(
-                f"the store belongs to another run, or to one of an earlier version: its {prefix}{field} is not "
-                f"recorded, this run's is {b}; give another folder, or score what is captured with 'actcache grid'",
-                field=f"{prefix}{field}",
+                f"the store belongs to another run, or to one of an earlier version: its {field} is not recorded, this "
+                f"run's is {shown}; give another folder, or score what is captured with 'actcache grid'",
+                field=field,
             )
         raise IncompatibleError(
-            f"the store belongs to another run: its {prefix}{field} is {a}, this run's is {b}; give another folder",
-            field=f"{prefix}{field}",
+            f"the store belongs to another run: its {field} is {of_store}, this run's is {shown}; give another folder",
+            field=field,
         )

@@ -89,7 +89,7 @@ def find_groups(folder: str | Path, store: Store) -> tuple[Finished, dict[str, C
 
     Left out are files of another store, or of events that are not in this one as they were scored.
     """
-    digest = layout.fingerprint_digest(store.fingerprint)
+    digest = store.fingerprint.digest
     events = store.events.select(_EVENT_COLUMNS)
     ids = events["event_id"].combine_chunks()
     groups: Finished = {}
@@ -231,7 +231,7 @@ def identity(store: Store) -> dict[str, Any]:
     """What tells a store, and the events that it holds, from every other."""
     events = json.dumps(store.events.select(_EVENT_COLUMNS).to_pydict()).encode()
     return {
-        "store": layout.fingerprint_digest(store.fingerprint),
+        "store": store.fingerprint.digest,
         "n_events": len(store),
         "events": hashlib.sha256(events).hexdigest(),
     }

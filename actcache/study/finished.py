@@ -100,9 +100,9 @@ class SearchCounter:
 
 def settings_of(store: Store) -> CaptureSettings:
     """The settings that a store was captured with."""
-    names = {field.name for field in fields(CaptureSettings)}
-    given = {name: value for name, value in store.fingerprint.items() if name in names}
-    return CaptureSettings(**given | {"boundaries": tuple(store.boundaries)})
+    store.fingerprint.check_captured()
+    given = {one.name: getattr(store.fingerprint, one.name) for one in fields(CaptureSettings)}
+    return CaptureSettings(**{name: value for name, value in given.items() if value is not None})
 
 
 def scored_groups(finished: Finished) -> list[Group]:
@@ -139,7 +139,7 @@ def truth(study: Study, store: Store, timings: Mapping[str, Any], *, scored: boo
     summary = store.summary()
     captured = timings.get("capture", {})
     rows: dict[str, float] = {
-        "prompts": store.fingerprint["n_prompts"],
+        "prompts": store.fingerprint.n_prompts,
         "prompt_tokens": float(sum(study.lengths)),
         "events": len(store),
         "tokens": float(lengths.sum()),
@@ -171,7 +171,7 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -
     Raises:
         InputError: the store holds no event, or not all prompts.
     """
-    n_prompts, n_eventless = store.fingerprint["n_prompts"], store.excluded.num_rows
+    n_prompts, n_eventless = store.fingerprint.n_prompts, store.excluded.num_rows
     if len(store) == 0 or len(store) + n_eventless != n_prompts:
         raise InputError(
             f"{store.path} holds {len(store)} events and {n_eventless} prompts without one, of {n_prompts} prompts: "
@@ -179,7 +179,7 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -
         )
     steps = store.events["step"].to_numpy()
     known = truth(study, store, timings)
-    captured, longest = timings.get("capture", {}), store.fingerprint["max_new"] - 1.0
+    captured, longest = timings.get("capture", {}), store.fingerprint.max_new - 1.0
     sources = dict.fromkeys(("event_share", "shared_tokens", "eventless_tokens", "compression"), source)
     if len(steps) > 1:
         sources["shared_tokens"] += f", {len(steps)} events, standard error {steps.std(ddof=1) / len(steps) ** 0.5:.1f}"
@@ -208,7 +208,7 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -
 
 def _shared_counts(store: Store, eventless: float) -> list[int]:
     """How many prompts of a run shared 0, 1, 2, ... tokens, where the ``eventless`` did so many on average."""
-    longest = store.fingerprint["max_new"] - 1
+    longest = store.fingerprint.max_new - 1
     n_eventless = store.excluded.num_rows
     n_longest = store.excluded["reason"].to_pylist().count(Outcome.NO_DIVERGENCE.value)
     n_others = n_eventless - n_longest
@@ -255,18 +255,17 @@ def check_pilot(lineup: Lineup, paths: Mapping[str, str], capture: CaptureSettin
         InputError: the run was made with other settings that its numbers depend on.
     """
     for label, checkpoint in lineup.checkpoints.items():
-        found = store.fingerprint["checkpoints"].get(label, {})
-        same = paths.get(label) == str(checkpoint.path.resolve()) and found["architecture"] == (
-            checkpoint.config.model_type
-        )
-        if not same and (not found or checkpoint.differs_in(found)):
+        found = store.fingerprint.checkpoints.get(label)
+        same_place = paths.get(label) == str(checkpoint.path.resolve())
+        same = found is not None and same_place and found.architecture == checkpoint.config.model_type
+        if not same and (found is None or found.differs_in(checkpoint.fingerprint)):
             raise IncompatibleError(
                 f"the pilot is of another pair: its {label} is {paths.get(label)}, the plan's {checkpoint.path}; "
                 "make a pilot of this pair with 'actcache run --limit 40'",
                 field=f"checkpoints.{label}",
             )
     for name in ("dtype", "codec", "max_new", "device", "strict"):
-        found, planned = store.fingerprint[name], getattr(capture, name)
+        found, planned = getattr(store.fingerprint, name), getattr(capture, name)
         if found != planned:
             raise InputError(
                 f"the pilot was made with {name} {found}, the plan has {planned}; its numbers depend on it: make a "

@@ -28,7 +28,7 @@ from actcache.replay.edits import PLAIN, Edit, Replace, Variant
 from actcache.replay.late_stack import LateStack, Mode
 from actcache.replay.moves import Moves
 from actcache.replay.sweep import SCOPES, VariantsAt
-from actcache.store import Segment, Store, layout
+from actcache.store import Segment, Store
 from actcache.study.cells import (
     Finished,
     FinishedGroup,
@@ -129,7 +129,7 @@ def run_grid(
         CorruptFileError: the file of a finished group is damaged, and not one that is scored again here.
     """
     check_settings(store, settings)
-    settings = settings.of_depth(store.fingerprint["n_blocks"])
+    settings = settings.of_depth(store.fingerprint.n_blocks)
     folder = Path(folder)
     check_own_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -192,9 +192,9 @@ def check_settings(store: Store, settings: GridSettings) -> None:
     """Raise InputError for a boundary, scope, readout or variant that the store cannot serve."""
     if settings.kl and "kl" in store.events.column_names:
         raise InputError("the prompts of this store carry a column 'kl', which would be the cells': leave kl out")
-    if store.fingerprint["row_selection"] != "prefix":
+    if not store.fingerprint.has_prefix_rows:
         raise InputError("the store keeps rows of event positions only; the grid needs prefix rows: capture again")
-    check_servable(settings, store.checkpoints, store.boundaries, store.fingerprint["n_blocks"])
+    check_servable(settings, store.checkpoints, store.boundaries, store.fingerprint.n_blocks)
     lengths = [position + 1 for position in store.events["position"].to_pylist()]
     events = store.events["event_id"].to_pylist()
     for variant in (variant for boundary in settings.boundaries for variant in settings.variants_at(boundary)):
@@ -352,7 +352,7 @@ class _Work:
         """What the file of a group is made from."""
         variants, readouts = self.groups[scope]
         return {
-            "store": layout.fingerprint_digest(self.store.fingerprint),
+            "store": self.store.fingerprint.digest,
             "segment": self.segment.name,
             "boundary": self.boundary,
             "scope": scope,

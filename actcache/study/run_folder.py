@@ -142,10 +142,8 @@ class RunFolder:
 
     def bind_store(self) -> None:
         """Put down which store is the run's, from now on (errors as :meth:`open_store`)."""
-        from actcache.store import layout
-
         store = self.open_store()
-        record = replace(self.record(), fingerprint=layout.fingerprint_digest(store.fingerprint))
+        record = replace(self.record(), fingerprint=store.fingerprint.digest)
         if record != self.record():
             self._write_record(record)
 
@@ -318,17 +316,15 @@ class RunFolder:
         write_atomically(self.record_path, json_bytes(asdict(record), {}))
 
     def _check_fingerprint(self, store: Store) -> None:
-        from actcache.store import layout
-
         record = self.record()
-        labels, captured = sorted(record.checkpoints), sorted(store.fingerprint["checkpoints"])
+        labels, captured = sorted(record.checkpoints), sorted(store.fingerprint.checkpoints)
         if labels != captured:
             raise IncompatibleError(
                 f"{self.record_path} says where {', '.join(labels) or 'no checkpoint'} is, the store at {store.path} "
                 f"holds states of {', '.join(captured)}; put back the record that was there",
                 field="checkpoints",
             )
-        recorded, found = record.fingerprint, layout.fingerprint_digest(store.fingerprint)
+        recorded, found = record.fingerprint, store.fingerprint.digest
         if recorded not in (None, found):
             raise IncompatibleError(
                 f"the store at {store.path} is not the one that {self.path} was captured into: the digest of its "
