@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from actcache.store import Store as Store
     from actcache.store.feed import ActivationBuffer as ActivationBuffer
     from actcache.store.feed import RowFeed as RowFeed
+    from actcache.study.run import Run as Run
     from actcache.study.run_folder import open_store as open_store
 
 # Resolved on first use: importing the package costs nothing, and reading a store never imports transformers.
@@ -26,10 +27,11 @@ _HOME = {
     "ActivationBuffer": "actcache.store.feed",
     "LateStack": "actcache.replay.late_stack",
     "RowFeed": "actcache.store.feed",
+    "Run": "actcache.study.run",
     "Store": "actcache.store",
     "open_store": "actcache.study.run_folder",
 }
-__all__ = ["ActcacheError", "ActivationBuffer", "LateStack", "RowFeed", "Store", "open_store"]
+__all__ = ["ActcacheError", "ActivationBuffer", "LateStack", "RowFeed", "Run", "Store", "open_store"]
 
 
 def __dir__() -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -18,6 +19,7 @@ from actcache.errors import CorruptFileError, InputError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
 
 _MARK = "actcache-seal:"
 _BLANK = f"{_MARK}{'0' * 64}"
@@ -68,6 +70,15 @@ def parquet_bytes(table: pa.Table, made_from: dict[str, Any]) -> bytes:
     return _sealed(sink.getvalue().to_pybytes())
 
 
+def safetensors_bytes(tensors: Mapping[str, torch.Tensor], made_from: dict[str, Any]) -> bytes:
+    """Tensors as a sealed safetensors file."""
+    from safetensors.torch import save
+
+    # One entry: the library writes several in any order, and the same content shall be the same bytes.
+    notes = json.dumps({"made_from": made_from, "seal": _BLANK}, sort_keys=True)
+    return _sealed(save({name: tensor.contiguous() for name, tensor in tensors.items()}, {_NOTES.decode(): notes}))
+
+
 def html_bytes(page: str, made_from: dict[str, Any]) -> bytes:
     """A page as a sealed file: a comment at its end has what it was made from, and the seal."""
     notes = json.dumps(made_from).replace("-", "\\u002d")  # a comment holds no "--"
@@ -112,6 +123,16 @@ def read_parquet(path: str | Path, what: str, advice: str, columns: list[str] | 
     table = pq.read_table(pa.BufferReader(data), columns=columns)
     made_from = json.loads(table.schema.metadata[_NOTES])
     return Sealed(table.replace_schema_metadata(None), made_from, seal)
+
+
+def read_safetensors(path: str | Path, what: str, advice: str) -> Sealed:
+    """What :func:`safetensors_bytes` made (arguments and errors as :func:`read_json`)."""
+    from safetensors.torch import load
+
+    data = Path(path).read_bytes()
+    seal = check_seal(data, path, what, advice)
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return Sealed(load(data), json.loads(header["__metadata__"][_NOTES.decode()])["made_from"], seal)
 
 
 def seal_of(data: bytes) -> str:

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 import actcache
+from actcache.analyses.grid import GridSettings, run_grid
 from actcache.capture.capture import CaptureSettings, capture
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import find_anatomy
@@ -35,7 +36,6 @@ from actcache.prompts import Prompt, read_prompts
 from actcache.replay.edits import Add, Edit, Interpolate, Variant
 from actcache.replay.late_stack import MAX_TOKENS, LateStack
 from actcache.store import Store, open_store
-from actcache.study.grid import GridSettings, run_grid
 
 CROSSED = (("pt", "it"), ("it", "pt"))  # (upstream, late)
 REPLAY_TARGET = 1.15  # times the limit

@@ -12,7 +12,8 @@ from stores import make_fingerprint, make_segment, write_store
 from actcache.carried import as_columns, encode
 from actcache.sealed import parquet_bytes
 from actcache.store import open_store
-from actcache.study.cells import gather_cells, write_group
+from actcache.study.cells import cell_table, gather_cells
+from actcache.study.results import write_result
 
 N_VARIANTS = 800
 DOCUMENTS = [f"{i} " + "lorem ipsum dolor sit amet " * 12_000 for i in range(3)]
@@ -25,7 +26,13 @@ def cells_of(folder, carried):
     segment = make_segment(fingerprint, [len(carried)], places, carried=carried)
     store = open_store(write_store(folder / "store", fingerprint, {"s": segment}))
     variants = [f"v{i}" for i in range(N_VARIANTS)]
-    key = {"store": store.fingerprint.digest, "segment": "s", "boundary": 1, "scope": "prefix"}
+    key = {
+        "store": store.fingerprint.digest,
+        "segment": "s",
+        "boundary": 1,
+        "late": "it",
+        "scopes": ["prefix"],
+    }
     key |= {"strict": False, "max_tokens": None, "readouts": ["native"], "variants": dict.fromkeys(variants, "x")}
     key |= {"top1": False, "kl": False, "whole": [], "mode": "packed"}
     fields = {"boundary": 1, "scope": "prefix", "late": "it", "readout": "native", "top1_id": None, "noop_delta": None}
@@ -35,7 +42,7 @@ def cells_of(folder, carried):
         for variant in variants
     ]
     (folder / "groups").mkdir()
-    write_group(folder / "groups", key, store.events, columns)
+    write_result(folder / "groups", key, cell_table(store.events, columns, with_kl=False), {})
     return store, gather_cells(folder / "groups", store, strict=False, max_tokens=None)
 
 

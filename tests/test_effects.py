@@ -8,9 +8,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from actcache.analyses import effects as module
 from actcache.analyses.effects import CELLS, GROUP_COLUMNS, contrasts, effects, select_events
 from actcache.errors import InputError
+from actcache.study import statistics
 
 GRID = [("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")]
 QUANTITIES = ["late_from_pt", "late_from_it", "interaction", "native_shift", "portable_share", "interaction_share"]
@@ -115,7 +115,7 @@ def test_published_shares_follow_from_the_published_effects():
 
 @pytest.mark.parametrize("per_pass", [1, 40, 1 << 21])
 def test_equals_the_slow_twin(monkeypatch, per_pass):
-    monkeypatch.setattr(module, "_DRAWN_PER_PASS", per_pass)
+    monkeypatch.setattr(statistics, "_DRAWN_PER_PASS", per_pass)
     prompts = ["p0", "p1", "p1", "p2", "p3", "p3", "p3", "p4", "p5", "p6", "p7", "p8", "p9"]
     cells = cell_table(random_grids(len(prompts)), prompts)
     expected = slow_effects(cells, draws=120, seed=3, level=0.9)
@@ -125,7 +125,7 @@ def test_equals_the_slow_twin(monkeypatch, per_pass):
 
 
 def test_groups_do_not_touch_each_other(monkeypatch):
-    monkeypatch.setattr(module, "_GROUPS_PER_PASS", 2)
+    monkeypatch.setattr(statistics, "_GROUPS_PER_PASS", 2)
     parts = [
         cell_table(random_grids(12, seed), boundary=boundary, readout=readout)
         for seed, (boundary, readout) in enumerate([(5, "native"), (5, "common_it"), (20, "native"), (20, "common_it")])

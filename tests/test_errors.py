@@ -17,6 +17,7 @@ import torch
 
 import actcache
 from actcache import errors
+from actcache.analyses.grid import GridSettings
 from actcache.capture.capture import CaptureSettings
 from actcache.errors import ActcacheError, IncompatibleError
 from actcache.replay.edits import (
@@ -32,7 +33,6 @@ from actcache.replay.edits import (
     Variant,
 )
 from actcache.replay.sweep import read_sweep
-from actcache.study.grid import GridSettings
 
 ERRORS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ActcacheError)]
 WAYS = [

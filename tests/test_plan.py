@@ -28,10 +28,11 @@ from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
 from actcache.replay.late_stack import LateStack
 from actcache.sealed import json_bytes
-from actcache.study.cells import finished_groups
-from actcache.study.finished import SearchCounter, _shared_counts, scored_groups
-from actcache.study.plan import Group, Study, default_assumptions, estimate, search_batches
+from actcache.study.cells import finished_cells
+from actcache.study.finished import SearchCounter, _shared_counts, replays_of
+from actcache.study.plan import Study, default_assumptions, estimate, search_batches
 from actcache.study.run_folder import RunFolder
+from actcache.study.work import ReplayWork
 
 MADE = ("llama", "qwen3", "gemma2", "gemma3", "olmo2", "gpt2", "mistral")
 COUNTS = ("tokens", "rows", "raw_bytes", "stored_bytes")
@@ -146,15 +147,20 @@ def test_experts_whose_number_the_config_does_not_tell():
 def test_every_row_against_a_loop_over_events(models):
     shape = models["gemma3"][1]
     capture = CaptureSettings((2, 3), max_new=8, shard_prompts=3, max_tokens=40)
-    groups = [
-        Group(2),
-        Group(3, ("position",), ("native",)),
-        Group(3, ("position", "prefix"), ("native", "common_it"), n_last=5, n_whole=2),
-        Group(4, ("prefix",), ("common_pt",), n_last=3, top1=True, kl=True),
-        Group(4, ("position",), ("native",), n_last=3, n_whole=1, mode="single"),
+    all_readouts = ("common_it", "common_pt", "native")
+    work = [
+        one
+        for late in ("pt", "it")
+        for one in (
+            ReplayWork(2, late, ("prefix",), all_readouts),
+            ReplayWork(3, late, ("position",), ("native",)),
+            ReplayWork(3, late, ("position", "prefix"), ("native", "common_it"), n_last=5, n_whole=2),
+            ReplayWork(4, late, ("prefix",), ("common_pt",), n_last=3, top1=True, kl=True),
+            ReplayWork(4, late, ("position",), ("native",), n_last=3, n_whole=1, mode="single"),
+        )
     ]
     lengths = [9, 4, 30, 12, 7]
-    study = Study({"pt": shape, "it": shape}, lengths, capture, groups)
+    study = Study({"pt": shape, "it": shape}, lengths, capture, work)
     found = estimate(study, default_assumptions(capture))  # all prompts give an event, after 7 = max_new - 1 tokens
     blocks = range(shape.n_blocks)
 
@@ -344,7 +350,7 @@ def test_times_are_only_of_stages_that_ran_in_one_go(piloted, tmp_path, plan, ca
     again = ["run", *words, "--out", str(out), "--limit", "40", "--stability", "0"]
     assert main(again) == 0
     assert RunFolder(out).timings() == timings, "nothing was left to do"
-    next((out / "cells").glob("b003*")).unlink()
+    next((out / "cells").glob("b003*.parquet")).unlink()
     assert main(again) == 0
     assert RunFolder(out).timings() == {name: timings[name] for name in ("capture", "stability")}
     found = plan(out)
@@ -430,8 +436,9 @@ def test_a_sweep_is_planned_from_its_file_and_known_from_what_it_left(piloted, s
     assert main(["run", *words]) == 0
     store = actcache.open_store(out / "store")
     mode = "single" if strict else "packed"
-    expected = [Group(3, ("position", "prefix"), ("native",), n_last=3, n_whole=1, top1=True, mode=mode)]
-    assert scored_groups(finished_groups(out / "cells", store)) == expected
+    alike = {"n_last": 3, "n_whole": 1, "top1": True, "mode": mode}
+    expected = [ReplayWork(3, late, ("position", "prefix"), ("native",), **alike) for late in ("it", "pt")]
+    assert list(dict.fromkeys(one for one, _ in replays_of(finished_cells(out / "cells", store)))) == expected
     found = plan(out)
     for name in ("grid", "variants", "capture"):
         assert found["ratio"][f"{name}_multiply_adds"] == pytest.approx(1, abs=0.05), name
@@ -459,8 +466,7 @@ def test_rows_that_go_through_a_late_block_are_those_planned(piloted, sweep, tmp
     monkeypatch.setattr(LateStack, "load", watched)
     assert main(["grid", str(out), "--sweep", str(sweep)]) == 0
     store = actcache.open_store(out / "store")
-    (group,) = scored_groups(finished_groups(out / "cells", store))
-    assert group.mode == mode
+    assert {one.mode for one, _ in replays_of(finished_cells(out / "cells", store))} == {mode}
     lengths = np.diff(store.token_ids()[1].numpy())
     if mode == "packed":
         # Of the cells' own rows and of every variant; where those share keys and values, the plain cell is one more.
@@ -477,7 +483,7 @@ def test_what_files_of_earlier_versions_took_is_not_known(piloted, tmp_path, pla
     """They have no seal, so that nothing they say can be checked."""
     folder, _ = piloted
     out = shutil.copytree(folder / "pilot", tmp_path / "run")
-    for path in list((out / "cells").iterdir()):
+    for path in list((out / "cells").glob("*.parquet")):
         pq.write_table(pq.read_table(path), path.with_name(f"{path.name.partition('.')[0]}.parquet"))
         path.unlink()
     found = plan(out)["truth"]

@@ -18,11 +18,11 @@ from conftest import MAX_NEW
 from safetensors.torch import load_file, save_file
 
 import actcache
+from actcache.analyses import grid
 from actcache.cli import main
 from actcache.errors import CheckError
 from actcache.files import write_atomically
 from actcache.replay.late_stack import LateStack
-from actcache.study import grid
 
 
 def command(pair, prompts, out):

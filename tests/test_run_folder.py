@@ -17,11 +17,12 @@ from conftest import MAX_NEW
 
 import actcache
 import actcache.cli.stages as stages
+from actcache.analyses import grid
 from actcache.cli import main
 from actcache.errors import IncompatibleError
 from actcache.sealed import read_json
 from actcache.store import compact
-from actcache.study import grid
+from actcache.study.jobs import ReplayJob
 from actcache.study.run_folder import RunFolder
 
 SEGMENTS = ("--shard-prompts", "4", "--boundary", "2,3", "--stability", "0")
@@ -98,7 +99,7 @@ def test_a_grid_beside_a_compaction_has_every_cell(run, merged, at_read):
     sizes = [segment.record["raw_state_bytes"] for segment in actcache_store(run).segments]
     most = sum(sizes) if merged == "all" else sizes[2] + sizes[3]
     shutil.rmtree(run / "cells")
-    with between(grid._Work, "read", at_read, lambda: compact(str(run / "store"), most)):
+    with between(ReplayJob, "read", at_read, lambda: compact(str(run / "store"), most)):
         assert main(["grid", str(run)]) == 0
     found = by_key(cells_of(run))
     assert found.keys() == want.keys()
@@ -131,7 +132,7 @@ def test_cells_that_vanish_are_a_failed_check(run, capfd, lost):
     before = (run / "cells.parquet").read_bytes()
 
     def remove():
-        for path in sorted((run / "cells").iterdir())[: 1 if lost == "a group of this grid" else None]:
+        for path in sorted((run / "cells").glob("*.parquet"))[: 1 if lost == "a group of this grid" else None]:
             path.unlink()
 
     shutil.rmtree(run / "cells")
@@ -159,7 +160,7 @@ def test_two_grids_at_once_are_both_in_the_table(run, sweep, first, second, when
     def other():
         assert main(["grid", str(run), "--boundary", "3", *second]) == 0
 
-    owner, name = (grid._Work, "read") if when == "before it reads" else (stages, "write_parquet")
+    owner, name = (ReplayJob, "read") if when == "before it reads" else (stages, "parquet_bytes")
     with between(owner, name, 0, other):
         assert main(["grid", str(run), "--boundary", "3", *first]) == 0
     at_once = by_key(cells_of(run))
@@ -190,8 +191,12 @@ def test_two_stability_checks_at_once_are_both_in_the_table(run):
 def test_a_damaged_group_is_scored_again_or_refused(run, sweep, capfd):
     assert main(["grid", str(run), "--sweep", sweep("a")]) == 0
     cells = cells_of(run)
-    plain = next(path for path in sorted((run / "cells").iterdir()) if variants_in(pq.read_table(path)) == ["none"])
-    others = next(path for path in sorted((run / "cells").iterdir()) if variants_in(pq.read_table(path)) == ["a"])
+    plain = next(
+        path for path in sorted((run / "cells").glob("*.parquet")) if variants_in(pq.read_table(path)) == ["none"]
+    )
+    others = next(
+        path for path in sorted((run / "cells").glob("*.parquet")) if variants_in(pq.read_table(path)) == ["a"]
+    )
     for path in (plain, others):
         good = path.read_bytes()
         data = bytearray(good)
@@ -276,7 +281,7 @@ def test_verify_names_files_that_were_cut(run, capfd, left):
     assert main(["verify", str(run)]) == 0
     (said,) = (line for line in capfd.readouterr().out.splitlines() if line.startswith(f"{run}: as written are "))
     assert all(name in said for name in ways_on if name[0] != "b")
-    assert said.endswith("timings.json, 12 of cells/")
+    assert said.endswith("timings.json, 48 of cells/")
     for name, way_on in ways_on.items():
         path = run / name if (run / name).is_file() else run / "cells" / name
         good = path.read_bytes()
@@ -422,9 +427,9 @@ def test_cells_of_other_events_do_not_count(run):
     moved = store.events.set_column(
         store.events.column_names.index("position"), "position", pc.add(store.events["position"], 1)
     )
-    assert len(grid.find_groups(run / "cells", store)[0]) == 2
+    assert len(grid.find_finished(run / "cells", store)[0]) == 2
     store._tables["events"] = moved
-    assert grid.find_groups(run / "cells", store) == ({}, {})
+    assert grid.find_finished(run / "cells", store) == ({}, {})
 
 
 # ---- earlier versions ----
@@ -432,7 +437,7 @@ def test_cells_of_other_events_do_not_count(run):
 
 def test_a_run_of_an_earlier_version_is_scored_again_where_nothing_can_be_checked(run, capfd):
     cells = cells_of(run)
-    for path in [*(run / "cells").iterdir(), run / "cells.parquet"]:
+    for path in [*(run / "cells").glob("*.parquet"), run / "cells.parquet"]:
         table = pq.read_table(path)
         notes = {key: value for key, value in (table.schema.metadata or {}).items() if key == b"actcache"}
         path.unlink()

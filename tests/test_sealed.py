@@ -14,10 +14,10 @@ import torch
 
 from actcache.analyses.stability import read_stability
 from actcache.cli import main
-from actcache.cli.tables import read_run_cells
 from actcache.errors import ActcacheError, CorruptFileError, InputError
 from actcache.sealed import NoSealError, html_bytes, json_bytes, parquet_bytes, read_json, read_parquet, seal_of
 from actcache.study.cells import gather_cells
+from actcache.study.run import read_run_cells
 from actcache.study.run_folder import RunFolder
 
 N_FLIPS = 200  # of the bits of one file

@@ -21,7 +21,9 @@ from twins.edits import Changes, Study, hooked
 from twins.reference import exact_margin
 
 import actcache
+from actcache.analyses import grid
 from actcache.analyses.effects import effects
+from actcache.analyses.grid import GridSettings, run_grid
 from actcache.cli import main
 from actcache.errors import InputError
 from actcache.files import write_atomically
@@ -37,8 +39,6 @@ from actcache.replay.edits import (
 )
 from actcache.replay.late_stack import LateStack
 from actcache.replay.sweep import Sweep, read_sweep
-from actcache.study import grid
-from actcache.study.grid import GridSettings, run_grid
 from actcache.study.run_folder import RunFolder
 
 WIDTH = 32
@@ -532,7 +532,9 @@ def test_strict_groups_are_the_same_bytes_whatever_the_order_of_boundaries(
     settings = settings_of(strict_cells, boundaries)
     told = []
     table = run_grid(actcache.open_store(run / "store"), load, tmp_path / "cells", settings, on_progress=told.append)
-    assert {path.name: path.read_bytes() for path in (tmp_path / "cells").iterdir()} == group_files(strict_cells)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "cells").glob("*.parquet")} == group_files(
+        strict_cells
+    )
     assert table.equals(cells_of(strict_cells))
     assert sorted(loads) == [("it", 2), ("pt", 2)]
     n_replays = grid.count_replays(actcache.open_store(run / "store"), settings)
@@ -570,7 +572,7 @@ def test_a_grid_killed_between_two_groups_goes_on(captured, strict_cells, tmp_pa
     monkeypatch.setattr("actcache.study.cells.write_atomically", die)
     with pytest.raises(KeyboardInterrupt):
         go_on()
-    survived = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").iterdir()}
+    survived = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.parquet")}
     assert len(survived) == 3
     monkeypatch.setattr("actcache.study.cells.write_atomically", write_atomically)
     assert go_on().equals(cells_of(strict_cells))
@@ -691,7 +693,7 @@ def test_what_is_asked_is_what_the_table_holds(captured, run, written, first, th
 def test_groups_of_earlier_versions_are_scored_again(run, written, scored):
     """Those have no seal, so that nothing they say can be checked."""
     plain = score(run)
-    for path in list((run / "cells").iterdir()):
+    for path in list((run / "cells").glob("*.parquet")):
         notes = {b"actcache": pq.read_schema(path).metadata[b"actcache"]}
         earlier = path.with_name(f"{path.name.partition('.')[0]}.parquet")
         pq.write_table(pq.read_table(path).replace_schema_metadata(notes), earlier)

@@ -1,1 +1,42 @@
-"""One file for each question that a study answers from its tables."""
+"""One file for each question that a study answers from its tables.
+
+``ANALYSES`` names them all: verbs, files, sections of the report and the shared tests follow from it. Naming costs
+nothing; an analysis is imported when it is asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from actcache.errors import InputError
+
+if TYPE_CHECKING:
+    from actcache.study.analysis import Analysis
+
+
+class Named(NamedTuple):
+    """An analysis by name: module ``actcache.analyses.<name>`` has it as ``ANALYSIS``."""
+
+    name: str
+    question: str
+
+    def load(self) -> Analysis[Any]:
+        """The analysis itself."""
+        found: Analysis[Any] = import_module(f"actcache.analyses.{self.name}").ANALYSIS
+        return found
+
+
+ANALYSES = (Named("depth", "how much of the interaction is left where only the last blocks are late"),)
+
+
+def find_analysis(name: str) -> Analysis[Any]:
+    """The analysis of this name.
+
+    Raises:
+        InputError: there is none.
+    """
+    for named in ANALYSES:
+        if named.name == name:
+            return named.load()
+    raise InputError(f"there is no analysis {name!r}; there are {', '.join(named.name for named in ANALYSES)}")

@@ -25,20 +25,29 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from actcache.errors import InputError
+from actcache.study.statistics import (
+    DRAWS,
+    LEVEL,
+    SEED,
+    Floats,
+    Ints,
+    check_bootstrap,
+    number,
+    prompt_sums,
+    ranks,
+    ratio,
+    resample,
+)
 
 GROUP_COLUMNS = ("kind", "boundary", "scope", "readout", "variant")
 """The columns whose values, taken together, name one group of events that may be averaged."""
 
 CELLS = ("pt_pt", "pt_it", "it_pt", "it_it")
 """The four cells in table order: upstream first, late second."""
-
-FEWEST_PROMPTS = 10
-"""An interval needs at least as many: a percentile bootstrap over fewer prompts covers far less than it claims."""
 
 _TEXT, _WHOLE, _REAL = pa.string(), pa.int64(), pa.float64()
 # What is read, as which type (whole numbers are names, too). Other tools write the same values as dictionaries, large
@@ -47,15 +56,6 @@ _REQUIRED = {
     **{"event_id": _TEXT, "prompt_id": _TEXT, "step": _WHOLE, "kind": _TEXT, "boundary": _WHOLE, "scope": _TEXT},
     **{"readout": _TEXT, "variant": _TEXT, "upstream": _TEXT, "late": _TEXT, "margin": _REAL},
 }
-
-# One pass of the bootstrap holds this many drawn prompts (three arrays of 8 bytes each: 48 MiB), so that a million
-# prompts cost time and not memory.
-_DRAWN_PER_PASS = 1 << 21
-# Groups with equally many prompts share their draws; more at once only costs memory for the drawn totals.
-_GROUPS_PER_PASS = 64
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
 
 
 def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
@@ -115,7 +115,7 @@ def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
             "'actcache grid RUN' again, which scores the rest"
         )
 
-    codes = [_ranks(cells[name]) for name in (*GROUP_COLUMNS, "event_id")]
+    codes = [ranks(cells[name]) for name in (*GROUP_COLUMNS, "event_id")]
     order = np.lexsort((cell, *reversed(codes)))
     cells, cell, margin = cells.take(pa.array(order)), cell[order], margin[order]
     starts = _run_starts([code[order] for code in codes])
@@ -126,7 +126,7 @@ def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
 
 
 def effects(
-    cells: pa.Table, *, pt: str = "pt", it: str = "it", draws: int = 2000, seed: int = 0, level: float = 0.95
+    cells: pa.Table, *, pt: str = "pt", it: str = "it", draws: int = DRAWS, seed: int = SEED, level: float = LEVEL
 ) -> dict[str, Any]:
     """Average the contrasts per group, with percentile bootstrap intervals over prompts.
 
@@ -159,25 +159,16 @@ def effects(
     Raises:
         InputError: as :func:`contrasts`, or draws, seed or level out of range.
     """
-    if draws < 1 or seed < 0 or not 0 < level < 1:
-        raise InputError(f"draws={draws}, seed={seed}, level={level}: expected draws >= 1, seed >= 0 and 0 < level < 1")
+    check_bootstrap(draws, seed, level)
     table = contrasts(cells, pt=pt, it=it)
     groups: list[dict[str, Any]] = []
     sums: list[Floats] = []
     for events in _groups(table):
-        sums.append(_prompt_sums(events))
+        sums.append(prompt_sums(ranks(events["prompt_id"]), [events[f"y_{name}"].to_numpy() for name in CELLS]))
         group = {name: events[name][0].as_py() for name in GROUP_COLUMNS}
         groups.append(group | {"pt": pt, "it": it, "n_events": events.num_rows, "n_prompts": len(sums[-1])})
-
-    for n_prompts in {len(of_prompts) for of_prompts in sums}:
-        alike = [index for index, of_prompts in enumerate(sums) if len(of_prompts) == n_prompts]
-        for first in range(0, len(alike), _GROUPS_PER_PASS):
-            batch = alike[first : first + _GROUPS_PER_PASS]
-            drawn: list[Floats] | list[None] = [None] * len(batch)
-            if n_prompts >= FEWEST_PROMPTS:
-                drawn = _resample([sums[index] for index in batch], draws, seed)
-            for index, totals in zip(batch, drawn, strict=True):
-                groups[index].update(_estimates(sums[index].sum(axis=0), totals, level))
+    for group, of_prompts, drawn in zip(groups, sums, resample(sums, draws, seed), strict=True):
+        group.update(_estimates(of_prompts.sum(axis=0), drawn, level))
     choices, kl = _cell_means(cells, pt, it)
     for group in groups:
         key = tuple(group[name] for name in GROUP_COLUMNS)
@@ -289,15 +280,6 @@ def _label_index(cells: pa.Table, name: str, pt: str, it: str) -> Ints:
     return pc.fill_null(found, -1).to_numpy().astype(np.int64)
 
 
-def _ranks(column: pa.ChunkedArray) -> Ints:
-    """Each value's rank among the sorted distinct values: int64, comparable where the values are."""
-    encoded = column.dictionary_encode().combine_chunks()
-    order = pc.sort_indices(encoded.dictionary).to_numpy()
-    rank = np.empty(order.size, np.int64)
-    rank[order] = np.arange(order.size)
-    return rank[encoded.indices.to_numpy()]
-
-
 def _run_starts(codes: list[Ints]) -> Ints:
     """First index of every run of equal tuples (one entry of each array); none for empty arrays."""
     changed = np.zeros(codes[0].size, bool)
@@ -335,8 +317,8 @@ def _check_complete(cells: pa.Table, starts: Ints, tally: Ints, pt: str, it: str
 
 def _check_constant(cells: pa.Table, starts: Ints) -> None:
     for name in ("prompt_id", "step"):
-        ranks = _ranks(cells[name]).reshape(-1, 4)
-        wrong = np.flatnonzero((ranks != ranks[:, :1]).any(axis=1))
+        found = ranks(cells[name]).reshape(-1, 4)
+        wrong = np.flatnonzero((found != found[:, :1]).any(axis=1))
         if wrong.size:
             at = int(starts[wrong[0]])
             values = sorted({str(value) for value in cells[name].slice(at, 4).to_pylist()})
@@ -395,36 +377,9 @@ def _groups(table: pa.Table) -> list[pa.Table]:
     """The sorted table of contrasts cut where a group column changes."""
     if table.num_rows == 0:
         return []
-    starts = _run_starts([_ranks(table[name]) for name in GROUP_COLUMNS])
+    starts = _run_starts([ranks(table[name]) for name in GROUP_COLUMNS])
     ends = np.append(starts[1:], table.num_rows)
     return [table.slice(start, end - start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
-
-
-def _prompt_sums(events: pa.Table) -> Floats:
-    """Per prompt, in the order of prompt_id: the sums of the four margins over its events, and its event count."""
-    prompt = _ranks(events["prompt_id"])
-    columns = [np.bincount(prompt, weights=events[f"y_{name}"].to_numpy()) for name in CELLS]
-    return np.stack([*columns, np.bincount(prompt).astype(np.float64)], axis=1)
-
-
-def _resample(sums: list[Floats], draws: int, seed: int) -> list[Floats]:
-    """Totals of ``sums`` (each [prompts, 5], equally long) over each bootstrap draw of prompts: each [draws, 5].
-
-    Draw d picks ``rng.integers(0, prompts, prompts)``, the d-th such call on ``default_rng(seed)``, in however many
-    passes. A draw enters as how often it picked each prompt, so that its totals are one matrix product.
-    """
-    n_prompts = len(sums[0])
-    rng = np.random.default_rng(seed)
-    totals = [np.empty((draws, of_group.shape[1])) for of_group in sums]
-    per_pass = max(1, _DRAWN_PER_PASS // n_prompts)
-    for first in range(0, draws, per_pass):
-        n_draws = min(per_pass, draws - first)
-        picks = rng.integers(0, n_prompts, size=(n_draws, n_prompts))
-        picks += n_prompts * np.arange(n_draws)[:, None]
-        times = np.bincount(picks.ravel(), minlength=n_draws * n_prompts).reshape(n_draws, n_prompts).astype(np.float64)
-        for of_group, into in zip(sums, totals, strict=True):
-            into[first : first + n_draws] = times @ of_group
-    return totals
 
 
 def _quantities(totals: Floats) -> dict[str, Floats]:
@@ -444,24 +399,12 @@ _SHARES = {"portable_share": ("late_from_pt", "late_from_it"), "interaction_shar
 
 
 def _estimates(total: Floats, drawn: Floats | None, level: float) -> dict[str, Any]:
-    """The quantities of one group as {"mean", "low", "high"}; ``drawn`` [draws, 5] is None below ``FEWEST_PROMPTS``."""
-    tails = [(1 - level) / 2, (1 + level) / 2]
+    """The quantities of one group; ``drawn`` [draws, 5] is None below ``FEWEST_PROMPTS``."""
     point = {name: float(value) for name, value in _quantities(total).items()}
     spread = _quantities(drawn) if drawn is not None else {}
-
-    def number(mean: float | None, values: Floats | None) -> dict[str, float | None]:
-        low, high = (None, None) if values is None else map(float, np.quantile(values, tails))
-        return {"mean": mean, "low": low, "high": high}
-
-    numbers: dict[str, Any] = {name: number(mean, spread.get(name)) for name, mean in point.items()}
-    # A difference of means below this is what float64 leaves of an exact zero: dividing by it would print noise.
-    zero = 16 * np.finfo(np.float64).eps * max(abs(point[name]) for name in CELLS)
+    numbers: dict[str, Any] = {name: number(mean, spread.get(name), level) for name, mean in point.items()}
+    scale = max(abs(point[name]) for name in CELLS)
     for share, (numerator, denominator) in _SHARES.items():
-        if abs(point[denominator]) <= zero:
-            numbers[share] = number(None, None)
-            continue
-        low, high, values = numbers[denominator]["low"], numbers[denominator]["high"], None
-        if drawn is not None and not low <= 0 <= high and spread[denominator].all():
-            values = spread[numerator] / spread[denominator]
-        numbers[share] = number(point[numerator] / point[denominator], values)
+        pairs = (spread[numerator], spread[denominator]) if spread else None
+        numbers[share] = ratio(point[numerator], point[denominator], pairs, scale=scale, level=level)
     return {"cells": {name: numbers.pop(name) for name in CELLS}} | numbers

@@ -115,7 +115,7 @@ def _heading(groups: Sequence[Group], store: Store | None) -> str:
 
 
 def _without_interval(groups: Sequence[Group]) -> list[str]:
-    from actcache.analyses.effects import FEWEST_PROMPTS
+    from actcache.study.statistics import FEWEST_PROMPTS
 
     if all(group["n_prompts"] >= FEWEST_PROMPTS for group in groups):
         return []

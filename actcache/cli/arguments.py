@@ -7,21 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from actcache.cli.parser import Parser
 from actcache.errors import InputError
 
 if TYPE_CHECKING:
+    from actcache.analyses.grid import GridSettings
     from actcache.capture.capture import CaptureSettings
-    from actcache.study.grid import GridSettings
 
 READOUTS = "native,common_it,common_pt"
-Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
-def add_verb(
-    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int | None], summary: str
-) -> argparse.ArgumentParser:
+def add_verb(verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> Parser:
     """Give the parser a verb; ``run`` gets its arguments and returns the exit code (None: 0)."""
-    parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    parser: Parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
     parser.add_argument("--quiet", action="store_true", help="print errors only on stderr, no progress and no notes")
     parser.add_argument(
         "--threads",
@@ -131,9 +130,9 @@ def grid_settings(
     Raises:
         InputError: the sweep cannot be read, says what an argument says too, or a boundary is not one of the model's.
     """
+    from actcache.analyses.grid import GridSettings
     from actcache.capture.capture import parse_boundaries
     from actcache.replay.sweep import Sweep, read_sweep
-    from actcache.study.grid import GridSettings
 
     sweep = read_sweep(args.sweep, width) if args.sweep else Sweep()
     given: dict[str, tuple[Any, Any]] = {

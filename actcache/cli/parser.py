@@ -7,7 +7,7 @@ import difflib
 import itertools
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
 _NEGATIVE_LIST = re.compile(r"-[0-9.]+(,-?[0-9.]+)*")
@@ -17,10 +17,20 @@ class Parser(argparse.ArgumentParser):
     """As argparse's, but that it looks for mistyped verbs and options first: argparse, which finds them last, may
     say that another argument is missing."""
 
+    later: Callable[[Parser], None] | None = None
+    """Adds the arguments, when they are needed: what they follow from takes long to import."""
+
+    def fill(self) -> None:
+        """Add the arguments that were left for later."""
+        if self.later is not None:
+            later, self.later = self.later, None
+            later(self)
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
         """Check the words, then parse them; exits with 2 where one is unknown."""
+        self.fill()
         words = list(sys.argv[1:] if args is None else args)
         verbs = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         if verbs and words and not words[0].startswith("-"):

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from actcache.capture.capture import CaptureSettings
     from actcache.models.lineup import Lineup
     from actcache.store import Store
-    from actcache.study.plan import Assumptions, Group, Study
+    from actcache.study.cells import Finished
+    from actcache.study.plan import Assumptions, Study
+    from actcache.study.work import ReplayWork
 
 _MEASURED_HERE = "a matrix product's, measured here: what a run reaches is less"
 FAR = 0.2  # an estimate off by more than this share of the truth is marked
@@ -149,9 +151,9 @@ def _plan(args: argparse.Namespace) -> None:
     lineup = Lineup.open({"pt": args.pt, "it": args.it}, with_weights=False)
     capture = capture_settings(args, lineup.n_blocks)
     lengths = [len(ids) for ids in lineup.encode(prompts, say)]
-    groups = _groups_asked(args, lineup, capture)
-    checked = tuple(samples_asked(args).values()) if groups else ()  # a capture by itself checks nothing
-    study = Study(shapes_of(lineup), lengths, capture, groups, checked)
+    work = _work_asked(args, lineup, capture)
+    checked = tuple(samples_asked(args).values()) if work else ()  # a capture by itself checks nothing
+    study = Study(shapes_of(lineup), lengths, capture, work, checked)
     assumed = _assume(args, lineup, study)
     found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
     if args.out is not None:
@@ -159,10 +161,9 @@ def _plan(args: argparse.Namespace) -> None:
     _print(args.json, study, assumed, found)
 
 
-def _groups_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettings) -> list[Group]:
+def _work_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettings) -> list[ReplayWork]:
     """What the arguments, and the sweep that they name, ask to be scored of what is captured."""
-    from actcache.study.grid import check_servable
-    from actcache.study.plan import groups_of
+    from actcache.analyses.grid import check_servable, planned_work
 
     if args.variants < 0:
         raise InputError(f"{args.variants} variants asked for; give 0 or more")
@@ -174,7 +175,7 @@ def _groups_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSett
         return []
     settings = grid_settings(args, None, capture.boundaries, lineup.width, lineup.n_blocks)
     check_servable(settings, lineup.labels, capture.boundaries, lineup.n_blocks)
-    return [replace(group, n_last=group.n_last + args.variants) for group in groups_of(settings)]
+    return [replace(one, n_last=one.n_last + args.variants) for one in planned_work(settings, lineup.labels)]
 
 
 def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptions:
@@ -187,8 +188,8 @@ def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptio
         folder = RunFolder(args.pilot)
         record, store = folder.record(), folder.open_store()
         check_pilot(lineup, record.checkpoints, study.capture, store)
-        pilot, _ = _study_of(folder, lineup, store, Path(record.prompts))
-        assumed = learn(pilot, store, _timings_of(folder, pilot), f"pilot {args.pilot}")
+        pilot, finished = _study_of(folder, lineup, store, Path(record.prompts))
+        assumed = learn(pilot, store, _timings_of(folder, finished), finished, f"pilot {args.pilot}")
     sources = dict(assumed.sources)
     for name in ("event_share", "shared_tokens"):
         if (value := getattr(args, name)) is not None:
@@ -215,32 +216,32 @@ def _compare(args: argparse.Namespace) -> None:
     folder = RunFolder(args.run)
     record, store = folder.record(), folder.open_store()
     paths = record.checkpoints | {label: path for label in ("pt", "it") if (path := getattr(args, label))}
-    study, scored = _study_of(folder, Lineup.open(paths), store, args.prompts or Path(record.prompts))
-    timings = _timings_of(folder, study)
+    study, finished = _study_of(folder, Lineup.open(paths), store, args.prompts or Path(record.prompts))
+    timings = _timings_of(folder, finished)
     if folder.plan.is_file():
         plan = folder.read_plan()
         if plan.made_from["prompts"] != store.fingerprint.prompts:
             raise InputError(f"{folder.plan} is a plan for other prompts than {folder.path} was made from; remove it")
         assumed = assumptions_from_json(plan.content["assumed"], str(folder.plan))
     else:
-        assumed = learn(study, store, timings, "the run itself")
+        assumed = learn(study, store, timings, finished, "the run itself")
     found = {
         "assumed": as_json(assumed),
         "estimate": estimate(study, assumed),
-        "truth": truth(study, store, timings, scored=scored),
+        "truth": truth(study, store, timings, finished),
         "untimed": _untimed(folder, study, timings),
     }
     _print(args.json, study, assumed, found)
 
 
-def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Path) -> tuple[Study, bool]:
-    """What a run computed, and whether it is known what it scored; if not, with the grid that would be scored."""
+def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Path) -> tuple[Study, Finished]:
+    """What a run computed, and its finished jobs; where there is none, with the grid that would be scored."""
+    from actcache.analyses.grid import GridSettings, planned_work
     from actcache.capture.capture import digests_of_segments
     from actcache.prompts import digest, read_prompts
-    from actcache.study.cells import finished_groups
-    from actcache.study.finished import scored_groups, settings_of
-    from actcache.study.grid import GridSettings
-    from actcache.study.plan import Study, groups_of, shapes_of
+    from actcache.study.cells import finished_cells
+    from actcache.study.finished import replays_of, settings_of
+    from actcache.study.plan import Study, shapes_of
 
     fingerprint = store.fingerprint
     fingerprint.check_captured()
@@ -258,21 +259,21 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
             f"{prompts_path} no longer holds the prompts that {folder.path} was made from; give theirs with --prompts"
         )
     capture = settings_of(store)
-    scored = scored_groups(finished_groups(folder.cell_groups, store)) if folder.cells.is_file() else None
-    groups = scored or []
-    if not groups and capture.row_selection == "prefix":
-        groups = groups_of(GridSettings(capture.boundaries, strict=capture.strict))
+    finished = finished_cells(folder.cell_groups, store) if folder.cells.is_file() else {}
+    work = list(dict.fromkeys(one for one, _ in replays_of(finished)))
+    if not work and capture.row_selection == "prefix":
+        work = planned_work(GridSettings(capture.boundaries, strict=capture.strict), lineup.labels)
     lengths = [len(ids) for ids in lineup.encode(prompts)]
     checked = folder.timings().get("stability", {}).get("n_events", ())
-    return Study(shapes_of(lineup), lengths, capture, groups, tuple(checked)), bool(scored)
+    return Study(shapes_of(lineup), lengths, capture, work, tuple(checked)), finished
 
 
-def _timings_of(folder: RunFolder, study: Study) -> dict[str, Any]:
+def _timings_of(folder: RunFolder, finished: Finished) -> dict[str, Any]:
     """What the run's stages took, but for a grid that scored other cells than the run now has."""
-    from actcache.study.plan import groups_as_json
+    from actcache.study.finished import digest_of_results
 
     timings = folder.timings()
-    if (grid := timings.get("grid")) is not None and grid.get("groups") != groups_as_json(study.groups):
+    if (grid := timings.get("grid")) is not None and grid.get("results") != digest_of_results(finished):
         del timings["grid"]
     return timings
 
@@ -359,7 +360,7 @@ def _table(
 
 
 def _notes(study: Study, assumed: Assumptions) -> dict[str, str]:
-    groups, n_checkpoints = study.groups, study.n_checkpoints
+    work, n_checkpoints = study.work, study.n_checkpoints
     notes = {
         "capture_memory_bytes": "weights of all checkpoints, one batch, segments being written; above the imports",
         "grid_memory_bytes": "late blocks and readouts of all checkpoints, one pack; above the imports",
@@ -368,18 +369,18 @@ def _notes(study: Study, assumed: Assumptions) -> dict[str, str]:
         notes["capture_s"] = (
             "at least: what operations take beside multiply-adds, most of a small model's time, is not in"
         )
-    if groups:
-        cells = [group.n_cells(n_checkpoints) for group in groups]
-        boundaries = len({group.boundary for group in groups})
-        readouts = len({name for group in groups for name in group.readouts})
+    if work:
+        cells = [one.n_cells(n_checkpoints) for one in work]
+        boundaries = len({one.boundary for one in work})
+        readouts = len({name for one in work for name in one.readouts})
         notes["grid_multiply_adds"] = (
             f"an event: {_counted(sum(cells), 'cell')} at {_counted(boundaries, 'boundary')}, "
             f"{_counted(readouts, 'readout')} each"
         )
         edited = {"one token": 0, "the sequence": 0}
-        for group, n_cells in zip(groups, cells, strict=True):
-            edited["one token" if group.mode == "packed" else "the sequence"] += n_cells * group.n_last
-            edited["the sequence"] += n_cells * group.n_whole
+        for one, n_cells in zip(work, cells, strict=True):
+            edited["one token" if one.mode == "packed" else "the sequence"] += n_cells * one.n_last
+            edited["the sequence"] += n_cells * one.n_whole
         replays = (f"{_counted(number, 'replay')} of {what}" for what, number in edited.items() if number)
         notes["variants_multiply_adds"] = f"an event: {', '.join(replays)}"
         notes["hooks_multiply_adds"] = (

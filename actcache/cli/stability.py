@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from actcache.cli.arguments import Verbs, add_verb, positive
-from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
+from actcache.cli.captured import add_captured_arguments, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import StabilityClock
+from actcache.study.run import check_complete, check_same_checkpoints
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:

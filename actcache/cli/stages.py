@@ -10,6 +10,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from actcache.cli.analyses import sections_of
 from actcache.cli.answer import answer, described, reasons_of, said_of_left_out
 from actcache.cli.arguments import (
     Verbs,
@@ -21,15 +22,16 @@ from actcache.cli.arguments import (
     check_device,
     grid_settings,
 )
-from actcache.cli.captured import add_captured_arguments, check_complete, check_same_checkpoints, open_captured
+from actcache.cli.captured import add_captured_arguments, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.stability import add_run_arguments, check_run, summaries_of
-from actcache.cli.tables import read_cells, read_run_cells, write_parquet
+from actcache.cli.tables import read_cells
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import CorruptFileError, InputError
 from actcache.files import write_atomically
-from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, read_json, seal_of
+from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, parquet_bytes, read_json, seal_of
+from actcache.study.run import check_complete, check_same_checkpoints, read_run_cells
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place
 
 if TYPE_CHECKING:
@@ -136,8 +138,8 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
 def _check_grid_asked(args: argparse.Namespace) -> None:
     """What is wrong with the grid that is asked for is said before anything is captured."""
     quiet_libraries()
+    from actcache.analyses.grid import check_servable
     from actcache.models.lineup import Lineup
-    from actcache.study.grid import check_servable
 
     lineup = Lineup.open({"pt": args.pt, "it": args.it})
     captured = capture_settings(args, lineup.n_blocks).boundaries
@@ -196,9 +198,10 @@ def _grid(args: argparse.Namespace) -> None:
 
 def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> int:
     """Score what is not scored yet; how many cells there are now."""
+    from actcache.analyses.grid import check_settings, run_grid
     from actcache.replay.late_stack import LateStack
-    from actcache.study.cells import gather_cells, group_files, identity
-    from actcache.study.grid import check_settings, run_grid
+    from actcache.study.cells import gather_cells, identity
+    from actcache.study.results import result_files
 
     store = folder.open_store()
     check_complete(store)
@@ -223,10 +226,10 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
     clock.write()
     how: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
     while True:
-        files = group_files(folder.cell_groups)
+        files = result_files(folder.cell_groups)
         cells = gather_cells(folder.cell_groups, store, **how)
-        write_parquet(folder.cells, cells, {**identity(store), **how})
-        if group_files(folder.cell_groups) == files:  # else another grid has finished some, and written its own table
+        write_atomically(folder.cells, parquet_bytes(cells, {**identity(store), **how}))
+        if result_files(folder.cell_groups) == files:  # else another grid has finished some, and written its own table
             return cells.num_rows
 
 
@@ -324,6 +327,7 @@ def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False,
         _settings_shown(folder.record(), store),
         default_boundary=round(0.6 * store.fingerprint.n_blocks),
         stability=summaries_of(folder),
+        sections=sections_of(folder, store),
     )
     write_atomically(folder.report, html_bytes(page, {**identity(store), **made_from, "effects": effects.seal}))
 

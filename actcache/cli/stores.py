@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from actcache.analyses import ANALYSES
 from actcache.cli.arguments import Verbs, add_verb, numbers, positive
 from actcache.cli.memory import enough_memory
 from actcache.cli.terminal import LiveLine, one_line, printable
@@ -94,7 +95,7 @@ def _verify(args: argparse.Namespace) -> int:
     run = run_at(args.store)
     n_damaged = 0
     if run is not None:
-        files = run.check_files()
+        files = run.check_files([named.name for named in ANALYSES])
         n_damaged = len(files.wrong)
         for error in files.wrong:
             print(one_line(error))

@@ -88,12 +88,11 @@ class GridClock(_Clock):
 
     def write(self) -> None:
         """Record the grid, with what it scored; one of which something was finished before is taken off the record."""
-        from actcache.study.cells import finished_groups
-        from actcache.study.finished import scored_groups
-        from actcache.study.plan import groups_as_json
+        from actcache.study.cells import finished_cells
+        from actcache.study.finished import digest_of_results
 
         times = self._times()
         if times is None:
             return
-        scored = {"groups": groups_as_json(scored_groups(finished_groups(self._folder.cell_groups, self._store)))}
+        scored = {"results": digest_of_results(finished_cells(self._folder.cell_groups, self._store))}
         self._folder.record_timing("grid", times | scored if self._from_nothing else None)

@@ -91,7 +91,7 @@ class Sweep:
         readouts: of ``native`` and ``common_<label>``.
         variants: the same at every boundary, or a function of the boundary.
         top1: whether variants get their best token of the whole vocabulary too.
-        kl: whether cells get KL(own || cell) (see :class:`actcache.study.grid.GridSettings`).
+        kl: whether cells get KL(own || cell) (see :class:`actcache.analyses.grid.GridSettings`).
     """
 
     boundaries: str | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from actcache.report.visible import MINUS, signed
+from actcache.study.analysis import Lines
 
 NEAR_TIE = 0.125
 """Top-1 minus top-2 gap, in logits, below which an event counts as a near tie: one bfloat16 step of logits that lie
@@ -140,30 +141,52 @@ def over_boundaries(
     figure = Figure(figsize=(10.4, 3.3), layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     said = []
-    for axes, (scope, lines) in zip(all_axes, panels, strict=True):
+    for axes, (scope, of_scope) in zip(all_axes, panels, strict=True):
         axes.axhline(0, color=_MUTED, linewidth=1)
         axes.axvline(chosen, color=_RULE, linewidth=6, zorder=0)
-        for i, (colour, (readout, groups)) in enumerate(zip(_SERIES, lines, strict=False)):
+        for i, (readout, groups) in enumerate(of_scope[: len(_SERIES)]):
             boundary = [group["boundary"] for group in groups]
-            numbers = [group["interaction"] for group in groups]
-            if all(number["low"] is not None for number in numbers):
-                low, high = ([number[end] for number in numbers] for end in ("low", "high"))
-                axes.fill_between(boundary, low, high, color=colour, alpha=0.16, linewidth=0)
-            # Narrower and dashed from line to line: one that lies upon another leaves both to be seen.
-            dashes = (0, (1 + 2 * i, i)) if i else "-"
-            axes.plot(boundary, [n["mean"] for n in numbers], color=colour, linewidth=4 / (i + 1), linestyle=dashes)
-            axes.plot(
-                boundary, [n["mean"] for n in numbers], _MARKERS[i], color=colour, markersize=8 - i, label=readout
-            )
+            _line(axes, i, readout, boundary, [group["interaction"] for group in groups])
             peak = max(groups, key=lambda group: group["interaction"]["mean"])
             value = signed(peak["interaction"]["mean"], places)
             said.append(f"scope {scope}, {readout}: largest {value} at boundary {peak['boundary']}")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
         axes.set_xlabel(f"boundary (first late block), scope {scope}", color=_MUTED, fontsize=9)
         _plain_axes(axes, grid="y", spines=("bottom",))
-        _legend(axes, len(lines))
+        _legend(axes, len(of_scope))
     all_axes[0].set_ylabel(f"interaction B {MINUS} A, logits", color=_MUTED, fontsize=9)
     return _svg(figure, "boundaries", f"Interaction at each boundary. {'; '.join(said)}.")
+
+
+def lines(figure: Lines, name: str) -> Markup:
+    """Numbers with their intervals over whole numbers, a line with its band for each name."""
+    drawn = Figure(figsize=(10.4, 3.3), layout="constrained")
+    axes = drawn.subplots()
+    axes.axhline(0, color=_MUTED, linewidth=1)
+    if figure.marked is not None:
+        axes.axvline(figure.marked, color=_RULE, linewidth=6, zorder=0)
+    for i, (label, points) in enumerate(list(figure.lines.items())[: len(_SERIES)]):
+        x, numbers = [x for x, _ in points], [number for _, number in points]
+        _line(axes, i, label, x, numbers)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    axes.set_xlabel(figure.x_label, color=_MUTED, fontsize=9)
+    axes.set_ylabel(figure.y_label, color=_MUTED, fontsize=9)
+    _plain_axes(axes, grid="y", spines=("bottom",))
+    _legend(axes, len(figure.lines))
+    return _svg(drawn, name, figure.alt)
+
+
+def _line(axes: Axes, i: int, label: str, x: Sequence[int], numbers: Sequence[Mapping[str, Any]]) -> None:
+    """The i-th line of some axes, with its band where it has intervals."""
+    colour = _SERIES[i]
+    if all(number["low"] is not None for number in numbers):
+        low, high = ([number[end] for number in numbers] for end in ("low", "high"))
+        axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
+    # Narrower and dashed from line to line: one that lies upon another leaves both to be seen.
+    dashes = (0, (1 + 2 * i, i)) if i else "-"
+    mean = [number["mean"] for number in numbers]
+    axes.plot(x, mean, color=colour, linewidth=4 / (i + 1), linestyle=dashes)
+    axes.plot(x, mean, _MARKERS[i], color=colour, markersize=8 - i, label=label)
 
 
 def steps(step: npt.NDArray[np.int64]) -> Markup:

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 
-from actcache.analyses.effects import FEWEST_PROMPTS, GROUP_COLUMNS, contrasts
+from actcache.analyses.effects import GROUP_COLUMNS, contrasts
 from actcache.errors import InputError
 from actcache.report import figures, visible
+from actcache.study.analysis import Section
+from actcache.study.statistics import FEWEST_PROMPTS
 
 EXAMPLES_PER_PART = 8
 """Examples from each of the two ends and the middle of the interactions."""
@@ -51,6 +54,7 @@ def build_report(
     *,
     default_boundary: int | None = None,
     stability: Sequence[Mapping[str, Any]] = (),
+    sections: Mapping[str, Section] = MappingProxyType({}),
 ) -> str:
     """Render a run as one HTML page that needs nothing else: no scripts, fonts, images or network.
 
@@ -69,6 +73,7 @@ def build_report(
         default_boundary: the boundary to lead with; the nearest one that was run is taken. Without it: 0.6 of the
             largest boundary plus one, which is the default boundary where all boundaries were run.
         stability: what :func:`actcache.analyses.stability.summarise` returned; empty where nothing was checked.
+        sections: what analyses show, by their names.
 
     Returns:
         The page. The same arguments give the same text, for any order of the rows of ``cells`` and ``events``; it can
@@ -106,6 +111,7 @@ def build_report(
         "stability_gap": max((row["gap_max"] for row in stability if row["n_changed"]), default=None),
         "never_packed": _never_packed(stability),
         "main": None,
+        "sections": [_section(name, section) for name, section in sections.items()],
     }
     if groups:
         page |= _findings(cells, effects, groups, events, default_boundary)
@@ -149,6 +155,18 @@ def _findings(
         "examples": _examples(per_event, of_kind),
         "special": _special(of_kind),
         "noop": _noop(cells),
+    }
+
+
+def _section(name: str, section: Section) -> dict[str, Any]:
+    """A section of an analysis, drawn, with its texts made fit to show."""
+    numbers = [cell for row in section.rows for cell in row if not isinstance(cell, str)]
+    return {
+        "name": name,
+        "section": section,
+        "figures": [figures.lines(figure, f"{name}{number}") for number, figure in enumerate(section.figures)],
+        "rows": [[visible.plain(cell) if isinstance(cell, str) else cell for cell in row] for row in section.rows],
+        "places": visible.decimals(number["mean"] for number in numbers),
     }
 
 

@@ -1,16 +1,13 @@
-"""Cells: the table that a grid makes, and the files of finished cell groups that it is made of.
+"""Cells: the table that a grid makes, and which finished jobs it is made of.
 
-A cell group is one segment at one boundary in one scope. What of it is scored in one go becomes one sealed Parquet
-file: a row per event and cell, and what they were made from, the file's *key*. The key gives the file its name, so that
-grids that run at once do not write over each other's files. Cells belong to events, wherever a compaction has moved
-these since. Knows stores and tables; knows no models and no replay.
+The table is the union of the results of finished replay jobs (results.py): one row per event and cell. Cells belong to
+events, wherever a compaction has moved these since. Knows stores and tables; knows no models and no replay.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -24,10 +21,11 @@ import pyarrow.compute as pc
 import torch
 
 from actcache.errors import CheckError, CorruptFileError
-from actcache.files import write_atomically
 from actcache.replay.edits import PLAIN
-from actcache.sealed import NoSealError, parquet_bytes, read_parquet
+from actcache.sealed import NoSealError, Sealed
 from actcache.store import Segment, Store, layout
+from actcache.study.results import final_path, read_final, read_result, read_results, scopes_of
+from actcache.study.scores import readout_order
 
 # The event columns that cells repeat, before the cell's own; carried prompt columns come last.
 _EVENT_COLUMNS = ("event_id", "prompt_id", "kind", "step", "position", "y_pt", "y_it")
@@ -44,22 +42,16 @@ _CELL_FIELDS = [
     ("kl", pa.float32()),  # where it was asked for
 ]
 _CELL = ("boundary", "scope", "upstream", "late", "readout", "variant")  # with an event, these name a row
-# Earlier versions named files otherwise, and gave them no seal: what they hold is scored again.
-_FILE = re.compile(r"b[0-9]{3,}-[a-z]+-[A-Za-z0-9_-]+\.[0-9a-f]{16}\.parquet")
-_ADVICE = "remove it, and give the command again that scored it"
 
 
 @dataclass(frozen=True, eq=False)
-class FinishedGroup:
-    """What a file holds.
+class Scored:
+    """What one finished replay job holds.
 
     Attributes:
-        path: of the file.
-        key: ``store`` (digest of its fingerprint), ``segment``, ``boundary``, ``scope``, ``strict`` and ``max_tokens``,
-            upon which the cells depend; ``readouts``, ``variants`` (name -> digest of its edits, the plain ``none``
-            too), ``top1`` (whether variants have ``top1_id`` too) and ``kl``: what was scored; ``whole``, names of the
-            variants that change more than position p, and ``mode``, how sequences shared a forward: what it took;
-            ``still`` (name -> in how many cells of one readout the variant moved nothing).
+        path: of its table.
+        key: of the job, see :class:`actcache.study.jobs.ReplayJob`; and of how it went: ``mode``, how sequences shared
+            a forward, and ``still`` (name -> in how many cells of one readout the variant moved nothing).
         events: whose cells it has, as indices of the store: ``[n]``.
     """
 
@@ -72,132 +64,133 @@ class FinishedGroup:
         """Of its variants."""
         return frozenset(self.key["variants"])
 
+    @property
+    def readouts(self) -> frozenset[str]:
+        """By which its cells are scored."""
+        return frozenset(self.key["readouts"])
+
     def has(self, what: str) -> bool:
         """Whether its variants have ``top1`` or all of its cells ``kl``."""
         return bool(self.key[what])
 
-    def table(self) -> pa.Table:
-        """Its cells: those of the first event, then those of the next one, equally many of each."""
-        return read_parquet(self.path, "cells", _ADVICE).content
+    def table(self, scope: str, late: str) -> pa.Table:
+        """Its cells in one scope behind one late stack: the first event's, then the next one's, as many of each."""
+        table = read_result(self.path).content
+        return table.filter(pc.and_(pc.equal(table["scope"], scope), pc.equal(table["late"], late)))
+
+    @property
+    def has_final(self) -> bool:
+        """Whether the final states of its plain cells were kept."""
+        return PLAIN.name in self.names and final_path(self.path).is_file()
+
+    def final(self) -> dict[str, torch.Tensor]:
+        """Final states of its plain cells by ``scope/upstream``, ``[n, D]`` in the order of its events.
+
+        Raises:
+            CorruptFileError: they are damaged.
+        """
+        return read_final(self.path)
 
 
-Finished = dict[tuple[int, str], list[FinishedGroup]]  # by boundary and scope, in the order of their files' names
+Place = tuple[int, str, str]  # boundary, scope, late
+Finished = dict[Place, list[Scored]]  # in the order of their files' names
 
 
-def find_groups(folder: str | Path, store: Store) -> tuple[Finished, dict[str, CorruptFileError | NoSealError]]:
-    """The finished groups of a store's events, and by their names the files of groups that are damaged.
+def find_finished(folder: str | Path, store: Store) -> tuple[Finished, dict[str, CorruptFileError | NoSealError]]:
+    """What is finished of a store's events; and by their names the files that are damaged.
 
     Left out are files of another store, or of events that are not in this one as they were scored.
     """
     digest = store.fingerprint.digest
     events = store.events.select(_EVENT_COLUMNS)
     ids = events["event_id"].combine_chunks()
-    groups: Finished = {}
+    finished: Finished = {}
     damaged: dict[str, CorruptFileError | NoSealError] = {}
-    for path in group_files(folder):
-        try:
-            rows, key, _ = read_parquet(path, "cells", _ADVICE, columns=list(_EVENT_COLUMNS))
-        except (CorruptFileError, NoSealError) as error:
-            damaged[path.name] = error
+    for path, found in read_results(folder, list(_EVENT_COLUMNS)):
+        if not isinstance(found, Sealed):
+            damaged[path.name] = found
             continue
+        rows, key = found.content, found.made_from
         if key["store"] != digest or not rows.num_rows:
             continue
         n_events = pc.count_distinct(rows["event_id"]).as_py()
         own = rows.take(pa.array(np.arange(n_events) * (rows.num_rows // n_events)))
         at = pc.index_in(own["event_id"].combine_chunks(), value_set=ids)
         if at.null_count == 0 and events.take(at).equals(own):
-            found = FinishedGroup(path, key, at.to_numpy().astype(np.int64))
-            groups.setdefault((key["boundary"], key["scope"]), []).append(found)
-    return groups, damaged
+            scored = Scored(path, key, at.to_numpy().astype(np.int64))
+            lates = [key["late"]] if "late" in key else store.checkpoints  # earlier versions had one file for all
+            for scope, late in product(scopes_of(key), lates):
+                finished.setdefault((key["boundary"], scope, late), []).append(scored)
+    return finished, damaged
 
 
-def finished_groups(folder: str | Path, store: Store) -> Finished:
-    """The finished groups of a store's events.
+def finished_cells(folder: str | Path, store: Store) -> Finished:
+    """What is finished of a store's events.
 
     Raises:
-        CorruptFileError, NoSealError: the file of a group is damaged.
+        CorruptFileError, NoSealError: a file is damaged.
     """
-    groups, damaged = find_groups(folder, store)
+    finished, damaged = find_finished(folder, store)
     for error in damaged.values():
         raise error
-    return groups
-
-
-def group_files(folder: str | Path) -> list[Path]:
-    """The files of groups, finished by now, of whatever events."""
-    return sorted(path for path in Path(folder).glob("*.parquet") if _FILE.fullmatch(path.name))
+    return finished
 
 
 def by_segment(finished: Finished, store: Store) -> Iterator[tuple[Segment, Finished]]:
-    """The segments that have events, as they are now, each with the groups that hold some of its events."""
+    """The segments that have events, as they are now, each with what is finished of its events."""
     segments = [segment for segment in store.segments if segment.n_events]
     stops = np.array([segment.events.stop for segment in segments], np.int64)
     found: list[Finished] = [{} for _ in segments]
-    for at, groups in finished.items():
-        for group in groups:
-            for number in np.unique(np.searchsorted(stops, group.events, side="right")):
-                found[number].setdefault(at, []).append(group)
+    for at, scored in finished.items():
+        for one in scored:
+            for number in np.unique(np.searchsorted(stops, one.events, side="right")):
+                found[number].setdefault(at, []).append(one)
     yield from zip(segments, found, strict=True)
 
 
-def has_earlier_files(folder: str | Path) -> bool:
-    """Whether there are cells of an earlier version, which do not count any more."""
-    return any(not _FILE.fullmatch(path.name) for path in Path(folder).glob("b[0-9]*.parquet"))
-
-
-def file_name(key: dict[str, Any]) -> str:
-    """Of the file of a group: what was asked gives it, which is known before anything is scored."""
-    made_from = {name: value for name, value in key.items() if name not in ("mode", "still")}
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    return f"b{key['boundary']:03d}-{key['scope']}-{key['segment']}.{digest}.parquet"
-
-
-def write_group(folder: str | Path, key: dict[str, Any], events: pa.Table, columns: Sequence[dict[str, Any]]) -> None:
-    """Publish a finished group, whole or not at all.
-
-    Args:
-        folder: where groups lie.
-        key: see :class:`FinishedGroup`.
-        events: of the segment.
-        columns: one for each cell of an event: the cell's fields, each a tensor over the events or the same for all.
-    """
-    table = _cell_table(events, columns, with_kl=key["kl"])
-    write_atomically(Path(folder) / file_name(key), parquet_bytes(table, key))
-
-
 def gather_cells(folder: str | Path, store: Store, *, strict: bool, max_tokens: int | None) -> pa.Table:
-    """All finished groups of this store's events in ``folder`` as one table, in a fixed order.
+    """The cells of all finished jobs of this store's events in ``folder`` as one table, in a fixed order: by boundary,
+    scope, event, variant (the plain one first), upstream, late and readout.
 
     A cell that stands in two files (scored in two ways, or by two sweeps that overlap) is taken from the one that was
     scored with these settings, and has the most.
 
     Raises:
-        CorruptFileError, NoSealError: the file of a group is damaged.
+        CorruptFileError, NoSealError: the file of a job is damaged.
     """
 
-    def has_most(group: FinishedGroup) -> tuple[bool, int, bool, bool]:
-        as_asked = group.key["strict"] == strict and group.key["max_tokens"] == max_tokens
-        return as_asked, len(group.key["readouts"]), group.has("kl"), group.has("top1")
+    def has_most(scored: Scored) -> tuple[bool, int, bool, bool]:
+        as_asked = scored.key["strict"] == strict and scored.key["max_tokens"] == max_tokens
+        return as_asked, len(scored.readouts), scored.has("kl"), scored.has("top1")
 
-    tables = []
-    for _, groups in sorted(finished_groups(folder, store).items()):
-        names = pa.array(sorted({name for group in groups for name in group.names}))
-        readouts = pa.array(sorted({name for group in groups for name in group.key["readouts"]}))
+    finished = finished_cells(folder, store)
+    every = [scored for of_place in finished.values() for scored in of_place]
+    names = [PLAIN.name, *sorted({name for scored in every for name in scored.names} - {PLAIN.name})]
+    readouts = sorted({name for scored in every for name in scored.readouts}, key=readout_order)
+    value_sets = {
+        "variant": pa.array(names),
+        "upstream": pa.array(store.checkpoints),
+        "late": pa.array(store.checkpoints),
+        "readout": pa.array(readouts),
+    }
+    tables: dict[tuple[int, str], list[tuple[pa.Table, npt.NDArray[np.int64]]]] = {}
+    for (boundary, scope, late), of_place in sorted(finished.items()):
         taken = np.zeros((len(store), len(names), len(readouts)), bool)
-        parts = []
-        for group in sorted(groups, key=has_most, reverse=True):
-            table = group.table()
-            event = np.repeat(group.events, table.num_rows // len(group.events))
-            variant = pc.index_in(table["variant"], value_set=names).to_numpy()
-            readout = pc.index_in(table["readout"], value_set=readouts).to_numpy()
-            left = ~taken[event, variant, readout]
-            taken[event, variant, readout] = True
-            place = group.events[0], group.names != {PLAIN.name}, group.path.name
-            parts.append((place, table.filter(pa.array(left))))
-        tables += [table for _, table in sorted(parts, key=lambda part: part[0])]
-    with_kl = any("kl" in table.column_names for table in tables)
-    empty = _cell_table(store.events.slice(0, 0), [], with_kl=with_kl)
-    return _with_carried(pa.concat_tables([empty, *tables], promote_options="permissive"), store.events)
+        for scored in sorted(of_place, key=has_most, reverse=True):
+            table = scored.table(scope, late)
+            event = np.repeat(scored.events, table.num_rows // len(scored.events))
+            code = [pc.index_in(table[name], value_set=of).to_numpy() for name, of in value_sets.items()]
+            left = ~taken[event, code[0], code[-1]]
+            taken[event, code[0], code[-1]] = True
+            kept = np.stack([event, *code])[:, left]
+            tables.setdefault((boundary, scope), []).append((table.filter(pa.array(left)), kept))
+    with_kl = any("kl" in table.column_names for parts in tables.values() for table, _ in parts)
+    sorted_tables = [cell_table(store.events.slice(0, 0), [], with_kl=with_kl)]
+    for _, parts in sorted(tables.items()):
+        table = pa.concat_tables([table for table, _ in parts], promote_options="permissive")
+        order = np.lexsort(np.concatenate([codes for _, codes in parts], axis=1)[::-1])
+        sorted_tables.append(table.take(pa.array(order)))
+    return _with_carried(pa.concat_tables(sorted_tables, promote_options="permissive"), store.events)
 
 
 def check_every_cell(
@@ -237,7 +230,7 @@ def identity(store: Store) -> dict[str, Any]:
     }
 
 
-def _cell_table(events: pa.Table, columns: Sequence[dict[str, Any]], *, with_kl: bool) -> pa.Table:
+def cell_table(events: pa.Table, columns: Sequence[dict[str, Any]], *, with_kl: bool) -> pa.Table:
     """One row per event and entry of ``columns``, event by event."""
     n_events, n_columns = events.num_rows, len(columns)
     repeated = pa.array(np.repeat(np.arange(n_events), n_columns))

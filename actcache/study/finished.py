@@ -6,14 +6,17 @@ stores; knows no command line and no folders of runs.
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from actcache.capture.capture import CaptureSettings
@@ -22,10 +25,10 @@ from actcache.errors import IncompatibleError, InputError
 from actcache.models.backbone import Backbone
 from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
-from actcache.replay.edits import PLAIN
 from actcache.store import Store
 from actcache.study.cells import Finished
-from actcache.study.plan import ESTIMATED, STAGES, Assumptions, Group, Study, multiply_adds_of
+from actcache.study.plan import ESTIMATED, STAGES, Assumptions, Study, multiply_adds_of, together
+from actcache.study.work import ReplayWork
 
 
 class SearchCounter:
@@ -105,35 +108,29 @@ def settings_of(store: Store) -> CaptureSettings:
     return CaptureSettings(**{name: value for name, value in given.items() if value is not None})
 
 
-def scored_groups(finished: Finished) -> list[Group]:
-    """What a run's finished cell groups hold, as if scored in one go."""
-    contents: dict[Group, set[str]] = {}  # what is scored at a boundary, without scopes -> the scopes it is scored in
-    for (boundary, scope), files in sorted(finished.items()):
-        keys = [file.key for file in files]
-        names = {name for key in keys for name in key["variants"]} - {PLAIN.name}
-        whole = {name for key in keys for name in key["whole"]}
-        content = Group(
-            boundary,
-            (),
-            tuple(sorted({name for key in keys for name in key["readouts"]})),
-            len(names - whole),
-            len(whole),
-            any(key["top1"] for key in keys),
-            any(key["kl"] for key in keys),
-            keys[-1]["mode"],
-        )
-        contents.setdefault(content, set()).add(scope)
-    return [replace(content, scopes=tuple(sorted(scopes))) for content, scopes in contents.items()]
+def replays_of(finished: Finished) -> list[tuple[ReplayWork, npt.NDArray[np.int64]]]:
+    """What each finished job of a run computed, and of which events."""
+    found: dict[tuple[Path, str], tuple[ReplayWork, npt.NDArray[np.int64]]] = {}
+    for (_, _, late), scored in sorted(finished.items()):
+        for one in scored:  # a file of several scopes stands in several places
+            found[one.path, late] = ReplayWork.of_key(one.key, late, one.key["mode"]), one.events
+    return list(found.values())
 
 
-def truth(study: Study, store: Store, timings: Mapping[str, Any], *, scored: bool = True) -> dict[str, float]:
+def digest_of_results(finished: Finished) -> str:
+    """What a run's finished jobs are, by the names of their files."""
+    names = sorted({one.path.name for scored in finished.values() for one in scored})
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+
+
+def truth(study: Study, store: Store, timings: Mapping[str, Any], finished: Finished) -> dict[str, float]:
     """What a finished run took, under the names of :func:`actcache.study.plan.estimate`, as far as it is known.
 
     Args:
-        study: of the run, with the groups that it scored; the multiply-adds are those of scoring them in one go.
+        study: of the run.
         store: the run's.
         timings: what its stages recorded of themselves (see ``RunFolder.timings``).
-        scored: whether it is known what it scored; otherwise ``study.groups`` are not what was done.
+        finished: its finished jobs. Without one it is not known what was scored.
     """
     lengths = np.diff(store.token_ids()[1].numpy()).astype(np.float64)
     summary = store.summary()
@@ -147,11 +144,14 @@ def truth(study: Study, store: Store, timings: Mapping[str, Any], *, scored: boo
         "raw_bytes": summary["state_bytes"]["raw"],
         "stored_bytes": summary["state_bytes"]["stored"],
     }
-    counted = {"search_multiply_adds": captured.get("search_multiply_adds", np.nan)}
+    rows["search_multiply_adds"] = captured.get("search_multiply_adds", np.nan)
     n_choices = len(store) + int(store.events["step"].to_numpy().sum())
-    rows |= counted | multiply_adds_of(study, lengths, 1.0, n_choices, rows | counted)
+    shape, n_checkpoints = study.shape, study.n_checkpoints
+    replays = [work.cost(shape, n_checkpoints, lengths[events]) for work, events in replays_of(finished)]
+    rows |= multiply_adds_of(study, lengths, 1.0, n_choices, replays, rows["events"])
+    rows["multiply_adds"] = together(rows)
     del rows["hooks_multiply_adds"]  # nobody did that
-    if not scored:
+    if not replays:
         for name in ("grid_multiply_adds", "variants_multiply_adds", "multiply_adds"):
             rows[name] = np.nan
     for stage in STAGES:
@@ -159,13 +159,14 @@ def truth(study: Study, store: Store, timings: Mapping[str, Any], *, scored: boo
     return {name: rows[name] for name in ESTIMATED if name in rows and not np.isnan(rows[name])}
 
 
-def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -> Assumptions:
+def learn(study: Study, store: Store, timings: Mapping[str, Any], finished: Finished, source: str) -> Assumptions:
     """Assumptions from a finished run, under which an estimate for its own prompts is near the truth.
 
     Args:
         study: of that run.
         store: the run's, with at least one event.
         timings: what its stages recorded of themselves.
+        finished: its finished jobs.
         source: the run, in words.
 
     Raises:
@@ -178,7 +179,7 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], source: str) -
             "to learn from it, it must be complete and have an event"
         )
     steps = store.events["step"].to_numpy()
-    known = truth(study, store, timings)
+    known = truth(study, store, timings, finished)
     captured, longest = timings.get("capture", {}), store.fingerprint.max_new - 1.0
     sources = dict.fromkeys(("event_share", "shared_tokens", "eventless_tokens", "compression"), source)
     if len(steps) > 1:

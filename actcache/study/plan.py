@@ -13,9 +13,8 @@ computes no more of it than keys and values but at the last position.
 from __future__ import annotations
 
 import itertools
-import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -31,8 +30,8 @@ from actcache.models.lineup import Lineup
 from actcache.models.readout import MAX_LOGITS_AT_ONCE
 from actcache.models.regimes import ONE_REGIME, Regimes
 from actcache.replay.copies import share_threads
-from actcache.replay.late_stack import MAX_TOKENS, TOKENS_OF_A_WORKER, Mode
-from actcache.study.grid import GridSettings, whose_head
+from actcache.replay.late_stack import MAX_TOKENS, TOKENS_OF_A_WORKER
+from actcache.study.work import Cost, ReplayWork, total
 
 # Where no pilot says otherwise. The two pairs tried at hand shared 6 tokens (the shipped one) and 14 (SmolLM2) before
 # they diverged; that every prompt diverges is what costs most in all but the search.
@@ -76,50 +75,6 @@ ESTIMATED = (
 
 
 @dataclass(frozen=True)
-class Group:
-    """What is scored at one boundary, in one go: in each scope all upstreams crossed with all late stacks, each read by
-    all readouts, as they are and under variants.
-
-    Attributes:
-        boundary: first late block.
-        scopes: in their order by name, as are the readouts.
-        readouts: of ``native`` and ``common_<label>``.
-        n_last: variants that change position p alone.
-        n_whole: those that change more: each costs a replay of the sequence in every cell.
-        top1: whether variants are read for their best token too.
-        kl: whether every cell is compared with the late checkpoint's own distribution.
-        mode: how sequences share a forward (``LateStack.mode``, or ``single`` where strict). Where they are packed,
-            what changes position p alone costs one token.
-    """
-
-    boundary: int
-    scopes: tuple[str, ...] = ("prefix",)
-    readouts: tuple[str, ...] = tuple(sorted(GridSettings.readouts))
-    n_last: int = 0
-    n_whole: int = 0
-    top1: bool = False
-    kl: bool = False
-    mode: Mode = "packed"
-
-    def heads(self, late: str) -> set[str]:
-        """Whose heads read what this late stack returns."""
-        return {whose_head(name, late) for name in self.readouts}
-
-    def n_bases(self, n_checkpoints: int) -> int:
-        """Cells of an event that begin with a checkpoint's own rows: scope ``position`` replays the late one's alone,
-        and on the diagonal both scopes are one and the same."""
-        return n_checkpoints**2 if "prefix" in self.scopes else n_checkpoints
-
-    def n_crossed(self, n_checkpoints: int) -> int:
-        """Cells that scope ``position`` adds: those rows with another checkpoint's at position p."""
-        return n_checkpoints * (n_checkpoints - 1) if "position" in self.scopes else 0
-
-    def n_cells(self, n_checkpoints: int) -> int:
-        """Of an event, readouts and variants apart."""
-        return self.n_bases(n_checkpoints) + self.n_crossed(n_checkpoints)
-
-
-@dataclass(frozen=True)
 class Study:
     """One pair, its prompts and everything that shall be computed over them.
 
@@ -127,14 +82,14 @@ class Study:
         shapes: by label; all of one architecture.
         lengths: tokens of every prompt, in order.
         capture: settings of the capture.
-        groups: cells to score.
+        work: cells to score.
         stability: for each dtype that stability is checked in, how many events, None for all.
     """
 
     shapes: Mapping[str, ModelShape]
     lengths: Sequence[int]
     capture: CaptureSettings
-    groups: Sequence[Group] = ()
+    work: Sequence[ReplayWork] = ()
     stability: Sequence[int | None] = ()
 
     @property
@@ -204,27 +159,6 @@ def shapes_of(lineup: Lineup) -> dict[str, ModelShape]:
     return {label: ModelShape.of_checkpoint(checkpoint) for label, checkpoint in lineup.checkpoints.items()}
 
 
-def groups_of(settings: GridSettings) -> list[Group]:
-    """What a grid with these settings scores, of an architecture whose sequences can be packed."""
-    groups = []
-    for boundary in settings.boundaries:
-        variants = settings.variants_at(boundary)[1:]  # the plain one apart
-        n_last = sum(variant.at_last_only for variant in variants)
-        groups.append(
-            Group(
-                boundary,
-                tuple(sorted(settings.scopes)),
-                tuple(sorted(settings.readouts)),
-                n_last,
-                len(variants) - n_last,
-                settings.wants_top1,
-                settings.kl,
-                "single" if settings.strict else "packed",
-            )
-        )
-    return groups
-
-
 # ---- the estimate ----
 
 
@@ -242,7 +176,10 @@ def estimate(study: Study, assumed: Assumptions) -> dict[str, float]:
     rows |= _stored(study, rows["tokens"], rows["events"])
     rows["stored_bytes"] = rows["raw_bytes"] / assumed.compression
     rows["search_multiply_adds"] = _search(study, assumed, study.search_batches)
-    rows |= multiply_adds_of(study, sequences, share, rows["events"] * (1 + assumed.shared_tokens), rows)
+    replays = [one.cost(study.shape, study.n_checkpoints, sequences, share) for one in study.work]
+    n_choices = rows["events"] * (1 + assumed.shared_tokens)
+    rows |= multiply_adds_of(study, sequences, share, n_choices, replays, rows["events"])
+    rows["multiply_adds"] = together(rows)
     rows["hooks_multiply_adds"] += _search(study, assumed, [(length, 1) for length in study.lengths])
     rows |= _memory(study, assumed)
     for stage in assumed.rates and STAGES:
@@ -297,45 +234,26 @@ def search_batches(
 
 
 def multiply_adds_of(
-    study: Study, sequences: Numbers, share: float, n_choices: float, rows: Mapping[str, float]
+    study: Study, sequences: Numbers, share: float, n_choices: float, replays: Iterable[Cost], n_events: float
 ) -> dict[str, float]:
     """Of capture, stability, grid, variants and of forward hooks that score the same cells: over ``share`` of these
-    sequences, with ``n_choices`` compared in all."""
+    sequences, with ``n_choices`` compared in all, and replays that cost so much."""
     shape, n_checkpoints = study.shape, study.n_checkpoints
-    n_events = rows["events"]
-    whole = share * shape.products(sequences)
-    grid = variants = n_passes = 0.0
-    for group in study.groups:
-        n_cells, n_crossed = group.n_cells(n_checkpoints), group.n_crossed(n_checkpoints)
-        replay = share * shape.products(sequences, first=group.boundary)
-        step = share * shape.step_products(sequences - 1, first=group.boundary) if group.mode == "packed" else replay
-        # Each late stack is behind as many cells; a best token takes the whole vocabulary.
-        n_heads = sum(len(group.heads(label)) for label in study.shapes)
-        heads = n_events * n_cells / n_checkpoints * n_heads * shape.head_products
-        # What a cell is compared with takes as much again; variants of a cell are compared with the same.
-        grid += group.n_bases(n_checkpoints) * replay + n_crossed * step + (2 if group.kl else 1) * heads
-        n_variants = group.n_last + group.n_whole
-        variants += n_cells * (group.n_last * step + group.n_whole * replay) + group.top1 * n_variants * heads
-        # A native pass of each checkpoint, below, scores the diagonal; then one pass a further cell or variant.
-        n_passes += n_cells - n_checkpoints + n_variants * n_cells
-    # The stored final states are read once, to compare the diagonal.
-    natives = {(label, head) for group in study.groups for label in study.shapes for head in group.heads(label)}
-    grid += n_events * len(natives) * shape.head_products
-    n_passes += n_checkpoints if study.groups else 0
-    forwards = n_checkpoints * (whole + n_choices * shape.head_products)
+    forwards = n_checkpoints * (share * shape.products(sequences) + n_choices * shape.head_products)
     # Strict and packed, over the part of the events that is checked in each dtype.
     n_checks = sum(n_events if n is None else min(n, n_events) for n in study.stability)
-    out = {
-        "capture_multiply_adds": forwards,
-        "stability_multiply_adds": 2 * forwards * n_checks / n_events if n_events else 0.0,
-        "grid_multiply_adds": grid,
-        "variants_multiply_adds": variants,
-        "hooks_multiply_adds": n_passes * (whole + n_events * shape.head_products),
+    parts = {
+        "capture": forwards,
+        "stability": 2 * forwards * n_checks / n_events if n_events else 0.0,
+        **dict.fromkeys(("grid", "variants", "hooks"), 0.0),
     }
-    out["multiply_adds"] = rows["search_multiply_adds"] + sum(
-        out[f"{part}_multiply_adds"] for part in ("capture", "stability", "grid", "variants")
-    )
-    return out
+    parts |= total(replays)
+    return {f"{part}_multiply_adds": products for part, products in parts.items()}
+
+
+def together(rows: Mapping[str, float]) -> float:
+    """Multiply-adds of all parts of a study."""
+    return sum(rows[f"{part}_multiply_adds"] for part in ("search", "capture", "stability", "grid", "variants"))
 
 
 def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
@@ -367,19 +285,17 @@ def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
         + head
         + kept
     }
-    if study.groups:
-        first = min(group.boundary for group in study.groups)
+    if study.work:
+        first = min(one.boundary for one in study.work)
         late = sum(shape.block_parameters[first:]) + shape.readout_parameters
         on_cpu = capture.device == "cpu"
         n_workers = share_threads(round(segment_tokens) // TOKENS_OF_A_WORKER)[0] if on_cpu else 1
         at_once = min(n_workers * MAX_TOKENS[capture.device], segment_tokens)
-        single = all(group.mode == "single" for group in study.groups)
+        single = all(one.mode == "single" for one in study.work)
         replayed = longest if single else max(longest, at_once)
         forwards = forward * replayed / pack_tokens
         # Cells and variants that differ at position p alone share the late keys and values of a pack.
-        shared = any(
-            group.mode == "packed" and (group.n_last or group.n_crossed(study.n_checkpoints)) for group in study.groups
-        )
+        shared = any(one.mode == "packed" and (one.n_last or one.n_crossed(study.n_checkpoints)) for one in study.work)
         keys = shared * replayed * (shape.n_blocks - first) * shape.cache_width * size
         weights = study.n_checkpoints * late * size
         out["grid_memory_bytes"] = tokenizers + weights + forwards + keys + logits + head + 2 * states
@@ -408,12 +324,6 @@ def measure_rate(shape: ModelShape, n_tokens: int, dtype: str, device: str, seco
         if stop > end and times:
             break
     return n_tokens * n_rows * n_columns / float(np.median(times))
-
-
-def groups_as_json(groups: Sequence[Group]) -> list[dict[str, Any]]:
-    """Plain values, as JSON gives them back."""
-    values: list[dict[str, Any]] = json.loads(json.dumps([asdict(group) for group in groups]))
-    return values
 
 
 def as_json(assumed: Assumptions) -> dict[str, Any]:

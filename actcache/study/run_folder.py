@@ -6,6 +6,7 @@ RUN/stability.parquet which events rounding would change
 RUN/cells/           finished cell groups
 RUN/cells.parquet    all of them as one table
 RUN/effects.json     contrasts with intervals; effects-<filter>.json where events are left out
+RUN/<analysis>.json  numbers of an analysis; <analysis>.parquet: the table that they are means of
 RUN/report.html      the page for people
 RUN/timings.json     what the stages took, of those that did their work in one go
 RUN/plan.json        what was assumed of the run before it
@@ -16,9 +17,10 @@ All but the store are sealed (sealed.py), and every path that is recorded is abs
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -271,17 +273,18 @@ class RunFolder:
         named = effects.stem.removeprefix(self.effects.stem)
         return named.replace("-stable-only", " --stable-only").replace("-min-gap-", " --min-gap ")
 
-    def check_files(self) -> CheckedFiles:
-        """Hold the files of the run, its store apart, against their seals.
+    def check_files(self, analyses: Sequence[str]) -> CheckedFiles:
+        """Hold the files of the run, its store apart, against their seals; ``analyses`` are the names of those there
+        are.
 
         A file without a seal is wrong in a run whose record has one. Where the record has none either, an earlier
         version made the run, and its files cannot be checked. Cell groups of such a version do not count any more.
         """
-        from actcache.study.cells import group_files
+        from actcache.study.results import result_files
 
         checked = CheckedFiles([], [], [])
         record_has_seal = True
-        for path, advice in self._files_and_ways_on(group_files(self.cell_groups)):
+        for path, advice in self._files_and_ways_on(result_files(self.cell_groups), analyses):
             try:
                 check_seal(path.read_bytes(), path, "a file of a run", advice)
             except FileNotFoundError:
@@ -298,13 +301,18 @@ class RunFolder:
                 checked.whole.append(path)
         return checked
 
-    def _files_and_ways_on(self, groups: list[Path]) -> Iterator[tuple[Path, str]]:
+    def _files_and_ways_on(self, groups: list[Path], analyses: Sequence[str]) -> Iterator[tuple[Path, str]]:
         """Every file that a run may have, its record first, and what to do where it is damaged."""
+        from actcache.study.results import final_path
+
         yield self.record_path, _RECORD_ADVICE
         yield self.stability, f"remove it, and 'actcache stability {self.path}' makes it again"
         for path in groups:
             yield path, "remove it, and give the 'actcache grid' command again that scored it"
+            yield final_path(path), "remove it; what needs it is replayed"
         yield self.cells, f"'actcache grid {self.path}' makes it again"
+        for name, suffix in product(analyses, ("json", "parquet")):
+            yield self.path / f"{name}.{suffix}", f"'actcache {name} {self.path}' makes it again"
         filtered = (path for kind in ("stable-only", "min-gap-") for path in self.path.glob(f"effects-{kind}*.json"))
         for path in (self.effects, *sorted(filtered)):
             yield path, f"'actcache effects {self.path}{self.filters_of(path)}' makes it again"

@@ -14,7 +14,23 @@ from actcache.errors import NotFiniteError
 from actcache.finite import first_not_finite
 from actcache.models.readout import Readout
 
+_COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head for every cell
 _WHOLE_AT_ONCE = 256  # states whose whole-vocabulary logits are made together: enough for a matrix product at its rate
+
+
+def readout_names(checkpoints: Sequence[str]) -> list[str]:
+    """All readouts that there are for these checkpoints."""
+    return ["native", *(_COMMON + label for label in checkpoints)]
+
+
+def readout_order(name: str) -> tuple[bool, str]:
+    """Sorts names of readouts: ``native`` first."""
+    return name != "native", name
+
+
+def whose_head(readout: str, late: str) -> str:
+    """The checkpoint whose final norm and head a readout is, behind the late stack of this one."""
+    return late if readout == "native" else readout.removeprefix(_COMMON)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,169 @@
+"""Depth: how much of the interaction is left where only the last blocks are late.
+
+At every boundary the 2x2 of late stacks and upstream states has an interaction B - A (effects.py). The deeper the
+boundary, the fewer blocks the late stack has. *Retention* at a boundary is its mean interaction over that of the main
+boundary, on the events that have both, with an interval of draws that both share (arXiv 2605.07284, terminal depth:
+the final three blocks keep 52%, the final one 23%, over four families).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from actcache.analyses.effects import contrasts
+from actcache.analyses.grid import GridSettings, check_settings, jobs_left
+from actcache.capture.capture import parse_boundaries
+from actcache.replay.edits import PLAIN
+from actcache.store import Store
+from actcache.study.analysis import Analysis, Lines, Numbers, Section, option
+from actcache.study.cells import Finished
+from actcache.study.jobs import ReplayJob
+from actcache.study.statistics import DRAWS, LEVEL, SEED, check_bootstrap, number, prompt_sums, ranks, ratio, resample
+
+_ALIKE = ("kind", "scope", "readout")  # events of one group, at every boundary
+_MEANS = ("late_from_pt", "late_from_it", "interaction")
+
+
+@dataclass(frozen=True)
+class DepthOptions:
+    """What to compare."""
+
+    boundaries: str = option(
+        "all", "boundaries to compare, the main one first: 18, a fraction, -3 (of L), a list (default: all captured)",
+        flag="--boundary",
+    )  # fmt: skip
+    scope: str = option("prefix", "scope of the cells: prefix or position (default %(default)s)")
+    readout: str = option("common_it", "readout of the cells: native or common_LABEL (default %(default)s)")
+    draws: int = option(DRAWS, "bootstrap draws over prompts (default %(default)s)", type=int)
+    seed: int = option(SEED, "seed of the bootstrap (default %(default)s)", type=int)
+
+
+class Depth(Analysis[DepthOptions]):
+    """The interaction at each boundary, and what of the main one's is left there."""
+
+    name = "depth"
+    options = DepthOptions
+
+    def check(self, store: Store, options: DepthOptions) -> None:
+        """Draws, boundaries, scope and readout."""
+        check_bootstrap(options.draws, options.seed, LEVEL)
+        check_settings(store, _settings(store, options))
+
+    def jobs(
+        self, store: Store, finished: Finished, options: DepthOptions, exactness: Mapping[str, Any]
+    ) -> list[ReplayJob]:
+        """The plain cells of every boundary asked for."""
+        return jobs_left(store, finished, replace(_settings(store, options), **exactness))
+
+    def numbers(self, cells: pa.Table, store: Store, options: DepthOptions) -> Numbers:
+        """One row per event and boundary; one group per kind and boundary."""
+        boundaries = _boundaries(store, options)
+        of = {"scope": options.scope, "readout": options.readout, "variant": PLAIN.name}
+        chosen = pc.is_in(cells["boundary"], value_set=pa.array(boundaries, pa.int32()))
+        for name, value in of.items():
+            chosen = pc.and_(chosen, pc.equal(cells[name], value))
+        table = contrasts(cells.filter(chosen)).drop_columns(["variant"])
+        table = table.filter(_at_every(table, len(boundaries)))
+        groups = []
+        for kind in sorted(set(table["kind"].to_pylist())):
+            of_kind = table.filter(pc.equal(table["kind"], kind)).sort_by("event_id")
+            groups += _groups({"kind": kind, **of}, of_kind, boundaries, options)
+        return Numbers(table, groups)
+
+    def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
+        """Interaction and retention over boundaries."""
+        main = groups[0]["main_boundary"]
+        ordered = sorted(groups, key=lambda group: (group["kind"], group["boundary"]))
+        kinds = list(dict.fromkeys(group["kind"] for group in ordered))
+
+        def lines(quantity: str) -> dict[str, list[tuple[int, Mapping[str, float | None]]]]:
+            of_kind = {kind: [group for group in ordered if group["kind"] == kind] for kind in kinds}
+            return {kind: [(one["boundary"], one[quantity]) for one in of] for kind, of in of_kind.items()}
+
+        said = ", ".join(f"boundary {one['boundary']} {_percent(one['retention']['mean'])}" for one in ordered)
+        return Section(
+            title="Terminal depth",
+            figures=[
+                Lines("boundary (first late block)", "interaction B - A, logits", lines("interaction"), main, said),
+            ],
+            columns=["kind, boundary", "events", "prompts", "A", "B", "interaction", "retention"],
+            rows=[
+                [
+                    f"{one['kind']}, {one['boundary']}" + (" (main)" if one["boundary"] == main else ""),
+                    f"{one['n_events']:,}",
+                    f"{one['n_prompts']:,}",
+                    *(one[name] for name in _MEANS),
+                    one["retention"],
+                ]
+                for one in ordered
+            ],
+            shows=(
+                f"Retention is the mean interaction at a boundary over that at the main boundary {main}, on the same "
+                "events: what the blocks from there on still do on their own."
+            ),
+            does_not_show=(
+                "A boundary near the end compares almost finished states. A low retention there does not say that the "
+                "last blocks matter little in the whole model."
+            ),
+        )
+
+
+def _settings(store: Store, options: DepthOptions) -> GridSettings:
+    return GridSettings(tuple(_boundaries(store, options)), (options.scope,), (options.readout,))
+
+
+def _boundaries(store: Store, options: DepthOptions) -> list[int]:
+    """Those asked for, the main one first."""
+    n_blocks = store.fingerprint.n_blocks
+    if options.boundaries == "all":
+        main = min(store.boundaries, key=lambda boundary: (abs(boundary - round(0.6 * n_blocks)), boundary))
+        return [main, *(boundary for boundary in store.boundaries if boundary != main)]
+    found = [parse_boundaries(part, n_blocks)[0] for part in options.boundaries.split(",")]
+    return list(dict.fromkeys(found))
+
+
+def _at_every(table: pa.Table, n_boundaries: int) -> pa.Array:
+    """Which rows are of events that all boundaries have: a store that grew lacks some."""
+    counts = table.group_by(["event_id", *_ALIKE]).aggregate([("boundary", "count_distinct")])
+    whole = counts.filter(pc.equal(counts["boundary_count_distinct"], n_boundaries))["event_id"]
+    return pc.is_in(table["event_id"], value_set=whole.combine_chunks())
+
+
+def _groups(
+    names: dict[str, Any], table: pa.Table, boundaries: Sequence[int], options: DepthOptions
+) -> list[dict[str, Any]]:
+    """Of one kind; every number of every boundary is of the same draws."""
+    of_boundary = [table.filter(pc.equal(table["boundary"], boundary)) for boundary in boundaries]
+    values = [one[name].to_numpy() for one in of_boundary for name in _MEANS]
+    sums = prompt_sums(ranks(of_boundary[0]["prompt_id"]), values)
+    (drawn,) = resample([sums], options.draws, options.seed)
+    n_events = sums[:, -1].sum()
+    means = sums[:, :-1].sum(axis=0) / n_events
+    spread = None if drawn is None else drawn[:, :-1] / drawn[:, -1:]
+    at_main = _MEANS.index("interaction")
+    scale = max(np.abs(of_boundary[0][f"y_{cell}"].to_numpy()).max() for cell in ("pt_pt", "pt_it", "it_pt", "it_it"))
+    groups = []
+    for index, boundary in enumerate(boundaries):
+        columns = [index * len(_MEANS) + offset for offset in range(len(_MEANS))]
+        at = columns[at_main]
+        group = names | {"boundary": boundary, "main_boundary": boundaries[0]}
+        group |= {"n_events": int(n_events), "n_prompts": len(sums)}
+        for name, column in zip(_MEANS, columns, strict=True):
+            group[name] = number(float(means[column]), None if spread is None else spread[:, column])
+        pairs = None if spread is None else (spread[:, at], spread[:, at_main])
+        group["retention"] = ratio(float(means[at]), float(means[at_main]), pairs, scale=float(scale))
+        groups.append(group)
+    return groups
+
+
+def _percent(value: float | None) -> str:
+    return "none" if value is None else f"{value:.0%}"
+
+
+ANALYSIS = Depth()

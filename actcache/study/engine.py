@@ -1,0 +1,155 @@
+"""Engine: what jobs are run with in this process. It holds a store, gives late stacks and readouts, and keeps what
+several jobs need.
+
+A job says what to compute; an engine knows where things are. Knows stores and late stacks; loads models by a function
+that it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from actcache.errors import IncompatibleError
+from actcache.models.readout import Readout
+from actcache.replay.late_stack import LateStack
+from actcache.store import Segment, Store
+from actcache.study.cells import Finished, Scored
+from actcache.study.jobs import ReplayJob, States
+from actcache.study.scores import Scores, score
+
+_STATES_KEPT = 2  # those that are replayed, and those read ahead
+
+
+class LocalEngine:
+    """Runs jobs over one store in this process.
+
+    Attributes:
+        store: a snapshot: what is committed later is not in it.
+        finished: what was scored before, whose final states need no replay.
+    """
+
+    def __init__(
+        self, store: Store, load_late: Callable[[str, int], LateStack], finished: Finished | None = None
+    ) -> None:
+        """Over this store.
+
+        Args:
+            store: with prefix rows.
+            load_late: gives the late stack of a checkpoint, by label, from a boundary on, in the store's dtype.
+            finished: see :class:`LocalEngine`.
+        """
+        self.store, self.finished, self._load_late = store, finished or {}, load_late
+        self._segments: dict[str, Segment] = {segment.name: segment for segment in store.segments}
+        self._first: dict[str, int] = {}  # the boundary to load a late stack from, where it is known
+        self._lates: dict[str, LateStack] = {}
+        self._natives: dict[tuple[str, str, str], Scores] = {}
+        self._states: dict[tuple[str, int | None], States] = {}
+
+    @classmethod
+    def of(cls, store: Store, checkpoints: Mapping[str, str | Path], device: str = "cpu") -> LocalEngine:
+        """One that loads late stacks from the folders of the checkpoints, by label, as a worker does that has no more
+        than a job and these places."""
+
+        def load(label: str, boundary: int) -> LateStack:
+            return LateStack.load(checkpoints[label], boundary, dtype=store.dtype, device=device)
+
+        return cls(store, load)
+
+    def expect(self, jobs: Iterable[ReplayJob]) -> None:
+        """Hear of jobs before they are run: each late stack is loaded once, from the first boundary that replays it."""
+        for job in jobs:
+            if not self.has_kept(job):
+                self._first[job.late] = min(job.boundary, self._first.get(job.late, job.boundary))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of states and weights."""
+        return self.store.dtype
+
+    def segment(self, name: str) -> Segment:
+        """One of the store's.
+
+        Raises:
+            IncompatibleError: the store has none of this name, as it is another, or was compacted since.
+        """
+        if name not in self._segments:
+            raise IncompatibleError(
+                f"the store at {self.store.path} has no segment {name!r}, which a job names: it is another store, or "
+                "was compacted since; make the jobs anew",
+                field="segment",
+            )
+        return self._segments[name]
+
+    def events(self, segment: str) -> pa.Table:
+        """Of a segment."""
+        of = self.segment(segment)
+        return self.store.events.slice(of.events.start, of.n_events)
+
+    def states(self, job: ReplayJob) -> States:
+        """What a job reads; several jobs in a row share what is read once. May be called from a thread.
+
+        Raises:
+            CorruptFileError: final states that were kept are damaged.
+        """
+        indices = self.segment(job.segment).events
+        kept = self._kept(job) if self.has_kept(job) else None
+        place = job.segment, job.boundary if kept is None else None
+        found = self._states.get(place)
+        if found is None:
+            store, labels = self.store, self.store.checkpoints
+            read = {label: store.states(label, job.boundary, indices) for label in labels if kept is None}
+            rows = {label: rows for label, (rows, _) in read.items()}
+            offsets = next((offsets for _, offsets in read.values()), torch.empty(0, dtype=torch.int64))
+            final = {label: store.final(label, indices) for label in labels}
+            found = States(self.events(job.segment)["event_id"].to_pylist(), rows, offsets, final)
+            while len(self._states) >= _STATES_KEPT:
+                self._states.pop(next(iter(self._states)))
+            self._states[place] = found
+        return replace(found, kept=kept)
+
+    def late(self, label: str, boundary: int) -> LateStack:
+        """The late stack of a checkpoint from a boundary on."""
+        first = min(boundary, self._first.get(label, boundary))
+        if label not in self._lates or self._lates[label].boundary > first:
+            self._lates.pop(label, None)  # before another is loaded
+            self._lates[label] = self._load_late(label, first)
+        return self._lates[label].at(boundary)
+
+    def readout(self, label: str) -> Readout:
+        """The final norm and head of a checkpoint; beside them the last block alone, where no more is needed."""
+        last = self.store.fingerprint.n_blocks - 1
+        return self.late(label, self._first.get(label, last)).readout
+
+    def native(self, segment: str, late: str, whose: str, final: torch.Tensor, pair_ids: torch.Tensor) -> Scores:
+        """What a head makes of a checkpoint's own final states: the same at every boundary."""
+        place = segment, late, whose
+        if place not in self._natives:
+            self._natives[place] = score(self.readout(whose), final, pair_ids)
+        return self._natives[place]
+
+    def has_kept(self, job: ReplayJob) -> bool:
+        """Whether all final states that a job gives were kept by earlier ones, so that nothing is replayed."""
+        return job.is_plain and all(self._keeping(job, scope) is not None for scope in job.scopes)
+
+    def _kept(self, job: ReplayJob) -> dict[str, torch.Tensor]:
+        states: dict[str, torch.Tensor] = {}
+        for scope in job.scopes:
+            scored = self._keeping(job, scope)
+            assert scored is not None
+            states |= {name: state for name, state in scored.final().items() if name.startswith(f"{scope}/")}
+        return states
+
+    def _keeping(self, job: ReplayJob, scope: str) -> Scored | None:
+        """The earlier job that kept the final states of the same plain cells."""
+        events = self.segment(job.segment).events
+        for scored in self.finished.get((job.boundary, scope, job.late), []):
+            same = all(scored.key[name] == value for name, value in job.exactness.items())
+            if same and scored.has_final and np.array_equal(scored.events, np.arange(events.start, events.stop)):
+                return scored
+        return None

@@ -1,0 +1,99 @@
+"""Results: what finished jobs left in a folder, one sealed table for each, named by the job's key.
+
+The *key* of a job is all that its rows depend on. It gives the file its name, so that two commands that run at once do
+not write over each other's files, and it stands in the file. A job that ran again gives the same bytes in strict mode.
+Knows keys and files; knows no models and no stores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from actcache.errors import CorruptFileError
+from actcache.files import write_atomically
+from actcache.sealed import (
+    NoSealError,
+    Sealed,
+    parquet_bytes,
+    read_parquet,
+    read_safetensors,
+    safetensors_bytes,
+)
+
+# Earlier versions named files otherwise, and gave them no seal: what they hold is scored again.
+_FILE = re.compile(r"b[0-9]{3,}-[a-z_]+-[A-Za-z0-9_-]+\.[0-9a-f]{16}\.parquet")
+_ADVICE = "remove it, and give the command again that scored it"
+# Notes on how a job went, which its rows do not depend on: they do not name its file.
+_NOTES = ("mode", "still")
+
+
+def file_name(key: Mapping[str, Any]) -> str:
+    """Of the table of a job with this key, which is known before anything is computed."""
+    made_from = {name: value for name, value in key.items() if name not in _NOTES}
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+    return f"b{key['boundary']:03d}-{'_'.join(scopes_of(key))}-{key['segment']}.{digest}.parquet"
+
+
+def scopes_of(key: Mapping[str, Any]) -> list[str]:
+    """Of a job; earlier versions had one file for each scope."""
+    return key["scopes"] if "scopes" in key else [key["scope"]]
+
+
+def result_files(folder: str | Path) -> list[Path]:
+    """The tables of jobs, finished by now, whatever they are of."""
+    return sorted(path for path in Path(folder).glob("*.parquet") if _FILE.fullmatch(path.name))
+
+
+def has_earlier_files(folder: str | Path) -> bool:
+    """Whether there are tables of an earlier version, which do not count any more."""
+    return any(not _FILE.fullmatch(path.name) for path in Path(folder).glob("b[0-9]*.parquet"))
+
+
+def write_result(
+    folder: str | Path, key: Mapping[str, Any], table: pa.Table, final: Mapping[str, torch.Tensor]
+) -> None:
+    """Publish what a job gave: its final states first, so that a table that is there has them beside it."""
+    path = Path(folder) / file_name(key)
+    if final:
+        write_atomically(final_path(path), safetensors_bytes(final, {"key": dict(key)}))
+    write_atomically(path, parquet_bytes(table, dict(key)))
+
+
+def read_results(
+    folder: str | Path, columns: list[str] | None = None
+) -> Iterator[tuple[Path, Sealed | CorruptFileError | NoSealError]]:
+    """Every finished table, or some columns of it, under its key; or what is wrong with its file."""
+    for path in result_files(folder):
+        try:
+            yield path, read_result(path, columns)
+        except (CorruptFileError, NoSealError) as error:
+            yield path, error
+
+
+def read_result(path: Path, columns: list[str] | None = None) -> Sealed:
+    """One table (errors as :func:`actcache.sealed.read_parquet`)."""
+    return read_parquet(path, "cells", _ADVICE, columns=columns)
+
+
+def final_path(path: Path) -> Path:
+    """Where the final states of a table's plain cells are kept."""
+    return path.with_suffix(".safetensors")
+
+
+def read_final(path: Path) -> dict[str, torch.Tensor]:
+    """The final states beside a table, ``[E, D]`` by ``scope/upstream``.
+
+    Raises:
+        CorruptFileError: they are damaged.
+        FileNotFoundError: an earlier version, or somebody, left none.
+    """
+    found: dict[str, torch.Tensor] = read_safetensors(final_path(path), "final states", _ADVICE).content
+    return found

@@ -1,0 +1,107 @@
+"""What holds of every analysis: checkpoints that are the same give nothing, a killed one goes on, flags have help."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import fields, is_dataclass
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+import actcache
+from actcache.analyses import ANALYSES
+from actcache.cli import main
+from actcache.study import results
+
+every_analysis = pytest.mark.parametrize("named", ANALYSES, ids=lambda named: named.name)
+BOUNDARIES = ("--boundary", "2,3", "--stability", "0")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_run):
+    return tiny_run("llama", torch.float32, *BOUNDARIES, "--strict")
+
+
+@every_analysis
+def test_it_is_well_described(named):
+    analysis = named.load()
+    assert analysis.name == named.name
+    assert is_dataclass(analysis.options)
+    assert analysis.options.__dataclass_params__.frozen
+    for entry in fields(analysis.options):
+        assert entry.metadata["help"], entry.name
+    assert named.question[0].islower()
+    assert not named.question.endswith(".")
+
+
+@every_analysis
+def test_what_it_writes(named, run, tmp_path):
+    out = shutil.copytree(run.out, tmp_path / "run")
+    found = actcache.Run(out).analyse(named.name)
+    content = json.loads((out / f"{named.name}.json").read_text())
+    assert found == {name: content[name] for name in ("analysis", "version", "options", "groups")}
+    assert (content["analysis"], content["version"]) == (named.name, named.load().version)
+    assert content["groups"]
+    for group in content["groups"]:
+        assert {"n_events", "n_prompts"} <= group.keys()
+        numbers = [value for value in group.values() if isinstance(value, dict)]
+        assert numbers
+        assert all(value.keys() == {"mean", "low", "high"} for value in numbers)
+    assert {"event_id", "prompt_id"} <= set(pq.read_table(out / f"{named.name}.parquet").column_names)
+    section = named.load().section(content["groups"])
+    assert section.shows
+    assert section.does_not_show
+    assert {len(row) for row in section.rows} == {len(section.columns)}
+    assert main(["report", str(out)]) == 0
+    assert f'<section id="{named.name}">' in (out / "report.html").read_text()
+
+
+@every_analysis
+def test_killed_and_resumed_gives_the_same_bytes(named, run, tmp_path, monkeypatch):
+    """Also where nothing was scored before."""
+    whole, killed = (shutil.copytree(run.out, tmp_path / name) for name in ("whole", "killed"))
+    for out in (whole, killed):
+        shutil.rmtree(out / "cells")
+    actcache.Run(whole).analyse(named.name)
+    write, left = results.write_result, [2]
+
+    def die(*args, **more):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        write(*args, **more)
+
+    monkeypatch.setattr("actcache.study.runner.write_result", die)
+    with pytest.raises(KeyboardInterrupt):
+        actcache.Run(killed).analyse(named.name)
+    assert not (killed / f"{named.name}.json").exists()
+    assert len(results.result_files(killed / "cells")) == 2
+    monkeypatch.setattr("actcache.study.runner.write_result", write)
+    actcache.Run(killed).analyse(named.name)
+    for name in (f"{named.name}.json", f"{named.name}.parquet"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@every_analysis
+def test_identical_checkpoints_give_nothing(named, tiny_run, tmp_path, capfd):
+    """No event, so no number and no section; and it is said."""
+    like = tiny_run("llama", torch.float32, *BOUNDARIES, "--strict")
+    words = ["run", "--pt", like.pt, "--it", like.pt, "--prompts", like.prompts, "--out", tmp_path / "run"]
+    assert main([str(word) for word in [*words, "--max-new", 4, *BOUNDARIES]]) == 0
+    assert main([named.name, str(tmp_path / "run")]) == 0
+    assert "no event" in capfd.readouterr().out
+    assert json.loads((tmp_path / "run" / f"{named.name}.json").read_text())["groups"] == []
+    assert main(["report", str(tmp_path / "run")]) == 0
+    assert f'<section id="{named.name}">' not in (tmp_path / "run" / "report.html").read_text()
+
+
+@every_analysis
+def test_numbers_of_other_cells_are_not_shown(named, run, tmp_path, capfd):
+    out = shutil.copytree(run.out, tmp_path / "run")
+    actcache.Run(out).analyse(named.name)
+    assert main(["grid", str(out)]) == 0  # packed, as the ones before were not
+    assert main(["report", str(out)]) == 0
+    assert f"{out / named.name}.json is of other cells than the run's" in capfd.readouterr().err
+    assert f'<section id="{named.name}">' not in (out / "report.html").read_text()
