@@ -5,15 +5,40 @@ decodes one array; ``writer`` makes and commits segments, ``background`` does so
 committed ones, ``verify`` re-reads everything, ``compact`` merges small ones. Knows files and rows; knows no models.
 """
 
-from actcache.store.background import BackgroundWriter
-from actcache.store.compact import compact
-from actcache.store.layout import SegmentData
-from actcache.store.reader import Store, open_store
-from actcache.store.segment import Segment
-from actcache.store.storage import Place
-from actcache.store.verify import Problem, repair, verify
-from actcache.store.writer import StoreWriter
+from __future__ import annotations
 
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from actcache.store.background import BackgroundWriter as BackgroundWriter
+    from actcache.store.compact import compact as compact
+    from actcache.store.layout import SegmentData as SegmentData
+    from actcache.store.reader import Store as Store
+    from actcache.store.reader import open_store as open_store
+    from actcache.store.segment import Segment as Segment
+    from actcache.store.storage import Place as Place
+    from actcache.store.verify import Problem as Problem
+    from actcache.store.verify import repair as repair
+    from actcache.store.verify import verify as verify
+    from actcache.store.writer import StoreWriter as StoreWriter
+
+# Resolved on first use: the codec, which Zarr imports, needs neither torch nor Arrow.
+_HOME = {
+    "BackgroundWriter": "background",
+    "Place": "storage",
+    "Problem": "verify",
+    "Segment": "segment",
+    "SegmentData": "layout",
+    "Store": "reader",
+    "StoreWriter": "writer",
+    "compact": "compact",
+    "open_store": "reader",
+    "repair": "verify",
+    "verify": "verify",
+}
 __all__ = [
     "BackgroundWriter",
     "Place",
@@ -27,3 +52,19 @@ __all__ = [
     "repair",
     "verify",
 ]
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python puts an imported module into its package: where a function has the module's name, the function stays.
+        if name not in _HOME or not isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"actcache.store.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'actcache.store' has no attribute {name!r}")
