@@ -40,7 +40,7 @@ FLOW = {
     "report": ("visible", "figures", "page"),
     "cli": (
         *("terminal", "memory", "parser", "arguments", "tables", "answer", "captured", "timing", "analyses"),
-        *("stability", "stages", "stores", "bench", "plan"),
+        *("stability", "stages", "stores", "bench", "plan", "run"),
     ),
 }
 FOLDERS = list(FLOW)

@@ -7,6 +7,7 @@ module adds its own verbs; what a verb needs beside the command line is imported
 from __future__ import annotations
 
 import importlib.metadata
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -23,7 +24,9 @@ _VERBS_OF = (stages, analyses, stability, plan, stores, bench)  # in the order o
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     try:
-        args = build_parser().parse_args(argv)
+        words = list(sys.argv[1:] if argv is None else argv)
+        args = build_parser().parse_args(words)
+        args.command = shlex.join(["actcache", *words])
         be_quiet(args.quiet)
         settle_threads(args.threads)
         code = args.verb(args) or 0

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from actcache.errors import InputError
+
 _NEGATIVE_LIST = re.compile(r"-[0-9.]+(,-?[0-9.]+)*")
 
 
@@ -17,6 +19,7 @@ class Parser(argparse.ArgumentParser):
     """As argparse's, but that it looks for mistyped verbs and options first: argparse, which finds them last, may
     say that another argument is missing."""
 
+    raises = False
     later: Callable[[Parser], None] | None = None
     """Adds the arguments, when they are needed: what they follow from takes long to import."""
 
@@ -56,7 +59,9 @@ class Parser(argparse.ArgumentParser):
         return joined
 
     def error(self, message: str) -> NoReturn:
-        """One line, and exit code 2."""
+        """One line, and exit code 2; InputError where the words are a program's."""
+        if self.raises:
+            raise InputError(message)
         self.exit(2, f"{self.prog}: {message}; '{self.prog} --help' lists what there is\n")
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
-import sys
 from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -49,7 +47,7 @@ def add_verbs(verbs: Verbs) -> None:
     demo.add_argument("--out", type=Path, default=Path("actcache-demo"), metavar="RUN", help="folder of the run")
 
     run = add_verb(verbs, "run", _run, "capture, grid, effects and report in one go; resumable by the same command")
-    _add_run_arguments(run)
+    add_all_arguments(run)
 
     capture = add_verb(
         verbs, "capture", _capture, "find the events of a pair and store the states that their replay needs"
@@ -95,7 +93,8 @@ def _logits(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of logits") from error
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+def add_all_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of ``actcache run``."""
     add_capture_arguments(parser)
     add_grid_arguments(parser)
     add_run_arguments(parser)
@@ -108,7 +107,8 @@ def _part(text: str) -> tuple[int, int]:
     return int(i) - 1, int(n)
 
 
-def _run(args: argparse.Namespace) -> None:
+def run_study(args: argparse.Namespace) -> tuple[RunFolder, dict[str, Any]]:
+    """Everything that ``actcache run`` does but to print: the folder of the run, and its effects."""
     if args.rows != "prefix":
         raise InputError(
             f"--rows {args.rows}: a run scores the grid, which needs prefix rows; "
@@ -125,7 +125,12 @@ def _run(args: argparse.Namespace) -> None:
     if args.stable_only:
         effects = _write_effects(folder, store, stable_only=True)
     _write_report(folder, store, stable_only=args.stable_only)
-    print("\n".join([*answer(effects.content, store), "", f"Report: {folder.report}"]))
+    return folder, effects.content
+
+
+def _run(args: argparse.Namespace) -> None:
+    folder, effects = run_study(args)
+    print("\n".join([*answer(effects, folder.open_store()), "", f"Report: {folder.report}"]))
 
 
 def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
@@ -165,7 +170,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
         checkpoints={label: str(c.path.resolve()) for label, c in lineup.checkpoints.items()},
         prompts=str(args.prompts.resolve()),
         device=args.device,
-        command=shlex.join(["actcache", *sys.argv[1:]]),
+        command=args.command,
         store=absolute_place(args.store),
     )
     part = getattr(args, "part", (0, 1))
@@ -378,5 +383,7 @@ def _demo(args: argparse.Namespace) -> None:
     with as_file(files("actcache") / "demo") as demo:
         out = ["--pt", str(demo / "pt"), "--it", str(demo / "it"), "--prompts", str(demo / "prompts.jsonl")]
         parser = argparse.ArgumentParser()
-        _add_run_arguments(parser)
-        _run(parser.parse_args([*out, "--out", str(args.out), "--max-new", "48"]))
+        add_all_arguments(parser)
+        given = parser.parse_args([*out, "--out", str(args.out), "--max-new", "48"])
+        given.command = args.command
+        _run(given)
