@@ -25,8 +25,8 @@ number of rows (that of actcache's packs), by torch's usual means or by oneDNN, 
 samples taken in turn with the rest, and in brackets the best of them all. For a cell those are the late blocks over
 every position; for the cold grid also one plain forward of both checkpoints over the final sequences; for position
 edits the late blocks over the earlier positions once an event, and over one position a variant. actcache runs the last
-block only where its output is read, so that a replay of few blocks may fall below it. An added readout could do without
-any of them.
+block only where its output is read, so that a replay of few blocks may fall below it. An added readout replays nothing:
+final states are kept, so that it has no limit of this kind.
 
 The last line of stdout is JSON.
 """
@@ -304,7 +304,7 @@ class Sweep:
         again()
         found = self._crossed_of(ours(), f"common_{readout}")
         runs = self.by_rivals(self.crossed, self.boundary, readout)
-        return self._cells("added readout", runs, ours, found, self.boundary, again)
+        return self._cells("added readout", runs, ours, found, self.boundary, again, replays=False)
 
     def prefix_edit(self) -> Workload:
         """A vector added to every position's state."""
@@ -348,11 +348,13 @@ class Sweep:
         boundary: int,
         before: Callable[[], None] = lambda: None,
         n_ours: int | None = None,
+        replays: bool = True,
     ) -> Workload:
-        """Check and time a workload of replayed cells; ``n_ours`` says how many actcache makes, by default all four."""
+        """Check and time a workload of cells; ``n_ours`` says how many actcache makes, by default all four. Cells that
+        are not replayed have no limit."""
         self._check(name, found, runs, runs["hooks"]())
         n_cells = n_ours or 2 * self.n_crossed
-        work = self.ours.replay_work(boundary, n_cells // len(self.events))
+        work = self.ours.replay_work(boundary, n_cells // len(self.events)) if replays else []
         per = dict.fromkeys(runs, self.n_crossed) | {"actcache": n_cells}
         late_fraction = (self.study.n_blocks - boundary) / self.study.n_blocks
         return self._timed(name, "cell", runs, ours, work, per, {"hooks": HEADROOM / late_fraction}, before)
@@ -368,15 +370,18 @@ class Sweep:
         targets: dict[str, float],
         before: Callable[[], None] = lambda: None,
     ) -> Workload:
-        self.products.expect(work)
+        self.products.expect(work)  # an empty one has nothing that could be the limit
         seconds = in_turn(
             {**runs, "actcache": ours, LIMIT: self.products.sample},
             self.args.repeat if runs else self.args.replay_repeat,
             lambda means: before() if means == "actcache" else None,
         )
         del seconds[LIMIT]
-        median_s, best_s = (seconds / per["actcache"] for seconds in self.products.seconds(work))
-        return Workload.of(name, unit, seconds, per, (median_s, best_s), targets)
+        limit = None
+        if work:
+            median_s, best_s = (seconds / per["actcache"] for seconds in self.products.seconds(work))
+            limit = median_s, best_s
+        return Workload.of(name, unit, seconds, per, limit, targets)
 
     def _crossed_of(self, table: Any, readout: str) -> dict[tuple[int, str, str], float]:
         order = {name: i for i, name in enumerate(events_of(self.store))}

@@ -90,7 +90,7 @@ def test_a_late_stack_of_the_run(run):
 
 def test_a_run_whose_checkpoint_is_another(made):
     other = actcache.Run(made.out, checkpoints={"it": made.pt})
-    with pytest.raises(IncompatibleError, match="checkpoint it at .* is not the one captured: its weights"):
+    with pytest.raises(IncompatibleError, match=r"checkpoint it at .* is not the one captured: its weights"):
         other.load_late("pt", 3)
 
 
