@@ -455,10 +455,11 @@ def scored(monkeypatch):
     names = []
 
     def write(path, data):
-        names.append(path.name)
+        if path.suffix == ".parquet":  # the final states beside it apart
+            names.append(path.name)
         write_atomically(path, data)
 
-    monkeypatch.setattr("actcache.study.cells.write_atomically", write)
+    monkeypatch.setattr("actcache.study.results.write_atomically", write)
     return names
 
 
@@ -569,12 +570,12 @@ def test_a_grid_killed_between_two_groups_goes_on(captured, strict_cells, tmp_pa
             store, lambda label, b: LateStack.load(pair[label], b), tmp_path / "cells", settings_of(strict_cells)
         )
 
-    monkeypatch.setattr("actcache.study.cells.write_atomically", die)
+    monkeypatch.setattr("actcache.study.results.write_atomically", die)
     with pytest.raises(KeyboardInterrupt):
         go_on()
     survived = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cells").glob("*.parquet")}
     assert len(survived) == 3
-    monkeypatch.setattr("actcache.study.cells.write_atomically", write_atomically)
+    monkeypatch.setattr("actcache.study.results.write_atomically", write_atomically)
     assert go_on().equals(cells_of(strict_cells))
     for name, written_at in survived.items():
         assert (tmp_path / "cells" / name).stat().st_mtime_ns == written_at
