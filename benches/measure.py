@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actcache.replay.copies import share_threads, side_by_side
+from actcache.replay.workers import share_threads, side_by_side
 
 PACKAGES = (
     "actcache",

@@ -34,7 +34,8 @@ from actcache.models.lineup import Lineup
 from actcache.models.packing import plan_packs
 from actcache.prompts import Prompt, read_prompts
 from actcache.replay.edits import Add, Edit, Interpolate, Variant
-from actcache.replay.late_stack import MAX_TOKENS, LateStack
+from actcache.replay.late_stack import LateStack
+from actcache.replay.modes import MAX_TOKENS
 from actcache.store import Store, open_store
 
 CROSSED = (("pt", "it"), ("it", "pt"))  # (upstream, late)

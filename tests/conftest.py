@@ -24,7 +24,7 @@ from engines import native_cuda, using
 import actcache
 from actcache.cli import main
 from actcache.models.gather import engine
-from actcache.replay import late_stack as replay
+from actcache.replay import modes
 
 # How long one example takes is the machine's business: tests share it with others.
 hypothesis.settings.register_profile("actcache", deadline=None)
@@ -87,7 +87,7 @@ def three_workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Replays on the CPU are shared by three workers, however few their tokens are."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
-    monkeypatch.setattr(replay, "TOKENS_OF_A_WORKER", 1)
+    monkeypatch.setattr(modes, "TOKENS_OF_A_WORKER", 1)
     yield
     torch.set_num_threads(before)
 

@@ -315,7 +315,7 @@ def test_a_head_of_its_own_beside_a_config_that_ties_it(tmp_path):
     assert torch.equal(model.get_output_embeddings().weight, stored["lm_head.weight"])
     assert torch.equal(model.get_input_embeddings().weight, stored["model.embed_tokens.weight"])
     late = LateStack.load(folder, BOUNDARY)
-    assert torch.equal(late._model.get_output_embeddings().weight, stored["lm_head.weight"])
+    assert torch.equal(late._forwards.model.get_output_embeddings().weight, stored["lm_head.weight"])
 
 
 # ---- no code, no network --------------------------------------------------------------------------------------------
@@ -397,7 +397,8 @@ def test_the_attention_of_the_fingerprint_is_the_loaded_models(asked, folder):
     config(attn_implementation=asked)(folder)
     opened = Checkpoint.open("it", folder)
     assert opened.load(torch.float32).config._attn_implementation == opened.fingerprint.attention
-    assert LateStack.load(folder, BOUNDARY)._model.config._attn_implementation == opened.fingerprint.attention
+    late = LateStack.load(folder, BOUNDARY)._forwards
+    assert late.model.config._attn_implementation == opened.fingerprint.attention
 
 
 def test_what_does_not_decide_is_not_in_the_fingerprint(folder):

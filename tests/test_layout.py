@@ -31,7 +31,10 @@ FLOW = {
         *("regimes", "cost", "backbone", "gather"),
     ),
     "capture": ("search", "capture"),
-    "replay": ("vectors", "edits", "moves", "copies", "late_stack", "sweep"),
+    "replay": (
+        *("vectors", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "passes", "late_stack"),
+        "sweep",
+    ),
     "study": (
         *("statistics", "results", "scores", "work", "cells", "jobs", "engine", "runner", "plan", "finished"),
         *("run_folder", "analysis", "run"),

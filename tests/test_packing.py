@@ -138,23 +138,25 @@ def test_the_switch_is_undone_after_an_error():
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_branches_equal_sequences_with_another_last_token(name, attention, monkeypatch):
+@pytest.mark.parametrize("where", ["at the end", "anywhere"])
+def test_branches_equal_sequences_with_another_last_token(name, attention, where, monkeypatch):
     """Also where one sequence has more of them than one call takes, some have one, and some none."""
     monkeypatch.setattr(packing, "_BRANCHES_AT_ONCE", 3)
     model = build(name, attention)
     ids = [torch.randint(2, 50, (1, length)) for length in LENGTHS]
     bounds, prefix = offsets_of(LENGTHS).tolist(), Prefix()
     sequence_of = [3] * 8 + [0] + [2] * 2 + [1] * 3
+    last = [LENGTHS[number] - 1 for number in sequence_of]
+    positions = last if where == "at the end" else [(5 * i) % (p + 1) for i, p in enumerate(last)]
     tokens = torch.randint(2, 50, (len(sequence_of),))
     with torch.no_grad():
         with packed_attention(model.config, bounds, prefix):
             model(torch.cat(ids, dim=1), position_ids=restarting_positions(bounds), use_cache=False)
-        positions = torch.tensor([LENGTHS[number] - 1 for number in sequence_of])[None]
-        with branched_attention(model.config, prefix, sequence_of):
-            found = model(tokens[None], position_ids=positions, use_cache=False).logits[0]
+        with branched_attention(model.config, prefix, sequence_of, positions):
+            found = model(tokens[None], position_ids=torch.tensor([positions]), use_cache=False).logits[0]
         whole = [
-            model(torch.cat([ids[number][:, :-1], token.view(1, 1)], dim=1), use_cache=False).logits[0, -1]
-            for number, token in zip(sequence_of, tokens, strict=True)
+            model(torch.cat([ids[number][:, :position], token.view(1, 1)], dim=1), use_cache=False).logits[0, -1]
+            for number, position, token in zip(sequence_of, positions, tokens, strict=True)
         ]
     torch.testing.assert_close(found, torch.stack(whole), rtol=1e-5, atol=2e-5)
     assert model.config._attn_implementation == attention

@@ -31,8 +31,11 @@ from twins.replay import (
 from actcache.errors import InputError, UnsupportedModelError
 from actcache.models.linear import without_queries
 from actcache.models.readout import Readout
+from actcache.replay.copies import copies_of
 from actcache.replay.edits import Add, Call, Edit, Interpolate, Replace, Variant
+from actcache.replay.forwards import Forwards
 from actcache.replay.late_stack import LateStack
+from actcache.replay.modes import plan
 
 
 def at_last(change):
@@ -90,13 +93,13 @@ def test_sequences_share_a_forward_only_where_that_changes_nothing(name, mode, r
 def batches(monkeypatch):
     """Shapes ``(B, T)`` of every forward over late blocks from here on."""
     seen = []
-    forward = LateStack._forward
+    forward = Forwards.plain
 
     def watch(self, state, *args, **more):
         seen.append(tuple(state.shape[:2]))
         return forward(self, state, *args, **more)
 
-    monkeypatch.setattr(LateStack, "_forward", watch)
+    monkeypatch.setattr(Forwards, "plain", watch)
     return seen
 
 
@@ -160,7 +163,7 @@ def test_sequences_beyond_the_original_positions_do_not_change_their_neighbours(
     sequences = Sequences(model, lengths)
     check_every_mode(late, sequences)
     # Otherwise the equality says little: with the long factors, a short sequence ends elsewhere.
-    rope = late._backbone.decoder.rotary_emb
+    rope = late._forwards.backbone.decoder.rotary_emb
     before = late.run(sequences.rows[:3], [0, 3])
     kept = rope.original_inv_freq
     rope.original_inv_freq = rope.long_inv_freq
@@ -174,7 +177,7 @@ def test_sequences_beyond_the_original_positions_do_not_change_their_neighbours(
 def test_packs_hold_no_sequence_beyond_the_limit_beside_another(mode):
     late = LateStack.load(build("phi3 longrope"), BOUNDARY)
     lengths = [3, LIMIT, 20, 5, LIMIT + 1, 2, 1]
-    packs = late._plan(lengths, mode, 100)
+    packs = plan(lengths, mode, late._forwards.backbone.regimes, 100)
     assert [list(pack) for pack in packs] == [[0, 1], [2], [3], [4], [5, 6]]
 
 
@@ -264,7 +267,7 @@ def test_a_stack_is_as_before_after_an_error():
                     late.run_variants(sequences.rows, sequences.offsets, variants, strict=strict)
                 assert torch.equal(late.run(sequences.rows, sequences.offsets, strict=True), expected)
                 torch.testing.assert_close(late.run(sequences.rows, sequences.offsets), expected, rtol=0, atol=1e-4)
-    assert late._backbone.config._attn_implementation == "sdpa"
+    assert late._forwards.backbone.config._attn_implementation == "sdpa"
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
@@ -367,32 +370,34 @@ def test_workers_share_weights_and_nothing_that_a_forward_changes():
     late = LateStack.load(model, BOUNDARY)
     late.blocks[0].mlp.of_torch = nn.BatchNorm1d(3).requires_grad_(False)
     variants = [Variant("inside", [Edit(Add(SHIFT), site="mlp", layers=(3,))])]
-    one, other = late._copies(2, variants)
-    buffers = [{id(buffer) for buffer in stack._model.buffers()} for stack in (late, one, other)]
+    own = late._forwards
+    one, other = copies_of(own, 2, [own.site(layer, edit.site) for layer, edit in variants[0].inside()])
+    buffers = [{id(buffer) for buffer in stack.model.buffers()} for stack in (own, one, other)]
     assert all(buffers)
     assert len(set.union(*buffers)) == sum(map(len, buffers))
-    for stack in (one, other, one.at(N_BLOCKS - 1)):
-        ours = dict(late._model.named_parameters())
-        assert all(weight is ours[name] for name, weight in stack._model.named_parameters())
-        assert stack._model.config is not late._model.config
-        assert all(block is not own for block, own in zip(stack.blocks, late.blocks[-len(stack.blocks) :], strict=True))
+    for stack in (one, other):
+        ours = dict(own.model.named_parameters())
+        assert all(weight is ours[name] for name, weight in stack.model.named_parameters())
+        assert stack.model.config is not own.model.config
+        assert stack.backbone.config is stack.model.config
+        assert all(block is not theirs for block, theirs in zip(stack.blocks, own.blocks, strict=True))
         for block in stack.blocks:
-            assert block.self_attn.config is stack._backbone.config
-            assert block.mlp is not late._backbone.blocks[3].mlp
+            assert block.self_attn.config is stack.backbone.config
+            assert block.mlp is not own.backbone.blocks[3].mlp
     assert {id(module) for module in one.blocks} & {id(module) for module in other.blocks} == set()
 
 
 def test_a_thread_hands_on_its_own_state_and_no_others():
     late = LateStack.load(build("llama"), BOUNDARY)
-    stand_in, (one, two) = late._backbone.blocks[0], torch.randn(2, 1, 3, WIDTH)
+    stand_in, (one, two) = late._forwards.backbone.blocks[0], torch.randn(2, 1, 3, WIDTH)
 
     def elsewhere():
         found = [stand_in()]
-        with late._handing_on(two):
+        with late._forwards.handing_on(two):
             found.append(stand_in())
         return [*found, stand_in()]
 
-    with ThreadPoolExecutor(1) as other, late._handing_on(one):
+    with ThreadPoolExecutor(1) as other, late._forwards.handing_on(one):
         before, during, after = other.submit(elsewhere).result()
         assert torch.equal(stand_in(), one)
     assert torch.equal(during, two)

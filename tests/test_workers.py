@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from actcache.replay.copies import MOST_WORKERS, share_threads, side_by_side
+from actcache.replay.workers import MOST_WORKERS, share_threads, side_by_side
 
 
 @pytest.fixture

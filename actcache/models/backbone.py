@@ -148,19 +148,20 @@ class Backbone:
     def forward_branches(
         self, prefix: Prefix, sequence_of: Sequence[int], positions: torch.Tensor, **inputs: torch.Tensor
     ) -> torch.Tensor:
-        """Run tokens that stand at the last position of sequences whose prefix is known.
+        """Run tokens that stand at positions of sequences whose prefix is known; each sees those before it and itself.
 
         Args:
             prefix: as :meth:`forward_to_last_keys` left it, with the keys of every block that runs here.
             sequence_of: ``[n]``, each token's sequence in that pack; those of one sequence together.
-            positions: ``[n]`` int64, each token's position.
+            positions: ``[n]`` int64 on the CPU, each token's position in it.
             inputs: ``inputs_embeds=[1, n, D]``.
 
         Returns:
             ``[n, D]``, last block's output.
         """
-        with self._turns, branched_attention(self.config, prefix, sequence_of), fast_products(self.blocks):
-            return self.run(**inputs, position_ids=positions[None], use_cache=False)[0]
+        attention = branched_attention(self.config, prefix, sequence_of, positions.tolist())
+        with self._turns, attention, fast_products(self.blocks):
+            return self.run(**inputs, position_ids=positions[None].to(self.device), use_cache=False)[0]
 
     @property
     def not_packable(self) -> str | None:

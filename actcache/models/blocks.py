@@ -10,18 +10,15 @@ import copy
 import inspect
 import re
 import threading
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import InputError, UnsupportedModelError
-
-T = TypeVar("T")
 
 # The names that transformers' decoders give to the norm after the last block, beside their list of blocks.
 FINAL_NORM_NAMES = (
@@ -325,48 +322,6 @@ def _shallow(module: nn.Module) -> Any:
     clone = copy.copy(module)
     clone._modules = dict(module._modules)
     return clone
-
-
-def apart(
-    holder: T, models: Iterable[PreTrainedModel], n: int, *, hooked: Collection[nn.Module], share: Sequence[Any] = ()
-) -> list[T]:
-    """``n`` copies of what holds these models, each with modules and configs of its own: forwards and hooks of one
-    change nothing in the others, nor in ``models``.
-
-    Weights are shared, and what is hooked to the modules is, but ``hooked`` names those that more will be hooked to;
-    so is what ``share`` names. What a stand-in hands on is its thread's.
-    """
-    memo: dict[int, Any] = {id(one): one for one in share}
-    empty: dict[int, type] = {}
-    for model in models:
-        memo.update((id(one), one) for one in _shareable(model, hooked))
-        empty.update((id(one), type(one)) for one in _empty_parts(model))
-    return [copy.deepcopy(holder, memo | {key: kind() for key, kind in empty.items()}) for _ in range(n)]
-
-
-def _shareable(model: PreTrainedModel, hooked: Collection[nn.Module]) -> Iterator[Any]:
-    """What copies of a model may share, one for each thread: weights, the functions hooked to its modules, torch's own
-    layers and stand-ins, except for those that more will be hooked to.
-
-    A layer of torch's has no state but its weights and buffers. One of a model's own code may, though it has no parts:
-    RecurrentGemma's recurrence keeps its last state on itself. So each copy has its own, of buffers as well.
-    """
-    yield from model.parameters()
-    for module in model.modules():
-        yield from (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-        is_stand_in = isinstance(module, UpstreamStandIn)
-        if is_stand_in:
-            yield module._source
-        stateless = is_stand_in or type(module).__module__.startswith("torch.nn.modules.")
-        if stateless and not module._buffers and not module._modules and module not in hooked:
-            yield module
-
-
-def _empty_parts(model: nn.Module) -> Iterator[Any]:
-    """Where modules would keep hooks and names of buffers, and have none: a thousand sets and ordered dicts, which deep
-    copies of a model spend a third of their time on."""
-    for module in model.modules():
-        yield from (value for value in vars(module).values() if type(value) in (OrderedDict, set) and not value)
 
 
 def is_wrapped(model: nn.Module) -> bool:

@@ -8,8 +8,8 @@ heads and sinks stay the model's. Positions restart at 0 in every sequence. Pack
 within a window, go to one kernel instead: torch's varlen attention on CUDA, the native core's on the CPU.
 
 A pack can leave behind its :class:`Prefix`: the keys and values of all positions but the last of every sequence. A
-second forward over *branches*, tokens that stand at that last position, then reads them: a thousand variants of one
-state cost a thousand tokens, not a thousand sequences.
+second forward over *branches*, tokens that stand at one of the sequence's positions, then reads those before it: a
+thousand variants of one state cost a thousand tokens, not a thousand sequences.
 
 Knows tensors, transformers' attention registry and the native core; knows no model, no tokens, no files.
 """
@@ -105,12 +105,12 @@ def why_not_packable(decoder: torch.nn.Module) -> str | None:
 
 @dataclass
 class Prefix:
-    """What a pack leaves behind for tokens at the last position of its sequences.
+    """What a pack leaves behind for tokens that stand at positions of its sequences.
 
     Attributes:
-        layers: of every attention module that was reached, one entry a sequence: keys and values ``[1, H_kv, p, d]``
-            of positions 0..p-1, and the row of the model's mask at position p, ``[1, 1 or H, 1, p + 1]``, or None
-            where p sees all.
+        layers: of every attention module that was reached, one entry per sequence: keys and values
+            ``[1, H_kv, T - 1, d]`` of all positions but the last, and the model's mask ``[1, 1 or H, T, T]``, or None
+            where it is plain causal.
     """
 
     layers: dict[torch.nn.Module, list[tuple[torch.Tensor, torch.Tensor, Mask]]] = field(default_factory=dict)
@@ -154,11 +154,13 @@ def packed_attention(
 
 
 @contextmanager
-def branched_attention(config: PretrainedConfig, prefix: Prefix, sequence_of: Sequence[int]) -> Iterator[None]:
-    """Within this block, token i of a ``[1, n]`` batch stands at the last position of sequence ``sequence_of[i]`` of
-    the pack that left ``prefix``: it sees that sequence's earlier positions and itself, no other token of the batch.
+def branched_attention(
+    config: PretrainedConfig, prefix: Prefix, sequence_of: Sequence[int], positions: Sequence[int]
+) -> Iterator[None]:
+    """Within this block, token i of a ``[1, n]`` batch stands at ``positions[i]`` of sequence ``sequence_of[i]`` of the
+    pack that left ``prefix``: it sees that sequence's earlier positions and itself, no other token of the batch.
     Tokens of one sequence shall stand together. (Threads: as :func:`packed_attention`.)"""
-    with _switched(config, _Branches(prefix, sequence_of, config._attn_implementation)):
+    with _switched(config, _Branches(prefix, sequence_of, positions, config._attn_implementation)):
         yield
 
 
@@ -246,7 +248,7 @@ class PackedSequences:
         spans = list(itertools.pairwise(self._bounds))
         if self.prefix is not None:
             self.prefix.layers[module] = [
-                (key[:, :, start : stop - 1], value[:, :, start : stop - 1], _last_row(mask))
+                (key[:, :, start : stop - 1], value[:, :, start : stop - 1], mask)
                 for (start, stop), mask in zip(spans, masks, strict=True)
             ]
             if self.stop:
@@ -265,19 +267,22 @@ class PackedSequences:
 
 
 class _Branches:
-    """Tokens at the last position of sequences whose earlier keys and values are known."""
+    """Tokens at positions of sequences whose earlier keys and values are known."""
 
-    def __init__(self, prefix: Prefix, sequence_of: Sequence[int], implementation: str) -> None:
-        self._prefix = prefix
+    def __init__(
+        self, prefix: Prefix, sequence_of: Sequence[int], positions: Sequence[int], implementation: str
+    ) -> None:
+        self._prefix, self._positions = prefix, positions
         self._implementation = implementation
-        self._runs: list[tuple[int, int, int]] = []  # (sequence, first token, last token + 1)
+        self._runs: list[tuple[int, slice]] = []  # a sequence, and tokens of it that one attention call takes
         for sequence, tokens in itertools.groupby(range(len(sequence_of)), key=sequence_of.__getitem__):
             members = list(tokens)
             for first in range(members[0], members[-1] + 1, _BRANCHES_AT_ONCE):
-                self._runs.append((sequence, first, min(first + _BRANCHES_AT_ONCE, members[-1] + 1)))
+                self._runs.append((sequence, slice(first, min(first + _BRANCHES_AT_ONCE, members[-1] + 1))))
+        self._masks: dict[tuple[int, int], Mask] = {}  # by the first token of a run and the sequence's mask
 
     def masks(self, local_size: int | None, use_vmap: bool, builder_arguments: dict[str, Any]) -> None:
-        """The prefix holds the masks' rows."""
+        """The prefix holds the masks."""
 
     def attend(
         self,
@@ -288,37 +293,37 @@ class _Branches:
         masks: None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        """Attention of every branch to its sequence's prefix and to itself."""
+        """Attention of every branch to the earlier positions of its sequence and to itself."""
         attend = _own_attention(module, self._implementation)
         entries = self._prefix.layers[module]
         outputs = []
-        for sequence, start, stop in self._runs:
-            earlier_keys, earlier_values, row = entries[sequence]
-            part = slice(start, stop)
-            keys = torch.cat([earlier_keys, key[:, :, part]], dim=2)
-            values = torch.cat([earlier_values, value[:, :, part]], dim=2)
-            mask = _branch_mask(row, earlier_keys.shape[2], stop - start, key.device)
-            outputs.append(attend(module, query[:, :, part], keys, values, mask, **arguments)[0])
+        for sequence, run in self._runs:
+            known_keys, known_values, mask = entries[sequence]
+            at = self._positions[run]
+            n_known = max(at)
+            keys = torch.cat([known_keys[:, :, :n_known], key[:, :, run]], dim=2)
+            values = torch.cat([known_values[:, :, :n_known], value[:, :, run]], dim=2)
+            place = run.start, id(mask)  # most layers have the same mask
+            if place not in self._masks:
+                self._masks[place] = _branch_mask(mask, at, key.device)
+            outputs.append(attend(module, query[:, :, run], keys, values, self._masks[place], **arguments)[0])
         return torch.cat(outputs, dim=1)
 
 
-def _last_row(mask: Mask) -> Mask:
-    return None if mask is None else mask[:, :, -1:]
-
-
-def _branch_mask(row: Mask, n_earlier: int, n_branches: int, device: torch.device) -> Mask:
-    """``[1, 1 or H, n_branches, n_earlier + n_branches]``: the model's own row for the earlier positions, the diagonal
-    for the branches; None where a single branch sees everything."""
-    if row is None:
-        if n_branches == 1:
-            return None
-        row = torch.ones(1, 1, 1, n_earlier + 1, dtype=torch.bool, device=device)
-    own = row[..., -1:].expand(-1, -1, n_branches, n_branches)
-    others = False if row.dtype == torch.bool else torch.finfo(row.dtype).min
-    diagonal = torch.eye(n_branches, dtype=torch.bool, device=device)
-    return torch.cat(
-        [row[..., :-1].expand(-1, -1, n_branches, -1), torch.where(diagonal, own, torch.full_like(own, others))], dim=-1
-    )
+def _branch_mask(mask: Mask, positions: Sequence[int], device: torch.device) -> Mask:
+    """``[1, 1 or H, n, p + n]`` for branches at these positions, of which p is the last: each one's row of the model's
+    mask for the positions before it, the diagonal for the branches; None where a single branch sees everything."""
+    n, p = len(positions), max(positions)
+    if mask is None and n == 1:
+        return None
+    at = torch.tensor(positions, device=device)
+    rows = torch.ones(1, 1, n, p + 1, dtype=torch.bool, device=device) if mask is None else mask[:, :, at]
+    hidden = False if rows.dtype == torch.bool else torch.finfo(rows.dtype).min
+    own = rows.gather(-1, at[None, None, :, None].expand(*rows.shape[:2], -1, 1))
+    before = torch.arange(p, device=device) < at[:, None]
+    diagonal = torch.eye(n, dtype=torch.bool, device=device)
+    parts = ((rows[..., :p], before), (own.expand(-1, -1, -1, n), diagonal))
+    return torch.cat([part.masked_fill(~seen, hidden) for part, seen in parts], dim=-1)
 
 
 def _own_attention(module: torch.nn.Module, implementation: str) -> Callable[..., tuple[torch.Tensor, Any]]:

@@ -13,7 +13,7 @@ import json
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field, fields, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import torch
 
@@ -32,11 +32,12 @@ class Rows:
     """Where rows of a tensor stand.
 
     Attributes:
-        sequence: ``[m]`` int64, index of each row's sequence among those given.
+        sequence: ``[m]`` int64, index of each row's sequence among those scored. A sequence that is scored at several
+            positions is several: one up to each of them.
         position: ``[m]`` int64, its position in that sequence.
         source: ``[m]`` int64, its row among the rows given: of the states, and of every donor.
-        lengths: ``[n]`` int64, of the sequences.
-        keys: what names each sequence, for random draws.
+        lengths: ``[n]`` int64, of the sequences scored: the last position is the scored one.
+        keys: what names each of these, for random draws.
         donors: label -> rows of another checkpoint, beside the states.
         layer: index of the block whose site this is; None at the state.
         watch: told of every edit that is applied: the edit, the rows that it concerns, and what they were and became.
@@ -114,6 +115,11 @@ class Replace(InOneLine):
         if self.vector is not None:
             object.__setattr__(self, "vector", take_vector(self.vector, per, events, "replace: the vector"))
 
+    @property
+    def depends_on_event(self) -> bool:
+        """With a vector per event."""
+        return isinstance(self.vector, EventVectors)
+
     def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
         """Of ``rows``, only the shape is used."""
         if self.donor is not None:
@@ -143,6 +149,11 @@ class Add(InOneLine):
         object.__setattr__(self, "vector", take_vector(self.vector, per, events, "add: the vector"))
         object.__setattr__(self, "scale", as_number(self.scale, "add: scale"))
 
+    @property
+    def depends_on_event(self) -> bool:
+        """With a vector per event."""
+        return isinstance(self.vector, EventVectors)
+
     def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
         """Add the vector to every row."""
         vector = _fitting(self.vector, rows, at, "add", torch.float32)
@@ -159,6 +170,8 @@ class Interpolate(InOneLine):
 
     donor: str
     weight: float
+
+    depends_on_event: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weight", as_number(self.weight, "interpolate: weight"))
@@ -196,6 +209,8 @@ class Project(InOneLine):
     how: Literal["keep", "remove", "swap"] = "keep"
     mean: torch.Tensor | None = None
     donor: str | None = None
+
+    depends_on_event: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.how not in ("keep", "remove", "swap"):
@@ -238,6 +253,8 @@ class SignedPermutation(InOneLine):
 
     seed: int
     donor: str | None = None
+
+    depends_on_event: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", _seed(self.seed, "signed_permutation"))
@@ -358,6 +375,13 @@ class Edit(InOneLine):
         """Whether it leaves every position before p alone."""
         return self.positions == "last"
 
+    @property
+    def depends_on_event(self) -> bool:
+        """Whether what it makes of a row, or which rows, may depend on the event: on its id, or on the position that is
+        scored, beside the row and its place in the sequence."""
+        is_fixed = self.positions == "all" or (not isinstance(self.positions, str) and min(self.positions) >= 0)
+        return not is_fixed or getattr(self.operation, "depends_on_event", True)
+
     def where(self, at: Rows) -> torch.Tensor:
         """``[m]`` bool: the rows that it changes."""
         if self.positions == "all":
@@ -461,6 +485,11 @@ class Variant(InOneLine):
     def at_last_only(self) -> bool:
         """Whether earlier positions keep their states, keys and values."""
         return all(edit.at_last_only for edit in self.edits)
+
+    @property
+    def depends_on_event(self) -> bool:
+        """Whether events of one sequence may need different rows before the scored position."""
+        return any(edit.depends_on_event for edit in self.edits)
 
     def of_depth(self, n_blocks: int) -> Variant:
         """The same variant with all layers as block indices."""

@@ -29,8 +29,8 @@ from actcache.models.cost import ModelShape, Numbers
 from actcache.models.lineup import Lineup
 from actcache.models.readout import MAX_LOGITS_AT_ONCE
 from actcache.models.regimes import ONE_REGIME, Regimes
-from actcache.replay.copies import share_threads
-from actcache.replay.late_stack import MAX_TOKENS, TOKENS_OF_A_WORKER
+from actcache.replay.modes import MAX_TOKENS, TOKENS_OF_A_WORKER
+from actcache.replay.workers import share_threads
 from actcache.study.work import Cost, ReplayWork, total
 
 # Where no pilot says otherwise. The two pairs tried at hand shared 6 tokens (the shipped one) and 14 (SmolLM2) before
