@@ -216,7 +216,8 @@ class ReplayJob:
         still: Counter[str] = Counter()
         mode = None
         for base in self.checkpoints:
-            replays = self._replays(base)
+            if not (replays := self._replays(base)):
+                continue
             table = ScoreTable(
                 len(replays),
                 readouts,
@@ -225,18 +226,12 @@ class ReplayJob:
                 one_by_one=self.strict,
                 own=read.final[self.late] if self.kl else None,
             )
-            kept = [
-                final.setdefault(f"{scope}/{upstream}", torch.empty_like(read.final[base]))
-                if replay.name == PLAIN.name
-                else None
-                for replay in replays
-                for scope, upstream in replay.cells[:1]
-            ]
-            mode, moves = self._fill(engine, read, base, replays, table, kept, told)
+            plain = [number for number, replay in enumerate(replays) if replay.name == PLAIN.name]
+            states = {number: torch.empty_like(read.final[base]) for number in plain}
+            mode, moves = self._fill(engine, read, base, replays, table, states, told)
             for number, replay in enumerate(replays):
                 if replay.name == PLAIN.name:
-                    first = replay.cells[0]
-                    final |= {f"{s}/{u}": final[f"{first[0]}/{first[1]}"].clone() for s, u in replay.cells[1:]}
+                    final |= {f"{scope}/{upstream}": states[number].clone() for scope, upstream in replay.cells}
                 elif moves is not None:
                     still[replay.name] += len(replay.cells) * int(moves.still(number, after=replay.n_of_scope).sum())
                 for (scope, upstream), name in ((cell, name) for cell in replay.cells for name in self.readouts):
@@ -259,18 +254,18 @@ class ReplayJob:
         base: str,
         replays: Sequence[_Replay],
         table: ScoreTable,
-        kept: Sequence[torch.Tensor | None],
+        plain: Mapping[int, torch.Tensor],
         told: Any,
     ) -> tuple[str, Moves | None]:
-        """Give the table all final states, replayed or as they were kept, and copy those to keep."""
+        """Give the table all final states, replayed or as an earlier job kept them, and fill in those of the ``plain``
+        replays, ``[n, D]`` by number."""
         at = torch.arange(self.n_events)
         if read.kept is not None:
-            for number, (replay, copy) in enumerate(zip(replays, kept, strict=True)):
-                scope, upstream = replay.cells[0]
-                assert copy is not None
-                copy.copy_(read.kept[f"{scope}/{upstream}"])
-                table.add(at, torch.full_like(at, number), copy)
-                told(len(replay.cells) * self.n_events)
+            for number, states in plain.items():
+                scope, upstream = replays[number].cells[0]
+                states.copy_(read.kept[f"{scope}/{upstream}"])
+                table.add(at, torch.full_like(at, number), states)
+                told(len(replays[number].cells) * self.n_events)
             table.finish()
             return "kept", None
         late = engine.late(self.late, self.boundary)
@@ -287,10 +282,9 @@ class ReplayJob:
                 moves=moves,
             ):
                 table.add(sequences, numbers, hidden)
-                for number, copy in enumerate(kept):
-                    if copy is not None:
-                        of_replay = numbers == number
-                        copy[sequences[of_replay]] = hidden[of_replay]
+                for number, states in plain.items():
+                    of_replay = numbers == number
+                    states[sequences[of_replay]] = hidden[of_replay]
                 told(sum(len(replays[number].cells) for number in numbers.tolist()))
             table.finish()
         except NotFiniteError as error:
