@@ -62,6 +62,7 @@ def _load_script() -> Any:
     return module
 
 
+pytestmark = pytest.mark.slow
 table = _load_script()
 VERSION, STATUSES = table.read_page(table.PAGE.read_text())
 SAME_VERSION = transformers.__version__ == VERSION
@@ -137,7 +138,9 @@ def test_late_blocks_that_read_more_than_the_state_are_found_out(name):
 
 
 @pytest.mark.usefixtures("three_workers")
-@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize(
+    "name", [name if name in REQUIRED else pytest.param(name, marks=pytest.mark.deep) for name in REPLAYED]
+)
 def test_several_packs_at_once_are_what_they_are_one_by_one(name):
     model = families.build(name)
     late = LateStack.load(model, families.BOUNDARY)

@@ -32,7 +32,7 @@ PARAMS = np.dtype(
 )
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="module", params=["sm_80", pytest.param("sm_90", marks=pytest.mark.deep)])
 def ptx(request: pytest.FixtureRequest, ptxsim: ModuleType) -> str:
     """The kernel's PTX."""
     return ptxsim.compile_cu(str(ROOT / "csrc" / "gather_cuda.cu"), request.param)
@@ -198,6 +198,7 @@ def test_the_simulator_catches_planted_faults(
         Launch(ptxsim, edited(file, old, new), n_cols=100, block=(32, 4), n_blocks=5)
 
 
+@pytest.mark.deep  # where there is nvcc, the build of the package compiled the same with the same flags
 @pytest.mark.parametrize("kernel", ["gather", "scatter"])
 def test_every_generation_compiles_without_a_warning(tmp_path: Path, kernel: str) -> None:
     if shutil.which("nvcc") is None:

@@ -149,7 +149,7 @@ def test_the_core_checks_before_it_writes() -> None:
     assert (dst == 8).all()
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90"])
+@pytest.fixture(scope="module", params=["sm_80", pytest.param("sm_90", marks=pytest.mark.deep)])
 def ptx(request: pytest.FixtureRequest, ptxsim: ModuleType) -> str:
     """The kernel's PTX."""
     return ptxsim.compile_cu(str(ROOT / "csrc" / "scatter_cuda.cu"), request.param)
