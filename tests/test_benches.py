@@ -17,6 +17,8 @@ import pytest
 import tiny
 import torch
 
+pytestmark = pytest.mark.slow
+
 TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0]) if find_spec("transformer_lens") else 0
 BENCHES = Path(__file__).parent.parent / "benches"
 

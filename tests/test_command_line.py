@@ -68,6 +68,7 @@ def test_a_prefix_of_an_option_is_enough(capsys):
     assert "is not a store" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["inspect"], ["inspect", "--json"], ["effects"], ["effects", "--json"], ["--help"]])
 def test_a_reader_that_goes_is_no_error(tiny_run, words):
     """As 'actcache inspect RUN | head -1' does, whose reader has what it wants."""
@@ -78,6 +79,7 @@ def test_a_reader_that_goes_is_no_error(tiny_run, words):
     assert (ran.wait(), [line for line in err.splitlines() if "next:" not in line]) == (0, [])
 
 
+@pytest.mark.slow
 def test_progress_whose_reader_goes(tiny_run, tmp_path):
     """2>&1 | head: the command ends, and without a traceback anywhere."""
     reading, writing = os.pipe()
@@ -89,6 +91,7 @@ def test_progress_whose_reader_goes(tiny_run, tmp_path):
     assert ran.wait() == 0
 
 
+@pytest.mark.slow
 def test_another_broken_pipe_is_an_error(tiny_run, monkeypatch, capsys):
     def fail(*args):
         raise BrokenPipeError(32, "Broken pipe")
@@ -132,6 +135,7 @@ PLACES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_no_memory_is_one_line(tiny_run, tmp_path, monkeypatch, capsys, place):
     whose, name, verb, said, advice = PLACES[place]
@@ -171,6 +175,7 @@ def test_other_errors_of_torch_stay_what_they_are():
         raise RuntimeError("size mismatch")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="/proc, where no folder can be made")
 def test_a_path_that_cannot_be_made_is_one_line(tiny_run, tmp_path, capsys):
     run = tiny_run("llama", torch.float32)

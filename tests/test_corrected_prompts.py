@@ -119,6 +119,7 @@ def test_a_record_says_it_by_the_format(tmp_path, prompts):
     assert [problem for problem in verify(tmp_path) if "not as this format writes it" in str(problem)]
 
 
+@pytest.mark.slow
 def test_a_capture_goes_on_with_a_corrected_file(tmp_path, capfd):
     pair, prompts, out = (
         tiny.make_pair(tmp_path, "llama"),

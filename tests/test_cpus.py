@@ -82,17 +82,21 @@ def shown(*arguments: str, **environment: str) -> list[object]:
     )
 
 
+@pytest.mark.slow
 def test_threads_sleep_and_are_as_many_as_asked_for():
     assert shown("1") == [1, "PASSIVE"]
 
 
+@pytest.mark.slow
 def test_a_quota_gives_fewer_threads():
     assert shown("null", "1") == [1, "PASSIVE"]
 
 
+@pytest.mark.slow
 def test_what_the_environment_says_stays():
     assert shown("null", "1", OMP_NUM_THREADS="2", OMP_WAIT_POLICY="ACTIVE") == [2, "ACTIVE"]
 
 
+@pytest.mark.slow
 def test_a_number_asked_for_goes_before_the_environment():
     assert shown("1", OMP_NUM_THREADS="2") == [1, "PASSIVE"]

@@ -13,6 +13,8 @@ import pytest
 import actcache
 from actcache.cli import main
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(str(files("actcache") / "demo"))
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_demo_pair.py"
 

@@ -130,6 +130,7 @@ def run(tiny_run):
     return tiny_run("llama", torch.float32, "--boundary", "2,3", "--stability", "0")
 
 
+@pytest.mark.slow
 def test_depth_of_a_run(run, tmp_path, capfd):
     assert main(["depth", str(run.out)]) == 0
     out = capfd.readouterr().out
@@ -151,6 +152,7 @@ def test_depth_of_a_run(run, tmp_path, capfd):
     assert "depth.json" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_missing_cells_are_replayed_and_nothing_else(run, tmp_path):
     import shutil
 
@@ -165,6 +167,7 @@ def test_missing_cells_are_replayed_and_nothing_else(run, tmp_path):
     assert {path.name for path in (out / "cells").iterdir()} == before | added
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -181,6 +184,7 @@ def test_what_the_store_cannot_serve_is_refused(run, capfd, words, said):
     assert len(err.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_unknown_names_are_refused(run):
     with pytest.raises(InputError, match="there is no analysis 'deep'; there are depth"):
         actcache.Run(run.out).analyse("deep")

@@ -68,6 +68,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", [path for path in DOCUMENTS if BLOCKS[path]], ids=lambda path: path.name)
 def test_every_block_runs_as_written(path, folder, capsys):
     """One after another: later Python goes on with the names of earlier ones."""

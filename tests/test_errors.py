@@ -76,6 +76,7 @@ def _fail(name):
     raise make(getattr(errors, name))
 
 
+@pytest.mark.slow
 def test_errors_cross_a_process_boundary():
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:

@@ -17,6 +17,8 @@ import actcache
 from actcache.cli import main
 from actcache.store.feed import ActivationBuffer, RowFeed
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 

@@ -58,6 +58,7 @@ def spoil(folder, name, value=float("nan")):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [(), ("--strict",)])
 @pytest.mark.parametrize(
     ("tensor", "value", "words"),
@@ -91,6 +92,7 @@ def test_a_search_names_checkpoint_and_sequence(tmp_path):
         propose(backbones, [[5, 6], [7, 8, 9]], [0, 0], limits, names=["the first", "the second"], labels=["a", "b"])
 
 
+@pytest.mark.slow
 def test_rows_edits_and_blocks_of_a_replay_are_told_apart(tmp_path):
     late = LateStack.load(tiny.make_checkpoint(tmp_path, "llama"), BOUNDARY)
     rows, offsets = torch.randn(7, late.width, generator=torch.Generator().manual_seed(0)), [0, 3, 7]
@@ -113,6 +115,7 @@ def test_rows_edits_and_blocks_of_a_replay_are_told_apart(tmp_path):
             late.run(rows, offsets)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_norm_hides_what_overflows(tmp_path, dtype):
     late = LateStack.load(tiny.make_checkpoint(tmp_path, "llama"), BOUNDARY, dtype=dtype)

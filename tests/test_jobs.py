@@ -23,6 +23,8 @@ from actcache.study import results
 from actcache.study.cells import finished_cells
 from actcache.study.engine import LocalEngine
 
+pytestmark = pytest.mark.slow
+
 SEGMENTS = ("--shard-prompts", "4", "--boundary", "2,3", "--stability", "0")
 
 

@@ -228,6 +228,7 @@ def test_a_reader_reads_on_while_segments_are_merged(place):
     check(store)
 
 
+@pytest.mark.slow
 def test_a_compaction_killed_at_any_step_loses_nothing(tmp_path):
     """Killed between its steps: readers see each event once, and the next one clears up."""
     path = str(tmp_path / "store")
@@ -366,6 +367,7 @@ def hand_over(store_writer: StoreWriter, handed: list[str]) -> None:
             handed.append(name)
 
 
+@pytest.mark.slow
 def test_a_slow_disk_holds_the_computation_back(tmp_path):
     """At most two segments are being written."""
     store_writer = StoreWriter(tmp_path / "a", FINGERPRINT)
@@ -450,6 +452,7 @@ def capture(pair: tuple[Path, Path, Path], out: Path, *more: str) -> subprocess.
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["disk", "s3"])
 def test_four_processes_capture_what_one_does(where, pair, request, tmp_path):
     store = ["--store", f"{request.getfixturevalue('s3')}/{tmp_path.name}"] if where == "s3" else []

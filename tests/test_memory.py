@@ -14,6 +14,8 @@ import torch
 
 from actcache.replay.late_stack import LateStack
 
+pytestmark = pytest.mark.slow
+
 PEAK = """
 import re, sys, torch
 from pathlib import Path

@@ -34,6 +34,8 @@ from actcache.study.plan import Study, default_assumptions, estimate, search_bat
 from actcache.study.run_folder import RunFolder
 from actcache.study.work import ReplayWork
 
+pytestmark = pytest.mark.slow
+
 MADE = ("llama", "qwen3", "gemma2", "gemma3", "olmo2", "gpt2", "mistral")
 COUNTS = ("tokens", "rows", "raw_bytes", "stored_bytes")
 WORK = ("search_multiply_adds", "capture_multiply_adds", "grid_multiply_adds", "multiply_adds")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [path for path in sorted((ROOT / "csrc").glob("*.cpp")) if not path.name.endswith("_module.cpp")]
 WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]

@@ -149,6 +149,7 @@ def test_a_stage_that_fails_leaves_no_line_that_says_it_ended(capsys, clock):
     assert "took" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_quiet_is_silent_but_for_errors(tiny_run, tmp_path, capsys):
     run = tiny_run("llama", torch.float32)
     out = tmp_path / "run"
@@ -180,6 +181,7 @@ def told(monkeypatch):
     return by_stage
 
 
+@pytest.mark.slow
 def test_every_stage_tells_its_steps(tiny_run, tmp_path, told):
     """Counts grow, end at their total, and come more often than segments do; a second time, all is found done."""
     run = tiny_run("llama", torch.float32)
@@ -211,6 +213,7 @@ def test_every_stage_tells_its_steps(tiny_run, tmp_path, told):
     assert [step.done for step in told["compact"]] == [0, 0, 3]
 
 
+@pytest.mark.slow
 def test_a_resumed_capture_knows_what_was_there(tiny_run, tmp_path, told):
     run = tiny_run("llama", torch.float32)
     out = tmp_path / "run"
@@ -226,6 +229,7 @@ def test_a_resumed_capture_knows_what_was_there(tiny_run, tmp_path, told):
     assert (steps[-1].done, steps[-1].found) == (24, 16)
 
 
+@pytest.mark.slow
 def test_a_library_call_needs_no_listener(tiny_run, tmp_path):
     run = tiny_run("llama", torch.float32)
     place = shutil.copytree(run.out / "store", tmp_path / "store")

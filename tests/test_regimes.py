@@ -25,6 +25,8 @@ from actcache.models.regimes import ONE_REGIME, Regimes
 from actcache.replay.edits import Add, Edit, Variant
 from actcache.replay.late_stack import LateStack
 
+pytestmark = pytest.mark.slow
+
 BOUNDARY, MAX_NEW = 3, 8
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 # What is random and tiny, and begins to look at more than the tokens up to a position at LIMIT.

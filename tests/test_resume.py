@@ -24,6 +24,8 @@ from actcache.errors import CheckError
 from actcache.files import write_atomically
 from actcache.replay.late_stack import LateStack
 
+pytestmark = pytest.mark.slow
+
 
 def command(pair, prompts, out):
     words = ["run", "--pt", *pair[:1], "--it", *pair[1:], "--prompts", prompts, "--out", out, "--shard-prompts", 4]

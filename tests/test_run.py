@@ -11,6 +11,8 @@ import torch
 import actcache
 from actcache.errors import IncompatibleError, InputError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def made(tiny_run):

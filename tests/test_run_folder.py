@@ -25,6 +25,8 @@ from actcache.store import compact
 from actcache.study.jobs import ReplayJob
 from actcache.study.run_folder import RunFolder
 
+pytestmark = pytest.mark.slow
+
 SEGMENTS = ("--shard-prompts", "4", "--boundary", "2,3", "--stability", "0")
 KEYS = ("event_id", "boundary", "scope", "upstream", "late", "readout", "variant")
 

@@ -31,6 +31,8 @@ from actcache.models.lineup import Lineup
 from actcache.models.packing import offsets_of, packed_attention, plan_packs, restarting_positions
 from actcache.progress import Tally
 
+pytestmark = pytest.mark.slow
+
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 LABELS = ("pt", "it")

@@ -31,6 +31,8 @@ from actcache.errors import IncompatibleError, InputError
 from actcache.files import sole_creator, write_atomically
 from actcache.store import StoreWriter, open_store, storage, verify
 
+pytestmark = pytest.mark.slow
+
 FINGERPRINT = make_fingerprint(checkpoints={"pt": {}, "it": {}}, boundaries=[1])
 SEGMENTS = {
     "a": make_segment(FINGERPRINT, [5, 2], [(0, 4), (1, 1)], name="a", seed=1),

@@ -397,9 +397,9 @@ def captured(tmp_path_factory):
     cells that hooked forwards shall equal bit for bit: states of a pack differ by rounding."""
     folder = tmp_path_factory.mktemp("captured")
     pair = dict(zip(("pt", "it"), tiny.make_pair(folder, "llama"), strict=True))
-    prompts = tiny.write_prompts(folder / "prompts.jsonl", 9)
+    prompts = tiny.write_prompts(folder / "prompts.jsonl", 5)
     words = ["capture", "--pt", pair["pt"], "--it", pair["it"], "--prompts", prompts, "--out", folder / "run"]
-    words += ["--max-new", MAX_NEW, "--boundary", "2,3", "--shard-prompts", 5, "--strict"]
+    words += ["--max-new", MAX_NEW, "--boundary", "2,3", "--shard-prompts", 3, "--strict"]
     assert main([str(word) for word in words]) == 0
     return pair, folder / "run"
 
@@ -473,6 +473,7 @@ def models_and_events(captured, run):
     return models, {event["event_id"]: (event, sequence) for event, sequence in events}
 
 
+@pytest.mark.slow
 def test_cells_under_variants_equal_hooked_forwards(captured, strict_cells):
     models, events = models_and_events(captured, strict_cells)
     cells = cells_of(strict_cells)
@@ -504,6 +505,7 @@ def test_cells_under_variants_equal_hooked_forwards(captured, strict_cells):
     assert len({value.norm().item() for value in hidden.values()}) >= len(hidden) // 2, "most variants are one"
 
 
+@pytest.mark.slow
 def test_packed_cells_equal_strict_ones_to_rounding(run, strict_cells):
     packed = by_key(score(run, "--sweep", strict_cells.parent / "s.toml"), "margin", "top1_id")
     strict = by_key(cells_of(strict_cells), "margin", "top1_id")
@@ -518,6 +520,7 @@ def settings_of(strict_cells, boundaries=(2, 3), scopes=("prefix", "position"), 
     return GridSettings(boundaries, scopes, tuple(READOUTS), sweep.variants_at, strict=True, **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("boundaries", [(2, 3), (3, 2)])
 def test_strict_groups_are_the_same_bytes_whatever_the_order_of_boundaries(
     captured, strict_cells, boundaries, tmp_path
@@ -542,6 +545,7 @@ def test_strict_groups_are_the_same_bytes_whatever_the_order_of_boundaries(
     assert (told[-1].done, told[-1].total, told[-1].found) == (n_replays, n_replays, 0)
 
 
+@pytest.mark.slow
 def test_removed_groups_alone_are_scored_again(strict_cells, tmp_path, scored):
     run = shutil.copytree(strict_cells, tmp_path / "run")
     before, cells = group_files(run), cells_of(run)
@@ -555,6 +559,7 @@ def test_removed_groups_alone_are_scored_again(strict_cells, tmp_path, scored):
     assert again.equals(cells)
 
 
+@pytest.mark.slow
 def test_a_grid_killed_between_two_groups_goes_on(captured, strict_cells, tmp_path, monkeypatch):
     pair, run = captured
     store, left = actcache.open_store(run / "store"), [3]
@@ -607,6 +612,7 @@ def of_variants(cells, *names):
     return {key: value for key, value in by_key(cells, "margin", "top1_id", "noop_delta").items() if key[-1] in names}
 
 
+@pytest.mark.slow
 def test_variants_leave_the_plain_cells_as_they_are(run, written, scored):
     plain = score(run)
     files, n_files = group_files(run), len(scored)
@@ -624,6 +630,7 @@ def test_variants_leave_the_plain_cells_as_they_are(run, written, scored):
     assert len(scored) == 2 * n_files
 
 
+@pytest.mark.slow
 def test_a_second_sweep_keeps_the_first_and_scores_what_is_new(run, written, scored):
     first = score(run, "--sweep", written(FIRST))
     files = group_files(run)
@@ -638,6 +645,7 @@ def test_a_second_sweep_keeps_the_first_and_scores_what_is_new(run, written, sco
     assert len(scored) == n_files
 
 
+@pytest.mark.slow
 def test_sweeps_that_overlap_give_each_cell_once(run, written):
     """Also where the groups of one were scored without knowing of the other's, on two machines say."""
     first = score(run, "--sweep", written(FIRST), "--strict")
@@ -650,6 +658,7 @@ def test_sweeps_that_overlap_give_each_cell_once(run, written):
     assert both == by_key(first, "margin") | by_key(second, "margin")
 
 
+@pytest.mark.slow
 def test_a_name_stands_for_one_thing(run, written, capfd, scored):
     before = score(run, "--sweep", written(FIRST))
     scored.clear()
@@ -663,6 +672,7 @@ def test_a_name_stands_for_one_thing(run, written, capfd, scored):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
     [
@@ -691,6 +701,7 @@ def test_what_is_asked_is_what_the_table_holds(captured, run, written, first, th
         assert {key[2] for key in found} == {"prefix", "position"}
 
 
+@pytest.mark.slow
 def test_groups_of_earlier_versions_are_scored_again(run, written, scored):
     """Those have no seal, so that nothing they say can be checked."""
     plain = score(run)
@@ -704,6 +715,7 @@ def test_groups_of_earlier_versions_are_scored_again(run, written, scored):
     assert sorted(scored) == sorted(set(group_files(run)) - earlier_files(run))
 
 
+@pytest.mark.slow
 def test_the_best_token_of_a_variant_is_looked_up_only_if_asked(run, written, scored):
     without = score(run, "--sweep", written(FIRST), "--readout", "native,common_it")
     of_plain = pc.equal(without["variant"], "none")
@@ -735,6 +747,7 @@ def compared(captured, tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_kl_is_that_of_hooked_forwards(captured, compared):
     models, events = models_and_events(captured, compared)
     some, n_checked = list(events)[:3], 0
@@ -761,6 +774,7 @@ def test_kl_is_that_of_hooked_forwards(captured, compared):
     assert max(cell["kl"] for cell in cells) > 0.01, "nothing is far from anything"
 
 
+@pytest.mark.slow
 def test_packed_kl_equals_strict_to_rounding(run, compared, written):
     packed = by_key(score(run, "--sweep", written("kl = true\n" + FIRST), "--boundary", "3"), "kl", "top1_id")
     strict = by_key(cells_of(compared), "kl", "top1_id")
@@ -770,6 +784,7 @@ def test_packed_kl_equals_strict_to_rounding(run, compared, written):
         assert top1 == strict[key][1]
 
 
+@pytest.mark.slow
 def test_kl_is_there_only_if_asked_and_is_not_lost(run, written, scored):
     asked = written("kl = true\n" + FIRST, "kl.toml")
     without = score(run, "--sweep", written(FIRST))
@@ -788,6 +803,7 @@ def test_kl_is_there_only_if_asked_and_is_not_lost(run, written, scored):
     assert more["kl"].null_count == pc.sum(pc.equal(more["variant"], "another")).as_py()
 
 
+@pytest.mark.slow
 def test_effects_are_averaged_by_variant(strict_cells):
     run = strict_cells
     found = effects(cells_of(run), draws=20)["groups"]
@@ -808,6 +824,7 @@ def test_effects_are_averaged_by_variant(strict_cells):
         assert everywhere["interaction"]["mean"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["everywhere", "pushed"])
 def test_scope_position_of_the_own_upstream_is_scope_prefix(strict_cells, variant):
     cells = by_key(cells_of(strict_cells), "margin")
@@ -851,6 +868,7 @@ def refused(capfd, *words):
     return said
 
 
+@pytest.mark.slow
 def test_a_sweep_that_says_what_an_argument_says_is_refused(run, written, capfd):
     for key, argument in (('scopes = ["position"]', "--scope prefix"), ('readouts = ["native"]', "--readout native")):
         path = written(key)
@@ -862,6 +880,7 @@ def test_a_sweep_that_says_what_an_argument_says_is_refused(run, written, capfd)
     assert set(score(run, "--sweep", path, "--scope", "position")["boundary"].to_pylist()) == {2}
 
 
+@pytest.mark.slow
 def test_scopes_may_be_a_list(run, capfd):
     both = score(run, "--scope", "position,prefix", "--boundary", "3")
     assert set(both["scope"].to_pylist()) == {"prefix", "position"}
@@ -869,6 +888,7 @@ def test_scopes_may_be_a_list(run, capfd):
     assert said == "actcache: scope 'suffix' is unknown; choose prefix or position"
 
 
+@pytest.mark.slow
 def test_a_carried_column_is_not_overwritten_by_kl(run, written, tmp_path, monkeypatch, capfd):
     """One that an earlier version let into a store; now such prompts are refused."""
     record = RunFolder(run).record()
@@ -884,6 +904,7 @@ def test_a_carried_column_is_not_overwritten_by_kl(run, written, tmp_path, monke
     assert score(tmp_path / "carries")["kl"].unique().to_pylist() == [3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -902,6 +923,7 @@ def test_a_sweep_that_does_not_fit_the_store_is_refused(run, written, capfd, tex
     assert not group_files(run)
 
 
+@pytest.mark.slow
 def test_a_position_that_some_sequence_lacks_is_refused_before_anything_is_scored(run, written, capfd):
     """Also where the sequences of the first segment are all long enough."""
     store = actcache.open_store(run / "store")
@@ -920,6 +942,7 @@ def test_a_position_that_some_sequence_lacks_is_refused_before_anything_is_score
     assert variants_in(score(run, "--sweep", written(text))) == ["none", "v"]
 
 
+@pytest.mark.slow
 def test_a_broken_sweep_stops_a_run_before_its_capture(captured, written, tmp_path, capfd):
     pair, run = captured
     words = ["run", "--pt", pair["pt"], "--it", pair["it"], "--prompts", run.parent / "prompts.jsonl"]
@@ -976,6 +999,7 @@ def write_vectors(folder, vectors):
     (folder / "ids.json").write_text(json.dumps(ids))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_sweep_adds_each_events_own_vector(captured, run, written, scored, tmp_path, way):
     """Against hooked forwards; strict and packed, killed between two groups, with other variants beside."""
@@ -1012,6 +1036,7 @@ def test_a_sweep_adds_each_events_own_vector(captured, run, written, scored, tmp
         assert packed[key][0] == pytest.approx(margin, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_ways_to_give_vectors_are_one_edit(run, written, tmp_path):
     write_vectors(tmp_path, own_vectors(run))
     found = [
@@ -1022,6 +1047,7 @@ def test_the_ways_to_give_vectors_are_one_edit(run, written, tmp_path):
     assert digests(found[-1])["own[scale=1]"] == expected.digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("vector", "words"),
     [
@@ -1050,6 +1076,7 @@ def test_vectors_of_events_that_are_not_there_are_one_line(run, written, tmp_pat
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_an_event_without_a_vector_is_named_before_anything_is_scored(run, written, tmp_path, capfd):
     vectors = own_vectors(run)
     missing = sorted(vectors)[3]
@@ -1062,6 +1089,7 @@ def test_an_event_without_a_vector_is_named_before_anything_is_scored(run, writt
 # ---- edits that move nothing ----
 
 
+@pytest.mark.slow
 def test_cells_without_displacement_are_counted_and_mistakes_are_named(run, written, scored, capfd):
     placebo = 'name = "same"\nplacebo = true\nedits = [{ edit = "add", vector = "zeros" }]\n'
     text = 'scopes = ["prefix", "position"]\nreadouts = ["native"]\n[[variants]]\n' + placebo + FIRST
@@ -1101,6 +1129,7 @@ def test_the_example_fits_any_pair(arch, tmp_path):
     assert "no-last-mlp" in variants_in(cells_of(tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_layers_from_the_end_are_the_blocks_that_they_are(run, written, scored):
     text = one_edit('edit = "replace"\nvector = "zeros"\nsite = "mlp"\nlayers = %s')
     first = score(run, "--sweep", written(text % "[4, 3]"))
@@ -1110,6 +1139,7 @@ def test_layers_from_the_end_are_the_blocks_that_they_are(run, written, scored):
     assert len(scored) == n_files, "the same edits, scored again"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -1194,6 +1224,7 @@ def test_a_python_sweep_is_counted_too(written, variants):
         assert [variant.name for variant in few.variants_at(boundary)] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_a_run_scores_a_sweep(captured, written, tmp_path):
     pair, run = captured
     words = ["run", "--pt", pair["pt"], "--it", pair["it"], "--prompts", run.parent / "prompts.jsonl"]
