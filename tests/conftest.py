@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -33,6 +33,12 @@ hypothesis.settings.load_profile("actcache")
 MAX_NEW = 24
 ROOT = Path(__file__).resolve().parents[1]
 BOUNDARY = 3  # round(0.6 * tiny.N_BLOCKS)
+
+
+def first_quick(values: Iterable[Any]) -> list[Any]:
+    """Parameters of which all but the first are slow: ``make test-fast`` runs one of a kind."""
+    first, *others = values
+    return [first, *(pytest.param(one, marks=pytest.mark.slow) for one in others)]
 
 
 @dataclass(frozen=True)

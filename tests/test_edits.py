@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import first_quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twins import reference
@@ -35,8 +36,8 @@ from actcache.replay.late_stack import LateStack
 from actcache.replay.moves import Moves
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
-ARCHS = pytest.mark.parametrize("arch", tiny.ALL_ARCHS)
+DTYPES = pytest.mark.parametrize("dtype", first_quick([FLOAT32, BFLOAT16]), ids=["float32", "bfloat16"])
+ARCHS = pytest.mark.parametrize("arch", first_quick(tiny.ALL_ARCHS))
 WIDTH = 24
 
 

@@ -11,7 +11,7 @@ import json
 import pytest
 import tiny
 import torch
-from conftest import BOUNDARY, MAX_NEW
+from conftest import BOUNDARY, MAX_NEW, first_quick
 from transformers import AutoTokenizer
 from twins import reference
 
@@ -20,8 +20,8 @@ from actcache.cli import main
 from actcache.replay.late_stack import LateStack
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
-DTYPES = pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
-ARCHS = pytest.mark.parametrize("arch", tiny.ALL_ARCHS)
+DTYPES = pytest.mark.parametrize("dtype", first_quick([FLOAT32, BFLOAT16]), ids=["float32", "bfloat16"])
+ARCHS = pytest.mark.parametrize("arch", first_quick(tiny.ALL_ARCHS))
 NEAR_TIE = 0.125  # logits; what the report calls one
 READOUTS = {"native": None, "common_it": "it", "common_pt": "pt"}
 

@@ -10,6 +10,8 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 from twins import reference
 
+pytestmark = pytest.mark.slow
+
 BOUNDARY = 3
 MAX_NEW = 12
 DTYPES = (torch.float32, torch.bfloat16)

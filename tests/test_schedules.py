@@ -7,11 +7,12 @@ import schedules
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
-QUICK, ALL = 25, 250  # of each place: schedules of every run of the tests, and of make test-deep
+FAST, SOME, ALL = 4, 25, 250  # schedules of each place: of make test-fast, of make test, of make test-deep
 
 
 def seeds() -> list[object]:
-    return [seed if seed < QUICK else pytest.param(seed, marks=pytest.mark.deep) for seed in range(ALL)]
+    marks = [*[()] * FAST, *[pytest.mark.slow] * (SOME - FAST), *[pytest.mark.deep] * (ALL - SOME)]
+    return [pytest.param(seed, marks=mark) for seed, mark in enumerate(marks)]
 
 
 @pytest.mark.parametrize("seed", seeds())
