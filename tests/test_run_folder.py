@@ -429,7 +429,7 @@ def test_cells_of_other_events_do_not_count(run):
     moved = store.events.set_column(
         store.events.column_names.index("position"), "position", pc.add(store.events["position"], 1)
     )
-    assert len(grid.find_finished(run / "cells", store)[0]) == 2
+    assert len(grid.find_finished(run / "cells", store)[0]) == 4
     store._tables["events"] = moved
     assert grid.find_finished(run / "cells", store) == ({}, {})
 
