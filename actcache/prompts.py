@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -191,8 +191,13 @@ def _what_it_is(path: Path, first_line: str = "") -> str:
 
 def digest(prompts: Sequence[Prompt]) -> str:
     """SHA-256 over ids, texts and carried keys, in order: equal digests mean the same work."""
+    return next(reversed([hashlib.sha256().hexdigest(), *digests(prompts)]))
+
+
+def digests(prompts: Iterable[Prompt]) -> Iterator[str]:
+    """The :func:`digest` of the first prompt, of the first two, and so on."""
     sha = hashlib.sha256()
     for prompt in prompts:
         line = json.dumps([prompt.id, prompt.text, prompt.carried], sort_keys=True, ensure_ascii=True)
         sha.update(line.encode() + b"\n")
-    return sha.hexdigest()
+        yield sha.hexdigest()

@@ -83,6 +83,12 @@ EXCLUDED = (
 )
 """One row per prompt without an event."""
 
+SEQUENCES = (
+    EVENT_KEY[1],
+    Column("carried", "string", "further keys of the prompt line, as a JSON object"),
+)
+"""One row per sequence, also of those without an event."""
+
 SEGMENT = Column("segment", "string", "name of the segment that holds the row")
 
 CELL_KEY = (
@@ -350,9 +356,13 @@ class Fingerprint(_AsJson):
             if getattr(self, name) is None:
                 raise InputError(f"the store does not record its {name}; a store of 'actcache capture' does")
 
-    def with_prompts(self, prompts: str) -> Fingerprint:
-        """The same work on an earlier state of the prompts."""
-        return replace(self, prompts=prompts)
+    def as_grown_from(self, stored: Fingerprint) -> Fingerprint:
+        """The same work, had it been asked for the prompts and boundaries that a store was created with.
+
+        A store may gain more of these; its commit records tell what it has.
+        """
+        kept = {name: getattr(stored, name) for name in ("prompts", "n_prompts") if getattr(stored, name) is not None}
+        return replace(self, boundaries=stored.boundaries, **kept)
 
     def differences(self, other: Fingerprint) -> Iterator[tuple[str, Any, Any]]:
         """Each field that differs, in order, its value here and in ``other``; a field of a checkpoint has its path,

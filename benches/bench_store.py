@@ -41,6 +41,7 @@ from measure import copy_rate, in_turn, median, print_result, timed
 
 from actcache.files import fsync
 from actcache.store import BackgroundWriter, SegmentData, Store, StoreWriter, layout, open_store, shard
+from actcache.store.segment_data import arrays_of
 from actcache.store.storage import open_storage
 
 BOUNDARY = 5
@@ -113,6 +114,7 @@ class Data:
             "event_id": [f"{s}-{i}" for i in range(len(lengths))],
             "prompt_id": [f"{s}-{i}" for i in range(len(lengths))],
             "kind": ["first_divergence"] * len(lengths),
+            "pair": ["pt,pt"] * len(lengths),
             "step": [0] * len(lengths),
             "sequence": list(range(len(lengths))),
             "position": [length - 1 for length in lengths],
@@ -187,7 +189,7 @@ class _ZarrArrays(ABC):
         self.path, self.data = path, data
         self.arrays: list[tuple[Path, npt.NDArray[Any], dict[str, Any]]] = []
         for stored, segment in zip(ours.store.segments, ours.segments, strict=True):
-            for array, content, _ in layout.arrays_of(segment):
+            for array, content, _ in arrays_of(segment):
                 metadata = layout.decode_json(stored.storage.read(f"{stored.folder}/{array}/{layout.ROOT}"))
                 self.arrays.append((path / stored.name / array, content, metadata))
 

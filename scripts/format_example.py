@@ -42,9 +42,10 @@ def example_segment() -> SegmentData:
         dtype=torch.bfloat16,
     )
     event = {
-        "event_id": "e0",
+        "event_id": "p0@2:first_divergence",
         "prompt_id": "p0",
         "kind": "first_divergence",
+        "pair": "pt,it",
         "step": np.int32(0),
         "sequence": 0,
         "position": 2,

@@ -23,11 +23,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from actcache.store import SegmentData, StoreWriter
+from actcache.store import SegmentData, StoreWriter, open_store
+from actcache.store.segment_data import SiteRows
 
 GOLDEN = Path(__file__).parent.parent / "tests" / "golden"
-FORMAT_VERSION = 1
-Segments = dict[str, tuple[SegmentData, list[str]]]  # name -> content, names of those that it replaces
+FORMAT_VERSION = 2
+# name -> content, and names of those that it replaces; or rows, and the name of the segment that they are added to
+Segments = dict[str, tuple[SegmentData, list[str]] | tuple[SiteRows, str]]
+KINDS = ("first_divergence", "fixed")
 N_FIRST = 4  # values of each array that stand in expected.json in full
 
 
@@ -61,16 +64,18 @@ def segment(
     name: str,
     n_excluded: int,
     salt: int,
+    blocks: Sequence[tuple[str, int]] = (),
 ) -> SegmentData:
-    """Sequences of these lengths with events at these (sequence, position) places."""
+    """Sequences of these lengths with events at these (sequence, position) places, and rows of these other sites."""
     n_tokens, dtype, width = sum(lengths), fingerprint["dtype"], fingerprint["width"]
     n_rows = n_tokens if fingerprint["row_selection"] == "prefix" else len(places)
     keys = [(label, b) for label in fingerprint["checkpoints"] for b in fingerprint["boundaries"]]
     events = [
         {
-            "event_id": f"{name}-{i}",
-            "prompt_id": f"prompt {i} é\n",
-            "kind": "first_divergence",
+            "event_id": f"{name}-{sequence}@{position}:{KINDS[i % 2]}",
+            "prompt_id": f"prompt {sequence} é\n",
+            "kind": KINDS[i % 2],
+            "pair": ["pt,it", "it,pt"][i // 2 % 2],
             "step": i,
             "sequence": sequence,
             "position": position,
@@ -83,8 +88,19 @@ def segment(
     ]
     excluded = [{"prompt_id": f"{name}-x{i}", "reason": "no divergence", "carried": "{}"} for i in range(n_excluded)]
     text, number = pa.string(), pa.int64()
-    event_types = {"event_id": text, "prompt_id": text, "kind": text, "step": pa.int32(), "sequence": number}
-    event_types |= {"position": number, "y_pt": number, "y_it": number, "gap_pt": pa.float32(), "carried": text}
+    event_types = {"event_id": text, "prompt_id": text, "kind": text, "pair": text, "step": pa.int32()}
+    event_types |= {
+        "sequence": number,
+        "position": number,
+        "y_pt": number,
+        "y_it": number,
+        "gap_pt": pa.float32(),
+        "carried": text,
+    }
+    sequences = [
+        {"prompt_id": f"prompt {i} é\n", "carried": json.dumps({"length": length}), "continuation": "ab"[i % 2]}
+        for i, length in enumerate(lengths)
+    ]
     return SegmentData(
         token_ids=(np.arange(n_tokens, dtype=np.int32) * 7) % 31,
         sequence_offsets=np.cumsum([0, *lengths], dtype=np.int64),
@@ -94,7 +110,15 @@ def segment(
         },
         events=text_table(events, event_types),
         excluded=text_table(excluded, {"prompt_id": text, "reason": text, "carried": text}),
+        sequences=text_table(sequences, {"prompt_id": text, "carried": text, "continuation": text}),
+        sites=site_rows(fingerprint, n_rows, blocks, salt + 200),
     )
+
+
+def site_rows(fingerprint: dict[str, Any], n_rows: int, blocks: Sequence[tuple[str, int]], salt: int) -> SiteRows:
+    """Rows of both checkpoints at these sites of these blocks."""
+    keys = [(site, label, block) for site, block in blocks for label in fingerprint["checkpoints"]]
+    return {key: rows(n_rows, fingerprint["width"], fingerprint["dtype"], salt + i) for i, key in enumerate(keys)}
 
 
 def contents() -> dict[str, tuple[dict[str, Any], Segments]]:
@@ -107,6 +131,7 @@ def contents() -> dict[str, tuple[dict[str, Any], Segments]]:
     prefix32 = fingerprint(dtype="float32", boundaries=[3], row_selection="prefix", width=64)
     prefix16 = fingerprint(dtype="bfloat16", boundaries=[2, 1000], row_selection="prefix", width=7)
     single = fingerprint(dtype="float32", boundaries=[5], row_selection="divergence", width=16)
+    grown = fingerprint(dtype="float32", boundaries=[5], row_selection="prefix", width=12)
     first, second = [(0, 4), (2, 1099), (2, 3)], [(1, 2)]
     return {
         # Several chunks an array, the last one filled up; an empty sequence; a segment in which nothing was found.
@@ -129,14 +154,36 @@ def contents() -> dict[str, tuple[dict[str, Any], Segments]]:
                 "b": (segment(single, [4, 3, 2], [*second, (2, 1)], name="b", n_excluded=1, salt=5), ["a"]),
             },
         ),
+        # Sequences without events, several events at one position, other sites; and two additions to a segment.
+        "float32-grown": (
+            grown,
+            {
+                "s-0": (
+                    segment(
+                        *(grown, [6, 3, 2], [(0, 5), (0, 5), (0, 1), (2, 0)]),
+                        name="s-0",
+                        n_excluded=1,
+                        salt=6,
+                        blocks=[("mlp", 4)],
+                    ),
+                    [],
+                ),
+                "s-0-more": (site_rows(grown, 11, [("state", 2), ("attention", 0)], 7), "s-0"),
+                "s-0-still-more": (site_rows(grown, 11, [("state", 1)], 8), "s-0"),
+            },
+        ),
     }
 
 
 def write(path: Path, fingerprint: dict[str, Any], segments: Segments) -> None:
     """Write one store with today's writer."""
     writer = StoreWriter(path, fingerprint)
-    for name, (data, replaces) in segments.items():
-        writer.append(name, data, replaces=replaces)
+    for name, (data, other) in segments.items():
+        if isinstance(data, SegmentData):
+            writer.append(name, data, replaces=other)
+        else:
+            base = next(segment for segment in open_store(path).segments if segment.name == other)
+            writer.add_rows(name, base.record, data)
 
 
 # ---- what to expect, by loops over what goes in ----------------------------------------------------------------------
@@ -144,25 +191,38 @@ def write(path: Path, fingerprint: dict[str, Any], segments: Segments) -> None:
 
 def expected(fingerprint: dict[str, Any], segments: Segments) -> dict[str, Any]:
     """Every array as any Zarr reader must see it, and every answer as ``Store`` must give it."""
-    replaced = {name for _, replaces in segments.values() for name in replaces}
-    live = [data for name, (data, _) in segments.items() if name not in replaced]
+    whole = {name: data for name, (data, _) in segments.items() if isinstance(data, SegmentData)}
+    replaced = {name for name, (data, other) in segments.items() if name in whole for name in other}
+    live = {name: data for name, data in whole.items() if name not in replaced}
     arrays = {
         f"segments/{name}/{path}": described(array)
         for name, (data, _) in segments.items()
-        for path, array in stored(data).items()
+        for path, array in (stored(data) if isinstance(data, SegmentData) else stored_rows(data)).items()
     }
+    rows_of = {name: dict(data.rows) for name, data in live.items()}
+    for data, other in segments.values():
+        if not isinstance(data, SegmentData):
+            rows_of[str(other)] |= data
     answers: dict[str, Any] = {}
+    for key in next(iter(rows_of.values())):
+        parts = [
+            part
+            for name, data in live.items()
+            for part in rows_of_events(data, rows_of[name][key], fingerprint["row_selection"])
+        ]
+        answers[" ".join(["rows", *map(str, key)])] = described(np.concatenate(parts))
     for label in fingerprint["checkpoints"]:
-        for b in fingerprint["boundaries"]:
-            parts = [part for data in live for part in states_of(data, label, b, fingerprint["row_selection"])]
-            answers[f"states {label} {b}"] = described(np.concatenate(parts))
-        answers[f"final {label}"] = described(np.concatenate([bits(data.final[label]) for data in live]))
-    answers["token ids"] = described(np.concatenate([ids for data in live for ids in tokens_of(data)]).astype(np.int64))
+        answers[f"final {label}"] = described(np.concatenate([bits(data.final[label]) for data in live.values()]))
+    answers["token ids"] = described(
+        np.concatenate([ids for data in live.values() for ids in tokens_of(data)]).astype(np.int64)
+    )
     return {
         "arrays": arrays,
         "answers": answers,
-        "events": [row for data in live for row in data.events.to_pylist()],
-        "excluded": [row for data in live for row in data.excluded.to_pylist()],
+        **{
+            table: [row for data in live.values() for row in data.tables[table].to_pylist()]
+            for table in ("events", "excluded", "sequences")
+        },
     }
 
 
@@ -188,17 +248,25 @@ def described(array: npt.NDArray[Any]) -> dict[str, Any]:
 def stored(data: SegmentData) -> dict[str, npt.NDArray[Any]]:
     """Every array of a segment, by its path (see FORMAT.md)."""
     arrays: dict[str, npt.NDArray[Any]] = {"token_ids": data.token_ids, "sequence_offsets": data.sequence_offsets}
-    arrays |= {f"states/{label}/b{b:03d}": bits(states) for (label, b), states in data.states.items()}
+    arrays |= stored_rows(data.rows)
     arrays |= {f"final/{label}": bits(states) for label, states in data.final.items()}
-    for name, table in (("events", data.events), ("excluded", data.excluded)):
-        for column in table.column_names:
+    texts: list[bytes] = []
+    for name in ("events", "excluded", "sequences"):
+        table = data.tables[name]
+        for column in sorted(table.column_names):
             if table.schema.field(column).type == pa.string():
-                texts = [text.encode() for text in table[column].to_pylist()]
-                arrays[f"{name}/{column}/bytes"] = np.frombuffer(b"".join(texts), np.uint8)
-                arrays[f"{name}/{column}/offsets"] = np.cumsum([0, *map(len, texts)], dtype=np.int64)
+                texts += [text.encode() for text in table[column].to_pylist()]
             else:
                 arrays[f"{name}/{column}"] = table[column].to_numpy()
+    arrays["texts/bytes"] = np.frombuffer(b"".join(texts), np.uint8)
+    arrays["texts/offsets"] = np.cumsum([0, *map(len, texts)], dtype=np.int64)
     return arrays
+
+
+def stored_rows(rows_of: SiteRows) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of rows, by their paths."""
+    folders = {"state": "states", "attention": "attention", "mlp": "mlp"}
+    return {f"{folders[site]}/{label}/b{block:03d}": bits(states) for (site, label, block), states in rows_of.items()}
 
 
 def tokens_of(data: SegmentData) -> list[npt.NDArray[np.int32]]:
@@ -206,12 +274,11 @@ def tokens_of(data: SegmentData) -> list[npt.NDArray[np.int32]]:
     return [data.token_ids[start : start + p + 1] for start, p in places_of(data)]
 
 
-def states_of(data: SegmentData, label: str, boundary: int, row_selection: str) -> list[npt.NDArray[Any]]:
-    """The states of each event."""
-    states = bits(data.states[label, boundary])
+def rows_of_events(data: SegmentData, of: torch.Tensor, row_selection: str) -> list[npt.NDArray[Any]]:
+    """The rows of each event."""
     if row_selection == "prefix":
-        return [states[start : start + p + 1] for start, p in places_of(data)]
-    return [states]
+        return [bits(of)[start : start + p + 1] for start, p in places_of(data)]
+    return [bits(of)]
 
 
 def places_of(data: SegmentData) -> list[tuple[int, int]]:

@@ -53,17 +53,24 @@ def make_segment(
     kinds: Sequence[str] = ("any bits",),
     carried: Sequence[dict[str, Any]] | None = None,
     n_excluded: int = 1,
+    sites: Sequence[tuple[str, int]] = (),
     seed: int = 0,
 ) -> SegmentData:
-    """A segment of sequences of these lengths with events at these (sequence, position) places."""
+    """A segment of sequences of these lengths with events at these (sequence, position) places.
+
+    Beside states it has rows of ``sites``, each a site and a block. Its events are of two kinds and of two pairs.
+    """
     rng = np.random.default_rng(seed)
     n_rows = sum(lengths) if fingerprint["row_selection"] == "prefix" else len(places)
+    labels = list(fingerprint["checkpoints"])
+    pairs = f"{labels[0]},{labels[-1]}", f"{labels[-1]},{labels[0]}"
     keys = [(label, b) for label in fingerprint["checkpoints"] for b in fingerprint["boundaries"]]
     events = [
         {
             "event_id": f"{name}-{i}",
             "prompt_id": f"prompt é {i}\x00\n",
             "kind": "first_divergence" if i % 3 else "later",
+            "pair": pairs[i % 2],
             "step": i,
             "sequence": sequence,
             "position": position,
@@ -82,7 +89,17 @@ def make_segment(
         final={label: make_rows(len(places), fingerprint, kinds[0], rng) for label in fingerprint["checkpoints"]},
         events=make_table(events, layout.EVENT_COLUMNS | {"gap_pt": "float32"}),
         excluded=make_table(excluded, layout.EXCLUDED_COLUMNS),
+        sites=make_site_rows(fingerprint, n_rows, sites, seed + 1),
     )
+
+
+def make_site_rows(
+    fingerprint: dict[str, Any], n_rows: int, sites: Sequence[tuple[str, int]], seed: int
+) -> dict[tuple[str, str, int], torch.Tensor]:
+    """Rows of all checkpoints at these sites of these blocks."""
+    rng = np.random.default_rng(seed)
+    keys = [(site, label, block) for site, block in sites for label in fingerprint["checkpoints"]]
+    return {key: make_rows(n_rows, fingerprint, "any bits", rng) for key in keys}
 
 
 def write_store(path: Path, fingerprint: dict[str, Any], segments: dict[str, SegmentData]) -> Path:

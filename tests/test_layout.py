@@ -23,14 +23,14 @@ README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
 FLOW = {
     "": ("errors", "schema", "finite", "files", "cpus", "progress", "sealed", "native", "carried", "prompts"),
     "store": (
-        *("planes", "zarr_codec", "chunks", "storage", "objects", "shard", "layout", "records", "segment", "reader"),
-        *("writer", "background", "compact", "verify", "export", "rows", "feed"),
+        *("planes", "zarr_codec", "chunks", "storage", "objects", "shard", "layout", "records"),
+        *("segment_data", "segment", "reader", "writer", "background", "compact", "verify", "export", "rows", "feed"),
     ),
     "models": (
         *("tokens", "checkpoint_files", "checkpoint", "lineup", "blocks", "probe", "packing", "linear", "readout"),
         *("regimes", "cost", "backbone", "gather"),
     ),
-    "capture": ("search", "capture"),
+    "capture": ("growth", "search", "capture"),
     "replay": (
         *("vectors", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "passes", "late_stack"),
         "sweep",

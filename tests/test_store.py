@@ -67,8 +67,9 @@ def check_plain_zarr(path: Path, twin: Twin) -> None:
         assert {path for path, node in group.members(max_depth=None) if isinstance(node, zarr.Array)} == set(
             open_segment(path, name).arrays
         )
-        for (label, boundary), rows in segment.states.items():
-            array = group[f"states/{label}/b{boundary:03d}"]
+        folders = {"state": "states"}
+        for (site, label, block), rows in segment.rows.items():
+            array = group[f"{folders.get(site, site)}/{label}/b{block:03d}"]
             assert array.attrs["dtype"] == twin.fingerprint["dtype"]
             assert array[...].tobytes() == rows.view(INT_OF[rows.dtype]).numpy().tobytes()
         for label, rows in segment.final.items():
@@ -76,9 +77,17 @@ def check_plain_zarr(path: Path, twin: Twin) -> None:
         assert group["token_ids"][...].tolist() == segment.token_ids.tolist()
         assert group["sequence_offsets"][...].tolist() == segment.sequence_offsets.tolist()
         assert group["events/position"][...].tolist() == segment.events["position"].to_pylist()
-        texts, offsets = group["events/prompt_id/bytes"][...].tobytes(), group["events/prompt_id/offsets"][...].tolist()
-        prompt_ids = [texts[a:b].decode() for a, b in itertools.pairwise(offsets)]
-        assert prompt_ids == segment.events["prompt_id"].to_pylist()
+        data, offsets = group["texts/bytes"][...].tobytes(), group["texts/offsets"][...].tolist()
+        assert [data[a:b].decode() for a, b in itertools.pairwise(offsets)] == texts_of(segment)
+
+
+def texts_of(segment: SegmentData) -> list[str]:
+    """All texts of a segment, as FORMAT.md orders them."""
+    texts = []
+    for table in (segment.events, segment.excluded, segment.sequences):
+        for column in sorted(table.column_names):
+            texts += table[column].to_pylist() if table.schema.field(column).type == pa.string() else []
+    return texts
 
 
 def open_segment(path: Path, name: str) -> Any:
@@ -310,7 +319,8 @@ def test_carried_keys_become_columns_of_their_natural_type(tmp_path):
 @pytest.mark.parametrize("text", ["[]", "{", '{"position": 1}', '{"gap_pt": 1}', '{"segment": 1}', '{"\\ud800": 1}'])
 def test_a_carried_key_that_cannot_be_a_column_is_refused(text):
     segment = make_segment(make_fingerprint(), [3], [(0, 0)])
-    events = segment.events.set_column(8, "carried", pa.array([text]))
+    column = segment.events.column_names.index("carried")
+    events = segment.events.set_column(column, "carried", pa.array([text]))
     with pytest.raises(InputError, match="carried"):
         SegmentData(
             segment.token_ids, segment.sequence_offsets, segment.states, segment.final, events, segment.excluded
@@ -336,6 +346,11 @@ def test_more_keys_than_columns_stay_together_as_json(tmp_path):
 # ---- what is given -------------------------------------------------------------------------------------------------
 
 
+def with_column(table: pa.Table, name: str, values: list[Any]) -> pa.Table:
+    kind = table.schema.field(name).type
+    return table.set_column(table.column_names.index(name), name, pa.array(values, kind))
+
+
 def changed(segment: SegmentData, **fields: Any) -> SegmentData:
     return SegmentData(**({name: getattr(segment, name) for name in SegmentData.__dataclass_fields__} | fields))
 
@@ -350,9 +365,19 @@ def changed(segment: SegmentData, **fields: Any) -> SegmentData:
         (lambda s: {"events": s.events.append_column("x", pa.array([1.0]))}, "column 'x' is double"),
         (lambda s: {"events": s.events.append_column("../x", pa.array(["a"]))}, "column '../x' is not made of"),
         (lambda s: {"events": s.events.append_column("x", pa.array([None], pa.string()))}, "has 1 nulls"),
-        (lambda s: {"events": s.events.set_column(4, "sequence", pa.array([1]))}, "outside 0..0"),
-        (lambda s: {"events": s.events.set_column(5, "position", pa.array([3]))}, "outside its sequence"),
-        (lambda s: {"events": s.events.set_column(5, "position", pa.array([-1]))}, "outside its sequence"),
+        (lambda s: {"events": with_column(s.events, "sequence", [1])}, "outside 0..0"),
+        (lambda s: {"events": with_column(s.events, "position", [3])}, "outside its sequence"),
+        (lambda s: {"events": with_column(s.events, "position", [-1])}, "outside its sequence"),
+        (lambda s: {"events": with_column(s.events, "pair", ["pt,sft"])}, "an event's pair is 'pt,sft'"),
+        (lambda s: {"events": with_column(s.events, "pair", ["pt,it,pt"])}, "an event's pair is 'pt,it,pt'"),
+        (lambda s: {"sequences": s.sequences.slice(0, 0)}, "0 rows for 1 sequences"),
+        (
+            lambda s: {"sequences": s.sequences.drop_columns(["carried"])},
+            "the sequences table needs a column 'carried'",
+        ),
+        (lambda s: {"sites": {("mlp", "pt", 1): torch.zeros(3, 3)}}, r"rows of .*\('mlp', 'pt', 1\)"),
+        (lambda s: {"sites": {("head", "pt", 1): torch.zeros(3, 3)}}, "site 'head' is none of state, attention, mlp"),
+        (lambda s: {"sites": {("mlp", x, 1): torch.zeros(2, 3) for x in ("pt", "it")}}, "rows of site mlp"),
         (lambda s: {"final": {"pt": torch.zeros(2, 3), "it": torch.zeros(1, 3)}}, "final states of pt"),
         (lambda s: {"final": {"pt": torch.zeros(1, 3)}}, "final states of"),
         (lambda s: {"states": s.states | {("pt", 9): torch.zeros(3, 3)}}, "states of"),
@@ -566,7 +591,7 @@ def test_every_byte_flipped_in_turn_is_noticed(turn, tmp_path):
                 look()
             n_flipped += 1
             (path / file).write_bytes(data)
-    assert n_flipped > 3_000
+    assert n_flipped > 2_200
     assert verify(path) == []
 
 
@@ -755,7 +780,7 @@ def test_metadata_that_lies_is_noticed_before_anything_is_allocated(change, path
         ("events/sequence", [1, -1, 1, 2]),
         ("sequence_offsets", [0, 5, 2**62, 15]),
         ("sequence_offsets", [0, 14, 5, 15]),
-        ("events/prompt_id/offsets", [0, 2**62, 5, 9, 9]),
+        ("texts/offsets", [0, 2**62, *[9] * 28]),
     ],
 )
 def test_indices_that_lie_are_noticed(array, values, path):

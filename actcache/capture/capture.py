@@ -8,6 +8,7 @@ from what it chose, or the prompt is excluded with the reason recorded.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import platform
@@ -18,16 +19,28 @@ from importlib.metadata import version
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from actcache import carried
 from actcache import prompts as prompts_module
+from actcache.capture.growth import (
+    digests_of_segments,
+    existing,
+    joined,
+    missing_of,
+    name_of_addition,
+    said_of_sites,
+    segments_of,
+    sites_of_store,
+)
 from actcache.capture.search import Decoding, Outcome, SearchLimits, find_decoding, propose
 from actcache.errors import InputError, NotFiniteError
-from actcache.finite import first_no_state, not_finite
+from actcache.finite import first_no_state, first_not_finite, not_finite
 from actcache.models.backbone import Backbone
-from actcache.models.blocks import block_of, check_boundary
+from actcache.models.blocks import block_of, check_boundary, find_site
 from actcache.models.checkpoint import DTYPES
 from actcache.models.gather import gather_rows
 from actcache.models.lineup import Lineup
@@ -37,7 +50,9 @@ from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
 from actcache.schema import Fingerprint
-from actcache.store import BackgroundWriter, Place, SegmentData, StoreWriter
+from actcache.store import BackgroundWriter, Place, Segment, SegmentData, StoreWriter, open_store
+from actcache.store.layout import SITES, STATE, Sites
+from actcache.store.segment_data import SiteRows
 
 PAIR = ("pt", "it")
 KIND = "first_divergence"
@@ -59,6 +74,7 @@ class CaptureSettings:
         max_tokens: tokens of one pack.
         shard_prompts: prompts of one segment, the unit that a killed run loses at most.
         codec: of the stored states: ``blosc``, which any Zarr reader has, or ``actcache.bf16_planes`` for bfloat16.
+        sites: further rows to keep, each a site (``attention`` or ``mlp``) and a block: what that part of it gives.
     """
 
     boundaries: tuple[int, ...]
@@ -70,6 +86,20 @@ class CaptureSettings:
     max_tokens: int = 4096
     shard_prompts: int = 64
     codec: str = "blosc"
+    sites: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def wanted(self) -> Sites:
+        """The blocks whose rows are kept, by site."""
+        found: Sites = {STATE: list(self.boundaries)}
+        for site, block in self.sites:
+            found.setdefault(site, []).append(block)
+        return found
+
+    def with_sites(self, wanted: Sites) -> CaptureSettings:
+        """The same with these rows instead."""
+        others = ((site, block) for site, blocks in wanted.items() if site != STATE for block in blocks)
+        return replace(self, boundaries=tuple(wanted[STATE]), sites=tuple(others))
 
 
 def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
@@ -91,6 +121,28 @@ def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
     return tuple(sorted(boundaries))
 
 
+def parse_sites(given: Iterable[str], n_blocks: int) -> tuple[tuple[str, int], ...]:
+    """``mlp:29,30`` or ``attention:all``, each a site and its blocks (0..L-1), each block once.
+
+    Raises:
+        InputError: not of that form, a site that is none, or a block that the model has not.
+    """
+    found: dict[tuple[str, int], None] = {}
+    for text in given:
+        site, _, blocks = text.partition(":")
+        if site not in SITES or site == STATE:
+            raise InputError(f"site {text!r}: give attention or mlp and its blocks, such as mlp:29,30 or attention:all")
+        for part in range(n_blocks) if blocks.strip() == "all" else blocks.split(","):
+            try:
+                block = int(part)
+            except ValueError as error:
+                raise InputError(f"site {text!r}: {part!r} is not a block index") from error
+            if not 0 <= block < n_blocks:
+                raise InputError(f"site {text!r}: block {block} is not one of 0..{n_blocks - 1}")
+            found[site, block] = None
+    return tuple(found)
+
+
 def capture(
     lineup: Lineup,
     prompts: Sequence[Prompt],
@@ -104,6 +156,9 @@ def capture(
 ) -> None:
     """Find the events of every prompt and store what their replay needs; resumable by the same call.
 
+    A store grows by it too. Prompts that follow those it was made from become new segments. For boundaries or sites
+    that it lacks, its sequences run again, without a search. What it has stays as it is.
+
     Args:
         lineup: the checkpoints; events are defined on ``pt`` and ``it``.
         prompts: validated prompts.
@@ -111,7 +166,8 @@ def capture(
         settings: what to compute.
         part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
         load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
-        on_progress: told of prompts decided (or found committed), after every step of a search and every pack.
+        on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
+            of sequences that run again.
         say: told, in one line, what a person should know (packing not possible, for example).
 
     Raises:
@@ -126,30 +182,61 @@ def capture(
         check_boundary(boundary, lineup.n_blocks)
     prompt_ids = lineup.encode(prompts, say)
     found = fingerprint(lineup, prompts, settings)
-    writer = StoreWriter(store, found, digests_of_segments(prompts, settings.shard_prompts))
-    shards = list(_shards(len(prompts), settings.shard_prompts))[part[0] :: part[1]]
+    before = existing(store)
+    captured = before.prompts if before else {}
+    segments = segments_of(prompts, settings.shard_prompts, captured)
+    writer = StoreWriter(store, found, digests_of_segments(prompts, settings.shard_prompts, captured))
+    if before is not None:
+        stored, asked = sites_of_store(before), settings.wanted
+        kept = {
+            site: [block for block in blocks if block not in asked.get(site, ())] for site, blocks in stored.items()
+        }
+        if any(kept.values()):
+            say(f"the store has {said_of_sites(kept)} too, which stay")
+        settings = settings.with_sites(joined(stored, asked))
+    load = load or (lambda label: load_backbone(lineup, label, settings))
+    job: _Capture | None = None
+
+    def get_job() -> _Capture:
+        nonlocal job
+        if job is None:  # weights are not loaded where nothing is left to do
+            job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, say)
+        return job
+
+    shards = list(segments.items())[part[0] :: part[1]]
     committed = writer.committed
     tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)
     tally.add(found=sum(len(shard) for name, shard in shards if name in committed))
-    left = [(name, shard) for name, shard in shards if name not in committed]
-    if not left:
-        return
-    load = load or (lambda label: load_backbone(lineup, label, settings))
-    job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, tally, say)
     with BackgroundWriter(writer) as background:
-        for name, shard in left:
+        for name, shard in [(name, shard) for name, shard in shards if name not in committed]:
             if name in writer.committed:  # by another process meanwhile
                 tally.add(found=len(shard))
                 continue
-            segment = job.shard([prompts[i] for i in shard], [prompt_ids[i] for i in shard], background.check)
+            indices = list(shard)
+            segment = get_job().shard(
+                [prompts[i] for i in indices], [prompt_ids[i] for i in indices], tally, background.check
+            )
             background.append(name, segment)
+    own = list(open_store(store).segments)[part[0] :: part[1]]
+    lacking = [one for one in own if missing_of(one, settings.wanted)]
+    if not lacking:
+        return
+    added = functools.reduce(joined, (missing_of(one, settings.wanted) for one in lacking))
+    say(f"the store gains {said_of_sites(added)}: stored sequences run again, without a search")
+    tally = Tally(sum(one.n_sequences for one in lacking), "sequences", on_progress)
+    with BackgroundWriter(writer) as background:
+        for one in lacking:
+            sites = missing_of(one, settings.wanted)
+            rows = get_job().rows_of(one, sites, tally, background.check)
+            background.add_rows(name_of_addition(one, sites), one.record, rows)
 
 
 def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Backbone:
     """A checkpoint's backbone, from its folder; one that could not be replayed is refused before anything is captured.
 
     Raises:
-        UnsupportedModelError: the architecture cannot be replayed from its states, and prefix rows are asked for.
+        UnsupportedModelError: the architecture cannot be replayed from its states, and prefix rows are asked for; or it
+            has no such site.
     """
     checkpoint = lineup.checkpoints[label]
     model = checkpoint.load(DTYPES[settings.dtype], settings.device)
@@ -157,7 +244,10 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Back
         if settings.row_selection == "prefix":
             for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
                 check_replayable(model, boundary)
-        return Backbone(model)
+        backbone = Backbone(model)
+        for site, block in settings.sites:
+            find_site(backbone.blocks[block], site)
+        return backbone
 
 
 def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> Fingerprint:
@@ -183,17 +273,6 @@ def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSett
         processor=platform.machine(),
         versions={name: version(name) for name in ("actcache", "torch", "transformers")},
     )
-
-
-def digests_of_segments(prompts: Sequence[Prompt], shard_prompts: int) -> dict[str, str]:
-    """A digest of the prompts of each segment, by its name."""
-    shards = _shards(len(prompts), shard_prompts)
-    return {name: prompts_module.digest(prompts[shard.start : shard.stop]) for name, shard in shards}
-
-
-def _shards(n_prompts: int, shard_prompts: int) -> Iterable[tuple[str, range]]:
-    for index, start in enumerate(range(0, n_prompts, shard_prompts)):
-        yield f"shard-{index:06d}", range(start, min(start + shard_prompts, n_prompts))
 
 
 @dataclass(frozen=True)
@@ -225,7 +304,7 @@ class _Captured:
     tokens: dict[str, int]  # the pair's choices
     gaps: dict[str, float]
     margins: dict[str, float]
-    states: dict[tuple[str, int], torch.Tensor]
+    rows: SiteRows
     final: dict[str, torch.Tensor]
 
     @property
@@ -249,11 +328,10 @@ class _Capture:
         lineup: Lineup,
         backbones: dict[str, Backbone],
         settings: CaptureSettings,
-        tally: Tally,
         say: Callable[[str], None],
     ) -> None:
         self.backbones = backbones
-        self.tally = tally
+        self.tally = Tally(0, "prompts", untold)
         self.settings = settings
         self.decode = lineup.decode
         self.vocabulary = lineup.vocabulary
@@ -270,10 +348,56 @@ class _Capture:
         else:
             self.pack_tokens = 0
 
+    def rows_of(self, segment: Segment, sites: Sites, tally: Tally, between: Callable[[], None]) -> SiteRows:
+        """Rows of further sites of a stored segment, whose sequences run again; calls ``between`` as :meth:`shard`."""
+        self.tally = tally
+        ids, offsets = segment.read("token_ids"), segment.row_offsets
+        lengths = np.diff(offsets)
+        places = self._stored_places(segment)
+        width, dtype = next(iter(self.backbones.values())).width, DTYPES[self.settings.dtype]
+        wanted = [(site, block) for site, blocks in sites.items() for block in blocks]
+        keys = [(site, label, block) for site, block in wanted for label in self.backbones]
+        out = {key: torch.empty(segment.n_rows, width, dtype=dtype) for key in keys}
+        filled = np.flatnonzero(lengths)  # a sequence without tokens has no rows
+        filled = filled[np.argsort([self.regimes.of(int(n)) for n in lengths[filled]], kind="stable")]
+        for pack in self.regimes.packs(lengths[filled].tolist(), self.pack_tokens):
+            between()
+            numbers = filled[pack.start : pack.stop]
+            bounds = offsets_of(lengths[numbers].tolist())
+            tokens = np.concatenate([ids[offsets[n] : offsets[n + 1]] for n in numbers]).astype(np.int64)
+            at = np.concatenate([places[n][0] + int(start) for n, start in zip(numbers, bounds, strict=False)])
+            to = torch.from_numpy(np.concatenate([places[n][1] for n in numbers]))
+            for label, backbone in self.backbones.items():
+                given = torch.from_numpy(tokens)[None]
+                gathered, _ = forward_and_gather(backbone, given, bounds.tolist(), wanted, torch.from_numpy(at))
+                for (site, block), rows in gathered.items():
+                    if (row := first_wrong(site, rows)) is not None:
+                        n = int(numbers[np.searchsorted(bounds.numpy(), at[row], side="right") - 1])
+                        whose = f"checkpoint {label}, sequence {n} of segment {segment.name}"
+                        what = said_of_site(site, block)
+                        raise not_finite(whose, what, backbone, ids[offsets[n] : offsets[n + 1]].tolist())
+                    out[site, label, block][to] = rows
+            self.tally.add(len(numbers), tokens=len(tokens))
+        return out
+
+    def _stored_places(self, segment: Segment) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+        """Of each sequence the positions whose rows a segment has, and where among its rows these lie."""
+        offsets = segment.row_offsets
+        if segment.fingerprint.has_prefix_rows:
+            return [(np.arange(stop - start), np.arange(start, stop)) for start, stop in itertools.pairwise(offsets)]
+        events = segment.read_table("events")
+        sequence, position = events["sequence"].to_numpy(), events["position"].to_numpy()
+        return [(position[own], own) for n in range(segment.n_sequences) for own in [np.flatnonzero(sequence == n)]]
+
     def shard(
-        self, prompts: Sequence[Prompt], prompt_ids: Sequence[list[int]], between: Callable[[], None]
+        self,
+        prompts: Sequence[Prompt],
+        prompt_ids: Sequence[list[int]],
+        tally: Tally,
+        between: Callable[[], None],
     ) -> SegmentData:
         """Everything that one segment holds; calls ``between`` before each forward, which may raise."""
+        self.tally = tally
         searches = [_Search(i, p, ids, []) for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))]
         captured: list[_Captured] = []
         excluded: dict[int, str] = {}
@@ -345,11 +469,12 @@ class _Capture:
         ]
         prefix = self.settings.row_selection == "prefix"
         kept = [range(start, stop) if prefix else range(stop - 1, stop) for start, stop in itertools.pairwise(bounds)]
-        states: dict[tuple[str, int], torch.Tensor] = {}
+        states: SiteRows = {}
         final: dict[str, torch.Tensor] = {}
+        wanted = [(site, block) for site, blocks in self.settings.wanted.items() for block in blocks]
         for label, backbone in self.backbones.items():
-            gathered, hidden = forward_and_gather(backbone, ids, bounds, self.settings.boundaries, _concatenated(kept))
-            states.update({(label, boundary): rows for boundary, rows in gathered.items()})
+            gathered, hidden = forward_and_gather(backbone, ids, bounds, wanted, _concatenated(kept))
+            states.update({(site, label, block): rows for (site, block), rows in gathered.items()})
             final[label] = gather_rows(hidden, _concatenated(compared))
         self._check_finite(pack, states, kept, final, compared)
         best = {label: self._best(label, final[label], pack, compared) for label in PAIR}
@@ -380,14 +505,14 @@ class _Capture:
     def _check_finite(
         self,
         pack: Sequence[_Search],
-        states: dict[tuple[str, int], torch.Tensor],
+        states: SiteRows,
         kept: Sequence[range],
         final: dict[str, torch.Tensor],
         compared: Sequence[range],
     ) -> None:
-        for (label, boundary), rows in states.items():
-            if (row := first_no_state(rows)) is not None:
-                raise self._not_finite(label, f"the state at boundary {boundary}", pack, kept, row)
+        for (site, label, block), rows in states.items():
+            if (row := first_wrong(site, rows)) is not None:
+                raise self._not_finite(label, said_of_site(site, block), pack, kept, row)
         for label, rows in final.items():
             if (row := first_no_state(rows)) is not None:
                 raise self._not_finite(label, "the final state", pack, compared, row)
@@ -436,12 +561,15 @@ class _Capture:
     def _segment(self, captured: list[_Captured], excluded: list[tuple[Prompt, str]]) -> SegmentData:
         width, dtype = next(iter(self.backbones.values())).width, DTYPES[self.settings.dtype]
         lengths = [len(event.sequence) for event in captured]
-        keys = [(label, boundary) for label in self.backbones for boundary in self.settings.boundaries]
+        wanted = [(site, block) for site, blocks in self.settings.wanted.items() for block in blocks]
+        keys = [(site, label, block) for site, block in wanted for label in self.backbones]
         empty = torch.empty(0, width, dtype=dtype)
+        rows = {key: torch.cat([empty, *(event.rows[key] for event in captured)]) for key in keys}
         return SegmentData(
             token_ids=np.array([token for event in captured for token in event.sequence], dtype=np.int32),
             sequence_offsets=offsets_of(lengths).numpy(),
-            states={key: torch.cat([empty, *(event.states[key] for event in captured)]) for key in keys},
+            states={(label, block): rows.pop((site, label, block)) for site, label, block in keys if site == STATE},
+            sites=rows,
             final={
                 label: torch.cat([empty, *(event.final[label][None] for event in captured)]) for label in self.backbones
             },
@@ -460,9 +588,10 @@ class _Capture:
             return pa.array(list(values), kind)
 
         columns = {
-            "event_id": column((f"{e.search.prompt.id}@{e.position}" for e in captured), pa.string()),
+            "event_id": column((f"{e.search.prompt.id}@{e.position}:{KIND}" for e in captured), pa.string()),
             "prompt_id": column((e.search.prompt.id for e in captured), pa.string()),
             "kind": column((KIND for _ in captured), pa.string()),
+            "pair": column((",".join(PAIR) for _ in captured), pa.string()),
             "step": column((len(e.search.shared) for e in captured), pa.int32()),
             "proposed_step": column((e.proposed_step for e in captured), pa.int32()),
             "sequence": column(range(len(captured)), pa.int64()),
@@ -482,38 +611,55 @@ class _Capture:
         return pa.table(columns)
 
 
+def first_wrong(site: str, rows: torch.Tensor) -> int | None:
+    """The first row that is not finite, or of states is none (see :func:`actcache.finite.are_states`)."""
+    return first_no_state(rows) if site == STATE else first_not_finite(rows)
+
+
+def said_of_site(site: str, block: int) -> str:
+    """What an error calls a row."""
+    return f"the state at boundary {block}" if site == STATE else f"the {site} of block {block}"
+
+
 def forward_and_gather(
     backbone: Backbone,
     ids: torch.Tensor,
     bounds: Sequence[int],
-    boundaries: Sequence[int],
+    sites: Sequence[tuple[str, int]],
     row_ids: torch.Tensor,
-) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """One plain forward; the rows at each boundary are gathered as the blocks are entered.
+) -> tuple[dict[tuple[str, int], torch.Tensor], torch.Tensor]:
+    """One plain forward; the rows at each site are gathered as its block is entered, or its module is left.
 
     Args:
         backbone: the checkpoint.
         ids: ``[1, T]`` int64.
         bounds: ``[n + 1]``, where each sequence begins.
-        boundaries: blocks whose input is gathered.
+        sites: each a site and a block: the block's input, or what its attention or MLP gives.
         row_ids: ``[n_rows]`` int64 on the CPU, rows of the ``[T, D]`` state.
 
     Returns:
-        rows of every boundary, ``[n_rows, D]`` on the CPU, and the last block's output ``[T, D]`` on the device.
+        rows of every site, ``[n_rows, D]`` on the CPU, and the last block's output ``[T, D]`` on the device.
     """
-    gathered: dict[int, torch.Tensor] = {}
+    gathered: dict[tuple[str, int], torch.Tensor] = {}
     on_cuda = backbone.device.type == "cuda"
 
-    def hook_for(boundary: int) -> Callable[..., None]:
-        def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            state = (args[0] if args else kwargs["hidden_states"])[0]
-            # Straight into page-locked memory on CUDA: the copy is queued on the stream and the forward goes on.
-            out = torch.empty(len(row_ids), state.shape[1], dtype=state.dtype, pin_memory=on_cuda)
-            gathered[boundary] = gather_rows(state, row_ids, out)
+    def keep(place: tuple[str, int], values: torch.Tensor) -> None:
+        # Straight into page-locked memory on CUDA: the copy is queued on the stream and the forward goes on.
+        rows = values[0]
+        out = torch.empty(len(row_ids), rows.shape[1], dtype=rows.dtype, pin_memory=on_cuda)
+        gathered[place] = gather_rows(rows, row_ids, out)
 
-        return hook
+    def hooked(place: tuple[str, int]) -> RemovableHandle:
+        site, block = place
+        if site == STATE:
+            return backbone.blocks[block].register_forward_pre_hook(
+                lambda module, args, kwargs: keep(place, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
+            )
+        return find_site(backbone.blocks[block], site).register_forward_hook(
+            lambda module, args, output: keep(place, output if isinstance(output, torch.Tensor) else output[0])
+        )
 
-    handles = [backbone.blocks[b].register_forward_pre_hook(hook_for(b), with_kwargs=True) for b in boundaries]
+    handles = [hooked(place) for place in sites]
     try:
         hidden = backbone.forward(bounds, input_ids=ids.to(backbone.device))
     finally:

@@ -58,6 +58,13 @@ def add_capture_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--boundary", default="0.6", help="first late block: 18, a fraction of the depth, a list, or all (default 0.6)"
     )
+    parser.add_argument(
+        "--site",
+        action="append",
+        default=[],
+        metavar="SITE:BLOCKS",
+        help="keep further rows, of what a block's attention or MLP gives: mlp:29,30 or attention:all; repeat for more",
+    )
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default %(default)s")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
     parser.add_argument(
@@ -86,7 +93,7 @@ def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings
     Raises:
         InputError: a boundary is not one of a model of so many blocks.
     """
-    from actcache.capture.capture import CaptureSettings, parse_boundaries
+    from actcache.capture.capture import CaptureSettings, parse_boundaries, parse_sites
 
     return CaptureSettings(
         boundaries=parse_boundaries(args.boundary, n_blocks),
@@ -98,6 +105,7 @@ def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings
         max_tokens=CaptureSettings.max_tokens if args.max_tokens is None else args.max_tokens,
         shard_prompts=args.shard_prompts,
         codec=args.codec,
+        sites=parse_sites(args.site, n_blocks),
     )
 
 

@@ -253,7 +253,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
                 field=field,
             )
     prompts = read_prompts(prompts_path, fingerprint.n_prompts)
-    as_captured = store.prompts == digests_of_segments(prompts, fingerprint.shard_prompts)
+    as_captured = store.prompts == digests_of_segments(prompts, fingerprint.shard_prompts, store.prompts)
     if not as_captured and digest(prompts) != fingerprint.prompts:
         raise InputError(
             f"{prompts_path} no longer holds the prompts that {folder.path} was made from; give theirs with --prompts"

@@ -1,8 +1,9 @@
 """The store: states, events and what identifies them, in Zarr v3, as immutable checksummed segments (see FORMAT.md).
 
-``storage`` and ``objects`` are where files lie, ``layout`` says what a segment holds and how, ``shard`` encodes and
-decodes one array; ``writer`` makes and commits segments, ``background`` does so beside other work, ``reader`` reads
-committed ones, ``verify`` re-reads everything, ``compact`` merges small ones. Knows files and rows; knows no models.
+``storage`` and ``objects`` are where files lie, ``segment_data`` says what a segment holds, ``layout`` how it lies
+there, ``shard`` encodes and decodes one array. ``writer`` makes and commits segments, ``background`` does so beside
+other work, ``reader`` reads committed ones, ``verify`` re-reads everything, ``compact`` merges small ones. Knows files
+and rows; knows no models.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from actcache.store.background import BackgroundWriter as BackgroundWriter
     from actcache.store.compact import compact as compact
-    from actcache.store.layout import SegmentData as SegmentData
     from actcache.store.reader import Store as Store
     from actcache.store.reader import open_store as open_store
     from actcache.store.segment import Segment as Segment
+    from actcache.store.segment_data import SegmentData as SegmentData
     from actcache.store.storage import Place as Place
     from actcache.store.verify import Problem as Problem
     from actcache.store.verify import repair as repair
@@ -31,7 +32,7 @@ _HOME = {
     "Place": "storage",
     "Problem": "verify",
     "Segment": "segment",
-    "SegmentData": "layout",
+    "SegmentData": "segment_data",
     "Store": "reader",
     "StoreWriter": "writer",
     "compact": "compact",

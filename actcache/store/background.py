@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
+from typing import Any
 
 from actcache.errors import AlreadyCommittedError
-from actcache.store.layout import SegmentData
+from actcache.store.segment_data import SegmentData, SiteRows
 from actcache.store.writer import StoreWriter
 
 _AT_ONCE = 2  # while one waits for the disk, the other's chunks are encoded
@@ -51,9 +53,11 @@ class BackgroundWriter:
         Raises:
             what ``StoreWriter.append`` raised for this segment's forerunners.
         """
-        self._room.acquire()
-        self.check()
-        self._begun.append(self._pool.submit(self._write, name, segment))
+        self._begin(name, partial(self._writer.append, name, segment))
+
+    def add_rows(self, name: str, to: dict[str, Any], rows: SiteRows) -> None:
+        """As :meth:`append`, of what ``StoreWriter.add_rows`` takes."""
+        self._begin(name, partial(self._writer.add_rows, name, to, rows))
 
     def check(self) -> None:
         """Raise the error of a write that has failed; returns at once."""
@@ -68,9 +72,14 @@ class BackgroundWriter:
         if error is None:
             self.check()
 
-    def _write(self, name: str, segment: SegmentData) -> None:
+    def _begin(self, name: str, commit: Callable[[], None]) -> None:
+        self._room.acquire()
+        self.check()
+        self._begun.append(self._pool.submit(self._write, name, commit))
+
+    def _write(self, name: str, commit: Callable[[], None]) -> None:
         try:
-            self._writer.append(name, segment)
+            commit()
             self._on_committed(name)
         except AlreadyCommittedError:
             self._on_lost(name)

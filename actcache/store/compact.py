@@ -16,10 +16,10 @@ import torch
 from actcache.carried import MAX_KEYS as MAX_CARRIED_KEYS
 from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout
-from actcache.store.layout import SegmentData
 from actcache.store.reader import Store, open_store
 from actcache.store.records import read_records, without_replaced
 from actcache.store.segment import Segment
+from actcache.store.segment_data import SegmentData
 from actcache.store.storage import Place
 from actcache.store.writer import StoreWriter
 
@@ -65,7 +65,7 @@ def compact(place: Place, max_bytes: int = 2**30, on_progress: OnProgress = unto
 
 
 def read_segment(segment: Segment) -> SegmentData:
-    """All of a committed segment, as it was appended."""
+    """All of a committed segment, as it was appended, with what was added to it since."""
     fingerprint = segment.fingerprint
     dtype = layout.STATE_DTYPES[fingerprint.dtype]
     labels = fingerprint.checkpoints
@@ -73,13 +73,23 @@ def read_segment(segment: Segment) -> SegmentData:
     def rows(array: str) -> torch.Tensor:
         return layout.to_torch(segment.read(array), dtype)
 
+    sites = {
+        (site, label, block): rows(layout.row_path(site, label, block))
+        for site, blocks in segment.sites.items()
+        for label in labels
+        for block in blocks
+    }
     return SegmentData(
         token_ids=segment.read("token_ids"),
         sequence_offsets=segment.row_offsets,
-        states={(label, b): rows(layout.state_path(label, b)) for label in labels for b in fingerprint.boundaries},
+        states={
+            (label, block): sites.pop((site, label, block)) for site, label, block in [*sites] if site == layout.STATE
+        },
         final={label: rows(layout.final_path(label)) for label in labels},
-        events=segment.read_table("events"),
+        events=layout.with_pair(segment.read_table("events"), fingerprint),
         excluded=segment.read_table("excluded"),
+        sequences=segment.read_table("sequences"),
+        sites=sites,
     )
 
 
@@ -101,6 +111,8 @@ def merge(parts: Sequence[SegmentData]) -> SegmentData:
         final={key: torch.cat([part.final[key] for part in parts]) for key in parts[0].final},
         events=pa.concat_tables(events),
         excluded=pa.concat_tables([part.excluded for part in parts]),
+        sequences=pa.concat_tables([part.sequences for part in parts]),
+        sites={key: torch.cat([part.sites[key] for part in parts]) for key in parts[0].sites},
     )
 
 
@@ -110,10 +122,11 @@ def _groups(segments: Sequence[Segment], max_bytes: int) -> Iterator[list[Segmen
     n_bytes = 0
     keys: frozenset[str] = frozenset()
     for segment in segments:
-        size = int(segment.record["raw_state_bytes"])
+        size = sum(int(one.record["raw_state_bytes"]) for one in (segment, *segment.additions))
         if group and (
             n_bytes + size > max_bytes
             or segment.record["schema"] != group[0].record["schema"]
+            or segment.sites != group[0].sites
             or len(keys | segment.carried_keys) > MAX_CARRIED_KEYS
         ):
             if len(group) > 1:
@@ -133,14 +146,18 @@ def _free_name(replaces: Sequence[str], taken: set[str]) -> str:
 
 
 def _clear_replaced(store: Store) -> None:
-    """Delete what the records of replaced segments list, then these records: whatever else there is stays.
+    """Delete what the records of replaced segments and their additions list, then these records: all else stays.
 
     Records last: an interrupted compaction leaves those that say what is still to delete. No reader minds, as the
     record of what replaces them is there all the time.
     """
     records = read_records(store.storage, store.fingerprint.digest)
-    live = {record["segment"] for record in without_replaced(records)}
+    segments = without_replaced(records)
+    live = {record["segment"] for record in segments}
+    replaced = {name for record in segments for name in record["replaces"]}
     for record in records:
-        if record["segment"] not in live:
+        # An addition to a segment that was set aside counts again once that is captured again.
+        goes = record["extends"]["segment"] in replaced if layout.is_addition(record) else record["segment"] not in live
+        if goes:
             store.storage.remove_files(f"{layout.SEGMENTS}/{record['folder']}", record["files"])
             store.storage.remove(layout.commit_key(record["segment"]))

@@ -1,11 +1,10 @@
-"""What a segment holds, and how arrays, tables and commit records lie on disk. FORMAT.md is the prose of this file."""
+"""How arrays, tables and commit records lie on disk. FORMAT.md is the prose of this file."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -14,20 +13,31 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from actcache.carried import MAX_KEYS as MAX_CARRIED_KEYS
-from actcache.carried import MAX_LEVELS as MAX_CARRIED_LEVELS
-from actcache.carried import is_shallow, is_text
 from actcache.errors import CorruptStoreError, FormatVersionError, InputError
-from actcache.schema import EVENTS, EXCLUDED, SEGMENT, Fingerprint, arrow_type, canonical, digest_of, is_count, types
+from actcache.schema import (
+    EVENTS,
+    EXCLUDED,
+    PAIR,
+    SEGMENT,
+    SEQUENCES,
+    Fingerprint,
+    arrow_type,
+    canonical,
+    digest_of,
+    is_count,
+    types,
+)
 from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
 from actcache.store.shard import crc32c, data_file, decode_json, encode_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE_VERSIONS = (1, FORMAT_VERSION)
 
 ROOT = "zarr.json"
 SEGMENTS = "segments"
 COMMITS = "commits"
 DROPPED = "dropped"
+TEXTS, TEXT_OFFSETS = "texts/bytes", "texts/offsets"
 
 STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_NAME = 200  # characters; file systems take 255 bytes
@@ -40,106 +50,22 @@ _FOLDER = re.compile(rf"{_NAME.pattern}(\.[0-9a-f]+)?")
 _FILE = re.compile(rf"({_NAME.pattern}/)*(zarr\.json|[0-9]+)")
 
 # Columns that every such table has; more may stand beside them.
-EVENT_COLUMNS = types(EVENTS)
+EVENT_COLUMNS = types((*EVENTS, replace(PAIR, required=True)))
 EXCLUDED_COLUMNS = types(EXCLUDED)
+SEQUENCE_COLUMNS = types(SEQUENCES)
+TABLES = {"events": EVENT_COLUMNS, "excluded": EXCLUDED_COLUMNS, "sequences": SEQUENCE_COLUMNS}
+_TABLES_OF_V1 = {"events": types(EVENTS), "excluded": EXCLUDED_COLUMNS}
+
+STATE = "state"
+SITES = {STATE: "states", "attention": "attention", "mlp": "mlp"}  # where rows are taken -> the folder of their arrays
+ROW_FOLDERS = tuple(f"{folder}/" for folder in SITES.values())
+Sites = dict[str, list[int]]  # site -> blocks
 SEGMENT_COLUMN = SEGMENT.name  # added by the reader
-
-
-@dataclass(frozen=True, eq=False)
-class SegmentData:
-    """Everything that one segment holds: S sequences of T tokens, E events, N rows of width D.
-
-    Attributes:
-        token_ids: ``[T]`` int32, the sequences' token ids one after another.
-        sequence_offsets: ``[S + 1]`` int64, where each sequence begins in ``token_ids``.
-        states: ``(label, boundary) -> [N, D]`` in the store's dtype. With ``row_selection`` ``prefix`` row i is the
-            state at token i, N = T; with ``divergence`` it is the state at event i, N = E.
-        final: ``label -> [E, D]``, the last block's output (before the final norm) at each event's position.
-        events: one row an event, at least the columns of ``EVENT_COLUMNS``; ``sequence`` counts within the segment,
-            ``carried`` is a JSON object, none of whose keys names a column.
-        excluded: prompts without an event, at least the columns of ``EXCLUDED_COLUMNS``.
-
-    Raises:
-        InputError: a shape, dtype, column or index does not fit the others.
-    """
-
-    token_ids: npt.NDArray[np.int32]
-    sequence_offsets: npt.NDArray[np.int64]
-    states: dict[tuple[str, int], torch.Tensor]
-    final: dict[str, torch.Tensor]
-    events: pa.Table
-    excluded: pa.Table
-
-    def __post_init__(self) -> None:
-        if self.token_ids.dtype != np.int32 or self.token_ids.ndim != 1:
-            raise InputError(f"token_ids are {self.token_ids.dtype} {self.token_ids.shape}, expected int32 [T]")
-        check_offsets(self.sequence_offsets, len(self.token_ids))
-        for table, columns, name in (
-            (self.events, EVENT_COLUMNS, "events"),
-            (self.excluded, EXCLUDED_COLUMNS, "excluded"),
-        ):
-            for column, kind in columns.items():
-                if column not in table.column_names or table.schema.field(column).type != _COLUMN_TYPES[kind]:
-                    raise InputError(f"the {name} table needs a column {column!r} of type {kind}")
-            for column in table.column_names:
-                column_type(table, column)
-            check_carried(table, name)
-        check_events(self.events["sequence"].to_numpy(), self.events["position"].to_numpy(), self.sequence_offsets)
-        for label, rows in self.final.items():
-            if len(rows) != self.events.num_rows:
-                raise InputError(f"final states of {label}: {len(rows)} rows for {self.events.num_rows} events")
-
-    @property
-    def n_sequences(self) -> int:
-        """S."""
-        return len(self.sequence_offsets) - 1
-
-
-def check_offsets(offsets: npt.NDArray[np.int64], total: int) -> None:
-    """Raise InputError unless offsets run from 0 to ``total``, never down."""
-    if offsets.dtype != np.int64 or offsets.ndim != 1 or len(offsets) == 0:
-        raise InputError(f"offsets are {offsets.dtype} {offsets.shape}, expected int64 [n + 1]")
-    if offsets[0] != 0 or offsets[-1] != total or (np.diff(offsets) < 0).any():
-        raise InputError(f"offsets must run from 0 to {total} and never down")
-
-
-def check_events(
-    sequence: npt.NDArray[np.int64], position: npt.NDArray[np.int64], sequence_offsets: npt.NDArray[np.int64]
-) -> None:
-    """Raise InputError unless every event lies within its sequence."""
-    n_sequences = len(sequence_offsets) - 1
-    if ((sequence < 0) | (sequence >= n_sequences)).any():
-        raise InputError(f"an event names a sequence outside 0..{n_sequences - 1}")
-    if ((position < 0) | (position >= np.diff(sequence_offsets)[sequence])).any():
-        raise InputError("an event's position lies outside its sequence")
 
 
 def n_rows(fingerprint: Fingerprint, n_tokens: int, n_events: int) -> int:
     """N of a segment: one row a token, or one an event."""
     return n_tokens if fingerprint.has_prefix_rows else n_events
-
-
-def check_carried(table: pa.Table, name: str) -> None:
-    """Raise InputError unless ``carried`` of every row is a JSON object whose keys can be further columns."""
-    taken = {*table.column_names, *(EVENT_COLUMNS if name == "events" else EXCLUDED_COLUMNS), SEGMENT_COLUMN}
-    keys: set[str] = set()
-    for text in set(table["carried"].to_pylist()):
-        try:
-            carried = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"the {name} table's carried {text[:40]!r} is not JSON: {str(error)[:200]}") from error
-        if not isinstance(carried, dict):
-            raise InputError(f"the {name} table's carried {text[:40]!r} is not a JSON object")
-        if not is_shallow(carried):
-            raise InputError(f"the {name} table's carried {text[:40]!r} has more than {MAX_CARRIED_LEVELS} levels")
-        keys.update(carried)
-        if len(keys) > MAX_CARRIED_KEYS:
-            raise InputError(f"the {name} table's carried has more than {MAX_CARRIED_KEYS} distinct keys")
-        for key in carried:
-            if key in taken or "\0" in key or not is_text(key):
-                raise InputError(
-                    f"carried key {key!r} cannot be a column of the {name} table: it is one already, or not text"
-                )
 
 
 def check_name(name: str, what: str) -> None:
@@ -153,7 +79,12 @@ def check_name(name: str, what: str) -> None:
 
 def state_path(label: str, boundary: int) -> str:
     """Where the states of a checkpoint at a boundary lie within a segment."""
-    return f"states/{label}/b{boundary:03d}"
+    return row_path(STATE, label, boundary)
+
+
+def row_path(site: str, label: str, block: int) -> str:
+    """Where the rows of a checkpoint at a site of a block lie within a segment."""
+    return f"{SITES[site]}/{label}/b{block:03d}"
 
 
 def final_path(label: str) -> str:
@@ -171,37 +102,91 @@ def dimension_names(array: str) -> list[str]:
     if array in _NAMES_OF:
         return _NAMES_OF[array]
     top, _, *rest = array.split("/")
-    if top in ("states", "final"):
-        return ["row" if top == "states" else "event", "width"]
+    if array.startswith((*ROW_FOLDERS, "final/")):
+        return ["event" if top == "final" else "row", "width"]
     if rest == ["bytes"]:
         return ["byte"]
     return [f"{_ROW_OF[top]}_offset" if rest else _ROW_OF[top]]
 
 
-_NAMES_OF = {"token_ids": ["token"], "sequence_offsets": ["sequence_offset"]}
-_ROW_OF = {"events": "event", "excluded": "prompt"}
+_NAMES_OF = {
+    "token_ids": ["token"],
+    "sequence_offsets": ["sequence_offset"],
+    TEXTS: ["byte"],
+    TEXT_OFFSETS: ["text_offset"],
+}
+_ROW_OF = {"events": "event", "excluded": "prompt", "sequences": "sequence"}
+
+Arrays = dict[str, tuple[tuple[int | None, ...], str]]  # path -> shape, stored dtype; None: only the array itself knows
 
 
-def expected_arrays(record: dict[str, Any], fingerprint: Fingerprint) -> dict[str, tuple[tuple[int | None, ...], str]]:
-    """Path, shape and stored dtype of every array of a segment; None is a length that only the array itself knows."""
+def expected_arrays(record: dict[str, Any], fingerprint: Fingerprint) -> Arrays:
+    """Every array of a segment, or of an addition to one."""
     width, dtype = fingerprint.width, stored_dtype(fingerprint.dtype)
-    rows = n_rows(fingerprint, record["n_tokens"], record["n_events"])
-    arrays: dict[str, tuple[tuple[int | None, ...], str]] = {
+    shape = n_rows(fingerprint, record["n_tokens"], record["n_events"]), width
+    rows: Arrays = {
+        row_path(site, label, block): (shape, dtype)
+        for label in fingerprint.checkpoints
+        for site, blocks in recorded_sites(record, fingerprint).items()
+        for block in blocks
+    }
+    if is_addition(record):
+        return rows
+    return {
         "token_ids": ((record["n_tokens"],), "int32"),
         "sequence_offsets": ((record["n_sequences"] + 1,), "int64"),
+        **{final_path(label): ((record["n_events"], width), dtype) for label in fingerprint.checkpoints},
+        **rows,
+        **(_columns_of_v1(record) if record["format_version"] == 1 else _columns(record)),
     }
-    for label in fingerprint.checkpoints:
-        arrays[final_path(label)] = ((record["n_events"], width), dtype)
-        for boundary in fingerprint.boundaries:
-            arrays[state_path(label, boundary)] = ((rows, width), dtype)
-    for table, n in (("events", record["n_events"]), ("excluded", record["n_excluded"])):
-        for column, kind in record["schema"][table].items():
+
+
+def _columns(record: dict[str, Any]) -> Arrays:
+    arrays: Arrays = {
+        f"{table}/{column}": ((n_of_table(record, table),), kind)
+        for table, schema in record["schema"].items()
+        for column, kind in schema.items()
+        if kind != "string"
+    }
+    n_texts = sum(n_of_table(record, table) * len(text_columns(schema)) for table, schema in record["schema"].items())
+    return {**arrays, TEXTS: ((None,), "uint8"), TEXT_OFFSETS: ((n_texts + 1,), "int64")}
+
+
+def _columns_of_v1(record: dict[str, Any]) -> Arrays:
+    arrays: Arrays = {}
+    for table, schema in record["schema"].items():
+        n = n_of_table(record, table)
+        for column, kind in schema.items():
             if kind == "string":
                 arrays[f"{table}/{column}/bytes"] = ((None,), "uint8")
                 arrays[f"{table}/{column}/offsets"] = ((n + 1,), "int64")
             else:
                 arrays[f"{table}/{column}"] = ((n,), kind)
     return arrays
+
+
+def n_of_table(record: dict[str, Any], table: str) -> int:
+    """How many rows a table of a segment has."""
+    return int(record[{"events": "n_events", "excluded": "n_excluded", "sequences": "n_sequences"}[table]])
+
+
+def text_columns(schema: dict[str, str]) -> list[str]:
+    """The columns of texts of a table, in the order in which they lie in a segment's texts."""
+    return sorted(column for column, kind in schema.items() if kind == "string")
+
+
+def recorded_sites(record: dict[str, Any], fingerprint: Fingerprint) -> Sites:
+    """The blocks whose rows a segment, or an addition to one, has, by site."""
+    sites: Sites = record["sites"] if record["format_version"] > 1 else {}
+    if is_addition(record):
+        return sites
+    # Whatever a record says, a segment must have the states that its store was created with.
+    return {**sites, STATE: list(dict.fromkeys([*fingerprint.boundaries, *sites.get(STATE, ())]))}
+
+
+def is_addition(record: dict[str, Any]) -> bool:
+    """Whether a record adds rows to a segment that another record commits."""
+    return "extends" in record
 
 
 def expected_files(record: dict[str, Any], fingerprint: Fingerprint) -> list[str]:
@@ -217,25 +202,8 @@ def groups_of(arrays: Iterable[str]) -> list[str]:
 
 
 def codec_of(array: str, fingerprint: Fingerprint) -> ChunkCodec:
-    """The codec of an array's chunks: the fingerprint's for states and final states, Blosc for all else."""
-    return CODECS[fingerprint.codec or BLOSC.name] if array.startswith(("states/", "final/")) else BLOSC
-
-
-def arrays_of(segment: SegmentData) -> Iterator[tuple[str, npt.NDArray[Any], dict[str, Any]]]:
-    """Path, content and attributes of every array of a segment."""
-    yield "token_ids", segment.token_ids, {}
-    yield "sequence_offsets", segment.sequence_offsets, {}
-    states = {state_path(label, boundary): rows for (label, boundary), rows in segment.states.items()}
-    for path, rows in (states | {final_path(label): rows for label, rows in segment.final.items()}).items():
-        yield path, to_numpy(rows), {"dtype": str(rows.dtype).removeprefix("torch.")}
-    for name, table in (("events", segment.events), ("excluded", segment.excluded)):
-        for column, kind in schema_of(table).items():
-            if kind == "string":
-                data, offsets = encode_text(table[column])
-                yield f"{name}/{column}/bytes", data, {}
-                yield f"{name}/{column}/offsets", offsets, {}
-            else:
-                yield f"{name}/{column}", table[column].to_numpy(), {}
+    """The codec of an array's chunks: the fingerprint's for rows and final states, Blosc for all else."""
+    return CODECS[fingerprint.codec or BLOSC.name] if array.startswith((*ROW_FOLDERS, "final/")) else BLOSC
 
 
 def to_numpy(rows: torch.Tensor) -> npt.NDArray[Any]:
@@ -273,21 +241,21 @@ def column_type(table: pa.Table, column: str) -> str:
     )
 
 
-def encode_text(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Text as Arrow lays it: UTF-8 bytes one after another, and the offsets where each text begins."""
-    texts = [text.encode() for text in column.to_pylist()]
+def encode_texts(columns: Sequence[pa.ChunkedArray]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Columns of texts as Arrow lays one: UTF-8 bytes one after another, and the offsets where each text begins."""
+    texts = [text.encode() for column in columns for text in column.to_pylist()]
     offsets = np.zeros(len(texts) + 1, np.int64)
     np.cumsum([len(text) for text in texts], out=offsets[1:])
     return np.frombuffer(b"".join(texts), np.uint8), offsets
 
 
 def decode_text(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> pa.Array:
-    """The inverse of :func:`encode_text`.
+    """A column of texts: text i is ``data[offsets[i]:offsets[i + 1]]``; the offsets never go down.
 
     Raises:
-        InputError: the offsets do not fit the bytes, or these are not UTF-8.
+        InputError: the bytes are not UTF-8.
     """
-    check_offsets(offsets, len(data))
+    data, offsets = data[offsets[0] : offsets[-1]], offsets - offsets[0]
     array = pa.LargeStringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data))
     try:
         array.validate(full=True)
@@ -321,15 +289,23 @@ def check_fingerprint(fingerprint: Fingerprint) -> None:
         raise InputError(f"codec {fingerprint.codec} holds bfloat16 states, not {fingerprint.dtype}; use {BLOSC.name}")
 
 
+def with_pair(events: pa.Table, fingerprint: Fingerprint) -> pa.Table:
+    """A table of events with their pair, which version 1 left to the fingerprint."""
+    if PAIR.name in events.column_names:
+        return events
+    pairs = pa.array([",".join(fingerprint.pair or ())] * events.num_rows, pa.string())
+    return events.add_column(list(EVENT_COLUMNS).index(PAIR.name), PAIR.name, pairs)
+
+
 def encode_group(attributes: dict[str, Any]) -> bytes:
     """The ``zarr.json`` of a group."""
     return encode_json({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
-def encode_root(fingerprint: Fingerprint) -> bytes:
+def encode_root(fingerprint: Fingerprint, version: int = FORMAT_VERSION) -> bytes:
     """The ``zarr.json`` of a store: a group whose attributes hold the fingerprint and its digest."""
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "fingerprint": fingerprint.to_json(),
         "fingerprint_sha256": fingerprint.digest,
     }
@@ -353,7 +329,7 @@ def decode_root(data: bytes, where: str) -> Fingerprint:
         check_version(content["format_version"], where)
         fingerprint = Fingerprint.from_json(content["fingerprint"])
         check_fingerprint(fingerprint)
-        is_as_written = encode_root(fingerprint) == data
+        is_as_written = encode_root(fingerprint, content["format_version"]) == data
     except (InputError, KeyError, TypeError) as error:
         raise CorruptStoreError(f"{where}/{ROOT}: not the root of a store ({error})") from error
     if not is_as_written:
@@ -425,8 +401,14 @@ def _check_record(record: dict[str, Any]) -> None:
         _check_parts(record)
     if "prompts" in record:
         _check_prompts(record)
-    for table, columns in (("events", EVENT_COLUMNS), ("excluded", EXCLUDED_COLUMNS)):
-        schema = record["schema"][table]
+    if record["format_version"] > 1:
+        _check_sites(record["sites"])
+    if is_addition(record):
+        _check_addition(record)
+    elif record["schema"].keys() != columns_of(record["format_version"]).keys():
+        raise InputError(f"schema has the tables {', '.join(record['schema'])}")
+    for table, schema in record["schema"].items():
+        columns = columns_of(record["format_version"])[table]
         for column, kind in schema.items():
             check_name(column, "column")
             if column == SEGMENT_COLUMN:
@@ -441,11 +423,41 @@ def _check_record(record: dict[str, Any]) -> None:
         if not is_count(size) or not (checksum is None or is_count(checksum)):
             raise InputError(f"file {file!r} has size {size!r} and checksum {checksum!r}")
     sizes = {file: size for file, (size, _) in record["files"].items()}
-    stored = sum(size for file, size in sizes.items() if file.startswith("states/"))
+    stored = sum(size for file, size in sizes.items() if file.startswith(ROW_FOLDERS))
     if (record["stored_bytes"], record["stored_state_bytes"]) != (sum(sizes.values()), stored):
         raise InputError("stored_bytes or stored_state_bytes is not the sum of the files' sizes")
     if not is_count(record["raw_state_bytes"]) or (record["raw_state_bytes"] and not stored):
         raise InputError(f"raw_state_bytes is {record['raw_state_bytes']!r}, stored in {stored}")
+
+
+def columns_of(version: int) -> dict[str, dict[str, str]]:
+    """The columns that every segment of a format version has at least, by table."""
+    return _TABLES_OF_V1 if version == 1 else TABLES
+
+
+def _check_sites(sites: Any) -> None:
+    if not isinstance(sites, dict) or not sites.keys() <= SITES.keys():
+        raise InputError(f"sites is {sites!r}, expected an object with some of {', '.join(SITES)}")
+    for site, blocks in sites.items():
+        _check_blocks(blocks, f"the blocks of site {site}")
+
+
+def _check_blocks(blocks: Any, what: str) -> None:
+    if (
+        not isinstance(blocks, list)
+        or not all(is_count(b) and b < MAX_BLOCKS for b in blocks)
+        or len(set(blocks)) < len(blocks)
+    ):
+        raise InputError(f"{what} are {blocks!r}, expected a list of distinct block indices")
+
+
+def _check_addition(record: dict[str, Any]) -> None:
+    extends = record["extends"]
+    if record["format_version"] == 1 or record["schema"] or record["replaces"] or "parts" in record:
+        raise InputError("extends is said of more than rows")
+    if extends.keys() != {"segment", "record"} or not isinstance(extends["record"], str):
+        raise InputError(f"extends is {extends!r}, expected a segment and the digest of its record")
+    check_name(extends["segment"], "extended segment")
 
 
 def _check_parts(record: dict[str, Any]) -> None:
@@ -463,13 +475,16 @@ def _check_parts(record: dict[str, Any]) -> None:
 
 def _check_prompts(record: dict[str, Any]) -> None:
     digests = [*record["prompts"]["all"], *record["prompts"]["of"].values()]
-    if record["prompts"].keys() != {"all", "of"} or not all(isinstance(one, str) for one in digests):
+    if record["prompts"].keys() | {"n"} != {"all", "of", "n"} or not all(isinstance(one, str) for one in digests):
         raise InputError("prompts is not made of digests")
+    if not is_count(record["prompts"].get("n", 0)):
+        raise InputError(f"prompts has an n of {record['prompts']['n']!r}, expected a count")
     if not record["prompts"]["of"].keys() <= {record["segment"], *record["replaces"]}:
         raise InputError("prompts names a segment that is not merged into this one")
 
 
 def check_version(found: Any, where: str) -> None:
     """Raise FormatVersionError unless ``found`` is a version that this code reads."""
-    if found != FORMAT_VERSION:
-        raise FormatVersionError(f"{where}: format version {found}; this version of actcache reads {FORMAT_VERSION}")
+    if type(found) is not int or found not in READABLE_VERSIONS:
+        known = " and ".join(map(str, READABLE_VERSIONS))
+        raise FormatVersionError(f"{where}: format version {found}; this version of actcache reads {known}")

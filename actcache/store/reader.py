@@ -6,6 +6,7 @@ and that for each chunk: so a read trusts nothing but the chunks it decodes, and
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,9 +19,16 @@ import torch
 
 from actcache.carried import as_columns
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
-from actcache.schema import Fingerprint, digest_of
+from actcache.schema import PAIR, Fingerprint, digest_of
 from actcache.store import layout, shard
-from actcache.store.records import check_schemas, merge_prompts, read_fingerprint, read_records, without_replaced
+from actcache.store.records import (
+    additions_to,
+    check_schemas,
+    merge_prompts,
+    read_fingerprint,
+    read_records,
+    without_replaced,
+)
 from actcache.store.segment import Segment, Segments
 from actcache.store.storage import Place, Storage, open_storage
 
@@ -57,7 +65,7 @@ class Store:
 
     def __init__(self, storage: Storage) -> None:
         fingerprint = read_fingerprint(storage)
-        self._hold(storage, fingerprint, _live_records(storage, fingerprint))
+        self._hold(storage, fingerprint, _records(storage, fingerprint))
 
     def _hold(self, storage: Storage, fingerprint: Fingerprint, records: Sequence[dict[str, Any]]) -> None:
         self.storage, self.fingerprint = storage, fingerprint
@@ -67,7 +75,8 @@ class Store:
         self._n_moves = 0
 
     def __getstate__(self) -> tuple[Storage, Fingerprint, list[dict[str, Any]]]:
-        return self.storage, self.fingerprint, [segment.record for segment in self.segments]
+        records = [one.record for segment in self.segments for one in (segment, *segment.additions)]
+        return self.storage, self.fingerprint, records
 
     def __setstate__(self, state: tuple[Storage, Fingerprint, list[dict[str, Any]]]) -> None:
         self._hold(*state)
@@ -88,8 +97,26 @@ class Store:
 
     @property
     def boundaries(self) -> list[int]:
-        """Boundaries whose states are stored."""
-        return list(self.fingerprint.boundaries)
+        """Boundaries whose states are stored, those first that the store was created with."""
+        return self.sites.get(layout.STATE, [])
+
+    @property
+    def sites(self) -> layout.Sites:
+        """The blocks whose rows all segments have, by site; see :meth:`states`."""
+        if not self.segments:
+            return {layout.STATE: list(self.fingerprint.boundaries)}
+        first, *others = (segment.sites for segment in self.segments)
+        common = {
+            site: [block for block in blocks if all(block in other.get(site, ()) for other in others)]
+            for site, blocks in first.items()
+        }
+        return {site: blocks for site, blocks in common.items() if blocks or site == layout.STATE}
+
+    @property
+    def n_prompts(self) -> int:
+        """How many prompts were asked for, by the capture that asked for the most; 0 where none has told."""
+        known = merge_prompts([segment.record for segment in self.segments])["n"]
+        return max(known, self.fingerprint.n_prompts or 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -117,7 +144,10 @@ class Store:
         drafts = self.storage.describe_drafts()
         folders = [name for name in self.storage.names(layout.SEGMENTS) if name != layout.ROOT]
         # Listed last: a segment committed meanwhile is one.
-        live = {record["folder"] for record in _live_records(self.storage, self.fingerprint)}
+        records = _records(self.storage, self.fingerprint)
+        segments = without_replaced(records)
+        added = additions_to(segments, records).values()
+        live = {record["folder"] for record in (*segments, *itertools.chain.from_iterable(added))}
         return sorted([*(f"{layout.SEGMENTS}/{name}" for name in folders if name not in live), *drafts])
 
     @property
@@ -140,7 +170,7 @@ class Store:
 
     @property
     def events(self) -> pa.Table:
-        """One row an event, as captured, with the prompts' carried keys as columns and the segment's name.
+        """One row per event, as captured, with the prompts' carried keys as columns and the segment's name.
 
         A carried key becomes a column of its natural type, null where a prompt lacks it; values of mixed types, and
         nested ones, become their JSON text. More than 1000 keys in all stay together in a column ``carried``, as JSON.
@@ -149,16 +179,27 @@ class Store:
 
     @property
     def excluded(self) -> pa.Table:
-        """One row a prompt without an event: prompt_id, reason, carried keys, segment."""
+        """One row per prompt without an event: prompt_id, reason, carried keys, segment."""
         return self._kept_table("excluded")
 
-    def states(self, label: str, boundary: int, events: Events = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """States at a boundary, in the order asked; repeats are allowed.
+    @property
+    def sequences(self) -> pa.Table:
+        """One row per sequence, those without events too: prompt_id, carried keys, segment.
+
+        An event's ``sequence`` counts within its segment.
+        """
+        return self._kept_table("sequences")
+
+    def states(
+        self, label: str, boundary: int, events: Events = None, *, site: str = layout.STATE
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """States at a boundary, or rows of another site, in the order asked; repeats are allowed.
 
         Args:
             label: of the checkpoint.
-            boundary: one of :attr:`boundaries`.
+            boundary: one of :attr:`boundaries`; of other sites, the index of the block.
             events: indices (negative ones are refused), a slice, or None for all.
+            site: ``state``; ``attention`` or ``mlp`` for what that part of the block gives, before it is added.
 
         Returns:
             rows ``[N, D]`` in :attr:`dtype` and offsets ``[n + 1]`` int64: event i of those asked has rows
@@ -166,14 +207,13 @@ class Store:
             captured with ``divergence`` rows. Bit for bit what was captured.
 
         Raises:
-            InputError: unknown label, boundary or event; the message lists what there is.
+            InputError: unknown label, site, boundary or event; the message lists what there is.
             CorruptStoreError: stored bytes are not those committed.
         """
         self._check_label(label)
-        if boundary not in self.boundaries:
-            raise InputError(f"boundary {boundary} is not in the store; it has {', '.join(map(str, self.boundaries))}")
+        self._check_block(site, boundary)
         spans = _prefix_spans if self.fingerprint.has_prefix_rows else _event_spans
-        rows, offsets = self._rows(layout.state_path(label, boundary), self._indices(events), spans)
+        rows, offsets = self._rows(layout.row_path(site, label, boundary), self._indices(events), spans)
         return layout.to_torch(rows, self.dtype), offsets
 
     def final(self, label: str, events: Events = None) -> torch.Tensor:
@@ -189,23 +229,24 @@ class Store:
 
     def summary(self) -> dict[str, Any]:
         """What the store holds, as plain values."""
-        records = [segment.record for segment in self.segments]
+        records = [one.record for segment in self.segments for one in (segment, *segment.additions)]
         raw = sum(record["raw_state_bytes"] for record in records)
         stored = sum(record["stored_state_bytes"] for record in records)
         return {
             "path": self.path,
-            "format_version": layout.FORMAT_VERSION,
+            "format_version": max((r["format_version"] for r in records), default=layout.FORMAT_VERSION),
             "checkpoints": {label: self.fingerprint.checkpoints[label].to_json() for label in self.checkpoints},
             "dtype": self.fingerprint.dtype,
             "width": self.width,
             "boundaries": self.boundaries,
+            "sites": {site: blocks for site, blocks in self.sites.items() if site != layout.STATE},
             "row_selection": self.fingerprint.row_selection,
             "codec": layout.codec_of("states/", self.fingerprint).name,
             "segments": len(self.segments),
             "events": _counts(self.events["kind"]) | {"total": len(self)},
             "excluded_prompts": _counts(self.excluded["reason"]) | {"total": self.excluded.num_rows},
-            "sequences": sum(record["n_sequences"] for record in records),
-            "rows": sum(segment.n_rows for segment in self.segments) * len(self.checkpoints) * len(self.boundaries),
+            "sequences": sum(segment.n_sequences for segment in self.segments),
+            "rows": sum(s.n_rows * sum(map(len, s.sites.values())) for s in self.segments) * len(self.checkpoints),
             "state_bytes": {"raw": raw, "stored": stored, "ratio": round(raw / stored, 3) if raw else None},
             "stored_bytes": sum(record["stored_bytes"] for record in records),
             "uncommitted": self.uncommitted,
@@ -228,6 +269,19 @@ class Store:
     def _check_label(self, label: str) -> None:
         if label not in self.fingerprint.checkpoints:
             raise InputError(f"checkpoint {label!r} is not in the store; it has {', '.join(self.checkpoints)}")
+
+    def _check_block(self, site: str, block: int) -> None:
+        stored = self.sites
+        if block in stored.get(site, ()):
+            return
+        what = "boundary" if site == layout.STATE else f"{site} of block"
+        n = sum(block in segment.sites.get(site, ()) for segment in self.segments)
+        some = f" in {n} of {len(self.segments)} segments only: give the command again that adds it" if n else ""
+        has = "; ".join(
+            ("" if name == layout.STATE else f"{name} of ") + ", ".join(map(str, blocks))
+            for name, blocks in stored.items()
+        )
+        raise InputError(f"{what} {block} is {'' if n else 'not '}in the store{some}; it has {has}")
 
     def _rows(
         self, array: str, indices: npt.NDArray[np.int64], spans_of: SpansOf
@@ -275,7 +329,7 @@ class Store:
                     f"{self.storage} is not the store any more that was opened: its {field} is another; open it again",
                     field=field,
                 )
-            live = Segments(_segments(self.storage, self.fingerprint, _live_records(self.storage, self.fingerprint)))
+            live = Segments(_segments(self.storage, self.fingerprint, _records(self.storage, self.fingerprint)))
             before = [segment.home for segment in self.segments]
             lost = [segment for segment in self.segments if not segment.settle(live)]
             if [segment.home for segment in self.segments] != before:
@@ -302,33 +356,40 @@ class Store:
         return self._tables[name]
 
     def _table(self, name: str) -> pa.Table:
-        columns = layout.EVENT_COLUMNS if name == "events" else layout.EXCLUDED_COLUMNS
         check_schemas([segment.record for segment in self.segments])
+        columns = layout.TABLES[name]
         tables = [pa.table({column: layout.empty_column(kind) for column, kind in columns.items()})]
         tables += shard.at_once(self.storage, [partial(segment.read_table, name) for segment in self.segments])
         rows = zip(self.segments, tables[1:], strict=True)
         names = [segment.name for segment, table in rows for _ in range(table.num_rows)]
+        if name == "events":
+            tables = [layout.with_pair(table, self.fingerprint) for table in tables]
         texts = [text for table in tables for text in table["carried"].to_pylist()]
         tables = [table.drop_columns(["carried"]) for table in tables]
         whole = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
         whole = whole.append_column(layout.SEGMENT_COLUMN, pa.array(names, pa.string()))
         for key, column in as_columns(texts).items():
+            if key == PAIR.name:  # prompts of an earlier version could carry one
+                key = f"carried_{key}"
             if key in whole.column_names:
                 raise CorruptStoreError(f"the {name} table has a column and a carried key {key!r}")
             whole = whole.append_column(key, column)
         return whole
 
 
-def _live_records(storage: Storage, fingerprint: Fingerprint) -> list[dict[str, Any]]:
-    return without_replaced(read_records(storage, fingerprint.digest))
+def _records(storage: Storage, fingerprint: Fingerprint) -> list[dict[str, Any]]:
+    return read_records(storage, fingerprint.digest)
 
 
 def _segments(storage: Storage, fingerprint: Fingerprint, records: Sequence[dict[str, Any]]) -> list[Segment]:
-    """The segments of these records, their events numbered through."""
+    """The segments that count of these records, with their additions, their events numbered through."""
     segments: list[Segment] = []
-    for record in records:
+    live = without_replaced(records)
+    added = additions_to(live, records)
+    for record in live:
         start = segments[-1].events.stop if segments else 0
-        segments.append(Segment(storage, range(start, start + record["n_events"]), record, fingerprint))
+        events = range(start, start + record["n_events"])
+        segments.append(Segment(storage, events, record, fingerprint, added.get(record["segment"], ())))
     return segments
 
 

@@ -103,11 +103,12 @@ def _read_if_there(storage: Storage, name: str, digest: str) -> dict[str, Any] |
 
 
 def without_replaced(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The records that count, in the order of the store: those that no other one replaces.
+    """The records of segments that count, in the order of the store: those that no other one replaces.
 
     Raises:
         CorruptStoreError: two that count claim to replace the same segment, or segments replace each other.
     """
+    records = [record for record in records if not layout.is_addition(record)]
     replaced_by = {record["segment"]: record["replaces"] for record in records}
     for name, older in replaced_by.items():
         # What a segment replaces, it holds whole: so it names all that those replaced, and never what replaces it.
@@ -127,12 +128,40 @@ def without_replaced(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(live, key=lambda record: min([record["segment"], *record["replaces"]]))
 
 
+def additions_to(
+    segments: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    """The records of additions that count, by the name of the segment that they add to, in the order of their names.
+
+    Args:
+        segments: records of segments that count.
+        records: all there are.
+
+    Raises:
+        CorruptStoreError: an addition counts other rows than its segment.
+    """
+    found: dict[str, list[dict[str, Any]]] = {}
+    additions = sorted((one for one in records if layout.is_addition(one)), key=lambda record: record["segment"])
+    by_name = {record["segment"]: record for record in segments} if additions else {}
+    for addition in additions:
+        base = by_name.get(addition["extends"]["segment"])
+        if base is None or layout.record_digest(base) != addition["extends"]["record"]:
+            continue  # of a segment that was merged, or captured anew, meanwhile
+        if counts_of(base) != counts_of(addition):
+            raise CorruptStoreError(
+                f"commit record {addition['segment']}.json adds to segment {base['segment']!r}, and counts other rows"
+                f"{shard.ADVICE}"
+            )
+        found.setdefault(base["segment"], []).append(addition)
+    return found
+
+
 def check_schemas(records: Sequence[dict[str, Any]]) -> None:
     """Raise CorruptStoreError where a column is of two types in two segments, whose tables then do not join."""
     seen: dict[tuple[str, str], tuple[str, str]] = {}
     for record in records:
-        for table in ("events", "excluded"):
-            for column, kind in record["schema"][table].items():
+        for table, schema in record["schema"].items():
+            for column, kind in schema.items():
                 first, expected = seen.setdefault((table, column), (record["segment"], kind))
                 if kind != expected:
                     raise CorruptStoreError(
@@ -159,9 +188,10 @@ def encode_parts(parts: Sequence[Part]) -> list[dict[str, Any]]:
 
 
 def merge_prompts(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The ``prompts`` of several records as one: of each segment the digest of its prompts, and those of all files."""
+    """The ``prompts`` of several records as one: digests of each segment's prompts and of all files, and the most."""
     given = [record["prompts"] for record in records if "prompts" in record]
     return {
         "all": sorted({whole for one in given for whole in one["all"]}),
         "of": {name: digest for one in given for name, digest in one["of"].items()},
+        "n": max((one.get("n", 0) for one in given), default=0),
     }

@@ -22,6 +22,7 @@ from actcache.errors import CorruptStoreError, InputError
 from actcache.schema import Fingerprint
 from actcache.store import layout, shard
 from actcache.store.records import Counts, Part, parts_of
+from actcache.store.segment_data import check_carried, check_events, check_offsets, check_pairs, sequences_of
 from actcache.store.storage import Storage
 
 
@@ -34,10 +35,20 @@ class Segment:
         record: its commit record.
         fingerprint: the store's.
         parts: what writers committed of its content, in its order: itself alone, unless a compaction made it.
+        additions: segments of rows alone, whose arrays count as this one's.
     """
 
-    def __init__(self, storage: Storage, events: range, record: dict[str, Any], fingerprint: Fingerprint) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        events: range,
+        record: dict[str, Any],
+        fingerprint: Fingerprint,
+        additions: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Take what the commit record of a segment, or of an addition, says; ``additions`` are such records."""
         self.storage, self.events, self.record, self.fingerprint = storage, events, record, fingerprint
+        self.additions = tuple(Segment(storage, events, addition, fingerprint) for addition in additions)
         self.parts = parts_of(record)
         self._open: dict[str, shard.StoredArray] = {}
         self._tables: dict[str, pa.Table] = {}  # read for segments whose content lies in this one
@@ -53,8 +64,8 @@ class Segment:
 
     @property
     def covers(self) -> set[str]:
-        """Its name and those of the segments that it replaces."""
-        return {self.name, *self.record["replaces"]}
+        """Its name, and those of its additions and of the segments that it replaces."""
+        return {self.name, *self.record["replaces"], *(addition.name for addition in self.additions)}
 
     @property
     def folder(self) -> str:
@@ -77,9 +88,18 @@ class Segment:
         return int(self.record["n_sequences"])
 
     @cached_property
-    def arrays(self) -> dict[str, tuple[tuple[int | None, ...], str]]:
-        """Path, shape and stored dtype of every array; None is a length that only the array itself knows."""
+    def arrays(self) -> layout.Arrays:
+        """Every array of its own, those of additions apart."""
         return layout.expected_arrays(self.record, self.fingerprint)
+
+    @cached_property
+    def sites(self) -> layout.Sites:
+        """The blocks whose rows it has, by site, those of additions last."""
+        found: layout.Sites = {}
+        for one in (self, *self.additions):
+            for site, blocks in layout.recorded_sites(one.record, self.fingerprint).items():
+                found[site] = list(dict.fromkeys([*found.get(site, []), *blocks]))
+        return found
 
     # Not cached properties: those of Python 3.11 let only one segment at a time read, whatever its storage.
 
@@ -101,7 +121,7 @@ class Segment:
     def carried_keys(self) -> frozenset[str]:
         """Keys that the prompts of its tables carry (errors as :meth:`read`)."""
         if self._carried_keys is None:
-            tables = [self.read_table(name) for name in ("events", "excluded")]
+            tables = [self.read_table(name) for name in layout.TABLES]
             self._carried_keys = keys_of(text for table in tables for text in table["carried"].to_pylist())
         return self._carried_keys
 
@@ -131,22 +151,24 @@ class Segment:
         return home.open_array(array), spans + self._rows_of(array, before)[0], at
 
     def read_table(self, name: str) -> pa.Table:
-        """The ``events`` or ``excluded`` table (errors as :meth:`read`)."""
+        """The ``events``, ``excluded`` or ``sequences`` table, as written (errors as :meth:`read`).
+
+        A segment of version 1 has no ``sequences``: then it is what its events say of them.
+        """
         home, before = self._home
         if home is not self:
             return self._table_at(home, before, name)
-        columns: dict[str, pa.Array] = {}
-        for column, kind in self.record["schema"][name].items():
-            path = f"{name}/{column}"
-            if kind == "string":
-                data, offsets = self.read(f"{path}/bytes"), self.read(f"{path}/offsets")
-                with self._fitting(path):
-                    columns[column] = layout.decode_text(data, offsets)
-            else:
-                columns[column] = pa.array(self.read(path))
-        table = pa.table(columns)
+        if name not in self.record["schema"]:
+            return sequences_of(self.read_table("events"), self.n_sequences)
+        texts = self._read_texts(name) if self.record["format_version"] > 1 else self._read_texts_of_v1(name)
+        kinds = self.record["schema"][name].items()
+        table = pa.table(
+            {column: texts[column] if kind == "string" else self.read(f"{name}/{column}") for column, kind in kinds}
+        )
         with self._fitting(name):
-            layout.check_carried(table, name)
+            check_carried(table, name)
+            if name == "events" and self.record["format_version"] > 1:
+                check_pairs(table, self.fingerprint.checkpoints)
         return table
 
     def settle(self, live: Segments) -> bool:
@@ -170,6 +192,9 @@ class Segment:
         """One of the segment's own arrays, its metadata checked against the commit record (errors as :meth:`read`)."""
         if array not in self._open:
             if array not in self.arrays:
+                for addition in self.additions:
+                    if array in addition.arrays:
+                        return addition.open_array(array)
                 raise InputError(f"segment {self.name} has no array {array!r}; it has {', '.join(self.arrays)}")
             shape, dtype = self.arrays[array]
             where = f"segment {self.name}, array {array}"
@@ -183,6 +208,36 @@ class Segment:
                 raise CorruptStoreError(f"{where}: {stored.dtype} {stored.shape}, committed as {dtype} {shape}")
             self._open[array] = stored
         return self._open[array]
+
+    def _read_texts(self, name: str) -> dict[str, pa.Array]:
+        """The columns of texts of a table."""
+        offsets = self.read(layout.TEXT_OFFSETS)
+        with self._fitting(layout.TEXT_OFFSETS):
+            check_offsets(offsets, self.open_array(layout.TEXTS).shape[0])
+        first = 0
+        for table, schema in sorted(self.record["schema"].items()):
+            n, columns = layout.n_of_table(self.record, table), layout.text_columns(schema)
+            if table == name:
+                break
+            first += n * len(columns)
+        offsets = offsets[first : first + n * len(columns) + 1]
+        start = offsets[0]
+        data = self.read(layout.TEXTS, int(start), int(offsets[-1]))
+        with self._fitting(name):
+            return {
+                column: layout.decode_text(data, offsets[i * n : (i + 1) * n + 1] - start)
+                for i, column in enumerate(columns)
+            }
+
+    def _read_texts_of_v1(self, name: str) -> dict[str, pa.Array]:
+        texts = {}
+        for column in layout.text_columns(self.record["schema"][name]):
+            path = f"{name}/{column}"
+            data, offsets = self.read(f"{path}/bytes"), self.read(f"{path}/offsets")
+            with self._fitting(path):
+                check_offsets(offsets, len(data))
+                texts[column] = layout.decode_text(data, offsets)
+        return texts
 
     @contextmanager
     def _fitting(self, what: str) -> Iterator[None]:
@@ -211,7 +266,7 @@ class Segment:
             return home.row_offsets[first : first + self.n_sequences + 1] - before.n_tokens
         offsets = self.read("sequence_offsets")
         with self._fitting("sequence_offsets"):
-            layout.check_offsets(offsets, self.record["n_tokens"])
+            check_offsets(offsets, self.record["n_tokens"])
         return offsets
 
     def _read_event_rows(self) -> npt.NDArray[np.int64]:
@@ -220,7 +275,7 @@ class Segment:
             return home.event_rows[before.n_events : before.n_events + self.n_events] - before.n_tokens
         sequence, position = self.read("events/sequence"), self.read("events/position")
         with self._fitting("events"):
-            layout.check_events(sequence, position, self.row_offsets)
+            check_events(sequence, position, self.row_offsets)
         start = self.row_offsets[sequence]
         return np.stack([start, start + position + 1], axis=1)
 
@@ -237,9 +292,12 @@ class Segment:
     def _table_at(self, home: Segment, before: Counts, name: str) -> pa.Table:
         if name not in home._tables:
             home._tables[name] = home.read_table(name)
-        if name == "excluded":
-            return home._tables[name].slice(before.n_excluded, self.record["n_excluded"])
-        table = home._tables[name].slice(before.n_events, self.n_events)
+        n = layout.n_of_table(self.record, name)
+        table = home._tables[name].slice(layout.n_of_table(before._asdict(), name), n)
+        if name in self.record["schema"]:  # a compaction gives segments of version 1 a column more
+            table = table.select(list(self.record["schema"][name]))
+        if name != "events":
+            return table
         column = table.column_names.index("sequence")
         return table.set_column(column, "sequence", pa.array(table["sequence"].to_numpy() - before.n_sequences))
 

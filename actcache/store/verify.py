@@ -11,7 +11,14 @@ from actcache.errors import CorruptStoreError
 from actcache.progress import OnProgress, Tally, untold
 from actcache.schema import Fingerprint
 from actcache.store import layout, shard
-from actcache.store.records import check_schemas, committed_names, read_fingerprint, read_record, without_replaced
+from actcache.store.records import (
+    additions_to,
+    check_schemas,
+    committed_names,
+    read_fingerprint,
+    read_record,
+    without_replaced,
+)
 from actcache.store.segment import Segment
 from actcache.store.storage import Place, Storage, open_storage
 
@@ -106,7 +113,7 @@ def repair(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
 
 
 def _live_records(storage: Storage, fingerprint: Fingerprint) -> tuple[list[dict[str, Any]], list[Problem]]:
-    """The records that count, and what is wrong with the others."""
+    """The records that count, those of additions too, and what is wrong with the others."""
     digest = fingerprint.digest
     problems: list[Problem] = []
     records = []
@@ -124,8 +131,9 @@ def _live_records(storage: Storage, fingerprint: Fingerprint) -> tuple[list[dict
             if name in committed_names(storage):  # else replaced meanwhile by a compaction
                 problems.append(_record_problem(name, "not an ordinary file"))
     try:
-        records = without_replaced(records)
-        check_schemas(records)
+        segments = without_replaced(records)
+        check_schemas(segments)
+        records = [*segments, *itertools.chain.from_iterable(additions_to(segments, records).values())]
     except CorruptStoreError as error:
         problems.append(Problem(layout.COMMITS, layout.COMMITS, str(error), "one record a segment", RECAPTURE))
     return records, problems
@@ -174,9 +182,11 @@ def _check_chunks(segment: Segment, tally: Tally) -> Iterator[Problem]:
 
 def _check_content(segment: Segment) -> Iterator[Problem]:
     """That tables and offsets fit each other: nothing that damage can cause, as every byte is as committed."""
+    if layout.is_addition(segment.record):
+        return
     try:
         _ = segment.event_rows
-        for table in ("events", "excluded"):
+        for table in segment.record["schema"]:
             segment.read_table(table)
     except CorruptStoreError as error:
         yield Problem(

@@ -12,27 +12,38 @@ import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import PurePosixPath
 from types import MappingProxyType
 from typing import Any
 
-import numpy.typing as npt
+import torch
 
 from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
 from actcache.schema import MISSING, Fingerprint, canonical, digest_of
 from actcache.store import layout, shard
 from actcache.store.chunks import ChunkCodec
-from actcache.store.layout import SegmentData
 from actcache.store.records import (
     Part,
     committed_names,
+    counts_of,
     encode_parts,
     merge_prompts,
     parts_of,
     read_fingerprint,
     read_record,
     read_records,
+    without_replaced,
+)
+from actcache.store.segment_data import (
+    Content,
+    SegmentData,
+    SiteRows,
+    arrays_of,
+    arrays_of_rows,
+    check_pairs,
+    sites_of,
 )
 from actcache.store.storage import Place, Storage, Write, open_storage
 
@@ -65,7 +76,7 @@ class StoreWriter:
             place: as in ``open_store``.
             fingerprint: of its content, or the JSON object of one.
             prompts: of every segment that the store shall have, a digest of its prompts, by name. Then the store may
-                have been created with other prompts, but its segments were committed with these.
+                have been created with other prompts and boundaries, but its segments were committed with these prompts.
 
         Raises:
             InputError: the place is not a store and not empty, or the fingerprint lacks what the layout needs.
@@ -82,8 +93,7 @@ class StoreWriter:
         stored = read_fingerprint(self.storage)
         self._prompts = dict(prompts)
         # Of an earlier state of the prompts file, if not of this one; what is committed tells whether it matters.
-        earlier = prompts and stored.prompts is not None
-        _check_same(self.fingerprint.with_prompts(stored.prompts) if earlier else self.fingerprint, stored)
+        _check_same(self.fingerprint.as_grown_from(stored) if prompts else self.fingerprint, stored)
         self._given, self.fingerprint = self.fingerprint, stored
         self._digest = self.fingerprint.digest
         self._encoding = threading.Lock()
@@ -119,9 +129,46 @@ class StoreWriter:
                 where an object store did not say whether the segment was committed, it may still become so, whole.
         """
         layout.check_name(name, "segment name")
-        self._check_fits(segment)
+        rows = segment.rows
+        described: dict[str, Any] = {
+            "sites": self._check_fits(segment),
+            "replaces": sorted(replaces),
+            "n_sequences": segment.n_sequences,
+            "n_tokens": len(segment.token_ids),
+            "n_events": segment.events.num_rows,
+            "n_excluded": segment.excluded.num_rows,
+            "schema": {name: layout.schema_of(table) for name, table in segment.tables.items()},
+        }
+        if parts:
+            described["parts"] = encode_parts(parts)
+        self._commit(name, described, rows, list(arrays_of(segment)))
+
+    def add_rows(self, name: str, to: dict[str, Any], rows: SiteRows) -> None:
+        """Commit an addition: rows of further blocks or sites of a segment's sequences; durable when this returns.
+
+        Args:
+            name: of the addition, unique in the store, as a segment's.
+            to: the commit record of the segment, which stays as it is.
+            rows: ``(site, label, block) -> [N, D]``, of all checkpoints; N as in that segment.
+
+        Raises:
+            as :meth:`append`.
+        """
+        layout.check_name(name, "segment name")
+        n_rows = layout.n_rows(self.fingerprint, to["n_tokens"], to["n_events"])
+        described = {
+            "extends": {"segment": to["segment"], "record": layout.record_digest(to)},
+            "sites": self._check_rows(rows, n_rows),
+            "replaces": [],
+            "schema": {},
+            **counts_of(to)._asdict(),
+        }
+        arrays = arrays_of_rows({layout.row_path(*key): values for key, values in rows.items()})
+        self._commit(name, described, rows, list(arrays))
+
+    def _commit(self, name: str, described: dict[str, Any], rows: SiteRows, arrays: list[Content]) -> None:
         try:
-            self._append(name, segment, replaces, parts)
+            self._append(name, described, rows, arrays)
             self._check_prompts()  # again: of two writers that were at it at once, the later one sees both
         except FileNotFoundError as error:
             if self.storage.size(layout.ROOT) is None:
@@ -129,7 +176,7 @@ class StoreWriter:
                 raise FileNotFoundError(errno.ENOENT, gone, str(self.storage)) from error
             raise
 
-    def _append(self, name: str, segment: SegmentData, replaces: Sequence[str], parts: Sequence[Part]) -> None:
+    def _append(self, name: str, described: dict[str, Any], rows: SiteRows, arrays: list[Content]) -> None:
         with self.storage.creating(layout.commit_key(name)) as publish:
             if name in self.committed:
                 raise AlreadyCommittedError(f"segment {name!r} is committed already; segments are immutable")
@@ -140,28 +187,21 @@ class StoreWriter:
                 "format_version": layout.FORMAT_VERSION,
                 "segment": name,
                 "folder": folder,
-                "replaces": sorted(replaces),
                 "fingerprint": self._digest,
-                "n_sequences": segment.n_sequences,
-                "n_tokens": len(segment.token_ids),
-                "n_events": segment.events.num_rows,
-                "n_excluded": segment.excluded.num_rows,
-                "schema": {"events": layout.schema_of(segment.events), "excluded": layout.schema_of(segment.excluded)},
+                **described,
             }
-            if parts:
-                record["parts"] = encode_parts(parts)
-            if prompts := self._prompts_of(name, replaces):
+            if prompts := self._prompts_of(name, described["replaces"]):
                 record["prompts"] = prompts
             to_write = layout.expected_files(record, self.fingerprint)
             discard = partial(self._discard, f"{layout.SEGMENTS}/{folder}", to_write)
             try:
                 with self.storage.new_folder(f"{layout.SEGMENTS}/{folder}", to_write) as write:
-                    files = _write_files(write, segment, codecs, self._encoding)
+                    files = _write_files(write, arrays, codecs, self._encoding)
             except BaseException:
                 discard()
                 raise
             try:
-                publish(layout.encode_record(record | _describe_files(files, segment)))
+                publish(layout.encode_record(record | _describe_files(files, rows)))
             except FileExistsError as error:
                 discard()
                 raise AlreadyCommittedError(f"segment {name!r} was committed by another writer meanwhile") from error
@@ -175,22 +215,24 @@ class StoreWriter:
         """Raise IncompatibleError where a committed segment is of other prompts than those of this writer."""
         if not self._prompts:
             return
-        records = read_records(self.storage, self._digest, self._known)
+        records = without_replaced(read_records(self.storage, self._digest, self._known))
         committed = merge_prompts(records)["of"]
         if any(part.segment not in committed for record in records for part in parts_of(record)):
-            _check_same(self._given, self.fingerprint)  # an earlier version knew of all prompts together only
+            # An earlier version knew of all prompts together only.
+            _check_same(replace(self._given, boundaries=self.fingerprint.boundaries), self.fingerprint)
         for name, digest in committed.items():
             if self._prompts.get(name) != digest:
                 raise IncompatibleError(
                     f"the store belongs to another run: the prompts of its segment {name} are not this run's; prompts "
-                    "may change until they are captured; give another folder",
+                    "may change until they are captured, and be added behind those that are; give another folder",
                     field="prompts",
                 )
 
     def _prompts_of(self, name: str, replaces: Sequence[str]) -> dict[str, Any] | None:
         """What the record of a segment says of its prompts, if anything is known of them."""
         if name in self._prompts:
-            return {"all": [digest_of(self._prompts)], "of": {name: self._prompts[name]}}
+            n = self._given.n_prompts or 0
+            return {"all": [digest_of(self._prompts)], "of": {name: self._prompts[name]}, "n": n}
         merged = merge_prompts([self._known[old] for old in replaces if old in self._known])
         return merged if merged["of"] else None
 
@@ -224,23 +266,34 @@ class StoreWriter:
         if not unborn and self.storage.size(layout.ROOT) is None:  # another writer may have made it just now
             raise InputError(f"{self.storage} is not empty and not a store; give a new folder")
 
-    def _check_fits(self, segment: SegmentData) -> None:
-        labels, width = set(self.fingerprint.checkpoints), self.fingerprint.width
-        expected = {(label, b) for label in labels for b in self.fingerprint.boundaries}
-        if set(segment.states) != expected:
-            raise InputError(f"states of {sorted(segment.states)}, expected {sorted(expected)}")
+    def _check_fits(self, segment: SegmentData) -> layout.Sites:
+        """Raise InputError unless a segment is one of this store; the blocks that it has rows of."""
+        labels, boundaries = set(self.fingerprint.checkpoints), set(self.fingerprint.boundaries)
+        missing = {(label, b) for label in labels for b in boundaries} - segment.states.keys()
+        if missing:
+            raise InputError(f"states of {sorted(segment.states)}, expected {sorted(missing)} too")
+        n_rows = layout.n_rows(self.fingerprint, len(segment.token_ids), segment.events.num_rows)
+        sites = self._check_rows(segment.rows, n_rows)
         if set(segment.final) != labels:
             raise InputError(f"final states of {sorted(segment.final)}, expected {sorted(labels)}")
-        n_rows = layout.n_rows(self.fingerprint, len(segment.token_ids), segment.events.num_rows)
-        sizes = [(f"states {key}", rows, n_rows) for key, rows in segment.states.items()]
-        sizes += [(f"final states of {label}", rows, segment.events.num_rows) for label, rows in segment.final.items()]
-        dtype = layout.STATE_DTYPES[self.fingerprint.dtype]
-        for what, rows, n in sizes:
-            if rows.dtype != dtype or tuple(rows.shape) != (n, width):
-                raise InputError(f"{what}: {rows.dtype} {tuple(rows.shape)}, expected {dtype} {(n, width)}")
+        for label, rows in segment.final.items():
+            self._check_shape(f"final states of {label}", rows, segment.events.num_rows)
+        check_pairs(segment.events, labels)
+        return {layout.STATE: [], **sites}
+
+    def _check_rows(self, rows: SiteRows, n_rows: int) -> layout.Sites:
+        for (site, label, block), values in rows.items():
+            what = "states" if site == layout.STATE else f"rows of site {site}"
+            self._check_shape(f"{what} {(label, block)}", values, n_rows)
+        return sites_of(rows, self.fingerprint.checkpoints)
+
+    def _check_shape(self, what: str, rows: torch.Tensor, n: int) -> None:
+        dtype, shape = layout.STATE_DTYPES[self.fingerprint.dtype], (n, self.fingerprint.width)
+        if rows.dtype != dtype or tuple(rows.shape) != shape:
+            raise InputError(f"{what}: {rows.dtype} {tuple(rows.shape)}, expected {dtype} {shape}")
 
 
-def _write_files(write: Write, segment: SegmentData, codecs: CodecOf, encoding: threading.Lock) -> Files:
+def _write_files(write: Write, arrays: list[Content], codecs: CodecOf, encoding: threading.Lock) -> Files:
     """Write every file of a segment; holds ``encoding`` while it uses the processor, not while it waits.
 
     Returns:
@@ -248,14 +301,14 @@ def _write_files(write: Write, segment: SegmentData, codecs: CodecOf, encoding: 
         every chunk, and the CRC-32C of bytes that end in their own CRC-32C is the same whatever the bytes are.
     """
     # The largest first: the small ones, which cost opening and closing files, fill the gaps beside it.
-    arrays = sorted(layout.arrays_of(segment), key=lambda array: -array[1].nbytes)
+    arrays = sorted(arrays, key=lambda array: -array[1].nbytes)
     files: Files = {}
 
     def write_metadata(path: str, content: bytes) -> Files:
         file = str(PurePosixPath(path, layout.ROOT))
         return {file: (write(file, [content]), shard.crc32c(content))}
 
-    def write_array(given: tuple[str, npt.NDArray[Any], dict[str, Any]]) -> Files:
+    def write_array(given: Content) -> Files:
         path, array, attributes = given
         encoded = shard.EncodedArray(array, layout.dimension_names(path), attributes, codecs(path))
         file = f"{path}/{shard.data_file(array.ndim)}"
@@ -270,11 +323,11 @@ def _write_files(write: Write, segment: SegmentData, codecs: CodecOf, encoding: 
     return files
 
 
-def _describe_files(files: Files, segment: SegmentData) -> dict[str, Any]:
+def _describe_files(files: Files, rows: SiteRows) -> dict[str, Any]:
     """What a commit record says of the segment's bytes."""
     return {
-        "raw_state_bytes": sum(rows.numel() * rows.element_size() for rows in segment.states.values()),
-        "stored_state_bytes": sum(size for path, (size, _) in files.items() if path.startswith("states/")),
+        "raw_state_bytes": sum(values.numel() * values.element_size() for values in rows.values()),
+        "stored_state_bytes": sum(size for path, (size, _) in files.items() if path.startswith(layout.ROW_FOLDERS)),
         "stored_bytes": sum(size for size, _ in files.values()),
         "files": files,
     }

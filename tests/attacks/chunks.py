@@ -94,9 +94,8 @@ def shard_of_its_index_only(forger: Forger) -> None:
 
 def shard_where_none_should_be(forger: Forger) -> None:
     """An array without rows that has a shard."""
-    forger.write_values("excluded/reason/bytes", np.zeros(0, np.uint8))
-    forger.write_values("excluded/reason/offsets", np.zeros(2, np.int64))
-    forger.write_shard("excluded/reason/bytes", b"hidden")
+    forger.write_all_texts({key: [b""] * len(column) for key, column in forger.texts().items()})
+    forger.write_shard("texts/bytes", b"hidden")
 
 
 def blosc_claims_two_gigabytes(forger: Forger) -> None:

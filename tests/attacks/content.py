@@ -16,7 +16,7 @@ def _events(forger: Forger, column: str, values: list[int]) -> None:
 def _carried(forger: Forger, *texts: str | bytes) -> None:
     """The carried keys of the events, the last for all that are left."""
     encoded = [text.encode() if isinstance(text, str) else text for text in texts]
-    forger.write_texts("events/carried", (encoded + encoded[-1:] * 4)[:4])
+    forger.write_texts("events", "carried", (encoded + encoded[-1:] * 4)[:4])
 
 
 def sequence_offset_that_is_negative(forger: Forger) -> None:
@@ -71,22 +71,23 @@ def event_at_the_last_integer(forger: Forger) -> None:
 
 def text_that_is_not_utf_8(forger: Forger) -> None:
     """A prompt's id is no text."""
-    forger.write_texts("events/prompt_id", [b"\xff\xfe", b"a", b"b", b"c"])
+    forger.write_texts("events", "prompt_id", [b"\xff\xfe", b"a", b"b", b"c"])
 
 
 def text_cut_within_a_letter(forger: Forger) -> None:
     """All bytes together are UTF-8, the single texts are not."""
-    forger.write_texts("events/prompt_id", [b"\xc3", b"\xa9", b"b", b"c"])
+    forger.write_texts("events", "prompt_id", [b"\xc3", b"\xa9", b"b", b"c"])
 
 
 def text_offsets_past_the_end(forger: Forger) -> None:
     """A text goes on beyond the bytes."""
-    forger.write_values("events/prompt_id/offsets", np.array([0, 2, 4, 6, 2**40]))
+    last = len(forger.values("texts/offsets")) - 1
+    forger.write_text_offset("events", "carried", last, 2**40)
 
 
 def text_offsets_that_decrease(forger: Forger) -> None:
     """A text of negative length."""
-    forger.write_values("events/prompt_id/offsets", np.array([0, 2**40, 4, 6, 8]))
+    forger.write_text_offset("events", "prompt_id", 1, 2**40)
 
 
 def carried_is_not_json(forger: Forger) -> None:
@@ -145,10 +146,23 @@ def column_of_another_type_in_another_segment(forger: Forger) -> None:
     def change(record: dict) -> None:
         record["schema"]["events"]["gap_pt"] = "string"
 
+    texts = forger.texts()
     forger.record(change)
-    for part, values in (("bytes", np.zeros(0, np.uint8)), ("offsets", np.zeros(5, np.int64))):
-        source = "events/prompt_id/" + part
-        folder = forger.array(f"events/gap_pt/{part}")
-        folder.mkdir(parents=True)
-        (folder / "zarr.json").write_bytes((forger.array(source) / "zarr.json").read_bytes())
-        forger.write_values(f"events/gap_pt/{part}", values)
+    forger.write_all_texts(texts | {("events", "gap_pt"): [b""] * 4})
+
+
+def pair_of_a_checkpoint_that_is_not_there(forger: Forger) -> None:
+    """An event is of a pair that the store has no states of."""
+    forger.write_texts("events", "pair", [b"pt,it", b"pt,sft", b"pt,it", b"pt,it"])
+
+
+def texts_begin_behind_the_first_byte(forger: Forger) -> None:
+    """The first text of the segment begins at its second byte, so that its bytes are not all some text's."""
+    forger.write_text_offset("events", "carried", 0, 1)
+
+
+def column_of_texts_that_every_table_has_is_gone(forger: Forger) -> None:
+    """The events have no kind."""
+    texts = forger.texts()
+    forger.record(lambda r: r["schema"]["events"].pop("kind"))
+    forger.write_all_texts({key: column for key, column in texts.items() if key != ("events", "kind")})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -172,7 +173,39 @@ class Forger:
             file.unlink()
             self.record(lambda r: r["files"].pop(file.relative_to(self.path / "segments/a").as_posix()))
 
-    def write_texts(self, column: str, texts: list[bytes]) -> None:
+    def texts(self) -> dict[tuple[str, str], list[bytes]]:
+        """All texts of segment a, by table and column, in their order."""
+        record = json.loads(self.record_file().read_bytes())
+        counts = {"events": record["n_events"], "excluded": record["n_excluded"], "sequences": record["n_sequences"]}
+        data, offsets = self.values("texts/bytes").tobytes(), self.values("texts/offsets").tolist()
+        texts = [data[start:stop] for start, stop in itertools.pairwise(offsets)]
+        found = {}
+        for table, schema in sorted(record["schema"].items()):
+            for column in sorted(column for column, kind in schema.items() if kind == "string"):
+                found[table, column] = texts[: counts[table]]
+                texts = texts[counts[table] :]
+        return found
+
+    def values(self, array: str) -> np.ndarray:
+        """The content of an array of one axis."""
+        metadata = json.loads((self.array(array) / "zarr.json").read_bytes())
+        chunks = [np.frombuffer(blosc.decompress(chunk[:-4]), metadata["data_type"]) for chunk in self.chunks(array)]
+        return np.concatenate([np.zeros(0, metadata["data_type"]), *chunks])[: metadata["shape"][0]]
+
+    def write_all_texts(self, texts: dict[tuple[str, str], list[bytes]]) -> None:
+        """Other texts in place of all, UTF-8 or not."""
+        flat = [text for _, column in sorted(texts.items()) for text in column]
+        self.write_values("texts/bytes", np.frombuffer(b"".join(flat), np.uint8))
+        self.write_values("texts/offsets", np.cumsum([0, *map(len, flat)], dtype=np.int64))
+
+    def write_texts(self, table: str, column: str, texts: list[bytes]) -> None:
         """Other content of a string column, UTF-8 or not."""
-        self.write_values(f"{column}/bytes", np.frombuffer(b"".join(texts), np.uint8))
-        self.write_values(f"{column}/offsets", np.cumsum([0, *map(len, texts)], dtype=np.int64))
+        self.write_all_texts(self.texts() | {(table, column): texts})
+
+    def write_text_offset(self, table: str, column: str, i: int, value: int) -> None:
+        """Another beginning of text i of a column."""
+        texts = self.texts()
+        before = sum(len(texts[key]) for key in texts if key < (table, column))
+        offsets = self.values("texts/offsets").copy()
+        offsets[before + i] = value
+        self.write_values("texts/offsets", offsets)

@@ -89,7 +89,7 @@ def root_with_a_key_twice(forger: Forger) -> None:
     """Two fingerprints in one root."""
     text = (forger.path / "zarr.json").read_bytes()
     (forger.path / "zarr.json").write_bytes(
-        text.replace(b'"format_version":1', b'"format_version":2,"format_version":1')
+        text.replace(b'"format_version":2', b'"format_version":3,"format_version":2')
     )
 
 

@@ -52,6 +52,12 @@ class Twin:
                 assert offsets.dtype == torch.int64
                 assert offsets.tolist() == np.cumsum([0, *map(len, want)]).tolist()
                 assert bits(rows) == bits(torch.cat([nothing, *want]))
+            for site, blocks in store.sites.items():
+                for block in blocks:
+                    key = (site, label, block)
+                    want = self.rows(lambda s, key=key: s.rows[key], self.fingerprint["row_selection"], events)
+                    found = store.states(label, block, events, site=site)[0]
+                    assert bits(found) == bits(torch.cat([nothing, *want]))
             want = self.rows(lambda s, label=label: s.final[label], "divergence", events)
             assert bits(store.final(label, events)) == bits(torch.cat([nothing, *want]))
         ids = self.rows(lambda s: torch.from_numpy(s.token_ids), "prefix", events)
@@ -70,6 +76,11 @@ class Twin:
             or not rows
         )
         assert store.events.num_rows == len(store) == len(rows)
+        assert store.events["pair"].to_pylist() == [row["pair"] for row in rows]
+        sequences = [(name, row) for name in sorted(self.segments) for row in self.segments[name].sequences.to_pylist()]
+        assert [(row["segment"], row["prompt_id"]) for row in store.sequences.to_pylist()] == [
+            (name, row["prompt_id"]) for name, row in sequences
+        ]
         excluded = [(name, row) for name in sorted(self.segments) for row in self.segments[name].excluded.to_pylist()]
         assert [(row["segment"], row["prompt_id"], row["reason"]) for row in store.excluded.to_pylist()] == [
             (name, row["prompt_id"], row["reason"]) for name, row in excluded
@@ -87,6 +98,7 @@ def twins(draw: st.DrawFn) -> Twin:
     )
     if fingerprint["dtype"] == "bfloat16":
         fingerprint["codec"] = draw(st.sampled_from(sorted(CODECS)))
+    sites = draw(st.sampled_from([[], [("mlp", 4)], [("attention", 0), ("mlp", 0), ("state", 1300)]]))
     segments = {}
     for name in draw(st.lists(st.sampled_from(["a", "a-1", "B", "10", "9"]), max_size=3, unique=True)):
         lengths = draw(st.lists(st.integers(0, 12), max_size=4))
@@ -98,6 +110,7 @@ def twins(draw: st.DrawFn) -> Twin:
             name=name,
             kinds=draw(st.lists(st.sampled_from(["any bits", "0", "-0"]), min_size=1, max_size=3)),
             n_excluded=draw(st.integers(0, 2)),
+            sites=sites,
             seed=draw(st.integers(0, 2**32)),
         )
     return Twin(fingerprint, segments)
