@@ -23,7 +23,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
 # One thread for each test process: two of them on two cores, each with two threads, are slower than with one. Tests of
 # threads ask for theirs. A file's tests stay in one process, which makes what they share once.
-RUN_TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile
+RUN_TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/installed
 	$(BIN)/actcache demo --out $(RUN)

@@ -35,6 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 BOUNDARY = 3  # round(0.6 * tiny.N_BLOCKS)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: where processes share out the files, quick ones fill the time at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def first_quick(values: Iterable[Any]) -> list[Any]:
     """Parameters of which all but the first are slow: ``make test-fast`` runs one of a kind."""
     first, *others = values

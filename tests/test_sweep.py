@@ -211,7 +211,9 @@ sweep = Sweep(boundaries="all", scopes=("position",), variants=variants)
     sweep = read_sweep(written(text, "s.py"), WIDTH)
     assert [variant.name for variant in sweep.variants_at(3)] == ["doubled at 3"]
     assert (sweep.boundaries, sweep.scopes) == ("all", ("position",))
-    with pytest.raises(InputError, match=r"other\.py assigns NoneType to 'sweep', expected an actcache\.replay\.sweep\.Sweep"):
+    with pytest.raises(
+        InputError, match=r"other\.py assigns NoneType to 'sweep', expected an actcache\.replay\.sweep\.Sweep"
+    ):
         read_sweep(written("x = 1", "other.py"), WIDTH)
     assert Sweep(variants=[Variant("a")]).variants_at(1) == (Variant("a"),)
 
