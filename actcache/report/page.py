@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
@@ -170,6 +171,7 @@ def _section(name: str, section: Section) -> dict[str, Any]:
     }
 
 
+@cache
 def _template() -> Template:
     environment = Environment(
         loader=FunctionLoader(lambda name: files("actcache.report").joinpath(name).read_text(encoding="utf-8")),
