@@ -4,7 +4,13 @@ Names that end in ``_ptr`` are addresses of memory that the caller keeps alive; 
 buffer. Sizes and strides are in the units that the names say.
 """
 
+from typing import Any, TypeAlias
+
+import numpy.typing as npt
 from _typeshed import WriteableBuffer
+
+# Before Python 3.12 type checkers do not know that an array has a buffer.
+_Memory: TypeAlias = WriteableBuffer | npt.NDArray[Any]
 
 def version() -> str: ...
 def gather_rows(
@@ -16,11 +22,11 @@ def gather_rows(
     col_stride_bytes: int,
     row_ids_ptr: int,
     n_rows: int,
-    dst: WriteableBuffer,
+    dst: _Memory,
     n_threads: int,
 ) -> None: ...
 def scatter_rows(
-    dst: WriteableBuffer,
+    dst: _Memory,
     n_dst_rows: int,
     n_cols: int,
     elem_bytes: int,
@@ -35,7 +41,7 @@ def attend(
     query_ptr: int,
     key_ptr: int,
     value_ptr: int,
-    out: WriteableBuffer,
+    out: _Memory,
     offsets_ptr: int,
     n_sequences: int,
     n_tokens: int,
@@ -52,7 +58,7 @@ def linear(
     rows_ptr: int,
     weight_ptr: int,
     bias_ptr: int,
-    out: WriteableBuffer,
+    out: _Memory,
     n_rows: int,
     n_in: int,
     n_out: int,
@@ -61,6 +67,6 @@ def linear(
 ) -> None: ...
 def has_tiles() -> bool: ...
 def encode_words(words_ptr: int, n_words: int, row_words: int) -> bytes: ...
-def decode_words(data_ptr: int, n_bytes: int, n_words: int, words: WriteableBuffer) -> None: ...
+def decode_words(data_ptr: int, n_bytes: int, n_words: int, words: _Memory) -> None: ...
 def limit_isa(widest: int) -> None: ...
 def isa() -> int: ...

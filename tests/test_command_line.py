@@ -101,6 +101,7 @@ def test_another_broken_pipe_is_an_error(tiny_run, monkeypatch, capsys):
     assert "Broken pipe" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_one_line(tmp_path):
     # What starts in the background may ignore the signal, and its children with it.
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)

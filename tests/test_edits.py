@@ -472,6 +472,7 @@ def test_the_order_of_variants_changes_nothing_but_rounding(arch):
             torch.testing.assert_close(mixed, straight[:, order], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workers")
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
 def test_hundreds_of_variants_in_small_packs(arch):
@@ -553,6 +554,7 @@ def test_an_edit_is_told_where_its_rows_stand(positions, strict):
 # ---- how it is replayed ----
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=7),
     st.lists(st.sampled_from(["last", "all", "site", "none"]), max_size=12),
@@ -733,6 +735,7 @@ def changes_of(width, number):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workers")
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_each_event_has_its_own_vector_in_any_pack_order_and_subset(arch):
