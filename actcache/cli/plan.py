@@ -273,7 +273,8 @@ def _timings_of(folder: RunFolder, finished: Finished) -> dict[str, Any]:
     from actcache.study.finished import digest_of_results
 
     timings = folder.timings()
-    if (grid := timings.get("grid")) is not None and grid.get("results") != digest_of_results(finished):
+    now = digest_of_results(finished)
+    if timings.get("grid", {}).get("results", now) != now:  # an earlier version's does not say
         del timings["grid"]
     return timings
 
