@@ -72,17 +72,24 @@ def _why_not(
 ) -> str | None:
     """The reason why sequences that share a forward in this mode are not what each is alone, or None.
 
-    The second sequence must give what it gives alone, to rounding, behind the first, behind a changed one, before it,
-    and (where the mode is ``packed``) as a branch of another that differs at its last position.
+    The second sequence must give what it gives alone, to rounding: behind the first, behind a changed one, before it,
+    where rows of another go on in it, and (where the mode is ``packed``) as a branch of another that differs at its
+    last position.
     """
     decoder, n = forwards.backbone.decoder, len(second)
     alone = forwards.plain(second[None])[0, -1].float()
+    longer = torch.cat([second, first[:2]])
+    behind, before = (torch.tensor([one - 1, len(first) + n - 1]) for one in (len(first), n))
     found = []
-    for order, index in (((first, second), 1), ((changed, second), 1), ((second, first), 0)):
-        bounds = offsets_of([len(part) for part in order]).tolist()
+    for parts, scored, index in (
+        ((first, second), behind, 1),
+        ((changed, second), behind, 1),
+        ((second, first), before, 0),
+        ((longer,), torch.tensor([n - 1, len(longer) - 1]), 0),
+    ):
+        bounds = offsets_of([len(part) for part in parts]).tolist()
         try:
-            ends = torch.tensor(bounds[1:]) - 1
-            found.append(forwards.final(torch.cat(order), bounds, ends, mode)[index])
+            found.append(forwards.final(torch.cat(parts), bounds, scored, mode)[index])
         except FAILURES as error:
             return why_failed(decoder, mode, error)
     if mode == "packed":
