@@ -51,7 +51,7 @@ def s3() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture(params=["disk", "s3"])
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.slow)])
 def place(request, tmp_path) -> str:
     if request.param == "disk":
         return str(tmp_path / "store")
@@ -63,8 +63,9 @@ def check(store: Store, segments: dict[str, Any] = SEGMENTS) -> None:
     twin = Twin(FINGERPRINT, segments)
     n_events = sum(segment.events.num_rows for segment in segments.values())
     assert len(store) == n_events
-    twin.check(store, [*range(n_events)])
     twin.check(store, [*reversed(range(n_events)), 0, 0])
+    if not store.storage.is_far:  # the server of these tests takes longer over a file than a disk over all of them
+        twin.check(store, [*range(n_events)])
 
 
 def change(place: str, key: str, edit: Any) -> None:
@@ -267,6 +268,7 @@ def test_a_compaction_killed_at_any_step_loses_nothing(tmp_path):
     assert steps > 10
 
 
+@pytest.mark.slow
 def test_two_compactions_do_not_meet(s3, tmp_path):
     place = f"{s3}/{tmp_path.name}"
     fill(place)

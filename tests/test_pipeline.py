@@ -172,6 +172,7 @@ def test_no_event_contradicts_its_own_diagonal(tiny_run, arch, dtype):
             assert cell["top1_id"] == cell[f"y_{cell['late']}"]
 
 
+@pytest.mark.slow
 @ARCHS
 def test_every_boundary_at_once(tiny_run, arch):
     run = tiny_run(arch, FLOAT32, "--boundary", "all", "--readout", "native")
@@ -194,6 +195,7 @@ def test_every_boundary_at_once(tiny_run, arch):
             assert cell["margin"] == pytest.approx(want.margin, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_late_only_change_has_no_interaction(tiny_run):
     """Equal upstreams: the state is the same whoever made it, so A = B = the native shift."""
     run = tiny_run("llama", FLOAT32, "--strict", change="late")
@@ -204,6 +206,7 @@ def test_a_late_only_change_has_no_interaction(tiny_run):
         assert group["native_shift"]["mean"] > 0
 
 
+@pytest.mark.slow
 def test_an_upstream_only_change_has_no_late_effect(tiny_run):
     """Equal late stacks: exchanging them changes nothing, so A = B = 0 while the native shift is not."""
     run = tiny_run("llama", FLOAT32, "--strict", change="upstream")
