@@ -3,6 +3,7 @@
 # make test       all tests
 # make test-deep  and all random schedules and families, of which 'make test' takes some
 # make check      ruff, mypy, clang-format
+# make docs       the site, into site/; a broken link fails
 #
 # Each makes its own virtual environment, by one call of pip, which builds the native core once. torch is pinned there,
 # so that nothing pulls in another build:
@@ -19,7 +20,7 @@ PYTEST ?=
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test-fast test test-deep check clean
+.PHONY: demo test-fast test test-deep check docs clean
 
 # One thread for each test process: two of them on two cores, each with two threads, are slower than with one. Tests of
 # threads ask for theirs. A file's tests stay in one process, which makes what they share once.
@@ -43,6 +44,9 @@ check: $(VENV)/installed-check
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*
 
+docs: $(VENV)/installed-docs
+	$(BIN)/mkdocs build --strict
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -62,5 +66,9 @@ $(VENV)/installed-check: $(VENV)/bin/python $(SOURCES)
 	$(INSTALL) ".[test,check]"
 	touch $(VENV)/installed $(VENV)/installed-test $@
 
+$(VENV)/installed-docs: $(VENV)/bin/python $(SOURCES)
+	$(INSTALL) ".[docs]"
+	touch $(VENV)/installed $@
+
 clean:
-	rm -rf $(VENV) build runs *.egg-info actcache/*.so
+	rm -rf $(VENV) build runs site *.egg-info actcache/*.so

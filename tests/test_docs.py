@@ -1,7 +1,7 @@
 """What README and the documents say to type, typed: on a pair of bfloat16 checkpoints, with prompts like a chat's.
 
-A block in ``sh``, ``python`` or ``toml``, and one with a line that begins with ``$``, runs, or says in a comment before
-it what it needs that a test has not: ``<!-- not run: needs ... -->``. Those are listed as skipped.
+A block in ``sh``, ``python``, ``toml`` or ``json``, and one with a line that begins with ``$``, runs, or says in a
+comment before it what it needs that a test has not: ``<!-- not run: needs ... -->``. Those are listed as skipped.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import json
 import re
 import shlex
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +23,9 @@ from actcache.cli import build_parser, main
 from actcache.replay.edits import Add, Edit, Project, Variant
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [
-    path for pattern in ("README.md", "docs/**/*.md", "actcache/**/*.md") for path in sorted(ROOT.glob(pattern))
-]
+PAGES = [path for pattern in ("*.md", "docs/**/*.md") for path in sorted(ROOT.glob(pattern))]
+DOCUMENTS = [*PAGES, *sorted(ROOT.glob("actcache/**/*.md"))]
+LONGEST_SENTENCE = 30  # words
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<needs>needs [^\n]+) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -51,25 +52,47 @@ def blocks_of(path: Path) -> list[Block]:
     return found
 
 
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def sentences_of(path: Path) -> str:
+    """A page without its blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
 BLOCKS = {path: blocks_of(path) for path in DOCUMENTS}
 NOT_RUN = [block for blocks in BLOCKS.values() for block in blocks if block.needs]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """Where a reader is: with a pair as deep as SmolLM2's, its prompts, and what the checkout has."""
-    pt, it = tiny.make_pair(tmp_path, "llama", dtype=torch.bfloat16, num_hidden_layers=30, boundary=18)
-    pt.rename(tmp_path / "PT_FOLDER")
-    it.rename(tmp_path / "IT_FOLDER")
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """As deep as SmolLM2's pair, its prompts, and a run of it."""
+    place = tmp_path_factory.mktemp("pair")
+    pt, it = tiny.make_pair(place, "llama", dtype=torch.bfloat16, num_hidden_layers=30, boundary=18)
+    pt.rename(place / "PT_FOLDER")
+    it.rename(place / "IT_FOLDER")
     lines = [{"id": f"chat-{i}", "prompt": f"User: {text}\nAssistant:"} for i, text in enumerate(tiny.PROMPTS)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (place / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["--pt", place / "PT_FOLDER", "--it", place / "IT_FOLDER", "--prompts", place / "prompts.jsonl"]
+    assert main([str(word) for word in ["run", *words, "--out", place / "RUN"]]) == 0
+    return place
+
+
+@pytest.fixture
+def folder(pair, tmp_path, monkeypatch, request):
+    """Where a reader is: with a pair, its prompts and what the checkout has; README's makes the run as it says."""
+    for name in ("PT_FOLDER", "IT_FOLDER", "prompts.jsonl"):
+        (tmp_path / name).symlink_to(pair / name)
+    if request.node.callspec.params["path"].name != "README.md":
+        shutil.copytree(pair / "RUN", tmp_path / "RUN")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in DOCUMENTS if BLOCKS[path]], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if BLOCKS[path]], ids=name_of)
 def test_every_block_runs_as_written(path, folder, capsys):
     """One after another: later Python goes on with the names of earlier ones."""
     names = {"__name__": "__main__"}
@@ -79,6 +102,8 @@ def test_every_block_runs_as_written(path, folder, capsys):
         try:
             if block.kind == "python":
                 exec(compile(block.text, block.where, "exec"), names)
+            elif block.kind == "json":
+                json.loads(block.text)
             elif block.kind == "toml":
                 (folder / "sweep.toml").write_text(block.text)
                 assert main(["grid", "RUN", "--sweep", "sweep.toml"]) == 0
@@ -103,12 +128,12 @@ def test_what_is_not_run(block):
 
 def test_every_kind_of_block_is_known():
     for blocks in BLOCKS.values():
-        assert {block.kind for block in blocks} <= {"sh", "python", "toml"}
+        assert {block.kind for block in blocks} <= {"sh", "python", "toml", "json"}
     assert any(block.kind == "python" and not block.needs for block in BLOCKS[ROOT / "README.md"])
 
 
 def inline_commands():
-    text = re.sub(r"^```.*?^```$", "", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    text = "\n".join(sentences_of(path) for path in PAGES)
     return dict.fromkeys(match.replace("\n", " ") for match in re.findall(r"`(actcache [a-z][^`]*)`", text))
 
 
@@ -117,14 +142,15 @@ def test_commands_within_sentences_are_none_that_fail(command, capsys):
     """Those that are written out parse; those that name a verb and an option name ones that there are."""
     words = shlex.split(command.replace("...", ""))[1:]
     (action,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    action.choices[words[0]].fill()
     options = action.choices[words[0]]._option_string_actions
     for word in words[1:]:
         assert not word.startswith("--") or word in options, command
 
 
 def test_scripts_within_sentences_are_there_with_their_options():
-    text = (ROOT / "README.md").read_text()
-    commands = [match.replace("\n", " ").split() for match in re.findall(r"`python ([^`]+\.py[^`]*)`", text)]
+    text = "\n".join(sentences_of(path) for path in PAGES)
+    commands = [match.replace("\n", " ").split() for match in re.findall(r"`python (\w[^`]+\.py[^`]*)`", text)]
     assert len(commands) > 5
     for script, *words in commands:
         path = ROOT / script
@@ -135,11 +161,27 @@ def test_scripts_within_sentences_are_there_with_their_options():
             assert not word.startswith("--") or f'"{word}"' in said, f"{script} has no {word}"
 
 
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", sentences_of(path)):
+        assert target.startswith("https://") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_no_sentence_is_long(path):
+    """Thirty words at most; a cell of a table, an item of a list and what follows a colon or semicolon count alone."""
+    text = re.sub(r"^(?:#|:::|--8<--|<!--).*$|^ {4,}\w+:.*$", "", sentences_of(path), flags=re.M)
+    text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", text)
+    text = re.sub(r"`[^`]*`", "code", text)
+    for sentence in re.split(r"[.!?:;](?:\s|$)|\n\s*\n|\||\n\s*(?:[-*]|\d+\.) ", text):
+        assert len(sentence.split()) <= LONGEST_SENTENCE, " ".join(sentence.split())
+
+
 def test_every_extra_is_named_where_it_is_needed():
     import tomllib
 
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "install.md").read_text()
     for name in extras.keys() - {"test", "check"}:
         assert f"pip install '.[{name}]'" in text, name
 

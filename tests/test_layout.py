@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -14,11 +16,12 @@ import pytest
 
 import actcache
 from actcache.cli import build_parser
+from actcache.cli.parser import GROUPS
 from actcache.native import native
 
 PACKAGE = Path(actcache.__file__).parent
 TESTS = Path(__file__).parent
-README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+DOCS = PACKAGE.parent / "docs"
 # A module imports only from modules to its left, and from folders to the left of its own.
 FLOW = {
     "": ("errors", "schema", "finite", "files", "cpus", "progress", "sealed", "native", "carried", "prompts"),
@@ -113,16 +116,38 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
 
 
 @pytest.mark.parametrize("name", verbs())
-def test_every_verb_has_help_and_a_place_in_the_readme(name):
+def test_every_verb_has_help_and_a_place_in_the_docs(name):
     parser = verbs()[name]
     assert parser.description
     for action in parser._actions:
         assert action.help, f"{name} {action.dest}"
-    assert f"actcache {name}" in README
+    assert f"`actcache {name}" in (DOCS / "running.md").read_text(encoding="utf-8")
 
 
-def test_the_tree_in_the_readme_names_every_module():
+def test_the_tree_in_the_docs_names_every_module():
+    tree = (DOCS / "code.md").read_text(encoding="utf-8")
     for folder, modules in FLOW.items():
-        assert f"{folder}/" in README
+        assert f"{folder}/" in tree
         for name in modules if folder not in ("cli", "report") else ():
-            assert f"{name}.py" in README, name
+            assert f"{name}.py" in tree, name
+
+
+@pytest.mark.parametrize("name", verbs())
+def test_help_comes_in_groups_with_an_example(name):
+    """Every option is in a group of the help; the example is a command that there is, of this verb."""
+    parser = verbs()[name]
+    grouped = [action for group in parser._action_groups if group.title in GROUPS for action in group._group_actions]
+    assert {id(action) for action in grouped} == {id(action) for action in parser._actions}
+    kind, _, example = parser.epilog.partition(": ")
+    program, *words = shlex.split(example)
+    assert (kind, program, words[0]) == ("example", "actcache", name)
+    build_parser().parse_args(words)
+    assert f"\n  {example}\n" in parser.format_help()
+
+
+@pytest.mark.parametrize("name", verbs())
+def test_help_is_plain(name):
+    """Thirty words at most; "per", where "a row an event" would be said."""
+    for text in (parser := verbs()[name]).description, *(action.help for action in parser._actions):
+        assert len(text.split()) <= 30, text
+        assert not re.search(r"\b(one|a|an) \w+ (a|an) \w+\b", text), text

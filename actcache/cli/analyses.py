@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 def add_verbs(verbs: Verbs) -> None:
     """Add one verb per analysis."""
     for named in ANALYSES:
-        parser = add_verb(verbs, named.name, partial(_answer, named), named.question)
+        parser = add_verb(verbs, named.name, partial(_answer, named), named.question, f"actcache {named.name} RUN")
         add_captured_arguments(parser)
         parser.later = partial(_add_options, named)
         parser.add_argument("--json", action="store_true", help="print JSON, as in the file")
@@ -57,7 +57,7 @@ def _add_options(named: Named, parser: Parser) -> None:
             type=entry.metadata["type"],
             default=entry.default,
             help=entry.metadata["help"],
-            metavar=entry.name.upper().rstrip("S"),
+            metavar=flag.lstrip("-").upper(),
         )
 
 

@@ -18,9 +18,12 @@ READOUTS = "native,common_it,common_pt"
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
-def add_verb(verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int | None], summary: str) -> Parser:
+def add_verb(
+    verbs: Verbs, name: str, run: Callable[[argparse.Namespace], int | None], summary: str, example: str
+) -> Parser:
     """Give the parser a verb; ``run`` gets its arguments and returns the exit code (None: 0)."""
-    parser: Parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+    description = summary[0].upper() + summary[1:] + "."
+    parser: Parser = verbs.add_parser(name, help=summary, description=description, epilog=f"example: {example}")
     parser.add_argument("--quiet", action="store_true", help="print errors only on stderr, no progress and no notes")
     parser.add_argument(
         "--threads",
@@ -36,9 +39,7 @@ def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
     """What a capture needs: the pair, the prompts, where to, and what to compute."""
     add_pair_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
-    parser.add_argument(
-        "--store", metavar="URL", help="where the store goes (default RUN/store), s3://bucket/prefix say"
-    )
+    parser.add_argument("--store", metavar="URL", help="place of the store, as s3://bucket/prefix (default RUN/store)")
     add_capture_settings(parser)
 
 
@@ -50,41 +51,63 @@ def add_pair_arguments(parser: argparse.ArgumentParser, *, required: bool = True
     parser.add_argument(
         "--it", type=Path, required=required, metavar="DIR", help="model folder of its tuned descendant"
     )
-    parser.add_argument("--prompts", type=Path, required=required, metavar="P.jsonl", help="one JSON object a line")
+    parser.add_argument(
+        "--prompts", type=Path, required=required, metavar="P.jsonl", help="prompts, one JSON object per line"
+    )
 
 
 def add_capture_settings(parser: argparse.ArgumentParser) -> None:
     """What a capture computes; :func:`capture_settings` reads it, with ``--strict`` and ``--max-tokens``."""
     parser.add_argument(
-        "--boundary", default="0.6", help="first late block: 18, a fraction of the depth, a list, or all (default 0.6)"
+        "--boundary",
+        default="0.6",
+        metavar="B",
+        help="first late block: 18, 0.6 of the depth, -3 from the end, a list of these, or all (default %(default)s)",
     )
     parser.add_argument(
         "--site",
         action="append",
         default=[],
         metavar="SITE:BLOCKS",
-        help="keep further rows, of what a block's attention or MLP gives: mlp:29,30 or attention:all; repeat for more",
+        help="further rows to keep, of what attention or MLP gives: mlp:29,30 or attention:all; repeat for more",
     )
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="default %(default)s")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default %(default)s")
     parser.add_argument(
-        "--max-new", type=positive, default=128, help="choices to compare a prompt (default %(default)s)"
+        "--dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="dtype of weights and states (default %(default)s)",
     )
-    parser.add_argument("--limit", type=positive, help="use the first N prompts only")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="device to run on (default %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new",
+        type=positive,
+        default=128,
+        metavar="N",
+        help="number of choices to compare per prompt, at most (default %(default)s)",
+    )
+    parser.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts only")
     parser.add_argument(
         "--rows",
         choices=["prefix", "divergence"],
         default="prefix",
-        help="keep every position's rows, as the grid needs, or the event's alone (default %(default)s)",
+        help="positions whose rows are kept: all, as the grid needs, or the event's (default %(default)s)",
     )
     parser.add_argument(
         "--codec",
         choices=["blosc", "actcache.bf16_planes"],
         default="blosc",
-        help="of the stored states: any Zarr reader has blosc; the planes, for bfloat16, are smaller and faster "
+        help="codec of the stored states: any Zarr reader has blosc; the planes are smaller and faster, for bfloat16 "
         "(default %(default)s)",
     )
-    parser.add_argument("--shard-prompts", type=positive, default=64, help="prompts of a segment (default %(default)s)")
+    parser.add_argument(
+        "--shard-prompts",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="prompts per segment of the store (default %(default)s)",
+    )
 
 
 def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings:
@@ -113,18 +136,20 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     """What is scored, and how it is replayed."""
     parser.add_argument(
         "--scope",
-        help="whose state the upstream gives: prefix (every position's, the default), position (the compared one's "
-        "only), or both as a list",
+        metavar="S",
+        help="positions whose state comes from upstream: prefix (all, the default), position (the compared one), or "
+        "both as a list",
     )
     parser.add_argument(
         "--readout",
-        help="whose final norm and head score: a list of native, common_it, common_pt (default: all)",
+        metavar="R",
+        help="final norm and head that score: a list of native, common_it, common_pt (default: all)",
     )
     parser.add_argument(
         "--sweep",
         type=Path,
         metavar="FILE",
-        help="boundaries, scopes, readouts and edits to score, as .toml or .py (see actcache/replay/sweep.py)",
+        help="file of boundaries, scopes, readouts and edits to score, .toml or .py",
     )
     add_strict_and_pack(parser)
 
@@ -150,7 +175,7 @@ def grid_settings(
     }
     for name, (argument, of_sweep) in given.items():
         if argument is not None and of_sweep is not None:
-            raise InputError(f"{args.sweep} says what {name} {argument} says too; leave one of them out")
+            raise InputError(f"{name} is given twice: by the command, and by {args.sweep}; leave one of them out")
     boundaries = tuple(captured)
     asked = boundary if sweep.boundaries is None else sweep.boundaries
     if asked not in (None, "all"):
@@ -174,9 +199,11 @@ def _names(text: str) -> tuple[str, ...]:
 def add_strict_and_pack(parser: argparse.ArgumentParser) -> None:
     """How sequences share forwards."""
     parser.add_argument(
-        "--strict", action="store_true", help="one sequence a forward: bit-identical to a hooked forward"
+        "--strict", action="store_true", help="run one sequence per forward, bit-identical to a hooked forward"
     )
-    parser.add_argument("--max-tokens", type=positive, help="tokens of one forward (default: what suits the device)")
+    parser.add_argument(
+        "--max-tokens", type=positive, metavar="N", help="tokens per forward (default: what suits the device)"
+    )
 
 
 def positive(text: str) -> int:

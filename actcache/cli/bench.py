@@ -19,14 +19,24 @@ BENCHES = ("gather", "linear", "codec", "store", "feed")
 def add_verbs(verbs: Verbs) -> None:
     """Add the verb of this module."""
     bench = add_verb(
-        verbs, "bench", _bench, "measure gather, linear, codec, store and feed on this machine, beside their rivals"
+        verbs,
+        "bench",
+        _bench,
+        "measure gather, linear, codec, store and feed on this machine, beside their rivals",
+        "actcache bench store feed --out results.json",
     )
     bench.add_argument(
-        "names", nargs="*", type=_bench_name, metavar="NAME", help=f"of {', '.join(BENCHES)}; default all"
+        "names",
+        nargs="*",
+        type=_bench_name,
+        metavar="NAME",
+        help=f"benches to run: {', '.join(BENCHES)} (default: all)",
     )
-    bench.add_argument("--folder", type=Path, help="on which disk (default: the system's temporary folder)")
-    bench.add_argument("--out", type=Path, metavar="JSON", help="also write the figures here, one object a bench")
-    bench.add_argument("--smoke", action="store_true", help="sizes of seconds, to see that everything runs")
+    bench.add_argument(
+        "--folder", type=Path, metavar="DIR", help="folder on the disk to measure (default: the system's temporary one)"
+    )
+    bench.add_argument("--out", type=Path, metavar="JSON", help="file for the figures, one object per bench")
+    bench.add_argument("--smoke", action="store_true", help="use sizes of seconds, to see that everything runs")
 
 
 def _bench(args: argparse.Namespace) -> int:

@@ -16,9 +16,13 @@ if TYPE_CHECKING:
 def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, and what may have moved since."""
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument("--pt", type=Path, help="where the PT checkpoint is now (default: where capture found it)")
-    parser.add_argument("--it", type=Path, help="where the IT checkpoint is now")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: where capture ran")
+    parser.add_argument(
+        "--pt", type=Path, metavar="DIR", help="present folder of the PT checkpoint (default: that of the capture)"
+    )
+    parser.add_argument(
+        "--it", type=Path, metavar="DIR", help="present folder of the IT checkpoint (default: that of the capture)"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="device to run on (default: that of the capture)")
 
 
 def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup, str]:

@@ -12,16 +12,64 @@ from typing import Any, NoReturn
 
 from actcache.errors import InputError
 
+# Groups of the help, in its order; an option that no group names is one of WHAT.
+WHAT = "what to compute"
+GROUPS = {
+    "pair, run or store": ("run", "source", "store", "--pt", "--it", "--checkpoint", "--pair", "--prompts", "--limit"),
+    WHAT: (),
+    "exactness": (
+        *("--dtype", "--strict", "--max-tokens", "--stability", "--stable-only", "--min-gap", "--sample"),
+        *("--draws", "--seed"),
+    ),
+    "where": (
+        "--out",
+        "--store",
+        "--part",
+        "--shard-prompts",
+        "--device",
+        "--threads",
+        "--folder",
+        "--json",
+        "--quiet",
+    ),
+    "help": ("-h", "--version"),
+}
+_GROUP_OF = {name: title for title, names in GROUPS.items() for name in names}
 _NEGATIVE_LIST = re.compile(r"-[0-9.]+(,-?[0-9.]+)*")
 
 
+class _Formatter(argparse.HelpFormatter):
+    """Keeps an example on a line of its own."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        kind, _, command = text.partition(": ")
+        return f"{kind}:\n  {command}" if kind == "example" else super()._fill_text(text, width, indent)
+
+
 class Parser(argparse.ArgumentParser):
-    """As argparse's, but that it looks for mistyped verbs and options first: argparse, which finds them last, may
-    say that another argument is missing."""
+    """A parser that puts each option into its group of the help, and looks for mistyped verbs and options first.
+
+    argparse finds these last, and may say before that another argument is missing.
+    """
 
     raises = False
     later: Callable[[Parser], None] | None = None
     """Adds the arguments, when they are needed: what they follow from takes long to import."""
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, formatter_class=_Formatter, **more)
+
+    def add_argument(self, *names: Any, **more: Any) -> argparse.Action:
+        """As argparse's, in the option's group."""
+        return self._group(_GROUP_OF.get(names[0], WHAT)).add_argument(*names, **more)
+
+    def _group(self, title: str) -> argparse._ArgumentGroup:
+        for group in self._action_groups:
+            if group.title == title:
+                return group
+        group, order = self.add_argument_group(title), list(GROUPS)
+        self._action_groups.sort(key=lambda one: order.index(one.title) if one.title in order else -1)
+        return group
 
     def fill(self) -> None:
         """Add the arguments that were left for later."""

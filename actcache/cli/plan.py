@@ -65,7 +65,11 @@ _LABELS = {
 def add_verbs(verbs: Verbs) -> None:
     """Add the verb of this module."""
     parser = add_verb(
-        verbs, "plan", _plan, "what a run will take, from configs and prompts; of a finished RUN, beside what it took"
+        verbs,
+        "plan",
+        _plan,
+        "tell what a run will take, or what a finished RUN took beside the estimate",
+        "actcache plan --pt base --it tuned --prompts prompts.jsonl --pilot PILOT",
     )
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a finished run, instead of a pair")
     add_pair_arguments(parser, required=False)

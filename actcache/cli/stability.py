@@ -26,14 +26,24 @@ DTYPES = ("float32", "bfloat16")
 def add_verbs(verbs: Verbs) -> None:
     """Add the verb of this module."""
     parser = add_verb(
-        verbs, "stability", _stability, "count the events whose decision the batch's shape or the dtype would change"
+        verbs,
+        "stability",
+        _stability,
+        "count the events that other rounding would change: another shape of the batch, or another dtype",
+        "actcache stability RUN --sample 100",
     )
     add_captured_arguments(parser)
     parser.add_argument(
-        "--dtype", type=_dtypes, default=DTYPES, metavar="LIST", help="of float32 and bfloat16 (default: both)"
+        "--dtype",
+        type=_dtypes,
+        default=DTYPES,
+        metavar="LIST",
+        help="dtypes to decide in: a list of float32, bfloat16 (default: both)",
     )
-    parser.add_argument("--sample", type=_sample, metavar="N|all", help="how many events, evenly spread (default all)")
-    parser.add_argument("--max-tokens", type=positive, help="tokens of one pack (default: as captured)")
+    parser.add_argument(
+        "--sample", type=_sample, metavar="N|all", help="number of events to decide anew, evenly spread (default: all)"
+    )
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="tokens per pack (default: as captured)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,12 +53,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=_sample_or_none,
         default=16,
         metavar="N|all|0",
-        help="on how many events, evenly spread, to check whether rounding would change them (default %(default)s)",
+        help="number of events, evenly spread, to check for changes by rounding (default %(default)s)",
     )
     parser.add_argument(
         "--stable-only",
         action="store_true",
-        help="effects over the events only that rounding does not change in the run's dtype; checks all of them",
+        help="check all events, and leave out of the effects those that rounding changes in the run's dtype",
     )
 
 

@@ -43,35 +43,71 @@ if TYPE_CHECKING:
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs of this module."""
-    demo = add_verb(verbs, "demo", _demo, "the whole flow on the pair that the package ships; no network")
+    demo = add_verb(
+        verbs,
+        "demo",
+        _demo,
+        "run everything on the pair that the package ships, without a network",
+        "actcache demo --out actcache-demo",
+    )
     demo.add_argument("--out", type=Path, default=Path("actcache-demo"), metavar="RUN", help="folder of the run")
 
-    run = add_verb(verbs, "run", _run, "capture, grid, effects and report in one go; resumable by the same command")
+    run = add_verb(
+        verbs,
+        "run",
+        _run,
+        "capture, check, score and report a pair in one go; the same command resumes it",
+        "actcache run --pt base --it tuned --prompts prompts.jsonl --out RUN",
+    )
     add_all_arguments(run)
 
     capture = add_verb(
-        verbs, "capture", _capture, "find the events of a pair and store the states that their replay needs"
+        verbs,
+        "capture",
+        _capture,
+        "find the events of a pair, and store the states that their replay needs",
+        "actcache capture --pt base --it tuned --prompts prompts.jsonl --out RUN --boundary 0.6,-3,-1",
     )
     add_capture_arguments(capture)
     add_strict_and_pack(capture)
     capture.add_argument(
-        "--part", type=_part, default=(0, 1), metavar="I/N", help="every N-th segment from the I-th (from 1) on only"
+        "--part",
+        type=_part,
+        default=(0, 1),
+        metavar="I/N",
+        help="capture segments I, I+N, I+2N and so on only, counted from 1",
     )
 
-    grid = add_verb(verbs, "grid", _grid, "score the cells of a captured run by replaying its late stacks")
+    grid = add_verb(
+        verbs,
+        "grid",
+        _grid,
+        "score the cells of a captured run by replaying its late stacks",
+        "actcache grid RUN --scope prefix,position --sweep edits.toml",
+    )
     add_captured_arguments(grid)
-    grid.add_argument("--boundary", help="boundaries to score, of those captured (default: all captured)")
+    grid.add_argument("--boundary", metavar="B", help="boundaries to score, of those captured (default: all of them)")
     add_grid_arguments(grid)
 
-    effects = add_verb(verbs, "effects", _effects, "contrasts with bootstrap intervals, from a run or a table of cells")
+    effects = add_verb(
+        verbs,
+        "effects",
+        _effects,
+        "average cells into contrasts with bootstrap intervals",
+        "actcache effects RUN --min-gap 0.5",
+    )
     effects.add_argument("source", type=Path, metavar="RUN|CELLS.parquet", help="folder of a run, or a table of cells")
-    effects.add_argument("--draws", type=int, default=2000, help="bootstrap draws over prompts (default %(default)s)")
-    effects.add_argument("--seed", type=int, default=0, help="of the bootstrap (default %(default)s)")
+    effects.add_argument(
+        "--draws", type=int, default=2000, metavar="N", help="bootstrap draws over prompts (default %(default)s)"
+    )
+    effects.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap (default %(default)s)")
     _add_filters(effects)
 
     effects.add_argument("--json", action="store_true", help="print JSON, as in RUN/effects.json")
 
-    report = add_verb(verbs, "report", _report, "one self-contained HTML page about a run")
+    report = add_verb(
+        verbs, "report", _report, "write one self-contained HTML page about a run", "actcache report RUN --stable-only"
+    )
     report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     _add_filters(report)
 
@@ -79,10 +115,12 @@ def add_verbs(verbs: Verbs) -> None:
 def _add_filters(parser: argparse.ArgumentParser) -> None:
     """What leaves events out of effects."""
     parser.add_argument(
-        "--stable-only", action="store_true", help="leave out events that rounding changes, as 'stability' found"
+        "--stable-only",
+        action="store_true",
+        help="leave out the events that rounding changes, as 'actcache stability' found",
     )
     parser.add_argument(
-        "--min-gap", type=_logits, metavar="G", help="leave out events whose gap_pt or gap_it is below G logits"
+        "--min-gap", type=_logits, metavar="G", help="leave out the events whose gap_pt or gap_it is below G logits"
     )
 
 

@@ -18,35 +18,67 @@ from actcache.study.run_folder import CheckedFiles, RunFolder, open_store, run_a
 
 def add_verbs(verbs: Verbs) -> None:
     """Add the verbs of this module."""
-    inspect = add_verb(verbs, "inspect", _inspect, "what a store holds, or what gathers and multiplies here")
+    inspect = add_verb(
+        verbs,
+        "inspect",
+        _inspect,
+        "show what a store holds, or what gathers and multiplies here",
+        "actcache inspect RUN",
+    )
     inspect.add_argument("store", nargs="?", metavar="STORE", help="a store (folder or URL), or the folder of a run")
     inspect.add_argument(
-        "--engine", action="store_true", help="say what gathers rows on each device, and what multiplies in packs"
+        "--engine", action="store_true", help="show what gathers rows on each device, and what multiplies in packs"
     )
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
-    verify = add_verb(verbs, "verify", _verify, "re-read a whole store and name everything that is not as committed")
+    verify = add_verb(
+        verbs,
+        "verify",
+        _verify,
+        "read a whole store again, and name everything that is not as committed",
+        "actcache verify RUN",
+    )
     verify.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
     verify.add_argument(
         "--repair",
         action="store_true",
-        help="set damaged segments aside, so that the rest reads and they can be redone",
+        help="set damaged segments aside, so that the others can be read and these captured again",
     )
 
-    export = add_verb(verbs, "export", _export, "states, token ids and events as files that other tools read")
+    export = add_verb(
+        verbs,
+        "export",
+        _export,
+        "write states, token ids and events as files for other tools",
+        "actcache export RUN --to npy --out states --checkpoint it --events 0:100",
+    )
     export.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
     export.add_argument("--to", required=True, choices=["safetensors", "npy", "arrow"], help="format of the files")
     export.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
-    export.add_argument("--checkpoint", action="append", metavar="LABEL", help="one of the store's; repeat for more")
-    export.add_argument("--boundary", type=numbers, metavar="5,10", help="of those stored (default: all)")
-    export.add_argument("--events", metavar="0,5,9|100:200", help="numbers, or a range of them (default: all)")
+    export.add_argument(
+        "--checkpoint", action="append", metavar="LABEL", help="checkpoint to export; repeat for more (default: all)"
+    )
+    export.add_argument(
+        "--boundary", type=numbers, metavar="5,10", help="boundaries to export, of those stored (default: all)"
+    )
+    export.add_argument(
+        "--events", metavar="0,5,9|100:200", help="events to export: numbers, or a range (default: all)"
+    )
 
     compact = add_verb(
-        verbs, "compact", _compact, "merge small segments of a store into larger ones, while readers go on"
+        verbs,
+        "compact",
+        _compact,
+        "merge small segments of a store into larger ones, while readers go on",
+        "actcache compact RUN --max-mb 512",
     )
     compact.add_argument("store", metavar="STORE", help="a store (folder or URL), or the folder of a run")
     compact.add_argument(
-        "--max-mb", type=positive, default=1024, help="states of a merged segment, uncompressed (default %(default)s)"
+        "--max-mb",
+        type=positive,
+        default=1024,
+        metavar="MB",
+        help="size of a merged segment's states, uncompressed, at most (default %(default)s)",
     )
 
 

@@ -1,0 +1,277 @@
+"""Write the generated parts of the docs: the command line from its parser, columns from the schema, benchmarks.
+
+A line ``<!-- generated: NAME -->`` of a page stands for a part. mkdocs.yml names this file as a hook, so that a build
+of the site puts the parts there. Tables of benchmarks come from the JSON files in benches/results, and nothing else::
+
+    python scripts/docs_pages.py "command line"     print one part, as Markdown
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benches" / "results"
+WALKTHROUGH = ROOT / "docs" / "walkthrough.ipynb"
+_MARK = re.compile(r"^<!-- generated: ([\w ]+) -->$", re.M)
+_COMMON = ("--help", "--quiet", "--threads")  # of every verb; the page says so once
+
+Row = Sequence[Any]
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """MkDocs' hook: a page with its generated parts."""
+    return _MARK.sub(lambda mark: part(mark[1]), markdown)
+
+
+def part(name: str) -> str:
+    """The Markdown that a mark stands for."""
+    kind, _, of = name.partition(" ")
+    if kind == "columns":
+        return columns(of)
+    return {"command line": command_line, "benchmarks": benchmarks, "walkthrough": walkthrough}[name]()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print one part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="command line, benchmarks, walkthrough, or columns and a table of schema.py")
+    print(part(parser.parse_args(argv).name))
+    return 0
+
+
+def table(head: Row, rows: Sequence[Row]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+def command_line() -> str:
+    """Every verb: what it does, how it is typed, an example, its options by group."""
+    return "\n\n".join(block for name, verb in verbs().items() for block in _verb(name, verb))
+
+
+def verbs() -> dict[str, argparse.ArgumentParser]:
+    """Parsers by verb, each with all of its options."""
+    from actcache.cli import build_parser
+
+    (action,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
+    found: dict[str, argparse.ArgumentParser] = dict(action.choices)
+    for parser in found.values():
+        if hasattr(parser, "fill"):
+            parser.fill()  # an analysis adds its own options when they are asked for
+    return found
+
+
+def _verb(name: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    yield f"## actcache {name}"
+    yield parser.description or ""
+    if parser.epilog:
+        yield f"```\n{parser.epilog.partition(': ')[2]}\n```"
+    for group in parser._action_groups:
+        rows = [_option(action) for action in group._group_actions if not {*_COMMON} & {*action.option_strings}]
+        if rows:
+            yield table([group.title, ""], rows)
+
+
+def _option(action: argparse.Action) -> Row:
+    value = action.metavar or ("|".join(map(str, action.choices)) if action.choices else None)
+    if value is None and action.nargs != 0:
+        value = action.dest.upper()
+    names = ", ".join(action.option_strings) or str(value)
+    typed = f"`{names} {value}`" if action.option_strings and action.nargs != 0 else f"`{names}`"
+    said = (action.help or "") % {"default": action.default, "prog": "actcache"}
+    return typed, said + (" (required)" if action.option_strings and action.required else "")
+
+
+# ---- columns ---------------------------------------------------------------------------------------------------------
+
+
+def columns(of: str) -> str:
+    """The columns of one table of schema.py."""
+    from actcache import schema
+
+    rows = [(f"`{one.name}`", one.type, one.unit, one.meaning) for one in getattr(schema, of)]
+    return table(["column", "type", "unit", "says"], rows)
+
+
+# ---- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def benchmarks() -> str:
+    """A section per file of benches/results: what ran where, and its tables."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    results = [one for content in found for one in (content if isinstance(content, list) else [content])]
+    if not results:
+        return "No result is on file."
+    order = list(_TABLES)
+    results.sort(key=lambda result: order.index(result["bench"]))
+    return "\n\n".join(block for result in results for block in _result(result))
+
+
+def _result(result: Mapping[str, Any]) -> Iterator[str]:
+    yield f"## {_TITLES[result['bench']]}"
+    yield _about(result)
+    yield _TABLES[result["bench"]](result)
+
+
+def _about(result: Mapping[str, Any]) -> str:
+    """Where, with what and of which commit."""
+    used = [
+        name for name in ("torch", "nnsight", "transformer-lens", "tensorstore", "zarr") if name in result["versions"]
+    ]
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in used)
+    where = f"{result['cpus']} CPUs of {result['machine']}; {versions}; commit {result['commit']}"
+    sizes = [f"{result[name]:,} {name}" for name in ("prompts", "events", "tokens", "rows") if name in result]
+    dtype = [result["dtype"]] if "dtype" in result else []
+    packs = [result["in_packs"]] if "in_packs" in result else []
+    return ". ".join([where, *([", ".join([*sizes, *dtype])] if sizes or dtype else []), *packs]) + "."
+
+
+def _workloads(result: Mapping[str, Any]) -> str:
+    """Times of the same results by several means; in bold, how many times longer than actcache each took."""
+    workloads = result["workloads"]
+    means = list(dict.fromkeys(name for one in workloads for name in one["seconds"]))
+    rows = []
+    for one in workloads:
+        cells = []
+        for name in means:
+            seconds, ratio = one["seconds"].get(name), one["ratios"].get(name)
+            shown = "" if seconds is None else _seconds(seconds)
+            cells.append(shown + (f" (**{ratio:.3g}x**)" if ratio is not None else ""))
+        limit = one["percent_of_limit"]
+        rows.append([f"{one['name']}, per {one['unit']}", *cells, "" if limit is None else f"{limit[0]:.0f}%"])
+    said = [table(["", *means, "of the limit"], rows)]
+    if "largest_difference" in result:
+        said.append(f"Before anything is timed, all margins are within {result['largest_difference']:.1e} logits.")
+    if "peak_bytes" in result:
+        peak = result["peak_bytes"]
+        above = {name: peak[name] - peak["imports"] for name in peak if name != "imports"}
+        memory = [(name, f"{n / 1e6:.0f} MB", f"{n / above['model']:.0%}") for name, n in above.items()]
+        said += ["Peak memory above the imports, late stacks by their first block:"]
+        said += [table(["", "peak", "of the whole model's"], memory)]
+    return "\n\n".join(said)
+
+
+def _store(result: Mapping[str, Any]) -> str:
+    rates, ours = result["bytes_per_s"], result["bytes_per_s"]["actcache"]
+    rows = []
+    for name, of in rates.items():
+        faster = "" if name == "actcache" else ", ".join(f"{ours[what] / of[what]:.2f}x" for what in of)
+        rows.append([name, *(f"{of[what] / 1e9:.2f}" for what in ("write", "random", "sequential")), faster])
+    disk, copy = (f"{result['ceilings'][name] / 1e9:.2f}" for name in ("disk", "copy"))
+    rows.append(["ceiling", f"{disk} (one file, fsync)", f"{copy} (copy)", f"{copy} (copy)", ""])
+    return table(["GB/s of states", "write", "random events", "sequential", "actcache is faster by"], rows)
+
+
+def _store_chunks(result: Mapping[str, Any]) -> str:
+    rows = [
+        [kib, f"{of['ratio']:.3f}", *(f"{of[what] / 1e9:.2f}" for what in ("write", "random", "sequential"))]
+        for kib, of in result["chunk_kib"].items()
+    ]
+    return table(["chunk KiB", "ratio", "write GB/s", "random GB/s", "sequential GB/s"], rows)
+
+
+def _rates(of: Mapping[str, Mapping[str, Any]], ceiling: str) -> str:
+    rows = [[name, f"{one['gb_s']:.2f}", f"{one[ceiling]:.0f}%"] for name, one in of.items()]
+    return table(["", "GB/s", "of memcpy"], rows)
+
+
+def _named_tables(result: Mapping[str, Any], name: str, draw: Callable[[Any], str]) -> str:
+    return "\n\n".join(f"**{title}**\n\n{draw(of)}" for title, of in result[name].items())
+
+
+def _codec(of: Mapping[str, Mapping[str, Any]]) -> str:
+    rates = ("encode_gb_s", "decode_gb_s")
+    rows = [[name, f"{one['ratio']:.3f}", *(f"{one[rate]:.2f}" for rate in rates)] for name, one in of.items()]
+    return table(["", "ratio", "encode GB/s", "decode GB/s"], rows)
+
+
+def _linear(result: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            f"{one['rows']} rows, {one['n_in']} x {one['n_out']}",
+            name,
+            f"{way['multiply_adds_per_s'] / 1e9:.0f}",
+            f"{way['times_torch']:.2f}x",
+            f"{way['percent_of_ceiling']:.0f}%",
+            f"{way['error']:.1e}",
+        ]
+        for one in result["products"]
+        for name, way in one["ways"].items()
+    ]
+    return table(["product", "by", "G multiply-adds/s", "of torch", "of the ceiling", "error"], rows)
+
+
+def _feed(result: Mapping[str, Any]) -> str:
+    copy = result["ceiling_rows_per_s"]["copy in memory"]["median"]
+    rows = [
+        [name, f"{one['median']:,.0f}", f"{one['min']:,.0f}-{one['max']:,.0f}", f"{one['median'] / copy:.0%}"]
+        for name, one in (result["rows_per_s"] | result["ceiling_rows_per_s"]).items()
+    ]
+    return table(["", "rows/s", "spread", "of copying"], rows)
+
+
+def _seconds(seconds: float) -> str:
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+_TITLES = {
+    "sweep": "A study beside hooks, nnsight and TransformerLens",
+    "replay": "Replay beside its multiply-adds",
+    "store": "Writing and reading a store",
+    "store_chunks": "Sizes of chunks",
+    "codec": "Codecs on bf16 states",
+    "gather": "Gathering rows",
+    "linear": "Linear layers in float32",
+    "feed": "Feeding a trainer",
+}
+_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "sweep": _workloads,
+    "replay": _workloads,
+    "store": _store,
+    "store_chunks": _store_chunks,
+    "codec": lambda result: _named_tables(result, "states", _codec),
+    "gather": lambda result: _named_tables(result, "layouts", lambda of: _rates(of, "percent_of_memcpy")),
+    "linear": _linear,
+    "feed": _feed,
+}
+
+
+# ---- the notebook ----------------------------------------------------------------------------------------------------
+
+
+def walkthrough() -> str:
+    """The notebook as a page: its text, its code, and the text that the code printed."""
+    blocks = []
+    for cell in json.loads(WALKTHROUGH.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        blocks.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        blocks += [shown for output in cell.get("outputs", ()) for shown in _output(output)]
+    return "\n\n".join(blocks)
+
+
+def _output(output: Mapping[str, Any]) -> Iterator[str]:
+    data = output.get("data", {})
+    if "image/png" in data:
+        yield f'<img alt="figure" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
+    elif "text/html" in data:
+        yield "".join(data["text/html"])
+    elif text := "".join(output.get("text", data.get("text/plain", ()))):
+        yield f"```\n{text.rstrip()}\n```"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
