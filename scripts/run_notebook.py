@@ -59,7 +59,9 @@ def _run(source: str, where: str, names: dict[str, Any]) -> list[dict[str, Any]]
 
     body = ast.parse(source, where).body
     last = ast.Expression(body.pop().value) if body and isinstance(body[-1], ast.Expr) else None  # type: ignore[attr-defined]
-    value, outputs, printed = None, [], io.StringIO()
+    value: Any = None
+    outputs: list[dict[str, Any]] = []
+    printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(ast.Module(body, []), where, "exec"), names)
         if last is not None:
@@ -74,7 +76,7 @@ def _run(source: str, where: str, names: dict[str, Any]) -> list[dict[str, Any]]
         outputs.append({"output_type": "display_data", "metadata": {}, "data": shown})
     plt.close("all")
     if value is not None and not figures:
-        data_of = {"text/plain": repr(value).splitlines(keepends=True)}
+        data_of: dict[str, Any] = {"text/plain": repr(value).splitlines(keepends=True)}
         if html := getattr(value, "_repr_html_", lambda: None)():
             data_of["text/html"] = html.splitlines(keepends=True)
         outputs.append({"output_type": "execute_result", "metadata": {}, "data": data_of})

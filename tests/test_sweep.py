@@ -875,9 +875,10 @@ def test_a_sweep_that_says_what_an_argument_says_is_refused(run, written, capfd)
     for key, argument in (('scopes = ["position"]', "--scope prefix"), ('readouts = ["native"]', "--readout native")):
         path = written(key)
         said = refused(capfd, "grid", run, "--sweep", path, *argument.split())
-        assert said == f"actcache: {path} says what {argument} says too; leave one of them out"
+        name = argument.split()[0]
+        assert said == f"actcache: {name} is given twice: by the command, and by {path}; leave one of them out"
     path = written("boundaries = [2]")
-    assert "says what --boundary 3 says too" in refused(capfd, "grid", run, "--sweep", path, "--boundary", 3)
+    assert "--boundary is given twice" in refused(capfd, "grid", run, "--sweep", path, "--boundary", 3)
     assert not (run / "cells.parquet").exists()
     assert set(score(run, "--sweep", path, "--scope", "position")["boundary"].to_pylist()) == {2}
 

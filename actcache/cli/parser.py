@@ -56,8 +56,8 @@ class Parser(argparse.ArgumentParser):
     later: Callable[[Parser], None] | None = None
     """Adds the arguments, when they are needed: what they follow from takes long to import."""
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, formatter_class=_Formatter, **more)
+    def __init__(self, **more: Any) -> None:
+        super().__init__(**{"formatter_class": _Formatter, **more})
 
     def add_argument(self, *names: Any, **more: Any) -> argparse.Action:
         """As argparse's, in the option's group."""
