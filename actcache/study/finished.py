@@ -104,7 +104,7 @@ class SearchCounter:
 def settings_of(store: Store) -> CaptureSettings:
     """The settings that a store was captured with."""
     store.fingerprint.check_captured()
-    given = {one.name: getattr(store.fingerprint, one.name) for one in fields(CaptureSettings)}
+    given = {one.name: getattr(store.fingerprint, one.name, None) for one in fields(CaptureSettings)}
     return CaptureSettings(**{name: value for name, value in given.items() if value is not None})
 
 
