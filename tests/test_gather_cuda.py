@@ -128,6 +128,7 @@ STRIDED = [{"n_cols": 40, "strides": (120, 3), "elem_bytes": elem_bytes} for ele
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RUNS + STRIDED, ids=str)
 def test_the_kernel_equals_numpy(ptxsim: ModuleType, ptx: str, case: dict[str, Any]) -> None:
     sim = ptxsim.PTX(ptx)
@@ -135,6 +136,7 @@ def test_the_kernel_equals_numpy(ptxsim: ModuleType, ptx: str, case: dict[str, A
         Launch(ptxsim, sim, block=block, **case).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("case", [RUNS[2], RUNS[4], STRIDED[1]], ids=str)
 def test_the_order_of_warps_does_not_matter(ptxsim: ModuleType, ptx: str, case: dict[str, Any], seed: int) -> None:
@@ -157,6 +159,7 @@ def test_aligned_rows_move_in_16_bytes(ptxsim: ModuleType, ptx: str) -> None:
         assert accesses(n_cols=2048, align_off=align_off) == 2 * 4096 // width
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strides", [(-64, 1), (64, -1), (-130, -2), (-1, -9)], ids=str)
 def test_negative_strides(ptxsim: ModuleType, edited: Callable[..., Any], strides: tuple[int, int]) -> None:
     # A simulated pointer is the start of a buffer; with negative strides the first element lies inside one, as many
@@ -182,6 +185,7 @@ def test_the_simulator_catches_a_row_left_out(ptxsim: ModuleType, ptx: str) -> N
     assert Launch(ptxsim, ptxsim.PTX(ptx), n_rows=16).n_unwritten == 64 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new", "fault"),
     [

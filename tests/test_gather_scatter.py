@@ -209,6 +209,7 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_kernel_equals_numpy(ptxsim: ModuleType, ptx: str, case: dict[str, Any]) -> None:
     sim = ptxsim.PTX(ptx)
@@ -216,6 +217,7 @@ def test_the_kernel_equals_numpy(ptxsim: ModuleType, ptx: str, case: dict[str, A
         launch(ptxsim, sim, block=block, **case)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("case", [CASES[2], CASES[4], CASES[13]], ids=str)
 def test_the_order_of_warps_does_not_matter(
@@ -242,6 +244,7 @@ def test_the_simulator_catches_one_row_written_twice(ptxsim: ModuleType, ptx: st
         launch(ptxsim, ptxsim.PTX(ptx), ids=[3, 3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("file", "old", "new", "fault"),
     [

@@ -546,6 +546,7 @@ def test_damage_has_a_name_and_a_place(path):
     assert {p.segment for p in verify(path)} == {"s-0"}
 
 
+@pytest.mark.slow
 def test_no_flipped_byte_goes_unnoticed(path, twin):
     """A byte of every file, at its start, middle or end: an error, or (where nothing reads it) the right answer."""
     files = [file for file in sorted(read_tree(path)) if file == layout.ROOT or "s-0" in file]
@@ -613,6 +614,7 @@ def test_truncation_at_every_length_is_one_named_error(file, path):
             read()
 
 
+@pytest.mark.slow
 def test_no_swap_of_two_files_goes_unnoticed(path, twin):
     """Also of whole and valid files of one size, whose chunks are sound in themselves."""
     files = {name: data for name, data in read_tree(path).items() if "/c/" in name and "s-0" in name}
@@ -797,6 +799,7 @@ def test_indices_that_lie_are_noticed(array, values, path):
     assert [problem.where for problem in verify(path)] == ["content"]
 
 
+@pytest.mark.slow
 def test_every_error_is_the_librarys_own(path):
     """Random bytes in place of any file."""
     rng = np.random.default_rng(0)
