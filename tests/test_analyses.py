@@ -15,6 +15,8 @@ from actcache.analyses import ANALYSES
 from actcache.cli import main
 from actcache.study import results
 
+pytestmark = pytest.mark.slow
+
 every_analysis = pytest.mark.parametrize("named", ANALYSES, ids=lambda named: named.name)
 BOUNDARIES = ("--boundary", "2,3", "--stability", "0")
 

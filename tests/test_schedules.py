@@ -7,7 +7,7 @@ import schedules
 
 pytestmark = pytest.mark.usefixtures("no_fsync")
 
-FAST, SOME, ALL = 4, 25, 250  # schedules of each place: of make test-fast, of make test, of make test-deep
+FAST, SOME, ALL = 2, 25, 250  # schedules of each place: of make test-fast, of make test, of make test-deep
 
 
 def seeds() -> list[object]:
@@ -32,6 +32,7 @@ def far(seed: int) -> schedules.Place:
     return Far(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["disk", "object store"])
 def test_a_seed_gives_the_same_schedule_again(where, tmp_path):
     traces = []

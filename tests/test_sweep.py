@@ -1122,6 +1122,7 @@ def test_cells_without_displacement_are_counted_and_mistakes_are_named(run, writ
 # ---- layers of any pair, and bounds ----
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 def test_the_example_fits_any_pair(arch, tmp_path):
     example = Path(__file__).parents[1] / "examples" / "sweep.toml"
@@ -1203,6 +1204,7 @@ def test_a_sweep_is_counted_before_it_is_expanded(written, text, words):
     assert time.process_time() - before < 5
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_variants_are_taken(written):
     text = one_edit(f'edit = "matched_norm"\nsweep = {{ seed = {list(range(100_000))} }}')
     assert len(read_sweep(written(text), WIDTH).variants_at(2)) == 100_000
