@@ -42,8 +42,8 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     refused here. Blank lines are skipped.
 
     Raises:
-        InputError: the file is missing, not UTF-8 or empty; a line is not a JSON object, lacks ``id`` or ``prompt``,
-            has one that is not text or is empty, repeats an id, has one of more than ``MAX_ID`` characters, or carries
+        InputError: the file is missing, not UTF-8 or empty; a line is not a JSON object; its ``id`` or ``prompt``
+            is missing, empty or no text; an id comes twice or has more than ``MAX_ID`` characters; or a line carries
             what cannot be carried: a key twice, or one that names a column of the results; a number beyond a float64
             or of thousands of digits; a lone surrogate; more levels, keys or text than ``actcache.carried`` allows.
     """

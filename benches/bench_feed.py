@@ -8,7 +8,7 @@ about as real ones do), one epoch a timing. Before any timing each has given eve
     feed, in order | blocks | rows   RowFeed with shuffle none, blocks, rows; 0 or 2 worker processes
     memmap, in order | random rows   numpy.memmap ``[N, K, D]``: slices, and rows picked by one permutation of them all
     memmap, DataLoader               the same permutation through a torch DataLoader that collates single rows
-    safetensors, in order | files    one file a sequence: in order, and files in random order with the rows of some of
+    safetensors, in order | files    one file per sequence: in order, and files in random order with the rows of some of
                                      them mixed in as much memory as the feed's pool has
     safetensors, random rows         one slice a row, by the permutation; the first batches only
 
@@ -284,7 +284,7 @@ def rows_per_s(read: Callable[[], Iterator[tuple[torch.Tensor, Any]]]) -> float:
 
 
 def copy_rate(states: npt.NDArray[np.uint16], batch_rows: int) -> float:
-    """Rows a second of copying the states, a batch at a time, to fresh memory."""
+    """Rows per second of copying the states, one batch at a time, to fresh memory."""
     start = time.perf_counter()
     for at in range(0, len(states), batch_rows):
         states[at : at + batch_rows].copy()
@@ -292,7 +292,7 @@ def copy_rate(states: npt.NDArray[np.uint16], batch_rows: int) -> float:
 
 
 def read_rate(path: Path, row_bytes: int, batch_rows: int) -> float:
-    """Rows a second of reading a file into one buffer."""
+    """Rows per second of reading a file into one buffer."""
     buffer, start, n_bytes = bytearray(batch_rows * row_bytes), time.perf_counter(), 0
     with open(path, "rb", buffering=0) as file:
         while got := file.readinto(buffer):
@@ -301,7 +301,7 @@ def read_rate(path: Path, row_bytes: int, batch_rows: int) -> float:
 
 
 def store_rate(path: Path) -> float:
-    """Rows a second of reading the store's arrays one after another, each as a whole."""
+    """Rows per second of reading the store's arrays one after another, each as a whole."""
     start, n_rows = time.perf_counter(), 0
     for segment in open_store(path).segments:
         for label in LABELS:

@@ -418,7 +418,7 @@ def check_equal(name: str, reader: Any, data: Data) -> None:
 
 
 def disk_rate(scratch: Path, data: Data) -> float:
-    """Bytes a second of writing all of it to one file, uncompressed, with fsync; best of three."""
+    """Bytes per second of writing all of it to one file, uncompressed, with fsync; best of three."""
 
     def write() -> None:
         with open(scratch / "plain", "wb") as stream:

@@ -24,9 +24,9 @@ The limit is a count of multiply-adds, each matrix product at the rate that this
 number of rows (that of actcache's packs), by torch's usual means or by oneDNN, whichever is faster: the median of
 samples taken in turn with the rest, and in brackets the best of them all. For a cell those are the late blocks over
 every position; for the cold grid also one plain forward of both checkpoints over the final sequences; for position
-edits the late blocks over the earlier positions once an event, and over one position a variant. actcache runs the last
-block only where its output is read, so that a replay of few blocks may fall below it. An added readout replays nothing:
-final states are kept, so that it has no limit of this kind.
+edits the late blocks over the earlier positions once per event, and over one position per variant. actcache runs the
+last block only where its output is read, so that a replay of few blocks may fall below it. An added readout replays
+nothing: final states are kept, so that it has no limit of this kind.
 
 The last line of stdout is JSON.
 """

@@ -2,7 +2,7 @@
 
 Search: both checkpoints decode greedily with a key-value cache, in lockstep, one prompt at a time. A native pass is a
 plain forward that keeps the states at some boundaries; a replay is a plain forward in which the state entering block b
-is overwritten. A 2x2 grid is two native passes and two replays an event, the fewest that give it.
+is overwritten. A 2x2 grid is two native passes and two replays per event, the fewest that give it.
 """
 
 from __future__ import annotations

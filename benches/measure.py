@@ -78,7 +78,7 @@ def median(seconds: Sequence[float]) -> float:
 
 
 def copy_rate(n_bytes: int = 2**28, repeat: int = 5) -> float:
-    """Bytes a second of a plain copy in memory, best of some: what no reader on this machine can exceed by much."""
+    """Bytes per second of a plain copy in memory, best of some: what no reader on this machine can exceed by much."""
     source = np.ones(n_bytes, np.uint8)
     target = np.zeros(n_bytes, np.uint8)
     return n_bytes / min(timed(lambda: np.copyto(target, source))[0] for _ in range(repeat))
@@ -134,7 +134,7 @@ class Products:
         return total(statistics.median), total(min)
 
     def rates(self) -> dict[str, float]:
-        """Multiply-adds a second of every product sampled, by ``rows x n_in x n_out``: the median."""
+        """Multiply-adds per second of every product sampled, by ``rows x n_in x n_out``: the median."""
         return {
             f"{rows}x{n_in}x{n_out}": rows * n_in * n_out / statistics.median(samples)
             for (rows, n_in, n_out), samples in sorted(self.samples_s.items())

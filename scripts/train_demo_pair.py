@@ -581,7 +581,7 @@ def one_batch(rows: Iterator[Row], n_rows: int) -> Batch:
 
 
 def train(model: LlamaForCausalLM, rows: Iterator[Row], n_steps: int, n_rows: int, peak_lr: float, name: str) -> None:
-    """AdamW in place, ``n_rows`` rows a step: linear warm-up over a twentieth of the steps, then a cosine to zero."""
+    """AdamW in place, ``n_rows`` rows per step: linear warm-up over a twentieth of the steps, then a cosine to zero."""
     n_warmup = max(1, n_steps // 20)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.05)
     model.train()

@@ -389,8 +389,8 @@ def test_what_is_never_packed_cannot_change(tiny_run, tmp_path, monkeypatch, cap
     (out / "stability.parquet").unlink()
     assert main(["stability", str(out)]) == 0
     said = capsys.readouterr()
-    assert "packed is strict here, one sequence a forward: no event can change between them" in said.out
-    assert "bfloat16: one sequence a forward: its attention knows no packs" in said.err
+    assert "packed is strict here, one sequence per forward: no event can change between them" in said.out
+    assert "bfloat16: one sequence per forward: its attention knows no packs" in said.err
     table = pq.read_table(out / "stability.parquet")
     assert table["stable"].to_pylist() == [True] * table.num_rows
     assert set(table["not_packable"].to_pylist()) == {"its attention knows no packs"}

@@ -2,8 +2,8 @@
 
 At every boundary the 2x2 of late stacks and upstream states has an interaction B - A (effects.py). The deeper the
 boundary, the fewer blocks the late stack has. *Retention* at a boundary is its mean interaction over that of the main
-boundary, on the events that have both, with an interval of draws that both share (arXiv 2605.07284, terminal depth:
-the final three blocks keep 52%, the final one 23%, over four families).
+boundary, on the events that have both. Its interval comes from draws that both share. In arXiv 2605.07284 (terminal
+depth, four families), the final three blocks keep 52% and the final one 23%.
 """
 
 from __future__ import annotations

@@ -144,9 +144,9 @@ def effects(
         level: coverage of the intervals, between 0 and 1 exclusive.
 
     Returns:
-        A dict ready for json: ``draws``, ``seed``, ``level`` and ``groups``, one per (kind, boundary, scope, readout,
-        variant) in sorted order, each with these five, the labels ``pt`` and ``it``, ``n_events``, ``n_prompts``,
-        ``cells`` (pt_pt, pt_it, it_pt, it_it) and the six quantities of this module's table. Every number is
+        A dict ready for json: ``draws``, ``seed``, ``level`` and ``groups``. There is one group per (kind, boundary,
+        scope, readout, variant), in sorted order. It has these five, the labels ``pt`` and ``it``, ``n_events``,
+        ``n_prompts``, ``cells`` (pt_pt, pt_it, it_pt, it_it) and the six quantities of this module's table. A number is
         ``{"mean", "low", "high"}``, in logits except for the shares. ``low`` and ``high`` are None below
         ``FEWEST_PROMPTS`` prompts, and for a share whose denominator's own interval reaches 0 (the ratio then has
         no bounded interval). A share is None altogether where its denominator is 0 to rounding. ``groups`` is empty
@@ -188,7 +188,7 @@ def select_events(
 
     Args:
         cells: as for :func:`contrasts`.
-        events: one row an event: event_id, and gap_pt and gap_it where ``min_gap`` is given.
+        events: one row per event: event_id, and gap_pt and gap_it where ``min_gap`` is given.
         dtype: in which the events were captured.
         stability: rows of :func:`actcache.analyses.stability.check_stability`, among them every event of the cells in
             ``dtype``. An event stays if its strict and its packed decision are both the stored one. None keeps

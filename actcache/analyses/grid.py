@@ -54,7 +54,7 @@ class GridSettings:
         top1: whether variants get ``top1_id``, which takes the whole vocabulary, too; plain cells always do.
         kl: whether cells get ``kl``, how far their next-token distribution is from what the late checkpoint makes of
             its own states (read by the same readout): KL(own || cell) in nats. Variants then get ``top1_id`` too.
-        strict: one sequence a forward; bit-identical to a hooked full forward, whatever else is scored with it.
+        strict: one sequence per forward; bit-identical to a hooked full forward, whatever else is scored with it.
         max_tokens: tokens of one forward otherwise; None for what suits the device.
     """
 

@@ -1,8 +1,8 @@
 """Stability: would an event be the same one if its forwards were rounded otherwise?
 
-An argmax may hang on the shape of the batch that computed it, above all in bfloat16. Here both checkpoints decide
-every event anew on its own sequence, in each dtype twice: *strict*, one sequence a forward, and *packed*, many in one.
-Nothing is captured again; the token ids in the store are enough.
+An argmax may depend on the shape of the batch that computed it, above all in bfloat16. Here both checkpoints decide
+every event anew on its own sequence, twice in each dtype: *strict*, one sequence per forward, and *packed*, many in
+one. Nothing is captured again; the token ids in the store are enough.
 
 For whoever asks how many of a run's events its numerics have made. Knows the store, backbones and readouts; loads no
 models itself.
@@ -125,7 +125,7 @@ def check_stability(
             reasons += [reason] if reason else []
         if reasons:
             packed = strict
-            say(f"{dtype}: one sequence a forward: {reasons[0]}")
+            say(f"{dtype}: one sequence per forward: {reasons[0]}")
         columns = {
             "event_id": table["event_id"],
             "prompt_id": table["prompt_id"],
@@ -294,7 +294,7 @@ def describe(summaries: Sequence[Mapping[str, Any]], stored_dtype: str) -> list[
 
     between = counted("n_changed", "", "change between strict and packed")
     if all(summary["not_packable"] for summary in summaries):
-        between = "packed is strict here, one sequence a forward: no event can change between them"
+        between = "packed is strict here, one sequence per forward: no event can change between them"
     return [between, counted("n_not_as_stored", "_vs_stored", f"differ from the stored {stored_dtype} decision")]
 
 

@@ -1,4 +1,4 @@
-"""The command line: one verb a stage. Progress on stderr, data on stdout.
+"""The command line: a verb per stage and per analysis. Progress on stderr, data on stdout.
 
 Exit codes: 0 done, 1 a check failed (a corrupt store, a replay that is not a no-op), 2 bad input, in one line. Each
 module adds its own verbs; what a verb needs beside the command line is imported when it runs.

@@ -334,7 +334,7 @@ def _heading(study: Study, assumed: Assumptions) -> list[str]:
         rates = ", ".join(f"{part} {rate:.3g}" for part, rate in assumed.rates.items())
         if len(set(assumed.rates.values())) == 1:
             rates = f"{next(iter(assumed.rates.values())):.3g}"
-        calls = f", and {1000 * assumed.search_call_s:.3g} ms a step of a search" if assumed.search_call_s else ""
+        calls = f", and {1000 * assumed.search_call_s:.3g} ms per step of a search" if assumed.search_call_s else ""
         lines.append(f"assumed ({sources['rates']}): {rates} multiply-adds a second{calls}")
     return lines
 

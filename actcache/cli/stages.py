@@ -405,7 +405,7 @@ def _settings_shown(record: RunRecord, store: Store) -> dict[str, str]:
         "dtype": fingerprint.dtype,
         "boundaries": ", ".join(str(boundary) for boundary in store.boundaries),
         "choices compared a prompt": f"at most {fingerprint.max_new}",
-        "capture": "strict, one sequence a forward" if fingerprint.strict else "packed",
+        "capture": "strict, one sequence per forward" if fingerprint.strict else "packed",
         "device": fingerprint.device,
         "versions": ", ".join(f"{name} {number}" for name, number in fingerprint.versions.items()),
     }

@@ -209,8 +209,8 @@ def of_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
 class UpstreamStandIn(nn.Module):
     """Takes the place of one upstream block: ignores its input and hands on the state at the boundary.
 
-    Keeps the plain attributes that a model's forward may read off a block (its attention type, for example), and the
-    computed buffers that some models fill from outside of the block after loading. Holds no weights, computes nothing.
+    Keeps the plain attributes that a model's forward may read off a block, as its attention type. Keeps the computed
+    buffers, too, that some models fill from outside of the block after loading. Holds no weights, computes nothing.
     """
 
     def __init__(self, block: nn.Module, source: StateSource) -> None:
@@ -331,8 +331,10 @@ def is_wrapped(model: nn.Module) -> bool:
 
 
 def find_site(block: nn.Module, site: Literal["attention", "mlp"]) -> nn.Module:
-    """The submodule of a block whose output (or its element 0), ``[B, T, D]``, is what the attention or the MLP
-    computes, before any later norm or scale and before it is added to the residual stream.
+    """The submodule of a block that is its attention or its MLP.
+
+    Its output, or element 0 of it, is ``[B, T, D]``: before any later norm or scale, and before it is added to the
+    residual stream.
 
     Raises:
         UnsupportedModelError: the block has no such submodule, or several, or its output already includes the residual

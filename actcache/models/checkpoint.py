@@ -61,8 +61,8 @@ class Checkpoint:
     What was read at :meth:`open` stays as it was; :attr:`fingerprint` and :meth:`load` notice files that have changed.
 
     Raises (from :meth:`open`):
-        InputError: the folder or one of these is missing or damaged, weights are pickled or quantized, an adapter is
-            in it, the architecture is unknown, or the config asks for what is not read (see checkpoint_files.py).
+        InputError: the folder or one of these is missing or damaged; weights are pickled or quantized; an adapter is
+            in it; the architecture is unknown; the config asks for what is not read (see checkpoint_files.py).
     """
 
     label: str

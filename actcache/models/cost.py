@@ -1,9 +1,10 @@
 """Shape: what a checkpoint's architecture costs, in parameters, multiply-adds and cached values.
 
 Counted exactly, from the model as transformers builds it without weights, on torch's meta device. Multiply-adds are
-those of the linear layers of the blocks (of experts, those that a token is sent to), of attention as causal (each
-position attends to itself and those before it, within the block's window), and of the head. Not counted: norms, rotary
-angles, activation functions. Knows transformers modules and configs; knows no prompts, no stores, no time.
+those of the blocks' linear layers, of attention, and of the head. Of experts, those count to which a token is sent.
+Attention is causal: each position attends to itself and those before it, within the block's window. Norms, rotary
+angles and activation functions are not counted. Knows transformers modules and configs; knows no prompts, no stores,
+no time.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 A *pack* is one forward over ``[1, T]`` tokens that belong to several sequences; ``offsets`` (``[n + 1]``) says where
 each begins. Everything but attention works on tokens one by one, so only attention has to know. The registered
-attention function cuts queries, keys and values at the offsets and hands each sequence to the model's *own* attention
-implementation, with the mask that the model's own mask builder makes for it: windows, soft-caps, scales, grouped
-heads and sinks stay the model's. Positions restart at 0 in every sequence. Packs whose masks are causal, or causal
+attention function cuts queries, keys and values at the offsets. It hands each sequence to the model's *own* attention
+implementation, with the mask that the model's own mask builder makes: windows, soft-caps, scales, grouped heads and
+sinks stay the model's. Positions restart at 0 in every sequence. Packs whose masks are causal, or causal
 within a window, go to one kernel instead: torch's varlen attention on CUDA, the native core's on the CPU.
 
 A pack can leave behind its :class:`Prefix`: the keys and values of all positions but the last of every sequence. A
@@ -53,8 +53,9 @@ Mask = torch.Tensor | None  # [1, 1 or H, T, T], boolean or additive; None is pl
 def plan_packs(
     lengths: Sequence[int], max_tokens: int, *, padded: bool = False, kinds: Sequence[Hashable] | None = None
 ) -> list[range]:
-    """Cut sequences, in order, into packs of at most ``max_tokens`` tokens (a longer sequence is a pack alone); if
-    ``padded``, each sequence takes as many as the longest of its pack. Those of different ``kinds`` share none."""
+    """Cut sequences, in order, into packs of at most ``max_tokens`` tokens; a longer sequence is a pack by itself.
+
+    If ``padded``, each sequence takes as many tokens as the longest of its pack. Different ``kinds`` share no pack."""
     packs: list[range] = []
     start, n_tokens, longest = 0, 0, 0
     for index, length in enumerate(lengths):

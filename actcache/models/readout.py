@@ -26,8 +26,9 @@ MAX_LOGITS_AT_ONCE = 1 << 24
 class Readout:
     """Final norm and head of one checkpoint.
 
-    Two ways to the same logits: :meth:`scores` for given tokens, accumulated in float64 so that they do not depend on
-    the size or order of the batch, and :meth:`top2` over the whole vocabulary, one float32 matrix product.
+    There are two ways to the same logits. :meth:`scores` gives those of given tokens, accumulated in float64, so that
+    they do not depend on the size or order of the batch. :meth:`top2` looks through the whole vocabulary, by one
+    float32 matrix product.
     """
 
     def __repr__(self) -> str:

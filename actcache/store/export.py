@@ -1,8 +1,8 @@
 """Export: what a store answers, as files that other tools read without actcache: safetensors, .npy or Arrow.
 
-For each checkpoint and boundary the rows and offsets that ``Store.states`` gives, for each checkpoint what
-``Store.final`` gives, the token ids of ``Store.token_ids``, the events as Parquet, and an ``export.json`` that says
-what the files are. Events come in the order asked, the same in every file. Knows the public face of a store; knows no
+The files hold, per checkpoint and boundary, the rows and offsets of ``Store.states``; per checkpoint, what
+``Store.final`` gives; the token ids of ``Store.token_ids``; and the events as Parquet. ``export.json`` says what each
+file is. Events come in the order asked, the same in every file. Knows the public face of a store; knows no
 segments, chunks or models.
 """
 
@@ -75,8 +75,8 @@ def export(
 
     - safetensors: ``pt.b018.safetensors`` with tensors ``rows`` ``[N, D]`` and ``offsets`` ``[n + 1]`` int64.
     - npy: ``pt.b018/rows.npy`` and ``pt.b018/offsets.npy``; bfloat16 as its uint16 words, as ``export.json`` says.
-    - arrow: ``pt.b018.arrow``, an IPC file with one row an event: ``event_id`` and ``rows``, a list of fixed-size lists
-      (bfloat16 as its uint16 words, as the field's metadata says).
+    - arrow: ``pt.b018.arrow``, an IPC file with one row per event: ``event_id`` and ``rows``, a list of fixed-size
+      lists (bfloat16 as its uint16 words, as the field's metadata says).
 
     Args:
         store: to read.
@@ -138,7 +138,7 @@ class _Array:
         dtype: as captured.
         row_shape: ``(D,)``, or ``()`` for token ids.
         offsets: ``[n + 1]`` int64, where each event's rows begin.
-        is_ragged: whether the offsets say anything: a final state is one row an event.
+        is_ragged: whether the offsets say anything: a final state is one row per event.
         events: ``[n]``, the events in the order asked.
         read: the rows of some events.
         said: what the index says of it.

@@ -7,11 +7,11 @@ Ranks and their workers take parts of it and cut those into *rounds* of as many 
 storage order, each chunk decoded once, and its rows are handed out in uniformly random order. What decides the quality
 is which rows meet in a round:
 
-- ``blocks`` (the default): the order permutes *blocks*, the chosen rows of one stored chunk (256 KiB an array), or
+- ``blocks`` (the default): the order permutes *blocks*, the chosen rows of one stored chunk (256 KiB per array), or
   of less where a round would hold fewer than 64 of them. So an epoch decodes each chunk once, those at a round's edges
   twice. Any two rows of the store can meet in a batch. What is left of the stored order: a block's rows, neighbours in
-  a text, all come within one round, so a batch of B rows holds about ``B * block_rows / pool_rows`` of one block, at
-  most B / 64, which is more than in a uniform permutation.
+  a text, all come within one round. So a batch of B rows holds about ``B * block_rows / pool_rows`` of one block. That
+  is at most B / 64, and more than in a uniform permutation.
 - ``rows``: the order permutes rows: exactly a uniform permutation of them all. Without a second copy of the store on
   disk this has a price: every round takes rows of nearly every chunk, so an epoch decodes each chunk up to
   ``min(n_rounds, rows of a chunk)`` times.
@@ -113,7 +113,7 @@ class RowFeed(IterableDataset[RowBatch]):
         if batch_rows < 1 or min(seed, epoch) < 0 or not 0 <= rank < world:
             raise InputError(
                 f"batch_rows {batch_rows}, seed {seed}, epoch {epoch}, rank {rank}, world {world}: expected at least "
-                f"one row a batch, nothing negative, and a rank below world"
+                f"one row per batch, nothing negative, and a rank below world"
             )
         self.batch_rows, self.seed, self.drop_last, self.rank, self.world = batch_rows, seed, drop_last, rank, world
         self.chosen = StoreRows(store, positions)

@@ -1,6 +1,6 @@
 """Object stores: the files of a store below a prefix of S3, Google, Azure and their like. Knows bytes and keys.
 
-An object store has neither locks nor renames, so each writer of a segment fills a folder of its own, and creating the
+An object store has neither locks nor renames. So each writer of a segment fills a folder of its own. Creating the
 commit record, which names that folder, decides which one counts. An error is no answer there: what was asked for may
 have been done, or be done later. So what one writer alone may create is asked for again until reading it back tells
 whose it is.

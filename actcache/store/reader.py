@@ -402,7 +402,7 @@ def _prefix_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArra
 
 
 def _event_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The one row of each event in an array that has one an event, ``[n, 2]``."""
+    """The spans of events in an array that has one row per event, ``[n, 2]``."""
     return np.stack([events, events + 1], axis=1)
 
 

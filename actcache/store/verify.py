@@ -135,7 +135,7 @@ def _live_records(storage: Storage, fingerprint: Fingerprint) -> tuple[list[dict
         check_schemas(segments)
         records = [*segments, *itertools.chain.from_iterable(additions_to(segments, records).values())]
     except CorruptStoreError as error:
-        problems.append(Problem(layout.COMMITS, layout.COMMITS, str(error), "one record a segment", RECAPTURE))
+        problems.append(Problem(layout.COMMITS, layout.COMMITS, str(error), "one record per segment", RECAPTURE))
     return records, problems
 
 
