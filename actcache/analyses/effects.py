@@ -236,7 +236,9 @@ def select_events(
         notes |= {"min_gap": min_gap, "n_below_min_gap": int(below.sum())}
         reasons.append(f"{below.sum()} with a gap below {min_gap:g}")
     if len(ids) and left_out.all():
-        raise InputError(f"no event is left of {len(ids)}: {', '.join(reasons)}; ask less of them")
+        raise InputError(
+            f"no event is left of {len(ids)}: {', '.join(reasons)}; lower --min-gap, or leave --stable-only out"
+        )
     notes["n_left_out"] = int(left_out.sum())
     staying = ids.filter(pa.array(~left_out))
     return cells.filter(pc.is_in(cells["event_id"].cast(pa.string()), value_set=staying)), notes

@@ -28,7 +28,7 @@ class ChunkCodec(Protocol):
     """By how much a chunk may be longer than its rows."""
 
     most_expansion: int
-    """How many bytes it makes, at most, out of one: so much memory may a reader set aside on a chunk's word."""
+    """The most bytes that one byte becomes. A reader sets no more memory aside than this allows."""
 
     def configuration(self, dtype: str, row_shape: tuple[int, ...]) -> dict[str, Any]:
         """As in an array's metadata."""
