@@ -24,8 +24,8 @@ BENCHES = Path(__file__).parent.parent / "benches"
 
 
 @pytest.mark.parametrize("name", ["codec", "feed", "gather", "linear", "store"])
-def test_a_bench_at_a_small_size(name, monkeypatch, capsys):
-    """Each compares what it times first, bit for bit, and exits otherwise."""
+def test_a_bench_at_a_small_size(name, page, monkeypatch, capsys):
+    """Each compares what it times first, bit for bit, and exits otherwise; the docs can show what it finds."""
     monkeypatch.syspath_prepend(BENCHES)
     threads = torch.get_num_threads()
     try:
@@ -34,6 +34,7 @@ def test_a_bench_at_a_small_size(name, monkeypatch, capsys):
         torch.set_num_threads(threads)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["bench"], result["cpus"] > 0) == (name, True)
+    assert page(result).count("\n| --- |") >= 1
 
 
 def test_the_verb_runs_them_and_keeps_the_figures(tmp_path):
@@ -50,11 +51,13 @@ REPLAYS = ("replay, boundary 5 of 8",)
 WORKLOADS = ("cold grid", *REPLAYS, "added boundary", "added readout", "prefix-wide edit", "position edits")
 
 
-def test_sweep_has_everything_beside_every_rival_that_is_there():
+def test_sweep_has_everything_beside_every_rival_that_is_there(page):
     """On the pair that the package ships; each rival's margins equal the hooks', or nothing is printed."""
     ran = run_smoke("sweep")
     assert ran.returncode == 0, ran.stderr
-    workloads = json.loads(ran.stdout.splitlines()[-1])["workloads"]
+    result = json.loads(ran.stdout.splitlines()[-1])
+    workloads = result["workloads"]
+    assert page(result).count("x**)") == sum(len(one["ratios"]) for one in workloads)
     rivals = ("nnsight", "TransformerBridge" if TRANSFORMER_LENS >= 4 else "TransformerLens")
     installed = [name for name in rivals if f"{name} is not installed" not in ran.stderr]
     for workload, name in zip(workloads, WORKLOADS, strict=True):
@@ -141,6 +144,20 @@ def test_the_limit_counts_every_product(benches):
         2 * 3 * (2 * 1 + 10 + 2 * 100 + 1000),
         2 * 3 * (2 * 0 + 10 + 2 * 90 + 1000),
     )
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """What the docs show of one result."""
+    monkeypatch.syspath_prepend(BENCHES.parent / "scripts")
+    docs_pages = importlib.import_module("docs_pages")
+    monkeypatch.setattr(docs_pages, "RESULTS", tmp_path)
+
+    def shown(result):
+        (tmp_path / "one.json").write_text(json.dumps(result))
+        return docs_pages.benchmarks()
+
+    return shown
 
 
 @pytest.fixture

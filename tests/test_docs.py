@@ -186,6 +186,22 @@ def test_every_extra_is_named_where_it_is_needed():
         assert f"pip install '.[{name}]'" in text, name
 
 
+def test_generated_parts_are_made(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import docs_pages
+
+    pages = {path.name: docs_pages.on_page_markdown(path.read_text(encoding="utf-8")) for path in PAGES}
+    assert not [name for name, page in pages.items() if "<!-- generated" in page]
+    for verb, parser in docs_pages.verbs().items():
+        assert f"## actcache {verb}\n" in pages["command-line.md"]
+        for action in parser._actions:
+            assert action.dest in ("help", "quiet", "threads") or action.help % vars(action) in pages["command-line.md"]
+    n_results = len([*docs_pages.RESULTS.glob("*.json")])
+    assert pages["benchmarks.md"].count("; commit ") == n_results > 0
+    assert "| `noop_delta` | float32 | logits |" in pages["run.md"]
+    assert "## One event, taken apart" in pages["walkthrough.md"]
+
+
 def test_a_run_is_a_place_of_a_store(tiny_run):
     run = tiny_run("llama", torch.float32)
     assert actcache.open_store(run.out).events.equals(actcache.open_store(run.out / "store").events)
