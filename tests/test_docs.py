@@ -226,6 +226,8 @@ def test_what_is_printed_is_one_useful_line(tiny_run):
     }
     for thing, line in shown.items():
         assert repr(thing) == line
+    assert "<th>events</th><td>24</td>" in store._repr_html_()
+    assert "<th>state of blocks</th><td>3</td>" in store._repr_html_()
     assert repr(feed) in repr(actcache.ActivationBuffer(feed))
     vector = torch.zeros(4096)
     steered = Variant("steered", (Edit(Add(vector, 4.0), positions="all"), Edit(Project(torch.eye(4096)[:2]))))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from html import escape
 from typing import Any, TypeVar
 
 import numpy as np
@@ -133,6 +134,18 @@ class Store:
         return (
             f"<Store {self.path}: {len(self)} events, states of {labels} at {boundaries}, "
             f"{self.fingerprint.dtype}, width {self.width}>"
+        )
+
+    def _repr_html_(self) -> str:
+        return as_html(
+            {
+                "store": self.path,
+                "checkpoints": ", ".join(self.checkpoints),
+                **{f"{site} of blocks": ", ".join(map(str, blocks)) for site, blocks in self.sites.items()},
+                "rows": f"{self.fingerprint.dtype}, width {self.width}",
+                "events": f"{len(self):,}",
+                "prompts without one": f"{self.excluded.num_rows:,}",
+            }
         )
 
     @property
@@ -375,6 +388,12 @@ class Store:
                 raise CorruptStoreError(f"the {name} table has a column and a carried key {key!r}")
             whole = whole.append_column(key, column)
         return whole
+
+
+def as_html(rows: Mapping[str, str]) -> str:
+    """Names and values as a notebook shows them."""
+    lines = (f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items())
+    return f"<table>{''.join(lines)}</table>"
 
 
 def _records(storage: Storage, fingerprint: Fingerprint) -> list[dict[str, Any]]:

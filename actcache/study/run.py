@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +58,8 @@ class Run:
         return f"<Run {self.path}: {len(self.store)} events of {', '.join(self.store.checkpoints)}>"
 
     def _repr_html_(self) -> str:
+        from actcache.store.reader import as_html
+
         rows = {
             "folder": str(self.path),
             "checkpoints": ", ".join(self.store.checkpoints),
@@ -66,8 +67,7 @@ class Run:
             "events": f"{len(self.store):,}",
             "prompts without one": f"{self.store.excluded.num_rows:,}",
         }
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(text)}</td></tr>" for name, text in rows.items())
-        return f"<table>{cells}</table>"
+        return as_html(rows)
 
     @cached_property
     def store(self) -> Store:
