@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # ---- columns ---------------------------------------------------------------------------------------------------------
 
-ROLES = ("pt", "it")
+ROLES = PT, IT = "pt", "it"
 """The two roles of a pair, in its order. They end the names of columns that each of the two checkpoints has."""
 
 
@@ -167,6 +167,23 @@ def margin_column(label: str) -> str:
     return f"margin_{label}"
 
 
+NATIVE = "native"
+"""The readout that is the late checkpoint's own final norm and head."""
+
+
+def common_readout(label: str) -> str:
+    """The readout that is this checkpoint's final norm and head for every cell."""
+    return f"common_{label}"
+
+
+def readouts_of(names: Iterable[str], labels: Sequence[str], pair: Sequence[str]) -> tuple[str, ...]:
+    """Readouts by label, each once, where a name may be a role's: ``common_it`` is the pair's second checkpoint, unless
+    a checkpoint is called ``it``."""
+    roles = zip(ROLES, pair, strict=True)
+    of_role = {common_readout(role): common_readout(label) for role, label in roles if role not in labels}
+    return tuple(dict.fromkeys(of_role.get(name, name) for name in names))
+
+
 # A key of a prompt line becomes a column of these tables, so that it may have no name of theirs.
 RESERVED_NAMES = frozenset(names((*EVENTS, *EXCLUDED, SEGMENT, *CELLS)))
 RESERVED_PREFIXES = ("gap_", "margin_", "special_")
@@ -202,12 +219,12 @@ class _AsJson:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that is stored; the fields that are not recorded are not in it."""
-        known = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "further"}
+        known = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "further"}  # type: ignore[arg-type]
         return {**self.further, **{name: _plain(value) for name, value in known.items() if value is not None}}
 
     def __eq__(self, other: object) -> bool:
         # As bytes, which is what a digest sees: 1, 1.0 and True are equal in Python only.
-        return type(other) is type(self) and canonical(self.to_json()) == canonical(other.to_json())  # type: ignore[attr-defined]
+        return type(other) is type(self) and canonical(self.to_json()) == canonical(other.to_json())
 
     def __hash__(self) -> int:
         return hash(canonical(self.to_json()))
@@ -272,7 +289,7 @@ class Fingerprint(_AsJson):
         row_selection: ``prefix`` (rows of every position) or ``divergence`` (rows of the events' positions).
         width: D.
         pair: the labels in the roles pt and it, whose choices define events.
-        lineup: labels in the order in which they were given, where that is not the pair and then the others by name.
+        lineup: labels in the order in which they were given, where that is not the pair alone.
         vocabulary: ``of any checkpoint`` where a token that only one tokenizer has may be an event's.
         prompts: digest of the prompts, as they were when the store was created.
         n_prompts: how many prompts were asked for.
@@ -352,7 +369,7 @@ class Fingerprint(_AsJson):
 
     def check_captured(self) -> None:
         """Raise InputError, naming a field, where a store lacks what every capture records."""
-        for name in ("n_blocks", "n_prompts", "prompts", "max_new", "strict", "max_tokens", "shard_prompts"):
+        for name in ("pair", "n_blocks", "n_prompts", "prompts", "max_new", "strict", "max_tokens", "shard_prompts"):
             if getattr(self, name) is None:
                 raise InputError(f"the store does not record its {name}; a store of 'actcache capture' does")
 
@@ -375,8 +392,8 @@ MISSING = object()
 
 
 def order_of_labels(labels: Sequence[str], pair: Sequence[str]) -> tuple[str, ...] | None:
-    """What a fingerprint records as ``lineup``: None where the pair gives the order of the labels."""
-    return None if list(labels) == [*pair, *sorted(set(labels) - set(pair))] else tuple(labels)
+    """What a fingerprint records as ``lineup``: None where the pair is all there is, as in earlier versions."""
+    return None if tuple(labels) == tuple(pair) else tuple(labels)
 
 
 def _differences(here: dict[str, Any], there: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

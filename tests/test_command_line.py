@@ -35,7 +35,7 @@ COMMAND = [sys.executable, "-m", "actcache.cli"]
         (["effects", "RUN", "--jsno"], "did you mean --json?"),
         (["export", "S", "--too", "npy"], "did you mean --to?"),
         (["verify", "S", "--zzzzzz"], "there is no option --zzzzzz; 'actcache verify --help' lists what there is"),
-        (["run", "--pt", "x"], "the following arguments are required: --it"),
+        (["run", "--pt", "x"], "the following arguments are required: --prompts, --out"),
         (["run", "--max-new", "x"], "argument --max-new: 'x' is not a whole number from 1 on"),
         (["run", "--max-new", "9" * 5000], "is not a whole number from 1 on"),
         (["run", "--stability", "some"], "argument --stability: 'some' is not a whole number from 1 on"),

@@ -21,7 +21,11 @@ GRID = [("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")]
 
 
 def store_of(n_blocks=30, boundaries=(18, 27, 29)):
-    return SimpleNamespace(fingerprint=SimpleNamespace(n_blocks=n_blocks), boundaries=list(boundaries))
+    return SimpleNamespace(
+        fingerprint=SimpleNamespace(n_blocks=n_blocks, pair=("pt", "it")),
+        boundaries=list(boundaries),
+        checkpoints=["pt", "it"],
+    )
 
 
 def planted(interactions, prompts, **more):

@@ -67,9 +67,11 @@ NOT_RUN = [block for blocks in BLOCKS.values() for block in blocks if block.need
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """As deep as SmolLM2's pair, its prompts, and a run of it."""
+    """As deep as SmolLM2's pair, a checkpoint half way, prompts, and a run of the pair."""
     place = tmp_path_factory.mktemp("pair")
     pt, it = tiny.make_pair(place, "llama", dtype=torch.bfloat16, num_hidden_layers=30, boundary=18)
+    half_way = tiny.make_pair(place / "half", "llama", dtype=torch.bfloat16, num_hidden_layers=30, eps=tiny.EPS / 2)[1]
+    half_way.rename(place / "SFT_FOLDER")
     pt.rename(place / "PT_FOLDER")
     it.rename(place / "IT_FOLDER")
     lines = [{"id": f"chat-{i}", "prompt": f"User: {text}\nAssistant:"} for i, text in enumerate(tiny.PROMPTS)]
@@ -82,7 +84,7 @@ def pair(tmp_path_factory):
 @pytest.fixture
 def folder(pair, tmp_path, monkeypatch, request):
     """Where a reader is: with a pair, its prompts and what the checkout has; README's makes the run as it says."""
-    for name in ("PT_FOLDER", "IT_FOLDER", "prompts.jsonl"):
+    for name in ("PT_FOLDER", "SFT_FOLDER", "IT_FOLDER", "prompts.jsonl"):
         (tmp_path / name).symlink_to(pair / name)
     if request.node.callspec.params["path"].name != "README.md":
         shutil.copytree(pair / "RUN", tmp_path / "RUN")

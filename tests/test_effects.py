@@ -81,7 +81,7 @@ def width(number):
 def test_contrasts_of_a_planted_grid():
     table = contrasts(cell_table([(-3.0, -2.0, -1.0, 4.0), (-1.0, 0.0, 0.5, 1.0)]))
     assert table.column_names == [
-        *("event_id", "prompt_id", "kind", "step", "boundary", "scope", "readout", "variant"),
+        *("event_id", "prompt_id", "kind", "pair", "step", "boundary", "scope", "readout", "variant"),
         *("y_pt_pt", "y_pt_it", "y_it_pt", "y_it_it"),
         *("late_from_pt", "late_from_it", "interaction", "native_shift"),
     ]
@@ -325,10 +325,10 @@ def test_other_pairs_of_a_lineup():
     # Both pairs hold (base, base); a lineup's grid has it once.
     pair, other = (cell_table(random_grids(5, seed), labels=("base", late)) for seed, late in enumerate(["sft", "dpo"]))
     lineup = pa.concat_tables([pair, other.filter(pa.array([i % 4 != 0 for i in range(20)]))])
-    group = effects(lineup, pt="base", it="sft", draws=20)["groups"][0]
+    group = effects(lineup, pair=("base", "sft"), draws=20)["groups"][0]
     assert (group["pt"], group["it"]) == ("base", "sft")
-    assert group == effects(pair, pt="base", it="sft", draws=20)["groups"][0]
-    swapped = effects(pair, pt="sft", it="base", draws=20)["groups"][0]
+    assert group == effects(pair, pair=("base", "sft"), draws=20)["groups"][0]
+    swapped = effects(pair, pair=("sft", "base"), draws=20)["groups"][0]
     assert swapped["cells"]["pt_pt"] == group["cells"]["it_it"]
 
 
@@ -398,9 +398,9 @@ def test_missing_column():
 def test_unknown_or_equal_labels():
     cells = cell_table(random_grids(2))
     with pytest.raises(InputError, match=r"pair 'sft', 'dpo': upstream labels are \['pt'\], late labels \['it'\]"):
-        contrasts(cells.filter(pa.array([False, True, False, False] * 2)), pt="sft", it="dpo")
+        contrasts(cells.filter(pa.array([False, True, False, False] * 2)), pair=("sft", "dpo"))
     with pytest.raises(InputError, match="two different labels"):
-        contrasts(cells, pt="it", it="it")
+        contrasts(cells, pair=("it", "it"))
 
 
 @pytest.mark.parametrize("bad", [{"draws": 0}, {"seed": -1}, {"level": 0.0}, {"level": 1.0}])

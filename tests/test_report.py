@@ -237,7 +237,7 @@ def test_hostile_labels_and_readouts():
     for column in ("upstream", "late"):
         renamed = pa.array([names[label] for label in cells[column].to_pylist()])
         cells = cells.set_column(cells.column_names.index(column), column, renamed)
-    result = effects(cells, pt=names["pt"], it=names["it"], draws=50)
+    result = effects(cells, pair=(names["pt"], names["it"]), draws=50)
     page = Page(build_report(cells, result, events, excluded, SETTINGS))
     assert "script" not in page.tags
     assert "b" not in page.tags

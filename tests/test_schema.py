@@ -99,8 +99,8 @@ def test_differences_name_the_field_and_both_values():
 def test_labels_come_in_the_order_of_the_lineup():
     assert Fingerprint.from_json(content_of()).labels == ["c", "a", "b"], "the pair, then the others by name"
     assert Fingerprint.from_json(content_of(lineup=["a", "b", "c"])).labels == ["a", "b", "c"]
-    assert schema.order_of_labels(["c", "a", "b"], ("c", "a")) is None
-    assert schema.order_of_labels(["a", "b", "c"], ("a", "c")) == ("a", "b", "c")
+    assert schema.order_of_labels(["c", "a", "b"], ("c", "a")) == ("c", "a", "b")
+    assert schema.order_of_labels(["a", "b"], ("b", "a")) == ("a", "b")
     assert schema.order_of_labels(["pt", "it"], ("pt", "it")) is None, "a fingerprint of a pair is as it was"
 
 

@@ -9,6 +9,7 @@ import copy
 import functools
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,25 @@ def make_pair(
     _perturb(model, torch.Generator().manual_seed(seed + 1), eps, change, boundary)
     it_dir = _save(model, Path(folder) / "it", dtype, shards)
     return pt_dir, it_dir
+
+
+def make_lineup(
+    folder: str | Path,
+    arch: str,
+    labels: Sequence[str],
+    *,
+    seed: int = 0,
+    eps: float = EPS,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Path]:
+    """Write a folder per label: a checkpoint, then each the one before with noise of relative size `eps`."""
+    model = _build(arch, seed, None, {})
+    folders = {}
+    for number, label in enumerate(labels):
+        if number:
+            _perturb(model, torch.Generator().manual_seed(seed + number), eps, "all", 0)
+        folders[label] = _save(model, Path(folder) / label, dtype, shards=False)
+    return folders
 
 
 def write_prompts(path: str | Path, n: int | None = None) -> Path:

@@ -20,13 +20,14 @@ from actcache.analyses.effects import contrasts
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left
 from actcache.capture.capture import parse_boundaries
 from actcache.replay.edits import PLAIN
+from actcache.schema import GRID
 from actcache.store import Store
 from actcache.study.analysis import Analysis, Lines, Numbers, Section, option
 from actcache.study.cells import Finished
 from actcache.study.jobs import ReplayJob
 from actcache.study.statistics import DRAWS, LEVEL, SEED, check_bootstrap, number, prompt_sums, ranks, ratio, resample
 
-_ALIKE = ("kind", "scope", "readout")  # events of one group, at every boundary
+_ALIKE = ("kind", "pair", "scope", "readout")  # events of one group, at every boundary
 _MEANS = ("late_from_pt", "late_from_it", "interaction")
 
 
@@ -39,7 +40,9 @@ class DepthOptions:
         flag="--boundary",
     )  # fmt: skip
     scope: str = option("prefix", "scope of the cells: prefix or position (default %(default)s)")
-    readout: str = option("common_it", "readout of the cells: native or common_LABEL (default %(default)s)")
+    readout: str = option(
+        "common_it", "readout of the cells: native, common_LABEL, or common_pt and common_it for the pair (default it)"
+    )
     draws: int = option(DRAWS, "bootstrap draws over prompts (default %(default)s)", type=int)
     seed: int = option(SEED, "seed of the bootstrap (default %(default)s)", type=int)
 
@@ -62,18 +65,20 @@ class Depth(Analysis[DepthOptions]):
         return jobs_left(store, finished, replace(_settings(store, options), **exactness))
 
     def numbers(self, cells: pa.Table, store: Store, options: DepthOptions) -> Numbers:
-        """One row per event and boundary; one group per kind and boundary."""
+        """One row per event and boundary; one group per kind, pair and boundary."""
         boundaries = _boundaries(store, options)
-        of = {"scope": options.scope, "readout": options.readout, "variant": PLAIN.name}
+        (readout,) = _settings(store, options).readouts
+        of = {"scope": options.scope, "readout": readout, "variant": PLAIN.name}
         chosen = pc.is_in(cells["boundary"], value_set=pa.array(boundaries, pa.int32()))
         for name, value in of.items():
             chosen = pc.and_(chosen, pc.equal(cells[name], value))
         table = contrasts(cells.filter(chosen)).drop_columns(["variant"])
         table = table.filter(_at_every(table, len(boundaries)))
         groups = []
-        for kind in sorted(set(table["kind"].to_pylist())):
-            of_kind = table.filter(pc.equal(table["kind"], kind)).sort_by("event_id")
-            groups += _groups({"kind": kind, **of}, of_kind, boundaries, options)
+        for kind, pair in sorted(set(zip(table["kind"].to_pylist(), table["pair"].to_pylist(), strict=True))):
+            alike = pc.and_(pc.equal(table["kind"], kind), pc.equal(table["pair"], pair))
+            of_kind = table.filter(alike).sort_by("event_id")
+            groups += _groups({"kind": kind, "pair": pair, **of}, of_kind, boundaries, options)
         return Numbers(table, groups)
 
     def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
@@ -115,7 +120,8 @@ class Depth(Analysis[DepthOptions]):
 
 
 def _settings(store: Store, options: DepthOptions) -> GridSettings:
-    return GridSettings(tuple(_boundaries(store, options)), (options.scope,), (options.readout,))
+    settings = GridSettings(tuple(_boundaries(store, options)), (options.scope,), (options.readout,))
+    return settings.of_pair(store.checkpoints, store.fingerprint.pair)
 
 
 def _boundaries(store: Store, options: DepthOptions) -> list[int]:
@@ -147,7 +153,7 @@ def _groups(
     means = sums[:, :-1].sum(axis=0) / n_events
     spread = None if drawn is None else drawn[:, :-1] / drawn[:, -1:]
     at_main = _MEANS.index("interaction")
-    scale = max(np.abs(of_boundary[0][f"y_{cell}"].to_numpy()).max() for cell in ("pt_pt", "pt_it", "it_pt", "it_it"))
+    scale = max(np.abs(of_boundary[0][f"y_{cell}"].to_numpy()).max() for cell in GRID)
     groups = []
     for index, boundary in enumerate(boundaries):
         columns = [index * len(_MEANS) + offset for offset in range(len(_MEANS))]

@@ -22,12 +22,14 @@ The two shares are the ratios that arXiv 2605.07284 reports (A +0.76, B +2.44: p
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actcache import schema
 from actcache.errors import InputError
 from actcache.study.statistics import (
     DRAWS,
@@ -43,62 +45,60 @@ from actcache.study.statistics import (
     resample,
 )
 
-GROUP_COLUMNS = ("kind", "boundary", "scope", "readout", "variant")
+GROUP_COLUMNS = schema.names(schema.EFFECT_KEY)
 """The columns whose values, taken together, name one group of events that may be averaged."""
 
-CELLS = ("pt_pt", "pt_it", "it_pt", "it_it")
+CELLS = schema.GRID
 """The four cells in table order: upstream first, late second."""
 
 _TEXT, _WHOLE, _REAL = pa.string(), pa.int64(), pa.float64()
 # What is read, as which type (whole numbers are names, too). Other tools write the same values as dictionaries, large
 # strings, decimals, halves.
+_READ_AS = {"string": _TEXT, "int32": _WHOLE, "int64": _WHOLE, "float32": _REAL}
+_PLACE = ("event_id", "prompt_id", "step")  # what beside a group's columns names an event
 _REQUIRED = {
-    **{"event_id": _TEXT, "prompt_id": _TEXT, "step": _WHOLE, "kind": _TEXT, "boundary": _WHOLE, "scope": _TEXT},
-    **{"readout": _TEXT, "variant": _TEXT, "upstream": _TEXT, "late": _TEXT, "margin": _REAL},
+    column.name: _READ_AS[column.type]
+    for column in schema.CELLS
+    if column.name in {*_PLACE, *GROUP_COLUMNS, "upstream", "late", "margin"}
 }
 
 
-def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
+def contrasts(cells: pa.Table, pair: Sequence[str] | None = None) -> pa.Table:
     """Lay the four cells of each event side by side, with their differences.
 
     Args:
         cells: one row per cell, columns as in ``cells.parquet``, of any Arrow type that holds the same values; rows in
-            any order. Rows whose upstream or late label
-            is neither ``pt`` nor ``it`` (a lineup of more than two checkpoints) are left out.
-        pt: label of the checkpoint that stands for PT.
-        it: label of the checkpoint that stands for IT.
+            any order. Rows whose upstream or late label is not of the pair (a lineup of more than two checkpoints) are
+            left out.
+        pair: labels of the checkpoints that stand for PT and for IT. None for each event's own, which its column
+            ``pair`` names; those of a table without it are ``pt`` and ``it``.
 
     Returns:
-        One row per (event, kind, boundary, scope, readout, variant): event_id, prompt_id, kind, step, boundary, scope,
-        readout, variant (text, or int64 for whole numbers), then float64 logits y_pt_pt, y_pt_it, y_it_pt, y_it_it
-        (``Y(U, L)``), late_from_pt, late_from_it, interaction, native_shift. Sorted by the group columns, then
-        event_id: the result does not depend on the order of the rows given. No rows in, no rows out.
+        One row per event and group: event_id, prompt_id, kind, pair, step, boundary, scope, readout, variant (text, or
+        int64 for whole numbers), then float64 logits y_pt_pt, y_pt_it, y_it_pt, y_it_it (``Y(U, L)``), late_from_pt,
+        late_from_it, interaction, native_shift. Sorted by the group columns, then event_id: the result does not depend
+        on the order of the rows given. No rows in, no rows out.
 
     Raises:
-        InputError: a column is missing, there twice, of other values or has nulls; both labels are the same or none of
-            the rows has them; a margin is NaN or infinite; a cell of an event is missing or there twice; the cells of
-            an event disagree on its prompt or step.
+        InputError: a column is missing, there twice, of other values or has nulls; the pair is not two labels, or none
+            of the rows has them; a margin is NaN or infinite; a cell of an event is missing or there twice; the cells
+            of an event disagree on its prompt or step.
     """
-    missing = [name for name in _REQUIRED if name not in cells.column_names]
-    if missing:
-        raise InputError(f"the table of cells has no column {', '.join(missing)}; its columns: {cells.column_names}")
-    if pt == it:
-        raise InputError(f"a contrast needs two checkpoints, both labels are {pt!r}; pass two different labels")
-    cells = pa.table({name: _as_type(cells, name, kind) for name, kind in _REQUIRED.items()})
+    cells = _readable(cells, pair)
     if cells.num_rows == 0:
         return _contrast_table(cells, np.empty((0, 4)))
 
-    for name in ("upstream", "late"):  # before a cell without a label is taken for one of another pair
+    for name in ("pair", "upstream", "late"):  # before a cell without a label is taken for one of another pair
         _check_no_nulls(cells, name)
-    upstream, late = _label_index(cells, "upstream", pt, it), _label_index(cells, "late", pt, it)
-    of_pair = (upstream >= 0) & (late >= 0)
-    if not of_pair.any():
+    cell = _cell_index(cells, pair)
+    if not (cell >= 0).any():
         found = {name: sorted(map(str, pc.unique(cells[name]).to_pylist())) for name in ("upstream", "late")}
+        labels = pair or contrasted(pc.unique(cells["pair"])[0].as_py())
         raise InputError(
-            f"no cell belongs to the pair {pt!r}, {it!r}: upstream labels are {found['upstream']}, late labels "
-            f"{found['late']}; pass two of these labels as pt and it"
+            f"no cell belongs to the pair {labels[0]!r}, {labels[1]!r}: upstream labels are {found['upstream']}, late "
+            f"labels {found['late']}; pass two of these labels as the pair"
         )
-    cells, cell = cells.filter(pa.array(of_pair)), (2 * upstream + late)[of_pair]
+    cells, cell = cells.filter(pa.array(cell >= 0)), cell[cell >= 0]
 
     for name in _REQUIRED:
         _check_no_nulls(cells, name)
@@ -109,7 +109,8 @@ def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
             {str(one) for one in pc.unique(cells["variant"].filter(pa.array(~np.isfinite(margin)))).to_pylist()}
         )
         raise InputError(
-            f"{_describe(cells, bad)} has margin {margin[bad]} in the cell {_cell_name(int(cell[bad]), pt, it)}; "
+            f"{_describe(cells, bad)} has margin {margin[bad]} in the cell "
+            f"{_cell_name(cells, bad, int(cell[bad]), pair)}; "
             f"{int((~np.isfinite(margin)).sum())} of {margin.size} margins are not finite, of variants "
             f"{', '.join(variants)}: filter them out; in a run, move the files of cells that hold them away and give "
             "'actcache grid RUN' again, which scores the rest"
@@ -120,13 +121,18 @@ def contrasts(cells: pa.Table, pt: str = "pt", it: str = "it") -> pa.Table:
     cells, cell, margin = cells.take(pa.array(order)), cell[order], margin[order]
     starts = _run_starts([code[order] for code in codes])
     row = np.repeat(np.arange(starts.size), np.diff(starts, append=cell.size))
-    _check_complete(cells, starts, np.bincount(4 * row + cell, minlength=4 * starts.size).reshape(-1, 4), pt, it)
+    _check_complete(cells, starts, np.bincount(4 * row + cell, minlength=4 * starts.size).reshape(-1, 4), pair)
     _check_constant(cells, starts)
     return _contrast_table(cells.take(pa.array(starts)), margin.reshape(-1, 4))
 
 
 def effects(
-    cells: pa.Table, *, pt: str = "pt", it: str = "it", draws: int = DRAWS, seed: int = SEED, level: float = LEVEL
+    cells: pa.Table,
+    *,
+    pair: Sequence[str] | None = None,
+    draws: int = DRAWS,
+    seed: int = SEED,
+    level: float = LEVEL,
 ) -> dict[str, Any]:
     """Average the contrasts per group, with percentile bootstrap intervals over prompts.
 
@@ -137,16 +143,17 @@ def effects(
 
     Args:
         cells: as for :func:`contrasts`.
-        pt: label of the checkpoint that stands for PT.
-        it: label of the checkpoint that stands for IT.
+        pair: as there.
         draws: number of bootstrap draws, at least 1.
         seed: seed of the draws, not negative.
         level: coverage of the intervals, between 0 and 1 exclusive.
 
     Returns:
-        A dict ready for json: ``draws``, ``seed``, ``level`` and ``groups``. There is one group per (kind, boundary,
-        scope, readout, variant), in sorted order. It has these five, the labels ``pt`` and ``it``, ``n_events``,
-        ``n_prompts``, ``cells`` (pt_pt, pt_it, it_pt, it_it) and the six quantities of this module's table. A number is
+        A dict ready for json: ``draws``, ``seed``, ``level`` and ``groups``. There is one group per (kind, pair,
+        boundary, scope, readout, variant), in sorted order. It has these six, the labels ``pt`` and ``it`` that are
+        contrasted, ``n_events``, ``n_prompts``, ``cells`` (pt_pt, pt_it, it_pt, it_it) and the six quantities of this
+        module's table. Where the cells are of more than two checkpoints, ``margins`` follows: the mean margin of every
+        cell, by upstream and late label, over the events that have them all. A number is
         ``{"mean", "low", "high"}``, in logits except for the shares. ``low`` and ``high`` are None below
         ``FEWEST_PROMPTS`` prompts, and for a share whose denominator's own interval reaches 0 (the ratio then has
         no bounded interval). A share is None altogether where its denominator is 0 to rounding. ``groups`` is empty
@@ -160,19 +167,23 @@ def effects(
         InputError: as :func:`contrasts`, or draws, seed or level out of range.
     """
     check_bootstrap(draws, seed, level)
-    table = contrasts(cells, pt=pt, it=it)
+    table = contrasts(cells, pair)
     groups: list[dict[str, Any]] = []
     sums: list[Floats] = []
     for events in _groups(table):
         sums.append(prompt_sums(ranks(events["prompt_id"]), [events[f"y_{name}"].to_numpy() for name in CELLS]))
         group = {name: events[name][0].as_py() for name in GROUP_COLUMNS}
-        groups.append(group | {"pt": pt, "it": it, "n_events": events.num_rows, "n_prompts": len(sums[-1])})
+        labels = dict(zip(schema.ROLES, pair or contrasted(group["pair"]), strict=True))
+        groups.append(group | labels | {"n_events": events.num_rows, "n_prompts": len(sums[-1])})
     for group, of_prompts, drawn in zip(groups, sums, resample(sums, draws, seed), strict=True):
         group.update(_estimates(of_prompts.sum(axis=0), drawn, level))
-    choices, kl = _cell_means(cells, pt, it)
+    choices, kl = _cell_means(cells, pair)
+    margins = _lineup_margins(cells, pair, draws, seed, level)
     for group in groups:
         key = tuple(group[name] for name in GROUP_COLUMNS)
-        group.update({name: of[key] for name, of in (("choices", choices), ("kl", kl)) if key in of})
+        group.update(
+            {name: of[key] for name, of in (("margins", margins), ("choices", choices), ("kl", kl)) if key in of}
+        )
     return {"draws": draws, "seed": seed, "level": level, "groups": groups}
 
 
@@ -276,10 +287,37 @@ def _positions(ids: pa.Array, table: pa.Table) -> Ints:
     return pc.fill_null(pc.index_in(ids, value_set=known), -1).to_numpy().astype(np.int64)
 
 
-def _label_index(cells: pa.Table, name: str, pt: str, it: str) -> Ints:
-    """0 where the label is ``pt``, 1 where it is ``it``, -1 elsewhere."""
-    found = pc.index_in(cells[name].cast(_TEXT), value_set=pa.array([pt, it]))
-    return pc.fill_null(found, -1).to_numpy().astype(np.int64)
+def contrasted(pair: str) -> tuple[str, str]:
+    """The labels of an event's pair, as its column has them."""
+    labels = str(pair).split(",")
+    if len(labels) != 2 or labels[0] == labels[1]:
+        raise InputError(f"a contrast needs two checkpoints, the pair is {pair!r}; pass two different labels")
+    return labels[0], labels[1]
+
+
+def _readable(cells: pa.Table, pair: Sequence[str] | None) -> pa.Table:
+    """The columns that are read, as the types that they are read as."""
+    if pair is not None and (len(pair) != 2 or pair[0] == pair[1]):
+        raise InputError(f"a contrast needs two checkpoints, the pair is {', '.join(pair)}; pass two different labels")
+    if "pair" not in cells.column_names:  # of an earlier version, or another tool's
+        own = pa.nulls(cells.num_rows, _TEXT)
+        cells = cells.append_column("pair", pc.fill_null(own, ",".join(pair or schema.ROLES)))
+    missing = [name for name in _REQUIRED if name not in cells.column_names]
+    if missing:
+        raise InputError(f"the table of cells has no column {', '.join(missing)}; its columns: {cells.column_names}")
+    return pa.table({name: _as_type(cells, name, kind) for name, kind in _REQUIRED.items()})
+
+
+def _cell_index(cells: pa.Table, pair: Sequence[str] | None) -> Ints:
+    """Which of ``CELLS`` each row is: 2 for upstream IT and 1 for late IT, summed; -1 where a label is another's."""
+    index = np.full(cells.num_rows, -1, np.int64)
+    columns = [cells[name].cast(_TEXT) for name in ("upstream", "late")]
+    for of_events in pc.unique(cells["pair"]).to_pylist():
+        labels = pa.array(pair or contrasted(of_events))
+        at = [pc.fill_null(pc.index_in(column, value_set=labels), -1).to_numpy() for column in columns]
+        rows = (at[0] >= 0) & (at[1] >= 0) & pc.equal(cells["pair"], of_events).to_numpy()
+        index[rows] = (2 * at[0] + at[1])[rows]
+    return index
 
 
 def _run_starts(codes: list[Ints]) -> Ints:
@@ -296,18 +334,19 @@ def _describe(cells: pa.Table, index: int) -> str:
     return f"event {cells['event_id'][index].as_py()!r} ({group})"
 
 
-def _cell_name(cell: int, pt: str, it: str) -> str:
-    labels = (pt, it)
+def _cell_name(cells: pa.Table, index: int, cell: int, pair: Sequence[str] | None) -> str:
+    labels = pair or contrasted(cells["pair"][index].as_py())
     return f"upstream {labels[cell // 2]}, late {labels[cell % 2]}"
 
 
-def _check_complete(cells: pa.Table, starts: Ints, tally: Ints, pt: str, it: str) -> None:
+def _check_complete(cells: pa.Table, starts: Ints, tally: Ints, pair: Sequence[str] | None) -> None:
     wrong = np.flatnonzero((tally != 1).any(axis=1))
     if wrong.size == 0:
         return
-    counts, event = tally[wrong[0]], _describe(cells, int(starts[wrong[0]]))
-    lacking = "; ".join(_cell_name(i, pt, it) for i in range(4) if counts[i] == 0)
-    repeated = "; ".join(f"{_cell_name(i, pt, it)} ({counts[i]} times)" for i in range(4) if counts[i] > 1)
+    counts, at = tally[wrong[0]], int(starts[wrong[0]])
+    event, called = _describe(cells, at), [_cell_name(cells, at, i, pair) for i in range(4)]
+    lacking = "; ".join(called[i] for i in range(4) if counts[i] == 0)
+    repeated = "; ".join(f"{called[i]} ({counts[i]} times)" for i in range(4) if counts[i] > 1)
     found = " and ".join(
         part for part in (lacking and f"lacks the cell {lacking}", repeated and f"repeats the cell {repeated}") if part
     )
@@ -329,20 +368,26 @@ def _check_constant(cells: pa.Table, starts: Ints) -> None:
 
 def _contrast_table(events: pa.Table, y: Floats) -> pa.Table:
     """The result of :func:`contrasts` from one row per event and its margins, [rows, 4] in the order of ``CELLS``."""
-    table = events.select(["event_id", "prompt_id", "kind", "step", "boundary", "scope", "readout", "variant"])
-    late_from_pt, late_from_it = y[:, 1] - y[:, 0], y[:, 3] - y[:, 2]
-    columns = {f"y_{name}": y[:, i] for i, name in enumerate(CELLS)} | {
-        "late_from_pt": late_from_pt,
-        "late_from_it": late_from_it,
-        "interaction": late_from_it - late_from_pt,
-        "native_shift": y[:, 3] - y[:, 0],
-    }
-    for name, values in columns.items():
-        table = table.append_column(name, pa.array(values, pa.float64()))
+    table = events.select([name for name in _REQUIRED if name in (*_PLACE, *GROUP_COLUMNS)])
+    margins = zip(schema.GRID_MARGINS, y.T, strict=True)
+    for column, values in [*margins, *((column, _contrast(column.name, y)) for column in schema.CONTRASTS)]:
+        table = table.append_column(column.name, pa.array(values, schema.arrow_type(column.type)))
     return table
 
 
-def _cell_means(cells: pa.Table, pt: str, it: str) -> tuple[dict[Any, Any], dict[Any, Any]]:
+def _contrast(name: str, y: Floats) -> Floats:
+    """One of ``schema.CONTRASTS`` from margins ``[..., 4]`` in the order of ``CELLS``."""
+    pt_pt, pt_it, it_pt, it_it = (y[..., i] for i in range(4))
+    found: Floats = {
+        "late_from_pt": pt_it - pt_pt,
+        "late_from_it": it_it - it_pt,
+        "interaction": (it_it - it_pt) - (pt_it - pt_pt),
+        "native_shift": it_it - pt_pt,
+    }[name]
+    return found
+
+
+def _cell_means(cells: pa.Table, pair: Sequence[str] | None) -> tuple[dict[Any, Any], dict[Any, Any]]:
     """Shares of choices, and mean KL, of the cells of every group in which each cell has them, by the group's key."""
     columns: dict[str, Any] = {}
     if {"top1_id", "y_pt", "y_it"} <= set(cells.column_names):
@@ -355,13 +400,13 @@ def _cell_means(cells: pa.Table, pt: str, it: str) -> tuple[dict[Any, Any], dict
     kl: dict[Any, Any] = {}
     if not columns or not cells.num_rows:
         return choices, kl
-    keys = [cells[name] for name in GROUP_COLUMNS]
-    of_cell = pa.array(2 * _label_index(cells, "upstream", pt, it) + _label_index(cells, "late", pt, it))
+    known_types = _readable(cells, pair)
+    keys = [known_types[name] for name in GROUP_COLUMNS]
+    of_cell = pa.array(_cell_index(known_types, pair))
     table = pa.table([*keys, of_cell, *columns.values()], [*GROUP_COLUMNS, "cell", *columns])
-    of_pair = pc.and_(*(pc.is_in(cells[name].cast(pa.string()), pa.array([pt, it])) for name in ("upstream", "late")))
     # A null in any row makes the mean of that cell null: such a group has no means.
     means = (
-        table.filter(of_pair)
+        table.filter(pc.greater_equal(of_cell, 0))
         .group_by([*GROUP_COLUMNS, "cell"])
         .aggregate([(name, "mean", pc.ScalarAggregateOptions(skip_nulls=False)) for name in columns])
     )
@@ -373,6 +418,41 @@ def _cell_means(cells: pa.Table, pt: str, it: str) -> tuple[dict[Any, Any], dict
             kl.setdefault(key, {})[name] = row["kl_mean"]
     known = {key: of for key, of in choices.items() if all(cell["other"] is not None for cell in of.values())}
     return known, {key: of for key, of in kl.items() if None not in of.values()}
+
+
+def _lineup_margins(
+    cells: pa.Table, pair: Sequence[str] | None, draws: int, seed: int, level: float
+) -> dict[Any, dict[str, dict[str, Any]]]:
+    """Mean margins by upstream and late label, of every group whose cells are of more than two checkpoints, by its
+    key; over the events that have each of these cells once."""
+    table = _readable(cells, pair)
+    labels = pa.array(sorted({label for name in ("upstream", "late") for label in pc.unique(table[name]).to_pylist()}))
+    n_cells = len(labels) ** 2
+    if len(labels) < 3:
+        return {}
+    upstream, late = (pc.index_in(table[name], value_set=labels).to_numpy() for name in ("upstream", "late"))
+    cell = len(labels) * upstream.astype(np.int64) + late
+    codes = [ranks(table[name]) for name in (*GROUP_COLUMNS, "event_id")]
+    order = np.lexsort((cell, *reversed(codes)))
+    starts = _run_starts([code[order] for code in codes])
+    starts = starts[np.diff(starts, append=cell.size) == n_cells]
+    rows = starts[:, None] + np.arange(n_cells)
+    rows = rows[(cell[order][rows] == np.arange(n_cells)).all(axis=1)]
+    margin = table["margin"].to_numpy()[order]
+    events = table.take(pa.array(order)).take(pa.array(rows[:, 0]))
+    for i, values in enumerate(margin[rows].T):
+        events = events.append_column(f"y_{i}", pa.array(values))
+    parts = _groups(events)
+    names = [f"y_{i}" for i in range(n_cells)]
+    sums = [prompt_sums(ranks(part["prompt_id"]), [part[name].to_numpy() for name in names]) for part in parts]
+    found = {}
+    for of_group, of_prompts, drawn in zip(parts, sums, resample(sums, draws, seed), strict=True):
+        mean = of_prompts[:, :-1].sum(axis=0) / of_prompts[:, -1].sum()
+        spread = [None] * n_cells if drawn is None else list((drawn[:, :-1] / drawn[:, -1:]).T)
+        numbers = iter([number(float(one), of_one, level) for one, of_one in zip(mean, spread, strict=True)])
+        key = tuple(of_group[name][0].as_py() for name in GROUP_COLUMNS)
+        found[key] = {up: {to: next(numbers) for to in labels.to_pylist()} for up in labels.to_pylist()}
+    return found
 
 
 def _groups(table: pa.Table) -> list[pa.Table]:
@@ -387,14 +467,8 @@ def _groups(table: pa.Table) -> list[pa.Table]:
 def _quantities(totals: Floats) -> dict[str, Floats]:
     """Every linear quantity from totals [..., 5]: four sums of margins and the number of events."""
     y = totals[..., :4] / totals[..., 4:]
-    pt_pt, pt_it, it_pt, it_it = (y[..., i] for i in range(4))
-    late_from_pt, late_from_it = pt_it - pt_pt, it_it - it_pt
-    return dict(zip(CELLS, (pt_pt, pt_it, it_pt, it_it), strict=True)) | {
-        "late_from_pt": late_from_pt,
-        "late_from_it": late_from_it,
-        "interaction": late_from_it - late_from_pt,
-        "native_shift": it_it - pt_pt,
-    }
+    cells = {name: y[..., i] for i, name in enumerate(CELLS)}
+    return cells | {column.name: _contrast(column.name, y) for column in schema.CONTRASTS}
 
 
 _SHARES = {"portable_share": ("late_from_pt", "late_from_it"), "interaction_share": ("interaction", "native_shift")}

@@ -23,6 +23,7 @@ from actcache.progress import OnProgress, Tally, untold
 from actcache.replay.edits import PLAIN, Variant
 from actcache.replay.late_stack import LateStack
 from actcache.replay.sweep import SCOPES, VariantsAt
+from actcache.schema import NATIVE, ROLES, common_readout, readouts_of
 from actcache.store import Segment, Store
 from actcache.study.cells import (
     Finished,
@@ -48,7 +49,8 @@ class GridSettings:
     Attributes:
         boundaries: a subset of the store's.
         scopes: of ``prefix`` (every position's state comes from U) and ``position`` (only position p's does).
-        readouts: ``native``, ``common_<label>``.
+        readouts: ``native``, ``common_<label>``; ``common_pt`` and ``common_it`` also name the roles of the pair, where
+            no checkpoint is called so.
         variants: scored beside the plain grid; the same at every boundary, or a function of the boundary. Their edits
             change the rows that the cell replays, and name checkpoints of the store as donors.
         top1: whether variants get ``top1_id``, which takes the whole vocabulary, too; plain cells always do.
@@ -60,7 +62,7 @@ class GridSettings:
 
     boundaries: tuple[int, ...]
     scopes: tuple[str, ...] = ("prefix",)
-    readouts: tuple[str, ...] = ("native", "common_it", "common_pt")
+    readouts: tuple[str, ...] = (NATIVE, *map(common_readout, reversed(ROLES)))
     variants: Sequence[Variant] | VariantsAt = ()
     top1: bool = False
     kl: bool = False
@@ -75,6 +77,10 @@ class GridSettings:
     def variants_at(self, boundary: int) -> tuple[Variant, ...]:
         """Everything to score at a boundary, the plain grid first."""
         return (PLAIN, *(self.variants(boundary) if callable(self.variants) else self.variants))
+
+    def of_pair(self, labels: Sequence[str], pair: Sequence[str]) -> GridSettings:
+        """The same settings with every readout by its label."""
+        return replace(self, readouts=readouts_of(self.readouts, labels, pair))
 
     def of_depth(self, n_blocks: int) -> GridSettings:
         """The same settings with the layers of all variants as block indices."""
@@ -118,6 +124,7 @@ def run_grid(
             capture stored; a cell asked for is missing at the end, as files of finished jobs went away meanwhile.
         CorruptFileError: the file of a finished job is damaged, and not one that is scored again here.
     """
+    settings = settings.of_pair(store.checkpoints, store.fingerprint.pair)
     check_settings(store, settings)
     settings = settings.of_depth(store.fingerprint.n_blocks)
     folder = Path(folder)

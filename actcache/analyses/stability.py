@@ -1,8 +1,8 @@
 """Stability: would an event be the same one if its forwards were rounded otherwise?
 
-An argmax may depend on the shape of the batch that computed it, above all in bfloat16. Here both checkpoints decide
-every event anew on its own sequence, twice in each dtype: *strict*, one sequence per forward, and *packed*, many in
-one. Nothing is captured again; the token ids in the store are enough.
+An argmax may depend on the shape of the batch that computed it, above all in bfloat16. Here both checkpoints of the
+pair decide every event anew on its own sequence, twice in each dtype: *strict*, one sequence per forward, and *packed*,
+many in one. Nothing is captured again; the token ids in the store are enough.
 
 For whoever asks how many of a run's events its numerics have made. Knows the store, backbones and readouts; loads no
 models itself.
@@ -25,7 +25,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from actcache.capture.capture import PAIR
 from actcache.errors import InputError, NotFiniteError
 from actcache.files import locked, write_atomically
 from actcache.finite import not_finite
@@ -34,12 +33,14 @@ from actcache.models.checkpoint import DTYPES
 from actcache.models.packing import offsets_of
 from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
+from actcache.schema import ROLES
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
 from actcache.store import Store
 from actcache.study.cells import identity
 
 UNIT = "decisions"  # what is counted: one event's by one checkpoint in one dtype, strict or packed
 
+_GAPS = [f"gap_{role}" for role in ROLES]
 _SCHEMA = pa.schema(
     [
         ("event_id", pa.string()),
@@ -53,8 +54,7 @@ _SCHEMA = pa.schema(
         ("position_vs_stored", pa.int64()),
         ("changed_vs_stored", pa.string()),
         ("gap_vs_stored", pa.float32()),
-        ("gap_pt", pa.float32()),
-        ("gap_it", pa.float32()),
+        *((name, pa.float32()) for name in _GAPS),
         ("not_packable", pa.string()),
     ]
 )
@@ -95,8 +95,8 @@ def check_stability(
 
         - event_id, prompt_id, dtype; gap_pt, gap_it: as captured, float32 logits, null in a store without them.
         - stable: the strict decision and the packed one are the same. Where they are not: position, the first at which
-          a choice differs; changed, whose choice (``pt``, ``it`` or ``pt,it``); gap, the changed checkpoint's top-1
-          minus top-2 logit in the strict forward there (float32; of two changed ones the larger gap). Null otherwise.
+          a choice differs; changed, whose choice (a label, or ``pt,it``); gap, the changed checkpoint's top-1 minus
+          top-2 logit in the strict forward there (float32; of two changed ones the larger gap). Null otherwise.
         - as_stored: the strict decision is the store's. Where it is not, position_vs_stored, changed_vs_stored and
           gap_vs_stored say the same of these two.
         - not_packable: why packs of this pair are not exact, or null. Capture, too, then runs one sequence at a time:
@@ -113,13 +113,15 @@ def check_stability(
         return _SCHEMA.empty_table()
     table = store.events.take(pa.array(indices))
     compared = _Compared(ids, offsets.numpy(), table["step"].to_numpy().astype(np.int64))
-    stored = _Choices({label: compared.following(table[f"y_{label}"].to_numpy()) for label in PAIR}, {})
+    pair = store.fingerprint.pair
+    chosen = {label: table[f"y_{role}"].to_numpy() for role, label in zip(ROLES, pair, strict=True)}
+    stored = _Choices({label: compared.following(tokens) for label, tokens in chosen.items()}, {})
     tally = tally or Tally(len(dtypes) * n_decisions(len(indices)), UNIT, untold)
     parts = []
     for dtype in dtypes:
         strict, packed = _Choices({}, {}), _Choices({}, {})
         reasons = []
-        for label in PAIR:
+        for label in pair:
             # Only the called function holds the backbone, so it is gone before the next one is loaded.
             reason = _choose(load(label, DTYPES[dtype]), compared, label, strict, packed, max_tokens, tally)
             reasons += [reason] if reason else []
@@ -134,7 +136,7 @@ def check_stability(
             **_where_parted(
                 compared, strict, stored, ("as_stored", "position_vs_stored", "changed_vs_stored", "gap_vs_stored")
             ),
-            **{name: table[name] for name in ("gap_pt", "gap_it") if name in table.column_names},
+            **{name: table[name] for name in _GAPS if name in table.column_names},
             "not_packable": [reasons[0] if reasons else None] * len(indices),
         }
         nulls = [None] * len(indices)
@@ -249,7 +251,7 @@ def spread(n_events: int, n: int) -> list[int]:
 
 def n_decisions(n_events: int) -> int:
     """How many decisions the check of this many events takes in one dtype."""
-    return 2 * len(PAIR) * n_events
+    return 2 * len(ROLES) * n_events
 
 
 def summarise(table: pa.Table) -> list[dict[str, Any]]:
@@ -363,7 +365,7 @@ class _Compared:
         """``[n]``, among all C the one at which the choices decide each event."""
         nothing = np.full(len(self.step), -1)  # no choice is what follows the last one: it always decides
         following = self.following(nothing)
-        return self.first((choices.tokens["pt"] != following) | (choices.tokens["it"] != following))
+        return self.first(np.logical_or(*(tokens != following for tokens in choices.tokens.values())))
 
 
 @torch.no_grad()
@@ -410,14 +412,15 @@ def _where_parted(
     compared: _Compared, choices: _Choices, others: _Choices, names: tuple[str, str, str, str]
 ) -> dict[str, Any]:
     """Whether two decisions of each event are the same, and where they part; gaps are those of ``choices``."""
-    differ = {label: choices.tokens[label] != others.tokens[label] for label in PAIR}
+    pair = list(choices.tokens)
+    differ = {label: choices.tokens[label] != others.tokens[label] for label in pair}
     at = compared.first(np.logical_or(*differ.values()))
     # What is chosen after the decision does not count. Where choices differ before it, the two decisions are not one.
     same = at > compared.decided(choices)
     at = np.where(same, 0, at)
-    changed = {label: differ[label][at] for label in PAIR}
-    gap = np.max([np.where(changed[label], choices.gaps[label][at], -np.inf) for label in PAIR], axis=0)
-    whose = [",".join(label for label in PAIR if changed[label][event]) for event in range(len(at))]
+    changed = {label: differ[label][at] for label in pair}
+    gap = np.max([np.where(changed[label], choices.gaps[label][at], -np.inf) for label in pair], axis=0)
+    whose = [",".join(label for label in pair if changed[label][event]) for event in range(len(at))]
     columns = (
         pa.array(same),
         pa.array(compared.positions[at], pa.int64(), mask=same),

@@ -49,12 +49,11 @@ from actcache.models.probe import check_replayable
 from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
-from actcache.schema import Fingerprint
+from actcache.schema import EVENTS, ROLES, Fingerprint, arrow_type, margin_column, order_of_labels
 from actcache.store import BackgroundWriter, Place, Segment, SegmentData, StoreWriter, open_store
 from actcache.store.layout import SITES, STATE, Sites
 from actcache.store.segment_data import SiteRows
 
-PAIR = ("pt", "it")
 KIND = "first_divergence"
 MAX_ROUNDS = 4  # a search that the capture forward contradicts this often in a row hangs on rounding alone
 CONTEXT_TOKENS = 48  # of text kept with an event, for people to read
@@ -160,7 +159,7 @@ def capture(
     that it lacks, its sequences run again, without a search. What it has stays as it is.
 
     Args:
-        lineup: the checkpoints; events are defined on ``pt`` and ``it``.
+        lineup: the checkpoints. Its pair defines the events; the states of all are stored.
         prompts: validated prompts.
         store: where the store is or shall be, as in ``open_store``; new, or left by an earlier run of the same capture.
         settings: what to compute.
@@ -171,7 +170,7 @@ def capture(
         say: told, in one line, what a person should know (packing not possible, for example).
 
     Raises:
-        InputError: see :meth:`Lineup.encode`, or a boundary out of range.
+        InputError: see :meth:`Lineup.encode`, a boundary out of range, or a lineup of one checkpoint.
         IncompatibleError: the store belongs to another run; names the field. Prompts may have changed since, those that
             are not captured yet.
         UnsupportedModelError: see :func:`load_backbone`.
@@ -180,6 +179,8 @@ def capture(
     """
     for boundary in settings.boundaries:
         check_boundary(boundary, lineup.n_blocks)
+    if len(lineup.labels) < 2:
+        raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
     prompt_ids = lineup.encode(prompts, say)
     found = fingerprint(lineup, prompts, settings)
     before = existing(store)
@@ -254,7 +255,8 @@ def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSett
     """Everything that the bytes of the store depend on; two equal fingerprints name the same work."""
     return Fingerprint(
         checkpoints={label: checkpoint.fingerprint for label, checkpoint in lineup.checkpoints.items()},
-        pair=PAIR,
+        pair=lineup.pair,
+        lineup=order_of_labels(lineup.labels, lineup.pair),
         # Only where the store would differ from one of an earlier version, which resumes otherwise.
         vocabulary=None if lineup.has_one_vocabulary else "of any checkpoint",
         prompts=prompts_module.digest(prompts),
@@ -301,9 +303,9 @@ class _Captured:
     """One event with its rows; the capture forward ran over exactly ``search.sequence``."""
 
     search: _Search
-    tokens: dict[str, int]  # the pair's choices
-    gaps: dict[str, float]
-    margins: dict[str, float]
+    tokens: tuple[int, ...]  # the pair's choices
+    gaps: tuple[float, ...]  # of the pair
+    margins: dict[str, float]  # of every checkpoint
     rows: SiteRows
     final: dict[str, torch.Tensor]
 
@@ -330,7 +332,7 @@ class _Capture:
         settings: CaptureSettings,
         say: Callable[[str], None],
     ) -> None:
-        self.backbones = backbones
+        self.backbones, self.pair = backbones, lineup.pair
         self.tally = Tally(0, "prompts", untold)
         self.settings = settings
         self.decode = lineup.decode
@@ -338,7 +340,7 @@ class _Capture:
         self.special = lineup.special_ids
         self.limits = SearchLimits(settings.max_new, lineup.end_ids, lineup.max_positions)
         self.regimes = Regimes.joined(backbone.regimes for backbone in backbones.values())
-        self.decoding = _common_decoding([backbones[label] for label in PAIR], say)
+        self.decoding = _common_decoding([backbones[label] for label in self.pair], say)
         self.pack_tokens = settings.max_tokens
         if not settings.strict:
             reasons = [reason for backbone in backbones.values() if (reason := backbone.why_not_packable())]
@@ -428,7 +430,7 @@ class _Capture:
         capture forward is to decide on, those of one regime together."""
         open_ended = [search for search in searches if not search.proposed]
         proposals = propose(
-            [self.backbones[label] for label in PAIR],
+            [self.backbones[label] for label in self.pair],
             [search.sequence for search in open_ended],
             [len(search.shared) for search in open_ended],
             self.limits,
@@ -441,7 +443,7 @@ class _Capture:
             pack_tokens=self.pack_tokens,
             regimes=self.regimes,
             names=[f"prompt {search.prompt.id!r}" for search in open_ended],
-            labels=PAIR,
+            labels=self.pair,
         )
         going = [search for search in searches if search.proposed]
         for search, proposal in zip(open_ended, proposals, strict=True):
@@ -477,27 +479,25 @@ class _Capture:
             states.update({(site, label, block): rows for (site, block), rows in gathered.items()})
             final[label] = gather_rows(hidden, _concatenated(compared))
         self._check_finite(pack, states, kept, final, compared)
-        best = {label: self._best(label, final[label], pack, compared) for label in PAIR}
+        best = [self._best(label, final[label], pack, compared) for label in self.pair]
         rows_of = _consecutive([len(rows) for rows in kept])
         compared_of = _consecutive([len(rows) for rows in compared])
         for search, rows, choices in zip(pack, rows_of, compared_of, strict=True):
-            decided = self._decide(
-                search, *(best[label][0][choices.start : choices.stop, 0].tolist() for label in PAIR)
-            )
+            decided = self._decide(search, *(ids[choices.start : choices.stop, 0].tolist() for ids, _ in best))
             if decided is not None:
                 yield search, decided
                 continue
             last = choices.stop - 1
-            tokens = {label: int(best[label][0][last, 0]) for label in PAIR}
+            tokens = tuple(int(ids[last, 0]) for ids, _ in best)
             margins = self._margins({label: final[label][last : last + 1] for label in final}, tokens)
             if (wrong := next((one for one, margin in margins.items() if not math.isfinite(margin)), None)) is not None:
                 raise self._not_finite(wrong, "a scored logit", [search], [choices], 0)
-            if not margins["pt"] < 0 < margins["it"]:
+            if not margins[self.pair[0]] < 0 < margins[self.pair[1]]:
                 yield search, "tie"
-            elif not self.vocabulary.issuperset(tokens.values()):
+            elif not self.vocabulary.issuperset(tokens):
                 yield search, "token_outside_vocabulary"
             else:
-                gaps = {label: float(best[label][1][last, 0] - best[label][1][last, 1]) for label in PAIR}
+                gaps = tuple(float(logits[last, 0] - logits[last, 1]) for _, logits in best)
                 own_states = {key: kept_rows[rows.start : rows.stop] for key, kept_rows in states.items()}
                 own_final = {label: hidden[last].cpu() for label, hidden in final.items()}
                 yield search, _Captured(search, tokens, gaps, margins, own_states, own_final)
@@ -533,11 +533,11 @@ class _Capture:
         whose = f"checkpoint {label}, prompt {search.prompt.id!r}"
         return not_finite(whose, what, self.backbones[label], search.sequence)
 
-    def _decide(self, search: _Search, pt: list[int], it: list[int]) -> _Search | str | None:
+    def _decide(self, search: _Search, first: list[int], second: list[int]) -> _Search | str | None:
         """None where the pair shares exactly ``search.shared`` and then differs. Otherwise, the capture forward has
         contradicted the search, or its regime ends: where to go on from, or why the prompt is excluded."""
         search = replace(search, n_rounds=search.n_rounds + 1)
-        for step, (a, b) in enumerate(zip(pt, it, strict=True), start=search.decided):
+        for step, (a, b) in enumerate(zip(first, second, strict=True), start=search.decided):
             if a != b:
                 # Differing before the end, the event moves; it is taken from a forward over its own sequence.
                 moved = search.go_on(search.shared[:step], proposed=True)
@@ -553,8 +553,8 @@ class _Capture:
             return search.go_on([*search.shared[:step], a], proposed=False)
         raise AssertionError("the choice after the last shared token always decides")
 
-    def _margins(self, final: dict[str, torch.Tensor], tokens: dict[str, int]) -> dict[str, float]:
-        pair_ids = torch.tensor([[tokens["pt"], tokens["it"]]])
+    def _margins(self, final: dict[str, torch.Tensor], tokens: tuple[int, ...]) -> dict[str, float]:
+        pair_ids = torch.tensor([tokens])
         scores = {label: self.backbones[label].readout.scores(hidden, pair_ids)[0] for label, hidden in final.items()}
         return {label: float(score[1] - score[0]) for label, score in scores.items()}
 
@@ -584,31 +584,30 @@ class _Capture:
         )
 
     def _event_table(self, captured: list[_Captured]) -> pa.Table:
-        def column(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
-            return pa.array(list(values), kind)
-
-        columns = {
-            "event_id": column((f"{e.search.prompt.id}@{e.position}:{KIND}" for e in captured), pa.string()),
-            "prompt_id": column((e.search.prompt.id for e in captured), pa.string()),
-            "kind": column((KIND for _ in captured), pa.string()),
-            "pair": column((",".join(PAIR) for _ in captured), pa.string()),
-            "step": column((len(e.search.shared) for e in captured), pa.int32()),
-            "proposed_step": column((e.proposed_step for e in captured), pa.int32()),
-            "sequence": column(range(len(captured)), pa.int64()),
-            "position": column((e.position for e in captured), pa.int64()),
-            "y_pt": column((e.tokens["pt"] for e in captured), pa.int64()),
-            "y_it": column((e.tokens["it"] for e in captured), pa.int64()),
-            "context": column((self.decode(e.sequence[-CONTEXT_TOKENS:]) for e in captured), pa.string()),
-            "token_pt": column((self.decode([e.tokens["pt"]]) for e in captured), pa.string()),
-            "token_it": column((self.decode([e.tokens["it"]]) for e in captured), pa.string()),
-            "carried": column((carried.encode(e.search.prompt.carried) for e in captured), pa.string()),
+        margins = {margin_column(role): label for role, label in zip(ROLES, self.pair, strict=True)}
+        margins |= {margin_column(label): label for label in self.backbones}
+        values: dict[str, Iterable[Any]] = {
+            "event_id": (f"{e.search.prompt.id}@{e.position}:{KIND}" for e in captured),
+            "prompt_id": (e.search.prompt.id for e in captured),
+            "kind": (KIND for _ in captured),
+            "pair": (",".join(self.pair) for _ in captured),
+            "step": (len(e.search.shared) for e in captured),
+            "proposed_step": (e.proposed_step for e in captured),
+            "sequence": range(len(captured)),
+            "position": (e.position for e in captured),
+            "context": (self.decode(e.sequence[-CONTEXT_TOKENS:]) for e in captured),
+            "carried": (carried.encode(e.search.prompt.carried) for e in captured),
+            **{name: [e.margins[label] for e in captured] for name, label in margins.items()},
         }
-        for label in PAIR:
-            columns[f"special_{label}"] = column((int(e.tokens[label] in self.special) for e in captured), pa.int32())
-            columns[f"gap_{label}"] = column((e.gaps[label] for e in captured), pa.float32())
-        for label in self.backbones:
-            columns[f"margin_{label}"] = column((e.margins[label] for e in captured), pa.float32())
-        return pa.table(columns)
+        for at, role in enumerate(ROLES):
+            tokens = [e.tokens[at] for e in captured]
+            values[f"y_{role}"] = tokens
+            values[f"token_{role}"] = (self.decode([token]) for token in tokens)
+            values[f"special_{role}"] = (int(token in self.special) for token in tokens)
+            values[f"gap_{role}"] = [e.gaps[at] for e in captured]
+        types = {column.name: arrow_type(column.type) for column in EVENTS}
+        order = [*types, *(name for name in margins if name not in types)]
+        return pa.table({name: pa.array(list(values[name]), types.get(name, pa.float32())) for name in order})
 
 
 def first_wrong(site: str, rows: torch.Tensor) -> int | None:

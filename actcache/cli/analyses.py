@@ -68,7 +68,7 @@ def _answer(named: Named, args: argparse.Namespace) -> None:
     analysis = find_analysis(named.name)
     options = {entry.name: getattr(args, entry.name) for entry in fields(analysis.options)}
     folder, _, device = open_captured(args)
-    run = Run(folder.path, checkpoints=moved(args))
+    run = Run(folder.path, checkpoints=moved(args, folder.record()))
     analysis.check(run.store, analysis.options_of(options))
     with enough_memory(named.name, "a run captured with --dtype bfloat16 needs less"), LiveLine(named.name) as line:
 

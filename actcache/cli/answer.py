@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from actcache.schema import EFFECT_KEY, IT, NATIVE, ROLES, common_readout, names
+
 if TYPE_CHECKING:
     from actcache.store import Store
 
 Group = Mapping[str, Any]
-_SETTINGS = ("kind", "boundary", "scope", "readout", "variant")
-_EFFECTS = {
-    "late_from_pt": ("late effect from PT upstream   A    ", "A: late, from PT"),
-    "late_from_it": ("late effect from IT upstream   B    ", "B: late, from IT"),
-    "interaction": ("interaction                    B - A", "B - A: interaction"),
-}
+_SETTINGS = names(EFFECT_KEY)
+_EFFECTS = ("late_from_pt", "late_from_it", "interaction")
 # Reasons for which a prompt has no event although the checkpoints were compared and agreed.
 _AGREED = frozenset({"both_ended", "no_divergence", "position_limit"})
 
 
 def answer(effects: Mapping[str, Any], store: Store) -> list[str]:
-    """What a run ends with: of its plain cells those read by ``common_it``, or natively where those were not scored."""
+    """What a run ends with: of its plain cells those read by the head of IT, natively where those were not scored."""
     if not effects["groups"]:
         return [_no_event(store)]
     groups = [group for group in effects["groups"] if group["variant"] == "none"]
-    has_common = {_place(group) for group in groups if group["readout"] == "common_it"}
-    shown = [g for g in groups if g["readout"] == ("common_it" if _place(g) in has_common else "native")]
+    has_common = {_place(group) for group in groups if group["readout"] == common_readout(group[IT])}
+    shown = [g for g in groups if g["readout"] == (common_readout(g[IT]) if _place(g) in has_common else NATIVE)]
     return described({**effects, "groups": shown}, store)
 
 
@@ -66,27 +64,55 @@ def _no_event(store: Store) -> str:
 
 
 def _place(group: Group) -> tuple[Any, ...]:
-    return tuple(group[name] for name in ("kind", "boundary", "scope"))
+    return tuple(group[name] for name in ("kind", "pair", "boundary", "scope"))
 
 
 def _in_words(groups: Sequence[Group], store: Store | None) -> list[str]:
     (group,) = groups
-    lines = [_heading(groups, store), "", "mean margin logit(y_it) - logit(y_pt)        late PT      late IT"]
-    for upstream in ("pt", "it"):
-        row = [group["cells"][f"{upstream}_{late}"]["mean"] for late in ("pt", "it")]
-        lines.append(f"  upstream {upstream.upper():32} {row[0]:+9.3f}    {row[1]:+9.3f}")
+    margins = group.get("margins") or _by_label(group)
+    labels = [label for label in (store.checkpoints if store else margins) if label in margins]
+    heads = [f"late {_named(label)}".rjust(8) for label in labels]
+    lines = [_heading(groups, store), "", f"{'mean margin logit(y_it) - logit(y_pt)':44}{'     '.join(heads)}"]
+    for upstream in labels:
+        means = (margins[upstream][late]["mean"] for late in labels)
+        cells = [f"{mean:+{len(head) + 1}.3f}" for mean, head in zip(means, heads, strict=True)]
+        lines.append(f"  upstream {_named(upstream):32} {'    '.join(cells)}")
     lines.append("")
-    for name, (words, _) in _EFFECTS.items():
+    for name, words in zip(_EFFECTS, _in_full(group), strict=True):
         value = group[name]
         interval = "" if value["low"] is None else f"   95% [{value['low']:+.3f}, {value['high']:+.3f}]"
         lines.append(f"  {words}  {value['mean']:+9.3f}{interval}")
     return [*lines, *_without_interval(groups)]
 
 
+def _by_label(group: Group) -> dict[str, dict[str, Any]]:
+    """The four cells by the labels that were contrasted."""
+    return {group[up]: {group[late]: group["cells"][f"{up}_{late}"] for late in ROLES} for up in ROLES}
+
+
+def _named(label: str) -> str:
+    """A label as it stands in a table: those that are roles stand out."""
+    return label.upper() if label in ROLES else label
+
+
+def _in_full(group: Group) -> list[str]:
+    """What each effect is called, of one width."""
+    whole = [*(f"late effect from {_named(group[role])} upstream" for role in ROLES), "interaction"]
+    width = max(31, *(len(text) + 2 for text in whole))
+    return [f"{text:{width}}{sign}" for text, sign in zip(whole, ("A    ", "B    ", "B - A"), strict=True)]
+
+
+def _in_short(groups: Sequence[Group]) -> list[str]:
+    """The same as heads of columns."""
+    of_role = [{_named(group[role]) for group in groups} for role in ROLES]
+    called = [labels.pop() if len(labels) == 1 else role for role, labels in zip(ROLES, of_role, strict=True)]
+    return [f"A: late, from {called[0]}", f"B: late, from {called[1]}", "B - A: interaction"]
+
+
 def _as_table(groups: Sequence[Group], store: Store | None) -> list[str]:
     """A row for each group; what is the same for all stands above."""
     varying = [name for name in (*_SETTINGS, "n_events") if len({group[name] for group in groups}) > 1]
-    head = [*("events" if name == "n_events" else name for name in varying), *(head for _, head in _EFFECTS.values())]
+    head = [*("events" if name == "n_events" else name for name in varying), *_in_short(groups)]
     rows = [[*(str(group[name]) for name in varying), *(_number(group[name]) for name in _EFFECTS)] for group in groups]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in [head, *rows]]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from actcache.cli.parser import Parser
 from actcache.errors import InputError
+from actcache.schema import ROLES
 
 if TYPE_CHECKING:
     from actcache.analyses.grid import GridSettings
     from actcache.capture.capture import CaptureSettings
+    from actcache.models.lineup import Lineup
 
 READOUTS = "native,common_it,common_pt"
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -36,24 +39,84 @@ def add_verb(
 
 
 def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
-    """What a capture needs: the pair, the prompts, where to, and what to compute."""
-    add_pair_arguments(parser)
+    """What a capture needs: the checkpoints, the prompts, where to, and what to compute."""
+    add_lineup_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--store", metavar="URL", help="place of the store, as s3://bucket/prefix (default RUN/store)")
     add_capture_settings(parser)
 
 
-def add_pair_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """The pair and its prompts."""
+def add_lineup_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """The checkpoints, which two of them define events, and the prompts."""
+    add_checkpoint_arguments(parser, "model folder of a checkpoint, under a label; repeat for each, in their order")
     parser.add_argument(
-        "--pt", type=Path, required=required, metavar="DIR", help="model folder of the pretrained checkpoint"
-    )
-    parser.add_argument(
-        "--it", type=Path, required=required, metavar="DIR", help="model folder of its tuned descendant"
+        "--pair",
+        type=pair,
+        metavar="A,B",
+        help="labels of the two checkpoints whose choices define events (default: the first and the last)",
     )
     parser.add_argument(
         "--prompts", type=Path, required=required, metavar="P.jsonl", help="prompts, one JSON object per line"
     )
+
+
+def add_checkpoint_arguments(parser: argparse.ArgumentParser, summary: str) -> None:
+    """Folders of checkpoints by label; :func:`checkpoints_given` reads them."""
+    parser.add_argument("--checkpoint", type=_labelled, action="append", metavar="LABEL=DIR", help=summary)
+    for role, words in zip(ROLES, ("pretrained checkpoint, the first", "tuned checkpoint, the last"), strict=True):
+        parser.add_argument(
+            f"--{role}", type=Path, metavar="DIR", help=f"short for --checkpoint {role}=DIR: the {words}"
+        )
+
+
+def checkpoints_given(args: argparse.Namespace, *, fewest: int = 0) -> dict[str, Path]:
+    """Folders by label, in the order of the lineup.
+
+    Raises:
+        InputError: a label is given twice, or fewer are given.
+    """
+    first, last = ([(role, path)] if (path := getattr(args, role)) else [] for role in ROLES)
+    given = [*first, *(args.checkpoint or ()), *last]
+    twice = [label for label, n in Counter(label for label, _ in given).items() if n > 1]
+    if twice:
+        raise InputError(f"checkpoint {twice[0]} is given twice; give each checkpoint a label of its own")
+    if len(given) < fewest:
+        missing = ", ".join(f"--{role}" for role in ROLES if getattr(args, role) is None)
+        raise InputError(
+            f"the following arguments are required: {missing}, or --checkpoint LABEL=DIR for each of two or more"
+        )
+    return dict(given)
+
+
+def open_lineup(args: argparse.Namespace, *, with_weights: bool = True) -> Lineup:
+    """The checkpoints that a command names, opened and aligned.
+
+    Raises:
+        InputError: fewer than two are given, a label cannot be a folder's name, or see ``Lineup.open``.
+        IncompatibleError: see there.
+    """
+    from actcache.models.lineup import Lineup
+    from actcache.store.layout import check_name
+
+    paths = checkpoints_given(args, fewest=2)
+    for label in paths:
+        check_name(label, "checkpoint label")
+    return Lineup.open(paths, args.pair, with_weights=with_weights)
+
+
+def _labelled(text: str) -> tuple[str, Path]:
+    label, separator, path = text.partition("=")
+    if not (label and separator and path):
+        raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=DIR, such as base=models/base")
+    return label, Path(path)
+
+
+def pair(text: str) -> tuple[str, str]:
+    """``base,dpo``: two labels."""
+    first, separator, second = text.partition(",")
+    if not (first.strip() and separator and second.strip()) or "," in second:
+        raise argparse.ArgumentTypeError(f"{text!r} is not two labels, such as base,dpo")
+    return first.strip(), second.strip()
 
 
 def add_capture_settings(parser: argparse.ArgumentParser) -> None:
@@ -143,7 +206,8 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--readout",
         metavar="R",
-        help="final norm and head that score: a list of native, common_it, common_pt (default: all)",
+        help="final norm and head that score: a list of native and common_LABEL; common_pt and common_it also name the "
+        "pair (default: native,common_it,common_pt)",
     )
     parser.add_argument(
         "--sweep",
@@ -155,10 +219,24 @@ def add_grid_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def grid_settings(
-    args: argparse.Namespace, boundary: str | None, captured: Sequence[int], width: int, n_blocks: int
+    args: argparse.Namespace,
+    boundary: str | None,
+    captured: Sequence[int],
+    width: int,
+    n_blocks: int,
+    labels: Sequence[str],
+    pair: Sequence[str],
 ) -> GridSettings:
-    """What the arguments, and the sweep that they name, ask of a grid over a store with these boundaries, of which
-    ``boundary`` names some if the command did.
+    """What the arguments, and the sweep that they name, ask of a grid.
+
+    Args:
+        args: of the command.
+        boundary: what it says of boundaries, if anything.
+        captured: boundaries of the store.
+        width: D.
+        n_blocks: L.
+        labels: of the checkpoints.
+        pair: those in the roles pt and it, which a readout may name by role.
 
     Raises:
         InputError: the sweep cannot be read, says what an argument says too, or a boundary is not one of the model's.
@@ -180,16 +258,17 @@ def grid_settings(
     asked = boundary if sweep.boundaries is None else sweep.boundaries
     if asked not in (None, "all"):
         boundaries = parse_boundaries(asked, n_blocks)
+    readouts = _names(READOUTS if args.readout is None else args.readout) if sweep.readouts is None else sweep.readouts
     return GridSettings(
         boundaries,
         _names("prefix" if args.scope is None else args.scope) if sweep.scopes is None else sweep.scopes,
-        _names(READOUTS if args.readout is None else args.readout) if sweep.readouts is None else sweep.readouts,
+        readouts,
         sweep.variants_at,
         top1=sweep.top1,
         kl=sweep.kl,
         strict=args.strict,
         max_tokens=args.max_tokens,
-    )
+    ).of_pair(labels, pair)
 
 
 def _names(text: str) -> tuple[str, ...]:

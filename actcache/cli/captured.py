@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from actcache.cli.arguments import check_device
-from actcache.study.run_folder import RunFolder
+from actcache.cli.arguments import add_checkpoint_arguments, check_device, checkpoints_given
+from actcache.errors import InputError
+from actcache.study.run_folder import RunFolder, RunRecord
 
 if TYPE_CHECKING:
     from actcache.models.lineup import Lineup
@@ -16,12 +17,7 @@ if TYPE_CHECKING:
 def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, and what may have moved since."""
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
-    parser.add_argument(
-        "--pt", type=Path, metavar="DIR", help="present folder of the PT checkpoint (default: that of the capture)"
-    )
-    parser.add_argument(
-        "--it", type=Path, metavar="DIR", help="present folder of the IT checkpoint (default: that of the capture)"
-    )
+    add_checkpoint_arguments(parser, "present folder of a checkpoint, by its label (default: that of the capture)")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="device to run on (default: that of the capture)")
 
 
@@ -33,9 +29,16 @@ def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup, str]:
     record = folder.record()
     device = args.device or record.device
     check_device(device)
-    return folder, Lineup.open(record.checkpoints | moved(args)), device
+    return folder, Lineup.open(record.checkpoints | moved(args, record)), device
 
 
-def moved(args: argparse.Namespace) -> dict[str, str]:
-    """Where checkpoints are now, of those that the arguments say moved."""
-    return {label: str(path) for label in ("pt", "it") if (path := getattr(args, label))}
+def moved(args: argparse.Namespace, record: RunRecord) -> dict[str, str]:
+    """Where checkpoints are now, of those that the arguments say moved.
+
+    Raises:
+        InputError: the arguments name a checkpoint that the run does not have.
+    """
+    given = checkpoints_given(args)
+    if unknown := sorted(given.keys() - record.checkpoints.keys()):
+        raise InputError(f"checkpoint {unknown[0]} is not in the run; it has {', '.join(record.checkpoints)}")
+    return {label: str(path) for label, path in given.items()}

@@ -14,15 +14,19 @@ from actcache.cli.arguments import (
     Verbs,
     add_capture_settings,
     add_grid_arguments,
-    add_pair_arguments,
+    add_lineup_arguments,
     add_verb,
     capture_settings,
     check_device,
+    checkpoints_given,
     grid_settings,
+    open_lineup,
 )
+from actcache.cli.captured import moved
 from actcache.cli.stability import add_run_arguments, samples_asked
 from actcache.cli.terminal import quiet_libraries, say
 from actcache.errors import IncompatibleError, InputError
+from actcache.schema import ROLES
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -72,7 +76,7 @@ def add_verbs(verbs: Verbs) -> None:
         "actcache plan --pt base --it tuned --prompts prompts.jsonl --pilot PILOT",
     )
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a finished run, instead of a pair")
-    add_pair_arguments(parser, required=False)
+    add_lineup_arguments(parser, required=False)
     add_capture_settings(parser)
     add_grid_arguments(parser)
     add_run_arguments(parser)
@@ -144,15 +148,16 @@ def _plan(args: argparse.Namespace) -> None:
     if args.run is not None:
         _compare(args)
         return
-    missing = [f"--{name}" for name in ("pt", "it", "prompts") if getattr(args, name) is None]
+    given = checkpoints_given(args)
+    missing = [f"--{role}" for role in ROLES if role not in given] if len(given) < 2 else []
+    missing += [] if args.prompts else ["--prompts"]
     if missing:
         raise InputError(f"give {', '.join(missing)} to plan a run, or the folder of a finished one")
-    from actcache.models.lineup import Lineup
     from actcache.prompts import digest, read_prompts
     from actcache.study.plan import Study, as_json, estimate, shapes_of
 
     prompts = read_prompts(args.prompts, args.limit)
-    lineup = Lineup.open({"pt": args.pt, "it": args.it}, with_weights=False)
+    lineup = open_lineup(args, with_weights=False)
     capture = capture_settings(args, lineup.n_blocks)
     lengths = [len(ids) for ids in lineup.encode(prompts, say)]
     work = _work_asked(args, lineup, capture)
@@ -177,7 +182,7 @@ def _work_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettin
                 f"--rows {capture.row_selection} keeps no rows to replay: leave out --sweep and --variants"
             )
         return []
-    settings = grid_settings(args, None, capture.boundaries, lineup.width, lineup.n_blocks)
+    settings = grid_settings(args, None, capture.boundaries, lineup.width, lineup.n_blocks, lineup.labels, lineup.pair)
     check_servable(settings, lineup.labels, capture.boundaries, lineup.n_blocks)
     return [replace(one, n_last=one.n_last + args.variants) for one in planned_work(settings, lineup.labels)]
 
@@ -219,8 +224,8 @@ def _compare(args: argparse.Namespace) -> None:
 
     folder = RunFolder(args.run)
     record, store = folder.record(), folder.open_store()
-    paths = record.checkpoints | {label: path for label in ("pt", "it") if (path := getattr(args, label))}
-    study, finished = _study_of(folder, Lineup.open(paths), store, args.prompts or Path(record.prompts))
+    lineup = Lineup.open(record.checkpoints | moved(args, record))
+    study, finished = _study_of(folder, lineup, store, args.prompts or Path(record.prompts))
     timings = _timings_of(folder, finished)
     if folder.plan.is_file():
         plan = folder.read_plan()
@@ -253,7 +258,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
         if found != (captured := getattr(fingerprint, field)):
             raise IncompatibleError(
                 f"the checkpoints have {field} {found}, the store of {folder.path} has {captured}; point "
-                "--pt and --it at those captured",
+                "--checkpoint at those captured",
                 field=field,
             )
     prompts = read_prompts(prompts_path, fingerprint.n_prompts)
@@ -266,7 +271,8 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
     finished = finished_cells(folder.cell_groups, store) if folder.cells.is_file() else {}
     work = list(dict.fromkeys(one for one, _ in replays_of(finished)))
     if not work and capture.row_selection == "prefix":
-        work = planned_work(GridSettings(capture.boundaries, strict=capture.strict), lineup.labels)
+        default = GridSettings(capture.boundaries, strict=capture.strict)
+        work = planned_work(default.of_pair(lineup.labels, fingerprint.pair), lineup.labels)
     lengths = [len(ids) for ids in lineup.encode(prompts)]
     checked = folder.timings().get("stability", {}).get("n_events", ())
     return Study(shapes_of(lineup), lengths, capture, work, tuple(checked)), finished

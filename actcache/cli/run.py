@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from actcache.cli.parser import Parser
@@ -15,15 +16,24 @@ if TYPE_CHECKING:
     from actcache.study.run import Run
 
 
-def run(*, prompts: str | Path, out: str | Path, quiet: bool = False, **options: Any) -> Run:
+def run(
+    *,
+    prompts: str | Path,
+    out: str | Path,
+    checkpoints: Mapping[str, str | Path] = MappingProxyType({}),
+    quiet: bool = False,
+    **options: Any,
+) -> Run:
     """Capture, grid, effects and report in one go; resumable by the same call.
 
     Args:
         prompts: file of prompts, one JSON object per line.
         out: folder of the run.
+        checkpoints: folders by label, in the order of the lineup; the options ``pt`` and ``it`` are the short form.
         quiet: whether stderr shows no progress.
-        options: those of ``actcache run``, dashes as underscores: ``pt="DIR"``, ``it="DIR"``, ``boundary=18`` or
-            ``[0.6, -3]``, ``dtype="bfloat16"``, ``max_new=64``, ``strict=True``, ``sweep="edits.toml"`` and so on.
+        options: those of ``actcache run``, dashes as underscores: ``pt="DIR"``, ``it="DIR"``, ``pair=("base", "dpo")``,
+            ``boundary=18`` or ``[0.6, -3]``, ``dtype="bfloat16"``, ``max_new=64``, ``strict=True``,
+            ``sweep="edits.toml"`` and so on.
 
     Returns:
         The run.
@@ -37,6 +47,7 @@ def run(*, prompts: str | Path, out: str | Path, quiet: bool = False, **options:
     parser.raises = True
     add_all_arguments(parser)
     words = [f"--prompts={prompts}", f"--out={out}"]
+    words += [f"--checkpoint={label}={path}" for label, path in checkpoints.items()]
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:

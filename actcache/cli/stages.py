@@ -18,7 +18,10 @@ from actcache.cli.arguments import (
     add_verb,
     capture_settings,
     check_device,
+    checkpoints_given,
     grid_settings,
+    open_lineup,
+    pair,
 )
 from actcache.cli.captured import add_captured_arguments, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
@@ -28,6 +31,7 @@ from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import CorruptFileError, InputError
 from actcache.files import write_atomically
+from actcache.schema import ROLES
 from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, parquet_bytes, read_json, seal_of
 from actcache.study.run import check_complete, check_same_checkpoints, read_run_cells
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place
@@ -97,6 +101,9 @@ def add_verbs(verbs: Verbs) -> None:
         "actcache effects RUN --min-gap 0.5",
     )
     effects.add_argument("source", type=Path, metavar="RUN|CELLS.parquet", help="folder of a run, or a table of cells")
+    effects.add_argument(
+        "--pair", type=pair, metavar="A,B", help="two checkpoints to contrast (default: the pair of the events)"
+    )
     effects.add_argument(
         "--draws", type=int, default=2000, metavar="N", help="bootstrap draws over prompts (default %(default)s)"
     )
@@ -175,6 +182,7 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
     """What is wrong with the prompts is said before torch is loaded, which takes seconds."""
     from actcache.prompts import read_prompts
 
+    checkpoints_given(args, fewest=2)
     return read_prompts(args.prompts, args.limit)
 
 
@@ -182,11 +190,10 @@ def _check_grid_asked(args: argparse.Namespace) -> None:
     """What is wrong with the grid that is asked for is said before anything is captured."""
     quiet_libraries()
     from actcache.analyses.grid import check_servable
-    from actcache.models.lineup import Lineup
 
-    lineup = Lineup.open({"pt": args.pt, "it": args.it})
+    lineup = open_lineup(args)
     captured = capture_settings(args, lineup.n_blocks).boundaries
-    settings = grid_settings(args, None, captured, lineup.width, lineup.n_blocks)
+    settings = grid_settings(args, None, captured, lineup.width, lineup.n_blocks, lineup.labels, lineup.pair)
     check_servable(settings, lineup.labels, captured, lineup.n_blocks)
 
 
@@ -198,10 +205,9 @@ def _capture(args: argparse.Namespace) -> None:
 def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Lineup:
     quiet_libraries()
     from actcache.capture.capture import capture
-    from actcache.models.lineup import Lineup
 
     check_device(args.device)
-    lineup = Lineup.open({"pt": args.pt, "it": args.it})
+    lineup = open_lineup(args)
     settings = capture_settings(args, lineup.n_blocks)
     folder = RunFolder(args.out)
     record = RunRecord(
@@ -248,7 +254,10 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
 
     store = folder.open_store()
     check_complete(store)
-    settings = grid_settings(args, boundary, store.boundaries, store.width, store.fingerprint.n_blocks)
+    captured = store.fingerprint
+    settings = grid_settings(
+        args, boundary, store.boundaries, store.width, captured.n_blocks, captured.labels, captured.pair
+    )
     check_settings(store, settings)
     check_same_checkpoints(store, lineup)
 
@@ -286,17 +295,26 @@ def _effects(args: argparse.Namespace) -> None:
         folder = RunFolder(args.source)
         store = folder.open_store()
         result = _write_effects(
-            folder, store, draws=args.draws, seed=args.seed, stable_only=args.stable_only, min_gap=args.min_gap
+            folder,
+            store,
+            draws=args.draws,
+            seed=args.seed,
+            stable_only=args.stable_only,
+            min_gap=args.min_gap,
+            pair=args.pair,
         )
         if args.json and (left_out := said_of_left_out(result.content)) is not None:
             say(left_out)
-        path = folder.effects_of(stable_only=args.stable_only, min_gap=args.min_gap)
-        say(f"{path} holds them; next: actcache report {args.source}{folder.filters_of(path)}")
+        path = folder.effects_of(stable_only=args.stable_only, min_gap=args.min_gap, pair=_other_pair(store, args.pair))
+        report = folder.effects_of(stable_only=args.stable_only, min_gap=args.min_gap)
+        say(f"{path} holds them; next: actcache report {args.source}{folder.filters_of(report)}")
     elif args.stable_only or args.min_gap is not None:
         raise InputError(f"{args.source} is not a run: --stable-only and --min-gap need the folder of a run, RUN")
     else:
         cells = read_cells(args.source)
-        result = _sealed(effects(cells.content, draws=args.draws, seed=args.seed), {"cells": cells.seal})
+        result = _sealed(
+            effects(cells.content, pair=args.pair, draws=args.draws, seed=args.seed), {"cells": cells.seal}
+        )
     if args.json:
         print(json_bytes(result.content, result.made_from).decode(), end="")
     else:
@@ -311,15 +329,30 @@ def _write_effects(
     seed: int = 0,
     stable_only: bool = False,
     min_gap: float | None = None,
+    pair: tuple[str, str] | None = None,
 ) -> Sealed:
-    """Average the cells of a run; effects that leave events out go into a file of their own."""
+    """Average the cells of a run; effects that leave events out, or contrast another pair, go into a file of their
+    own."""
     from actcache.analyses.effects import effects
 
+    pair = _other_pair(store, pair)
     cells, left_out, made_from = _selected(folder, store, stable_only, min_gap)
-    result = _sealed(left_out | effects(cells, draws=draws, seed=seed), made_from)
-    path = folder.effects_of(stable_only=stable_only, min_gap=min_gap)
+    result = _sealed(left_out | effects(cells, pair=pair, draws=draws, seed=seed), made_from)
+    path = folder.effects_of(stable_only=stable_only, min_gap=min_gap, pair=pair)
     write_atomically(path, json_bytes(result.content, result.made_from))
     return result
+
+
+def _other_pair(store: Store, pair: tuple[str, str] | None) -> tuple[str, str] | None:
+    """The pair to contrast where it is not the events' own; InputError where the store lacks one of the two."""
+    if pair is None or pair == store.fingerprint.pair:
+        return None
+    for label in pair:
+        if label not in store.checkpoints:
+            raise InputError(
+                f"checkpoint {label!r} of the pair is not in the run; it has {', '.join(store.checkpoints)}"
+            )
+    return pair
 
 
 def _sealed(content: dict[str, Any], made_from: dict[str, Any]) -> Sealed:
@@ -368,6 +401,7 @@ def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False,
         store.events,
         store.excluded,
         _settings_shown(folder.record(), store),
+        checkpoints=store.checkpoints,
         default_boundary=round(0.6 * store.fingerprint.n_blocks),
         stability=summaries_of(folder),
         sections=sections_of(folder, store),
@@ -385,7 +419,8 @@ def _current_effects(folder: RunFolder, store: Store, made_from: dict[str, Any])
     except (NoSealError, CorruptFileError) as error:
         say(str(error))
     else:
-        if found.made_from == made_from:
+        # An earlier version's groups do not say whose events they are of.
+        if found.made_from == made_from and all("pair" in group for group in found.content["groups"]):
             return found
         say(f"{folder.effects} is of other cells than {folder.cells} now holds; it is made again")
         options = {name: found.content[name] for name in ("draws", "seed")}
@@ -419,7 +454,8 @@ def _demo(args: argparse.Namespace) -> None:
         "make on either model's upstream state, and how much needs the tuned model's own state?\n"
     )
     with as_file(files("actcache") / "demo") as demo:
-        out = ["--pt", str(demo / "pt"), "--it", str(demo / "it"), "--prompts", str(demo / "prompts.jsonl")]
+        out = [word for role in ROLES for word in (f"--{role}", str(demo / role))]
+        out += ["--prompts", str(demo / "prompts.jsonl")]
         parser = argparse.ArgumentParser()
         add_all_arguments(parser)
         given = parser.parse_args([*out, "--out", str(args.out), "--max-new", "48"])

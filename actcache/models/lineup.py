@@ -15,20 +15,29 @@ _ALIGNED_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size
 
 
 class Lineup:
-    """Two or more checkpoints of one architecture and tokenizer, in a fixed order, by label."""
+    """One or more checkpoints of one architecture and tokenizer, in a fixed order, by label.
 
-    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+    Attributes:
+        checkpoints: by label.
+        pair: the labels in the roles pt and it, whose choices define events; the first and the last by default.
+    """
+
+    def __init__(self, checkpoints: Sequence[Checkpoint], pair: Sequence[str] | None = None) -> None:
         self.checkpoints = {checkpoint.label: checkpoint for checkpoint in checkpoints}
+        self.pair = check_pair(pair or (checkpoints[0].label, checkpoints[-1].label), self.labels)
 
     @classmethod
-    def open(cls, paths: Mapping[str, str | Path], *, with_weights: bool = True) -> Lineup:
+    def open(
+        cls, paths: Mapping[str, str | Path], pair: Sequence[str] | None = None, *, with_weights: bool = True
+    ) -> Lineup:
         """Open every folder (whether it holds weights or not, if told so) and check that they belong together.
 
         Raises:
-            InputError: a folder is unusable (see :class:`Checkpoint`).
+            InputError: a folder is unusable (see :class:`Checkpoint`), or ``pair`` is not two of the labels.
             IncompatibleError: architecture, width, depth, vocabulary or tokenizer differ; names the field.
         """
-        lineup = cls([Checkpoint.open(label, path, with_weights=with_weights) for label, path in paths.items()])
+        opened = [Checkpoint.open(label, path, with_weights=with_weights) for label, path in paths.items()]
+        lineup = cls(opened, pair)
         first, *others = lineup.checkpoints.values()
         for other in others:
             for field in _ALIGNED_FIELDS:
@@ -165,6 +174,13 @@ class Lineup:
             f"{at} on: {here} and {there}; leave out what only one of them knows, or give both folders one tokenizer",
             field="tokenizer",
         )
+
+
+def check_pair(pair: Sequence[str], labels: Sequence[str]) -> tuple[str, str]:
+    """The pair, where it is two of the labels (one alone is paired with itself); InputError otherwise."""
+    if len(pair) != 2 or not set(pair) <= set(labels) or (pair[0] == pair[1] and len(labels) > 1):
+        raise InputError(f"the pair is {','.join(pair)}, expected two different labels of {', '.join(labels)}")
+    return pair[0], pair[1]
 
 
 def _check_same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:

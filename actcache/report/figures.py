@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from actcache.report.visible import MINUS, signed
+from actcache.schema import ROLES
 from actcache.study.analysis import Lines
 
 NEAR_TIE = 0.125
@@ -44,37 +45,54 @@ Floats = npt.NDArray[np.float64]
 
 def grid(cells: dict[str, Number], effects: dict[str, Number], labels: tuple[str, str], places: int) -> Markup:
     """The 2x2 grid as a heat map: upstream in rows, late in columns, and each row's late effect beside it."""
-    mean = np.array(
-        [[cells["pt_pt"]["mean"], cells["pt_it"]["mean"]], [cells["it_pt"]["mean"], cells["it_it"]["mean"]]]
-    )
-    numbers = [[cells["pt_pt"], cells["pt_it"]], [cells["it_pt"], cells["it_it"]]]
+    numbers = [[cells[f"{upstream}_{late}"] for late in ROLES] for upstream in ROLES]
     figure = Figure(figsize=(5.2, 3.5))
     axes = figure.add_axes((0.22, 0.03, 0.53, 0.80))
+    alt = _heat_map(axes, numbers, labels, places)
+    for row, (name, key) in enumerate((("A", "late_from_pt"), ("B", "late_from_it"))):
+        text = f"{name} = {signed(effects[key]['mean'], places)}"
+        axes.text(2.08, row + 0.44, text, color=_INK, fontsize=11.5, fontweight="bold", va="center")
+        axes.text(2.08, row + 0.62, "late effect", color=_MUTED, fontsize=9, va="center")
+    return _svg(figure, "grid", f"Mean margin in each of the four cells. {alt}.")
+
+
+def lineup(numbers: Sequence[Sequence[Number]], labels: Sequence[str], places: int) -> Markup:
+    """The grid of K checkpoints as a heat map ``[K][K]``: upstream in rows, late in columns."""
+    width, height = 2.0 + 1.4 * len(labels), 0.7 + 1.2 * len(labels)
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((1.5 / width, 0.1 / height, 1.4 * len(labels) / width, 1 - 0.7 / height))
+    alt = _heat_map(axes, numbers, labels, places)
+    return _svg(figure, "lineup", f"Mean margin in each of the {len(labels) ** 2} cells. {alt}.")
+
+
+def _heat_map(axes: Axes, numbers: Sequence[Sequence[Number]], labels: Sequence[str], places: int) -> str:
+    """Draw mean margins with their intervals, in colours that part at 0; the same in words."""
+    mean = np.array([[number["mean"] for number in row] for row in numbers])
+    places_of = [(row, column) for row in range(len(labels)) for column in range(len(labels))]
     reach = float(np.abs(mean).max()) or 1.0
     norm = TwoSlopeNorm(0.0, -reach, reach)
     axes.pcolormesh(mean, cmap=_DIVERGING, norm=norm, edgecolor=_PAPER, linewidth=3)
     axes.invert_yaxis()
-    for row in range(2):
-        for column in range(2):
-            red, green, blue, _ = _DIVERGING(norm(mean[row, column]))
-            ink = "#16181d" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
-            at = (column + 0.5, row + 0.5)
-            interval = _interval(numbers[row][column], places)
-            axes.annotate(
-                signed(mean[row, column], places),
-                at,
-                (0, 5 if interval else 0),
-                textcoords="offset points",
-                color=ink,
-                ha="center",
-                va="center",
-                fontsize=17,
-                fontweight="bold",
-            )
-            axes.annotate(
-                interval, at, (0, -13), textcoords="offset points", color=ink, ha="center", va="center", fontsize=9
-            )
-    axes.set_xticks([0.5, 1.5], [f"late {_short(label)}" for label in labels])
+    for row, column in places_of:
+        red, green, blue, _ = _DIVERGING(norm(mean[row, column]))
+        ink = "#16181d" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+        at = (column + 0.5, row + 0.5)
+        interval = _interval(numbers[row][column], places)
+        axes.annotate(
+            signed(mean[row, column], places),
+            at,
+            (0, 5 if interval else 0),
+            textcoords="offset points",
+            color=ink,
+            ha="center",
+            va="center",
+            fontsize=17,
+            fontweight="bold",
+        )
+        axes.annotate(
+            interval, at, (0, -13), textcoords="offset points", color=ink, ha="center", va="center", fontsize=9
+        )
+    axes.set_xticks(np.arange(len(labels)) + 0.5, [f"late {_short(label)}" for label in labels])
     axes.set_yticks([])
     for row, label in enumerate(labels):
         axes.text(-0.07, row + 0.45, "upstream", color=_INK, fontsize=10, ha="right", va="center")
@@ -82,17 +100,11 @@ def grid(cells: dict[str, Number], effects: dict[str, Number], labels: tuple[str
     axes.xaxis.tick_top()
     axes.tick_params(length=0, labelsize=10, labelcolor=_INK, pad=6)
     axes.spines[:].set_visible(False)
-    for row, (name, key) in enumerate((("A", "late_from_pt"), ("B", "late_from_it"))):
-        text = f"{name} = {signed(effects[key]['mean'], places)}"
-        axes.text(2.08, row + 0.44, text, color=_INK, fontsize=11.5, fontweight="bold", va="center")
-        axes.text(2.08, row + 0.62, "late effect", color=_MUTED, fontsize=9, va="center")
-    alt = "; ".join(
+    return "; ".join(
         f"upstream {labels[row]}, late {labels[column]}: {signed(mean[row, column], places)} "
         f"{_interval(numbers[row][column], places)}".rstrip()
-        for row in range(2)
-        for column in range(2)
+        for row, column in places_of
     )
-    return _svg(figure, "grid", f"Mean margin in each of the four cells. {alt}.")
 
 
 def late_effects(groups: Sequence[dict[str, Any]], it: str, places: int) -> Markup:

@@ -22,6 +22,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from actcache.analyses.effects import GROUP_COLUMNS, contrasts
 from actcache.errors import InputError
 from actcache.report import figures, visible
+from actcache.schema import CONTRASTS, GRID_MARGINS, IT, NATIVE, PT, ROLES, common_readout, names
 from actcache.study.analysis import Section
 from actcache.study.statistics import FEWEST_PROMPTS
 
@@ -35,15 +36,12 @@ MAX_REASONS = 30
 CAUTION_PROMPTS = 30
 """Below as many prompts an interval gets a word of caution: a percentile bootstrap is then still too narrow."""
 
-_LOGIT_QUANTITIES = ("late_from_pt", "late_from_it", "interaction", "native_shift")
+_LOGIT_QUANTITIES = names(CONTRASTS)
 _CELLS_COLUMNS = (*GROUP_COLUMNS, "noop_delta")
 _EVENTS_COLUMNS = ("event_id", "prompt_id", "kind", "gap_pt", "gap_it", "context", "token_pt", "token_it")
 _EXCLUDED_COLUMNS = ("prompt_id", "reason")
 
 Group = dict[str, Any]
-
-# Readouts that the page leads with, best first.
-_LEADING = ["common_it", "native"]
 
 
 def build_report(
@@ -53,14 +51,16 @@ def build_report(
     excluded: pa.Table,
     settings: dict[str, str],
     *,
+    checkpoints: Sequence[str] = (),
     default_boundary: int | None = None,
     stability: Sequence[Mapping[str, Any]] = (),
     sections: Mapping[str, Section] = MappingProxyType({}),
 ) -> str:
     """Render a run as one HTML page that needs nothing else: no scripts, fonts, images or network.
 
-    The page leads with the main group: kind ``first_divergence``, scope ``prefix``, readout ``common_it`` (else
-    ``native``), variant ``none`` where the run has them, and the boundary nearest ``default_boundary``.
+    The page leads with the main group: kind ``first_divergence``, scope ``prefix``, the readout of the checkpoint in
+    the role it (else ``native``), variant ``none`` where the run has them, and the boundary nearest to
+    ``default_boundary``.
 
     Args:
         cells: the scored cells, columns as in ``cells.parquet``.
@@ -71,6 +71,7 @@ def build_report(
             the token is a special one) where the store has them; more columns are ignored.
         excluded: one row per prompt without an event: prompt_id, reason.
         settings: label -> text, shown in this order as how the run was made.
+        checkpoints: labels in the order of the lineup; the order of the map where there are more than two.
         default_boundary: the boundary to lead with; the nearest one that was run is taken. Without it: 0.6 of the
             largest boundary plus one, which is the default boundary where all boundaries were run.
         stability: what :func:`actcache.analyses.stability.summarise` returned; empty where nothing was checked.
@@ -84,6 +85,9 @@ def build_report(
         InputError: a column is missing; the effects are not those of the cells; an event of the cells is not among
             ``events``.
     """
+    if "pair" not in cells.column_names:  # of an earlier version, or another tool's
+        pairs = [group["pair"] for group in effects["groups"]][:1] * cells.num_rows
+        cells = cells.append_column("pair", pa.array(pairs or [""] * cells.num_rows, pa.string()))
     for name, table, columns in (
         ("cells", cells, _CELLS_COLUMNS),
         ("events", events, _EVENTS_COLUMNS),
@@ -115,17 +119,22 @@ def build_report(
         "sections": [_section(name, section) for name, section in sections.items()],
     }
     if groups:
-        page |= _findings(cells, effects, groups, events, default_boundary)
+        page |= _findings(cells, effects, groups, events, checkpoints, default_boundary)
     return _template().render(page)
 
 
 def _findings(
-    cells: pa.Table, effects: dict[str, Any], groups: list[Group], events: pa.Table, default_boundary: int | None
+    cells: pa.Table,
+    effects: dict[str, Any],
+    groups: list[Group],
+    events: pa.Table,
+    checkpoints: Sequence[str],
+    default_boundary: int | None,
 ) -> dict[str, Any]:
     """Everything on the page that needs at least one event."""
     raw = effects["groups"][_main_index(effects["groups"], default_boundary)]
     main = _fold_of(groups, _shown(raw))
-    labels = (main["pt"], main["it"])
+    labels = main[PT], main[IT]
     per_event = _main_contrasts(cells, raw)
     of_kind = _matching(events, per_event, str(raw["kind"]))
     places = visible.decimals(main[name]["mean"] for name in _LOGIT_QUANTITIES)
@@ -134,15 +143,15 @@ def _findings(
     near = [int((gap < figures.NEAR_TIE).sum()) for gap in (gap_pt, gap_it)]
     return {
         "main": main,
-        "pt": labels[0],
-        "it": labels[1],
+        **dict(zip(ROLES, labels, strict=True)),
         "places": places,
         "verdict": _verdict(main),
         "caution": FEWEST_PROMPTS <= main["n_prompts"] < CAUTION_PROMPTS,
         "fewest_prompts": FEWEST_PROMPTS,
         "unpatched": _unpatched(effects["groups"], raw),
-        "whose_readout": None if raw["readout"] == "native" else main["readout"].partition(" = ")[0],
+        "whose_readout": None if raw["readout"] == NATIVE else main["readout"].partition(" = ")[0],
         "grid_figure": figures.grid(main["cells"], main, labels, places),
+        "lineup_figure": _lineup_figure(raw, checkpoints, places),
         "effects_figure": figures.late_effects(_other_readouts(groups, main), labels[1], places),
         "boundary_figure": _boundary_figure(groups, main, places),
         "steps_figure": figures.steps(per_event["step"].to_numpy()),
@@ -186,23 +195,24 @@ def _template() -> Template:
 
 def _shown(group: Group) -> Group:
     """The group with its labels made fit to show; the boundary stays a number."""
-    names = [name for name in (*GROUP_COLUMNS, "pt", "it") if name != "boundary"]
+    texts = [name for name in (*GROUP_COLUMNS, *ROLES) if name != "boundary"]
     return (
         {"choices": None, "kl": None}
         | group
-        | {name: visible.head(visible.plain(str(group[name])), 60) for name in names}
+        | {name: visible.head(visible.plain(str(group[name])), 60) for name in texts}
     )
 
 
 def _folded(groups: list[Group]) -> list[Group]:
     """The groups with readouts that agree in every number told once, by all their names: ``common_it = native``."""
+    leading = {NATIVE, *(common_readout(group[IT]) for group in groups)}
     alike = [name for name in GROUP_COLUMNS if name != "readout"]
     by_readout: dict[str, dict[Any, Group]] = {}
     for group in groups:
         numbers = {name: value for name, value in group.items() if name != "readout"}
         by_readout.setdefault(group["readout"], {})[tuple(group[name] for name in alike)] = numbers
     folds: list[list[str]] = []
-    for readout in sorted(by_readout, key=lambda name: (name not in _LEADING, name)):
+    for readout in sorted(by_readout, key=lambda name: (name not in leading, name)):
         same = next((fold for fold in folds if by_readout[fold[0]] == by_readout[readout]), None)
         if same is None:
             folds.append([readout])
@@ -222,10 +232,11 @@ def _main_index(groups: list[Group], default_boundary: int | None) -> int:
     """Which group the page leads with."""
     if default_boundary is None:
         default_boundary = round(0.6 * (1 + max(group["boundary"] for group in groups)))
-    wishes = {"kind": ["first_divergence"], "scope": ["prefix"], "readout": _LEADING, "variant": ["none"]}
+    wishes = {"kind": ["first_divergence"], "scope": ["prefix"], "readout": [], "variant": ["none"]}
 
     def rank(index: int) -> tuple[int, ...]:
         group = groups[index]
+        wishes["readout"] = [common_readout(group[IT]), NATIVE]
         wished = [wish.index(group[name]) if group[name] in wish else len(wish) for name, wish in wishes.items()]
         return (*wished, abs(group["boundary"] - default_boundary), index)
 
@@ -237,7 +248,7 @@ def _main_contrasts(cells: pa.Table, group: Group) -> pa.Table:
     wanted = np.ones(cells.num_rows, bool)
     for name in GROUP_COLUMNS:
         wanted &= pc.equal(cells[name], pa.scalar(group[name])).to_numpy()
-    table = contrasts(cells.filter(pa.array(wanted)), pt=group["pt"], it=group["it"])
+    table = contrasts(cells.filter(pa.array(wanted)), (group[PT], group[IT]))
     mean = float(table["interaction"].to_numpy().mean()) if table.num_rows else math.nan
     expected = group["interaction"]["mean"]
     if table.num_rows != group["n_events"] or not math.isclose(mean, expected, rel_tol=1e-9, abs_tol=1e-9):
@@ -270,13 +281,23 @@ def _same(group: Group, main: Group, *names: str) -> bool:
 
 def _other_readouts(groups: list[Group], main: Group) -> list[Group]:
     """The main group and those that differ from it in their readout only, the main one first."""
-    alike = [group for group in groups if _same(group, main, "kind", "boundary", "scope", "variant")]
+    alike = [group for group in groups if _same(group, main, "kind", "pair", "boundary", "scope", "variant")]
     return sorted(alike, key=lambda group: group["readout"] != main["readout"])
+
+
+def _lineup_figure(main: Group, checkpoints: Sequence[str], places: int) -> Any:
+    """The margin of every upstream and late checkpoint, or None where there are two checkpoints."""
+    margins = main.get("margins")
+    if margins is None:
+        return None
+    labels = sorted(margins, key=lambda label: (checkpoints.index(label) if label in checkpoints else -1, label))
+    shown = [visible.plain(label) for label in labels]
+    return figures.lineup([[margins[upstream][late] for late in labels] for upstream in labels], shown, places)
 
 
 def _boundary_figure(groups: list[Group], main: Group, places: int) -> Any:
     """The interaction over the boundaries, or None where one boundary was run."""
-    alike = [group for group in groups if _same(group, main, "kind", "variant")]
+    alike = [group for group in groups if _same(group, main, "kind", "pair", "variant")]
     if len({group["boundary"] for group in alike}) < 2:
         return None
     panels = []
@@ -300,22 +321,24 @@ def _verdict(main: Group) -> str:
 
 def _unpatched(groups: list[Group], main: Group) -> dict[str, float | None] | None:
     """How far apart the two checkpoints are as they are, read by their own heads, at the events of the main group."""
-    native = main | {"readout": "native", "variant": "none"}
+    native = main | {"readout": NATIVE, "variant": "none"}
     return next((group["native_shift"] for group in groups if _same(group, native, *GROUP_COLUMNS)), None)
 
 
 def _special(events: pa.Table) -> dict[str, int] | None:
     """How many choices of each checkpoint are special tokens; None where the store does not say or none is."""
-    if not {"special_pt", "special_it"} <= set(events.column_names):
+    if not {f"special_{role}" for role in ROLES} <= set(events.column_names):
         return None
-    counts = {name: int(events[f"special_{name}"].to_numpy().sum()) for name in ("pt", "it")}
+    counts = {role: int(events[f"special_{role}"].to_numpy().sum()) for role in ROLES}
     return counts if any(counts.values()) else None
 
 
 def _group_table(groups: list[Group], main: Group) -> dict[str, Any]:
     """The groups as rows; a kind, scope or variant that all of them share is named once, above the table."""
-    varying = [name for name in ("kind", "scope", "variant") if len({group[name] for group in groups}) > 1]
-    order = sorted(range(len(groups)), key=lambda i: (not _same(groups[i], main, "kind", "scope", "variant"), i))
+    varying = [name for name in ("kind", "pair", "scope", "variant") if len({group[name] for group in groups}) > 1]
+    order = sorted(
+        range(len(groups)), key=lambda i: (not _same(groups[i], main, "kind", "pair", "scope", "variant"), i)
+    )
     rows = [groups[i] for i in order][:MAX_GROUPS]
     ends = [group["interaction"][end] for group in rows for end in ("mean", "low", "high")]
     known = [0.0, *(value for value in ends if value is not None)]
@@ -360,7 +383,7 @@ def _examples(per_event: pa.Table, events: pa.Table) -> dict[str, Any]:
                 "token_it": _chip(text["token_it"]),
                 "special_pt": bool(text.get("special_pt")),
                 "special_it": bool(text.get("special_it")),
-                "margins": [event[f"y_{name}"] for name in ("pt_pt", "pt_it", "it_pt", "it_it")],
+                "margins": [event[name] for name in names(GRID_MARGINS)],
                 "interaction": event["interaction"],
             }
         )

@@ -22,26 +22,17 @@ import torch
 
 from actcache.errors import CheckError, CorruptFileError
 from actcache.replay.edits import PLAIN
+from actcache.schema import CELL_KEY, CELL_VALUES, CELLS, EVENT_KEY, PAIR, arrow_type, names
 from actcache.sealed import NoSealError, Sealed
 from actcache.store import Segment, Store, layout
 from actcache.study.results import final_path, read_final, read_result, read_results, scopes_of
 from actcache.study.scores import readout_order
 
 # The event columns that cells repeat, before the cell's own; carried prompt columns come last.
-_EVENT_COLUMNS = ("event_id", "prompt_id", "kind", "step", "position", "y_pt", "y_it")
-_CELL_FIELDS = [
-    ("boundary", pa.int32()),
-    ("scope", pa.string()),
-    ("upstream", pa.string()),
-    ("late", pa.string()),
-    ("readout", pa.string()),
-    ("variant", pa.string()),
-    ("margin", pa.float32()),
-    ("top1_id", pa.int64()),
-    ("noop_delta", pa.float32()),
-    ("kl", pa.float32()),  # where it was asked for
-]
-_CELL = ("boundary", "scope", "upstream", "late", "readout", "variant")  # with an event, these name a row
+_EVENT_COLUMNS = names(EVENT_KEY)
+# The last one, kl, only where it was asked for.
+_CELL_FIELDS = [(column.name, arrow_type(column.type)) for column in (*CELL_KEY, *CELL_VALUES)]
+_CELL = names(CELL_KEY)  # with an event, these name a row
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,7 +232,10 @@ def cell_table(events: pa.Table, columns: Sequence[dict[str, Any]], *, with_kl: 
 
 
 def _with_carried(cells: pa.Table, events: pa.Table) -> pa.Table:
-    """The cells with what their prompts carry, which is a document at times: a dictionary holds each text once."""
+    """The cells with the pair of their events, and with what their prompts carry, which is a document at times: a
+    dictionary holds each text once."""
+    event = pc.index_in(cells["event_id"], value_set=events["event_id"].combine_chunks()).combine_chunks()
+    cells = cells.add_column(names(CELLS).index(PAIR.name), PAIR.name, events[PAIR.name].combine_chunks().take(event))
     columns = events.column_names
     at = pc.index_in(cells["prompt_id"], value_set=events["prompt_id"].combine_chunks()).combine_chunks()
     for name in columns[columns.index(layout.SEGMENT_COLUMN) + 1 :]:

@@ -71,6 +71,8 @@ ESTIMATED = (
     "grid_s",
 )
 
+N_SEARCHED = 2  # checkpoints that a search and a check of stability run: the pair
+
 # ---- what is planned ----
 
 
@@ -199,7 +201,7 @@ def _stored(study: Study, n_tokens: float, n_events: float) -> dict[str, float]:
 
 
 def _search(study: Study, assumed: Assumptions, batches: Sequence[tuple[int, int]]) -> float:
-    """Multiply-adds of every checkpoint's searches: each prompt's tokens, padded to the longest of its batch, then one
+    """Multiply-adds of the pair's searches: each prompt's tokens, padded to the longest of its batch, then one
     token a step; whole-vocabulary logits each time."""
     steps = assumed.event_share * assumed.shared_tokens + (1 - assumed.event_share) * assumed.eventless_tokens
     total, shape = 0.0, study.shape
@@ -208,7 +210,7 @@ def _search(study: Study, assumed: Assumptions, batches: Sequence[tuple[int, int
         # What attention does grows with every step; the one half-way stands for all.
         total += n * steps * shape.step_products(np.array([longest + (steps - 1) / 2]))
         total += n * (1 + steps) * shape.head_products
-    return study.n_checkpoints * total
+    return N_SEARCHED * total
 
 
 def _search_calls(study: Study, assumed: Assumptions) -> float:
@@ -218,7 +220,7 @@ def _search_calls(study: Study, assumed: Assumptions) -> float:
         return 0.0
     decided = np.cumsum(counts) / counts.sum()  # share of prompts that shared at most 0, 1, 2, ... tokens
     batches = study.search_batches
-    return study.n_checkpoints * sum(1 + float((1 - decided**n).sum()) for _, n in batches)
+    return N_SEARCHED * sum(1 + float((1 - decided**n).sum()) for _, n in batches)
 
 
 def search_batches(
@@ -244,7 +246,7 @@ def multiply_adds_of(
     n_checks = sum(n_events if n is None else min(n, n_events) for n in study.stability)
     parts = {
         "capture": forwards,
-        "stability": 2 * forwards * n_checks / n_events if n_events else 0.0,
+        "stability": 2 * N_SEARCHED / n_checkpoints * forwards * n_checks / n_events if n_events else 0.0,
         **dict.fromkeys(("grid", "variants", "hooks"), 0.0),
     }
     parts |= total(replays)
@@ -272,7 +274,7 @@ def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
     head = 0 if size == 4 else 4 * shape.head_products
     cache = max(n * (at + assumed.shared_tokens) for at, n in study.search_batches)
     # A cache grows by a copy with every token, and leaves holes as large as itself behind.
-    cached = 2 * study.n_checkpoints * cache * shape.n_blocks * shape.cache_width * size
+    cached = 2 * N_SEARCHED * cache * shape.n_blocks * shape.cache_width * size
     tokenizers = study.n_checkpoints * TOKENIZER_BYTES * shape.vocab_size
     states = segment_tokens * study.n_checkpoints * shape.width * size
     # One segment is computed and concatenated while up to two are written.

@@ -218,7 +218,7 @@ def check_same_checkpoints(store: Store, lineup: Lineup) -> None:
             raise IncompatibleError(
                 f"checkpoint {label} at {checkpoint.path} is not the one captured: its {field} is "
                 f"{str(getattr(now, field, None))[:12]}, the store has {captured.to_json()[field][:12]}; "
-                f"point --{label} at the captured one",
+                f"point --checkpoint {label}=DIR at the captured one",
                 field=f"checkpoints.{label}.{field}",
             )
 

@@ -5,7 +5,7 @@ RUN/store/           captured states and events, unless they are kept elsewhere
 RUN/stability.parquet which events rounding would change
 RUN/cells/           finished cell groups
 RUN/cells.parquet    all of them as one table
-RUN/effects.json     contrasts with intervals; effects-<filter>.json where events are left out
+RUN/effects.json     contrasts with intervals; effects-<filter>.json where events are left out, or of another pair
 RUN/<analysis>.json  numbers of an analysis; <analysis>.parquet: the table that they are means of
 RUN/report.html      the page for people
 RUN/timings.json     what the stages took, of those that did their work in one go
@@ -262,16 +262,20 @@ class RunFolder:
         """
         return read_json(self.plan, "a plan", "remove it")
 
-    def effects_of(self, *, stable_only: bool = False, min_gap: float | None = None) -> Path:
-        """Where effects are; those that leave out events have a file of their own."""
+    def effects_of(
+        self, *, stable_only: bool = False, min_gap: float | None = None, pair: tuple[str, str] | None = None
+    ) -> Path:
+        """Where effects are; those that leave out events, or contrast another pair, have a file of their own."""
         filters = ["stable-only"] * stable_only
         filters += [] if min_gap is None else [f"min-gap-{min_gap!r}".removesuffix(".0")]
+        filters += [] if pair is None else [f"pair-{','.join(pair)}"]
         return self.effects.with_stem("-".join([self.effects.stem, *filters]))
 
     def filters_of(self, effects: Path) -> str:
         """The flags that asked for such a file of effects, each after a space; empty for all events."""
-        named = effects.stem.removeprefix(self.effects.stem)
-        return named.replace("-stable-only", " --stable-only").replace("-min-gap-", " --min-gap ")
+        named, separator, pair = effects.stem.removeprefix(self.effects.stem).partition("-pair-")
+        filters = named.replace("-stable-only", " --stable-only").replace("-min-gap-", " --min-gap ")
+        return filters + (f" --pair {pair}" if separator else "")
 
     def check_files(self, analyses: Sequence[str]) -> CheckedFiles:
         """Hold the files of the run, its store apart, against their seals; ``analyses`` are the names of those there
@@ -313,7 +317,8 @@ class RunFolder:
         yield self.cells, f"'actcache grid {self.path}' makes it again"
         for name, suffix in product(analyses, ("json", "parquet")):
             yield self.path / f"{name}.{suffix}", f"'actcache {name} {self.path}' makes it again"
-        filtered = (path for kind in ("stable-only", "min-gap-") for path in self.path.glob(f"effects-{kind}*.json"))
+        kinds = ("stable-only", "min-gap-", "pair-")
+        filtered = (path for kind in kinds for path in self.path.glob(f"effects-{kind}*.json"))
         for path in (self.effects, *sorted(filtered)):
             yield path, f"'actcache effects {self.path}{self.filters_of(path)}' makes it again"
         yield self.report, f"'actcache report {self.path}' makes it again"

@@ -13,24 +13,24 @@ import torch
 from actcache.errors import NotFiniteError
 from actcache.finite import first_not_finite
 from actcache.models.readout import Readout
+from actcache.schema import NATIVE, common_readout
 
-_COMMON = "common_"  # readout name prefix: common_it is IT's own norm and head for every cell
 _WHOLE_AT_ONCE = 256  # states whose whole-vocabulary logits are made together: enough for a matrix product at its rate
 
 
 def readout_names(checkpoints: Sequence[str]) -> list[str]:
     """All readouts that there are for these checkpoints."""
-    return ["native", *(_COMMON + label for label in checkpoints)]
+    return [NATIVE, *map(common_readout, checkpoints)]
 
 
 def readout_order(name: str) -> tuple[bool, str]:
     """Sorts names of readouts: ``native`` first."""
-    return name != "native", name
+    return name != NATIVE, name
 
 
 def whose_head(readout: str, late: str) -> str:
     """The checkpoint whose final norm and head a readout is, behind the late stack of this one."""
-    return late if readout == "native" else readout.removeprefix(_COMMON)
+    return late if readout == NATIVE else readout.removeprefix(common_readout(""))
 
 
 @dataclass(frozen=True)
