@@ -11,6 +11,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -202,6 +204,16 @@ def test_generated_parts_are_made(monkeypatch):
     assert pages["benchmarks.md"].count("; commit ") == n_results > 0
     assert "| `noop_delta` | float32 | logits |" in pages["run.md"]
     assert "## One event, taken apart" in pages["walkthrough.md"]
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in ("index.html", "walkthrough.html", "command-line.html", "api.html", "formats/store.html"):
+        assert (tmp_path / "site" / page).is_file()
 
 
 def test_a_run_is_a_place_of_a_store(tiny_run):
