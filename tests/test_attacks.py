@@ -163,6 +163,7 @@ def test_a_forger_who_changes_nothing_is_believed(forger, truth, tmp_path):
     assert outcomes(forger.path, tmp_path / "scratch") == truth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attack(name, forger, truth, tmp_path):
     assert ATTACKS[name].__doc__
@@ -181,6 +182,7 @@ def test_attack(name, forger, truth, tmp_path):
         assert codes["actcache verify"] > 0, "verify finds nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "attack",
     [

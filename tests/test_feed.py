@@ -224,6 +224,7 @@ def long_path(tmp_path_factory) -> Path:
     return write_store(tmp_path_factory.mktemp("long") / "store", twin.fingerprint, twin.segments)
 
 
+@pytest.mark.slow
 def test_rows_shuffle_is_the_uniform_permutation(tmp_path, no_reading):
     twin = make_twin([[3, 1], [4]])
     path = write_store(tmp_path / "store", twin.fingerprint, twin.segments)
@@ -288,6 +289,7 @@ def wide_path(tmp_path_factory) -> Path:
     return write_store(tmp_path_factory.mktemp("wide") / "store", fingerprint, twin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 def test_memory_is_bounded(wide_path, shuffle):
     memory, batch_rows = 6_000_000, 100
@@ -323,6 +325,7 @@ def count_decoded(feed: RowFeed) -> int:
     return decode.call_count
 
 
+@pytest.mark.slow
 def test_workers_may_be_forked_after_reading(wide_path):
     feed = RowFeed(wide_path, batch_rows=500)
     batches = [*feed]
@@ -365,6 +368,7 @@ def test_resume_reads_no_round_before(path):
         assert fill.call_count == n_rounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [2, 3])
 def test_resume_with_workers(path, rows, workers):
     whole = [*make_feed(path).batches(workers)]
@@ -381,6 +385,7 @@ def test_resume_with_workers(path, rows, workers):
         assert resumed.state_dict() == make_feed(path).state_dict(batches=len(whole), workers=workers)
 
 
+@pytest.mark.slow
 def test_a_workers_own_state_resumes_that_worker(path):
     for worker in range(2):
         whole = run_worker(make_feed(path), worker, 2)
@@ -395,6 +400,7 @@ def test_a_workers_own_state_resumes_that_worker(path):
                 assert ids(resumed) == ids(whole[n:])
 
 
+@pytest.mark.slow
 def test_torchdatas_stateful_loader_resumes(path):
     stateful = pytest.importorskip("torchdata.stateful_dataloader", reason="torchdata is not installed")
     whole = ids(make_feed(path).batches(2))
@@ -429,6 +435,7 @@ def test_a_state_is_that_of_its_feed(path, twin):
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_worker_processes(path, rows, start):
     feed = make_feed(path)
@@ -441,6 +448,7 @@ def test_worker_processes(path, rows, start):
     assert ids(batches) == dealt
 
 
+@pytest.mark.slow
 def test_workers_that_outlive_an_epoch_see_the_next(path):
     feed = make_feed(path)
     loader = DataLoader(feed, batch_size=None, num_workers=2, persistent_workers=True)
@@ -452,6 +460,7 @@ def test_workers_that_outlive_an_epoch_see_the_next(path):
     assert epochs[0] != epochs[1] != epochs[2]
 
 
+@pytest.mark.slow
 def test_a_process_opens_the_store_for_itself(path):
     feed = make_feed(path)
     mine = feed.chosen.store
@@ -463,6 +472,7 @@ def test_a_process_opens_the_store_for_itself(path):
     assert feed.chosen.store is mine
 
 
+@pytest.mark.slow
 def test_workers_read_an_object_store(path, rows):
     """Through obstore a store is remote, whatever lies behind it: many threads a process, and no process is forked."""
     stores = pytest.importorskip("obstore.store", reason="obstore is not installed")

@@ -19,6 +19,8 @@ from actcache.models.readout import Readout
 from actcache.replay.edits import Add, Call, Edit, Variant
 from actcache.replay.late_stack import LateStack
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.tensor([[5, 6, 7, 8]])
 AT_LAST = [Variant(f"{number}", [Edit(Add(SHIFT))]) for number in range(3)]
 WITHIN = [Variant(f"{layer}", [Edit(Add(SHIFT), "all", "mlp", (layer,))]) for layer in range(BOUNDARY, N_BLOCKS)]
