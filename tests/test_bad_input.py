@@ -179,6 +179,7 @@ def test_an_output_folder_of_something_else(pair, refused, tmp_path):
     refused("is a file", *command(pt, it, prompts, file))
 
 
+@pytest.mark.slow
 def test_an_output_folder_of_another_run(pair, refused, tmp_path):
     pt, it, prompts = pair
     out = tmp_path / "run"
@@ -195,6 +196,7 @@ def test_an_output_folder_of_another_run(pair, refused, tmp_path):
     assert main([str(word) for word in command(pt, it, prompts, out)]) == 0, "the run itself still goes on"
 
 
+@pytest.mark.slow
 def test_a_store_of_event_rows_has_no_grid(pair, refused, tmp_path):
     out = tmp_path / "run"
     words = [str(word) for word in command(*pair, out, "--rows", "divergence")]
@@ -215,6 +217,7 @@ def test_a_read_only_place(pair, refused, tmp_path, monkeypatch):
     refused("Read-only file system", *command(*pair, tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["record", "segment"])
 def test_a_full_disk(pair, refused, tmp_path, monkeypatch, where):
     def refuse(*args, **kwargs):

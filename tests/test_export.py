@@ -123,6 +123,7 @@ def check(out: Path, to: str, want: Exported) -> None:
     assert set(read_tree(out)) == named
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_bytes", [1, 100, actcache.store.export.BATCH_BYTES])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("selection", ["prefix", "divergence"])

@@ -240,6 +240,7 @@ def test_rows_shuffle_is_the_uniform_permutation(tmp_path, no_reading):
     assert ((pairs[~np.eye(n, dtype=bool)] - expected) ** 2 / expected).sum() < 115
 
 
+@pytest.mark.slow
 def test_blocks_shuffle_mixes_all_segments(long_path, no_reading):
     """1,000 rows, a pool of 256, blocks of 4: no trace of the stored order beyond what the module's docstring says."""
     with mock.patch.object(actcache.store.rows, "_CHUNK_BYTES", 80):
@@ -269,6 +270,7 @@ def test_blocks_shuffle_mixes_all_segments(long_path, no_reading):
     assert all(met[pair] > 0 for pair in watched), met
 
 
+@pytest.mark.slow
 def test_a_round_that_holds_everything_is_a_uniform_order_too(long_path, no_reading):
     order = np.array([flat(RowFeed(long_path, batch_rows=64, seed=seed)) for seed in range(200)])
     neighbours = np.abs(np.diff(order, axis=1)) == 1
@@ -340,6 +342,7 @@ def through_json(state: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shuffle", SHUFFLES)
 def test_resume_at_every_batch(path, rows, shuffle):
     feed = make_feed(path, shuffle=shuffle, epoch=3)
