@@ -86,10 +86,42 @@ def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
     return prompts[:limit]
 
 
-def _parse_line(line: str, where: str, kind: str) -> Prompt:
+def parse_object(line: str, where: str, kind: str = "", expected: str = "an object") -> dict[str, Any]:
+    """The JSON object of a line.
+
+    Args:
+        line: of a file.
+        where: the file and the number of the line, for errors.
+        kind: what the file seems to be, for the same.
+        expected: what the line should be, for the same.
+
+    Raises:
+        InputError: it is none, or holds what a store or a table could not.
+    """
     record = _parse_json(line, where, kind)
     if not isinstance(record, dict):
-        raise InputError(f"{where}: a JSON {type(record).__name__}, expected an object with 'id' and 'prompt'{kind}")
+        raise InputError(f"{where}: a JSON {type(record).__name__}, expected {expected}{kind}")
+    if "\\u" in line:  # what is not written so has been read as UTF-8
+        _check_text(record, where, "")
+    return record
+
+
+def check_carried(record: dict[str, Any], where: str) -> None:
+    """Raise InputError unless each further key of a line can become a column of the results."""
+    for key in record:
+        if key in RESERVED_NAMES or key.startswith(RESERVED_PREFIXES):
+            raise InputError(f"{where}: key {key!r} is the name of a result column; rename it")
+        if not key.strip() or "\0" in key or len(key) > carried.MAX_KEY:
+            raise InputError(
+                f"{where}: key {key[:40]!r} cannot be the name of a column: it is empty, has more than "
+                f"{carried.MAX_KEY} characters, or a NUL among them"
+            )
+    if not carried.is_shallow(record):
+        raise InputError(f"{where}: lists and objects lie more than {carried.MAX_LEVELS} deep within each other")
+
+
+def _parse_line(line: str, where: str, kind: str) -> Prompt:
+    record = parse_object(line, where, kind, "an object with 'id' and 'prompt'")
     if "prompt" not in record:
         for key, way_on in _NOT_READ_YET.items():
             if key in record:
@@ -103,19 +135,8 @@ def _parse_line(line: str, where: str, kind: str) -> Prompt:
             raise InputError(f"{where}: {key!r} is empty")
     if len(record["id"]) > MAX_ID:
         raise InputError(f"{where}: 'id' has {len(record['id'])} characters, at most {MAX_ID} are read")
-    if "\\u" in line:  # what is not written so has been read as UTF-8
-        _check_text(record, where, "")
     prompt = Prompt(record.pop("id"), record.pop("prompt"), record)
-    for key in record:
-        if key in RESERVED_NAMES or key.startswith(RESERVED_PREFIXES):
-            raise InputError(f"{where}: key {key!r} is the name of a result column; rename it")
-        if not key.strip() or "\0" in key or len(key) > carried.MAX_KEY:
-            raise InputError(
-                f"{where}: key {key[:40]!r} cannot be the name of a column: it is empty, has more than "
-                f"{carried.MAX_KEY} characters, or a NUL among them"
-            )
-    if not carried.is_shallow(record):
-        raise InputError(f"{where}: lists and objects lie more than {carried.MAX_LEVELS} deep within each other")
+    check_carried(record, where)
     return prompt
 
 

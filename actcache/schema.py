@@ -279,8 +279,8 @@ class CheckpointFingerprint(_AsJson):
 class Fingerprint(_AsJson):
     """Everything that the bytes of a store depend on. Two equal fingerprints name the same work.
 
-    The layout needs the first five fields. A capture records all but ``vocabulary`` and ``lineup``, which stand only
-    where they say something; ``check_captured`` names what a store of another origin lacks.
+    The layout needs the first five fields. A capture records all but ``vocabulary``, ``support`` and ``lineup``, which
+    stand only where they say something; ``check_captured`` names what a store of another origin lacks.
 
     Attributes:
         checkpoints: what identifies each checkpoint, by label.
@@ -290,6 +290,7 @@ class Fingerprint(_AsJson):
         width: D.
         pair: the labels in the roles pt and it, whose choices define events.
         lineup: labels in the order in which they were given, where that is not the pair alone.
+        support: ``fixed`` where the events are given; a search for first divergences finds them elsewhere.
         vocabulary: ``of any checkpoint`` where a token that only one tokenizer has may be an event's.
         prompts: digest of the prompts, as they were when the store was created.
         n_prompts: how many prompts were asked for.
@@ -313,6 +314,7 @@ class Fingerprint(_AsJson):
     pair: tuple[str, ...] = _NOT_RECORDED
     lineup: tuple[str, ...] | None = None
     vocabulary: str | None = None
+    support: str | None = None
     prompts: str = _NOT_RECORDED
     n_prompts: int = _NOT_RECORDED
     n_blocks: int = _NOT_RECORDED
@@ -462,6 +464,7 @@ _EXPECTED = {
     "lineup": (_is_labels, "distinct labels"),
     "strict": (_is_flag, "true or false"),
     "versions": (_is_object, "an object"),
-    **dict.fromkeys(("dtype", "row_selection", "vocabulary", "prompts", "codec", "device", "processor"), _TEXT),
+    **dict.fromkeys(("dtype", "row_selection", "vocabulary", "support", "prompts", "codec"), _TEXT),
+    **dict.fromkeys(("device", "processor"), _TEXT),
     **dict.fromkeys(("n_prompts", "n_blocks", "max_new", "max_tokens", "shard_prompts"), _COUNT),
 }

@@ -16,16 +16,16 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from actcache import carried
 from actcache import prompts as prompts_module
+from actcache.capture.events import Captured, Event, segment_of
+from actcache.capture.given import CHOSEN_KINDS, FIXED, GivenEvent, GivenPrompt
 from actcache.capture.growth import (
     digests_of_segments,
     existing,
@@ -49,14 +49,13 @@ from actcache.models.probe import check_replayable
 from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
-from actcache.schema import EVENTS, ROLES, Fingerprint, arrow_type, margin_column, order_of_labels
+from actcache.schema import Fingerprint, order_of_labels
 from actcache.store import BackgroundWriter, Place, Segment, SegmentData, StoreWriter, open_store
 from actcache.store.layout import SITES, STATE, Sites
 from actcache.store.segment_data import SiteRows
 
 KIND = "first_divergence"
 MAX_ROUNDS = 4  # a search that the capture forward contradicts this often in a row hangs on rounding alone
-CONTEXT_TOKENS = 48  # of text kept with an event, for people to read
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,11 @@ class CaptureSettings:
         for site, block in self.sites:
             found.setdefault(site, []).append(block)
         return found
+
+    @property
+    def places(self) -> list[tuple[str, int]]:
+        """The same, each a site and a block."""
+        return [(site, block) for site, blocks in self.wanted.items() for block in blocks]
 
     def with_sites(self, wanted: Sites) -> CaptureSettings:
         """The same with these rows instead."""
@@ -148,6 +152,7 @@ def capture(
     store: Place,
     settings: CaptureSettings,
     *,
+    given: Sequence[GivenPrompt] | None = None,
     part: tuple[int, int] = (0, 1),
     load: Callable[[str], Backbone] | None = None,
     on_progress: OnProgress = untold,
@@ -160,9 +165,10 @@ def capture(
 
     Args:
         lineup: the checkpoints. Its pair defines the events; the states of all are stored.
-        prompts: validated prompts.
+        prompts: validated prompts; of no account where events are given.
         store: where the store is or shall be, as in ``open_store``; new, or left by an earlier run of the same capture.
         settings: what to compute.
+        given: events to store instead of those that a search finds (see :mod:`actcache.capture.given`).
         part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
         load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
         on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
@@ -181,8 +187,9 @@ def capture(
         check_boundary(boundary, lineup.n_blocks)
     if len(lineup.labels) < 2:
         raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
-    prompt_ids = lineup.encode(prompts, say)
-    found = fingerprint(lineup, prompts, settings)
+    prompt_ids = lineup.encode(prompts, say) if given is None else []
+    prompts = prompts if given is None else [one.as_prompt() for one in given]
+    found = replace(fingerprint(lineup, prompts, settings), support=None if given is None else FIXED)
     before = existing(store)
     captured = before.prompts if before else {}
     segments = segments_of(prompts, settings.shard_prompts, captured)
@@ -213,13 +220,14 @@ def capture(
             if name in writer.committed:  # by another process meanwhile
                 tally.add(found=len(shard))
                 continue
-            indices = list(shard)
-            segment = get_job().shard(
-                [prompts[i] for i in indices], [prompt_ids[i] for i in indices], tally, background.check
-            )
+            own, check = slice(shard.start, shard.stop), background.check
+            if given is None:
+                segment = get_job().shard(prompts[own], prompt_ids[own], tally, check)
+            else:
+                segment = get_job().given(given[own], tally, check)
             background.append(name, segment)
-    own = list(open_store(store).segments)[part[0] :: part[1]]
-    lacking = [one for one in own if missing_of(one, settings.wanted)]
+    stored_segments = list(open_store(store).segments)[part[0] :: part[1]]
+    lacking = [one for one in stored_segments if missing_of(one, settings.wanted)]
     if not lacking:
         return
     added = functools.reduce(joined, (missing_of(one, settings.wanted) for one in lacking))
@@ -299,29 +307,23 @@ class _Search:
 
 
 @dataclass(frozen=True)
-class _Captured:
-    """One event with its rows; the capture forward ran over exactly ``search.sequence``."""
+class _Given:
+    """A sequence with events that are given, of one regime: it ends at the last of them."""
 
-    search: _Search
-    tokens: tuple[int, ...]  # the pair's choices
-    gaps: tuple[float, ...]  # of the pair
-    margins: dict[str, float]  # of every checkpoint
-    rows: SiteRows
-    final: dict[str, torch.Tensor]
+    order: int
+    prompt: GivenPrompt
+    sequence: list[int]
+    events: list[GivenEvent]
 
-    @property
-    def sequence(self) -> list[int]:
-        return self.search.sequence
+
+class _Run(Protocol):
+    """A sequence of a pack, and whose it is."""
 
     @property
-    def position(self) -> int:
-        return len(self.sequence) - 1
+    def prompt(self) -> Prompt | GivenPrompt: ...
 
     @property
-    def proposed_step(self) -> int:
-        """Where the search first proposed it; the capture forward may have been the first."""
-        step = self.search.first_step
-        return len(self.search.shared) if step is None else step
+    def sequence(self) -> list[int]: ...
 
 
 class _Capture:
@@ -340,7 +342,7 @@ class _Capture:
         self.special = lineup.special_ids
         self.limits = SearchLimits(settings.max_new, lineup.end_ids, lineup.max_positions)
         self.regimes = Regimes.joined(backbone.regimes for backbone in backbones.values())
-        self.decoding = _common_decoding([backbones[label] for label in self.pair], say)
+        self._say = say
         self.pack_tokens = settings.max_tokens
         if not settings.strict:
             reasons = [reason for backbone in backbones.values() if (reason := backbone.why_not_packable())]
@@ -349,6 +351,11 @@ class _Capture:
                 self.pack_tokens = 0
         else:
             self.pack_tokens = 0
+
+    @functools.cached_property
+    def decoding(self) -> Decoding:
+        """How searches decode; found by forwards, where there is something to search."""
+        return _common_decoding([self.backbones[label] for label in self.pair], self._say)
 
     def rows_of(self, segment: Segment, sites: Sites, tally: Tally, between: Callable[[], None]) -> SiteRows:
         """Rows of further sites of a stored segment, whose sequences run again; calls ``between`` as :meth:`shard`."""
@@ -401,7 +408,7 @@ class _Capture:
         """Everything that one segment holds; calls ``between`` before each forward, which may raise."""
         self.tally = tally
         searches = [_Search(i, p, ids, []) for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))]
-        captured: list[_Captured] = []
+        captured: list[Captured] = []
         excluded: dict[int, str] = {}
         n_decided = 0
         while searches:
@@ -410,7 +417,7 @@ class _Capture:
             for pack in self.regimes.packs([len(search.sequence) for search in proposed], self.pack_tokens):
                 between()
                 for search, result in self._run_pack([proposed[i] for i in pack]):
-                    if isinstance(result, _Captured):
+                    if isinstance(result, Captured):
                         captured.append(result)
                     elif isinstance(result, _Search) and result.n_rounds < MAX_ROUNDS:
                         searches.append(result)
@@ -422,7 +429,6 @@ class _Capture:
                 )
                 n_decided = len(captured) + len(excluded)
         self.tally.add(len(prompts) - n_decided)
-        captured.sort(key=lambda event: event.search.index)
         return self._segment(captured, [(prompts[index], reason) for index, reason in sorted(excluded.items())])
 
     def _propose(self, searches: list[_Search], excluded: dict[int, str]) -> list[_Search]:
@@ -458,11 +464,10 @@ class _Capture:
         return sorted(going, key=lambda search: (self.regimes.of(len(search.sequence)), search.index))
 
     @torch.no_grad()
-    def _run_pack(self, pack: list[_Search]) -> Iterable[tuple[_Search, _Captured | _Search | str]]:
+    def _run_pack(self, pack: list[_Search]) -> Iterable[tuple[_Search, Captured | _Search | str]]:
         """One forward of every checkpoint over these sequences; for each of them an event, where to search on, or the
         reason why the prompt is excluded."""
         bounds = offsets_of([len(search.sequence) for search in pack]).tolist()
-        ids = torch.tensor([token for search in pack for token in search.sequence])[None]
         # Positions whose next token is compared: from the last prompt token, or the first one of this regime, to the
         # end of each sequence.
         compared = [
@@ -471,14 +476,7 @@ class _Capture:
         ]
         prefix = self.settings.row_selection == "prefix"
         kept = [range(start, stop) if prefix else range(stop - 1, stop) for start, stop in itertools.pairwise(bounds)]
-        states: SiteRows = {}
-        final: dict[str, torch.Tensor] = {}
-        wanted = [(site, block) for site, blocks in self.settings.wanted.items() for block in blocks]
-        for label, backbone in self.backbones.items():
-            gathered, hidden = forward_and_gather(backbone, ids, bounds, wanted, _concatenated(kept))
-            states.update({(site, label, block): rows for (site, block), rows in gathered.items()})
-            final[label] = gather_rows(hidden, _concatenated(compared))
-        self._check_finite(pack, states, kept, final, compared)
+        states, final = self._forward(pack, bounds, kept, compared)
         best = [self._best(label, final[label], pack, compared) for label in self.pair]
         rows_of = _consecutive([len(rows) for rows in kept])
         compared_of = _consecutive([len(rows) for rows in compared])
@@ -489,9 +487,8 @@ class _Capture:
                 continue
             last = choices.stop - 1
             tokens = tuple(int(ids[last, 0]) for ids, _ in best)
-            margins = self._margins({label: final[label][last : last + 1] for label in final}, tokens)
-            if (wrong := next((one for one, margin in margins.items() if not math.isfinite(margin)), None)) is not None:
-                raise self._not_finite(wrong, "a scored logit", [search], [choices], 0)
+            of_event = {label: hidden[last : last + 1] for label, hidden in final.items()}
+            (margins,) = self._margins(of_event, [tokens], [search], [choices])
             if not margins[self.pair[0]] < 0 < margins[self.pair[1]]:
                 yield search, "tie"
             elif not self.vocabulary.issuperset(tokens):
@@ -500,15 +497,91 @@ class _Capture:
                 gaps = tuple(float(logits[last, 0] - logits[last, 1]) for _, logits in best)
                 own_states = {key: kept_rows[rows.start : rows.stop] for key, kept_rows in states.items()}
                 own_final = {label: hidden[last].cpu() for label, hidden in final.items()}
-                yield search, _Captured(search, tokens, gaps, margins, own_states, own_final)
+                step = len(search.shared)
+                proposed = step if search.first_step is None else search.first_step  # a capture forward may be first
+                position = len(search.sequence) - 1
+                event = Event(position, KIND, tokens, gaps, margins, own_final, step, proposed, search.prompt.carried)
+                yield search, Captured(search.index, search.prompt.id, search.sequence, [event], own_states)
+
+    def given(self, prompts: Sequence[GivenPrompt], tally: Tally, between: Callable[[], None]) -> SegmentData:
+        """Everything that one segment of given events holds; calls ``between`` as :meth:`shard`."""
+        self.tally = tally
+        runs: list[_Given] = []
+        for order, prompt in enumerate(prompts):
+            for ids, events in prompt.sequences:
+                # A state depends on its sequence's regime: events of two regimes are of two sequences.
+                of_regime: dict[int, list[GivenEvent]] = {}
+                for event in sorted(events, key=lambda one: one.position):
+                    of_regime.setdefault(self.regimes.of(event.position + 1), []).append(event)
+                runs += [_Given(order, prompt, ids[: own[-1].position + 1], own) for own in of_regime.values()]
+        runs.sort(key=lambda run: self.regimes.of(len(run.sequence)))
+        captured: list[Captured] = []
+        excluded: list[tuple[Prompt, str]] = []
+        for pack in self.regimes.packs([len(run.sequence) for run in runs], self.pack_tokens):
+            between()
+            packed = [runs[i] for i in pack]
+            captured += self._given_pack(packed, excluded)
+            self.tally.add(tokens=sum(len(run.sequence) for run in packed))
+        self.tally.add(len(prompts))
+        return self._segment(captured, excluded)
+
+    @torch.no_grad()
+    def _given_pack(self, pack: list[_Given], excluded: list[tuple[Prompt, str]]) -> Iterable[Captured]:
+        """One forward of every checkpoint over these sequences, and what each of their events is; those that contradict
+        their kind are excluded."""
+        bounds = offsets_of([len(run.sequence) for run in pack]).tolist()
+        compared = [[start + one.position for one in run.events] for run, start in zip(pack, bounds, strict=False)]
+        prefix = self.settings.row_selection == "prefix"
+        kept: list[Sequence[int]] = [range(*span) for span in itertools.pairwise(bounds)] if prefix else [*compared]
+        states, final = self._forward(pack, bounds, kept, compared)
+        best = [self._best(label, final[label], pack, compared) for label in self.pair]
+        given = [one for run in pack for one in run.events]
+        margins = self._margins(final, [one.tokens for one in given], pack, compared)
+        rows_of = _consecutive([len(rows) for rows in kept])
+        for run, rows, at in zip(pack, rows_of, _consecutive([len(rows) for rows in compared]), strict=True):
+            events, own_rows = [], []
+            for one, row in zip(run.events, at, strict=True):
+                first, second = (margins[row][label] for label in self.pair)
+                if one.kind in CHOSEN_KINDS and not (
+                    first < 0 < second and one.tokens == tuple(int(ids[row, 0]) for ids, _ in best)
+                ):
+                    excluded.append((Prompt(run.prompt.id, "", one.carried), "contradicts_its_kind"))
+                    continue
+                gaps = tuple(float(logits[row, 0] - logits[row, 1]) for _, logits in best)
+                own_final = {label: hidden[row].cpu() for label, hidden in final.items()}
+                events.append(
+                    Event(
+                        *(one.position, one.kind, one.tokens, gaps, margins[row], own_final),
+                        *(one.step, one.step, one.carried),
+                    )
+                )
+                own_rows.append(rows.start + row - at.start)
+            if events:
+                chosen = slice(rows.start, rows.stop) if prefix else own_rows
+                own_states = {key: values[chosen] for key, values in states.items()}
+                yield Captured(run.order, run.prompt.id, run.sequence, events, own_states)
+
+    def _forward(
+        self, pack: Sequence[_Run], bounds: list[int], kept: Sequence[Sequence[int]], compared: Sequence[Sequence[int]]
+    ) -> tuple[SiteRows, dict[str, torch.Tensor]]:
+        """One forward of every checkpoint: the rows that are kept, and final states where choices are compared."""
+        ids = torch.tensor([token for run in pack for token in run.sequence])[None]
+        states: SiteRows = {}
+        final: dict[str, torch.Tensor] = {}
+        for label, backbone in self.backbones.items():
+            gathered, hidden = forward_and_gather(backbone, ids, bounds, self.settings.places, _concatenated(kept))
+            states.update({(site, label, block): rows for (site, block), rows in gathered.items()})
+            final[label] = gather_rows(hidden, _concatenated(compared))
+        self._check_finite(pack, states, kept, final, compared)
+        return states, final
 
     def _check_finite(
         self,
-        pack: Sequence[_Search],
+        pack: Sequence[_Run],
         states: SiteRows,
-        kept: Sequence[range],
+        kept: Sequence[Sequence[int]],
         final: dict[str, torch.Tensor],
-        compared: Sequence[range],
+        compared: Sequence[Sequence[int]],
     ) -> None:
         for (site, label, block), rows in states.items():
             if (row := first_wrong(site, rows)) is not None:
@@ -518,7 +591,7 @@ class _Capture:
                 raise self._not_finite(label, "the final state", pack, compared, row)
 
     def _best(
-        self, label: str, final: torch.Tensor, pack: Sequence[_Search], compared: Sequence[range]
+        self, label: str, final: torch.Tensor, pack: Sequence[_Run], compared: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             return self.backbones[label].readout.top2(final)
@@ -526,12 +599,12 @@ class _Capture:
             raise self._not_finite(label, "a logit", pack, compared, error.row or 0) from error
 
     def _not_finite(
-        self, label: str, what: str, pack: Sequence[_Search], rows: Sequence[range], row: int
+        self, label: str, what: str, pack: Sequence[_Run], rows: Sequence[Sequence[int]], row: int
     ) -> NotFiniteError:
         """``row`` counts in ``rows`` of the pack's sequences, one after another."""
-        search = pack[bisect_right(list(itertools.accumulate(map(len, rows))), row)]
-        whose = f"checkpoint {label}, prompt {search.prompt.id!r}"
-        return not_finite(whose, what, self.backbones[label], search.sequence)
+        run = pack[bisect_right(list(itertools.accumulate(map(len, rows))), row)]
+        whose = f"checkpoint {label}, prompt {run.prompt.id!r}"
+        return not_finite(whose, what, self.backbones[label], run.sequence)
 
     def _decide(self, search: _Search, first: list[int], second: list[int]) -> _Search | str | None:
         """None where the pair shares exactly ``search.shared`` and then differs. Otherwise, the capture forward has
@@ -553,61 +626,35 @@ class _Capture:
             return search.go_on([*search.shared[:step], a], proposed=False)
         raise AssertionError("the choice after the last shared token always decides")
 
-    def _margins(self, final: dict[str, torch.Tensor], tokens: tuple[int, ...]) -> dict[str, float]:
-        pair_ids = torch.tensor([tokens])
-        scores = {label: self.backbones[label].readout.scores(hidden, pair_ids)[0] for label, hidden in final.items()}
-        return {label: float(score[1] - score[0]) for label, score in scores.items()}
+    def _margins(
+        self,
+        final: dict[str, torch.Tensor],
+        tokens: Sequence[tuple[int, ...]],
+        pack: Sequence[_Run],
+        compared: Sequence[Sequence[int]],
+    ) -> list[dict[str, float]]:
+        """What each checkpoint makes of each pair of tokens, by label; ``final`` has a row per pair."""
+        margins: list[dict[str, float]] = [{} for _ in tokens]
+        for label, hidden in final.items():
+            scores = self.backbones[label].readout.scores(hidden, torch.tensor(list(tokens)))
+            for row, margin in enumerate((scores[:, 1] - scores[:, 0]).tolist()):
+                if not math.isfinite(margin):
+                    raise self._not_finite(label, "a scored logit", pack, compared, row)
+                margins[row][label] = margin
+        return margins
 
-    def _segment(self, captured: list[_Captured], excluded: list[tuple[Prompt, str]]) -> SegmentData:
+    def _segment(self, captured: list[Captured], excluded: Sequence[tuple[Prompt, str]]) -> SegmentData:
         width, dtype = next(iter(self.backbones.values())).width, DTYPES[self.settings.dtype]
-        lengths = [len(event.sequence) for event in captured]
-        wanted = [(site, block) for site, blocks in self.settings.wanted.items() for block in blocks]
-        keys = [(site, label, block) for site, block in wanted for label in self.backbones]
-        empty = torch.empty(0, width, dtype=dtype)
-        rows = {key: torch.cat([empty, *(event.rows[key] for event in captured)]) for key in keys}
-        return SegmentData(
-            token_ids=np.array([token for event in captured for token in event.sequence], dtype=np.int32),
-            sequence_offsets=offsets_of(lengths).numpy(),
-            states={(label, block): rows.pop((site, label, block)) for site, label, block in keys if site == STATE},
-            sites=rows,
-            final={
-                label: torch.cat([empty, *(event.final[label][None] for event in captured)]) for label in self.backbones
-            },
-            events=self._event_table(captured),
-            excluded=pa.table(
-                {
-                    "prompt_id": pa.array([p.id for p, _ in excluded], pa.string()),
-                    "reason": pa.array([reason for _, reason in excluded], pa.string()),
-                    "carried": pa.array([carried.encode(p.carried) for p, _ in excluded], pa.string()),
-                }
-            ),
+        return segment_of(
+            sorted(captured, key=lambda one: one.order),
+            excluded,
+            pair=self.pair,
+            labels=list(self.backbones),
+            sites=self.settings.places,
+            empty=torch.empty(0, width, dtype=dtype),
+            decode=self.decode,
+            special=self.special,
         )
-
-    def _event_table(self, captured: list[_Captured]) -> pa.Table:
-        margins = {margin_column(role): label for role, label in zip(ROLES, self.pair, strict=True)}
-        margins |= {margin_column(label): label for label in self.backbones}
-        values: dict[str, Iterable[Any]] = {
-            "event_id": (f"{e.search.prompt.id}@{e.position}:{KIND}" for e in captured),
-            "prompt_id": (e.search.prompt.id for e in captured),
-            "kind": (KIND for _ in captured),
-            "pair": (",".join(self.pair) for _ in captured),
-            "step": (len(e.search.shared) for e in captured),
-            "proposed_step": (e.proposed_step for e in captured),
-            "sequence": range(len(captured)),
-            "position": (e.position for e in captured),
-            "context": (self.decode(e.sequence[-CONTEXT_TOKENS:]) for e in captured),
-            "carried": (carried.encode(e.search.prompt.carried) for e in captured),
-            **{name: [e.margins[label] for e in captured] for name, label in margins.items()},
-        }
-        for at, role in enumerate(ROLES):
-            tokens = [e.tokens[at] for e in captured]
-            values[f"y_{role}"] = tokens
-            values[f"token_{role}"] = (self.decode([token]) for token in tokens)
-            values[f"special_{role}"] = (int(token in self.special) for token in tokens)
-            values[f"gap_{role}"] = [e.gaps[at] for e in captured]
-        types = {column.name: arrow_type(column.type) for column in EVENTS}
-        order = [*types, *(name for name in margins if name not in types)]
-        return pa.table({name: pa.array(list(values[name]), types.get(name, pa.float32())) for name in order})
 
 
 def first_wrong(site: str, rows: torch.Tensor) -> int | None:
@@ -680,7 +727,7 @@ def _common_decoding(pair: Sequence[Backbone], say: Callable[[str], None]) -> De
     return decoding
 
 
-def _concatenated(rows: Sequence[range]) -> torch.Tensor:
+def _concatenated(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([row for part in rows for row in part], dtype=torch.int64)
 
 

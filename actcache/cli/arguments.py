@@ -38,9 +38,9 @@ def add_verb(
     return parser
 
 
-def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
+def add_capture_arguments(parser: argparse.ArgumentParser, *, prompts_required: bool = True) -> None:
     """What a capture needs: the checkpoints, the prompts, where to, and what to compute."""
-    add_lineup_arguments(parser)
+    add_lineup_arguments(parser, required=prompts_required)
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--store", metavar="URL", help="place of the store, as s3://bucket/prefix (default RUN/store)")
     add_capture_settings(parser)

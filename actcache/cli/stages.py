@@ -34,11 +34,12 @@ from actcache.files import write_atomically
 from actcache.schema import ROLES
 from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, parquet_bytes, read_json, seal_of
 from actcache.study.run import check_complete, check_same_checkpoints, read_run_cells
-from actcache.study.run_folder import RunFolder, RunRecord, absolute_place
+from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
+    from actcache.capture.given import GivenPrompt
     from actcache.models.backbone import Backbone
     from actcache.models.lineup import Lineup
     from actcache.prompts import Prompt
@@ -72,8 +73,21 @@ def add_verbs(verbs: Verbs) -> None:
         "find the events of a pair, and store the states that their replay needs",
         "actcache capture --pt base --it tuned --prompts prompts.jsonl --out RUN --boundary 0.6,-3,-1",
     )
-    add_capture_arguments(capture)
+    add_capture_arguments(capture, prompts_required=False)
     add_strict_and_pack(capture)
+    capture.add_argument(
+        "--support",
+        choices=["first_divergence", "fixed"],
+        default="first_divergence",
+        help="way to choose events: where the pair first diverges, or fixed by --events (default %(default)s)",
+    )
+    capture.add_argument(
+        "--events",
+        type=Path,
+        metavar="FILE.jsonl|RUN",
+        help="events of --support fixed: per line prompt_id, prompt or token_ids, position, y_pt and y_it; "
+        "or those of another run",
+    )
     capture.add_argument(
         "--part",
         type=_part,
@@ -183,7 +197,26 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
     from actcache.prompts import read_prompts
 
     checkpoints_given(args, fewest=2)
-    return read_prompts(args.prompts, args.limit)
+    events = getattr(args, "events", None)
+    if (getattr(args, "support", None) == "fixed") != (events is not None):
+        raise InputError("--support fixed and --events belong together: give both, or neither")
+    if args.prompts is None and events is None:
+        raise InputError("the following arguments are required: --prompts")
+    if events is None:
+        return read_prompts(args.prompts, args.limit)
+    return [] if args.prompts is None else read_prompts(args.prompts)
+
+
+def _read_events(args: argparse.Namespace, lineup: Lineup, prompts: Sequence[Prompt]) -> list[GivenPrompt] | None:
+    """The events that the command names; None where a search finds them."""
+    from actcache.capture.given import given_by, read_given
+
+    events = getattr(args, "events", None)
+    if events is None:
+        return None
+    if events.is_dir():
+        return given_by(open_store(events), lineup, limit=args.limit, say=say)
+    return read_given(events, lineup, prompts, limit=args.limit, say=say)
 
 
 def _check_grid_asked(args: argparse.Namespace) -> None:
@@ -209,10 +242,11 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     check_device(args.device)
     lineup = open_lineup(args)
     settings = capture_settings(args, lineup.n_blocks)
+    given = _read_events(args, lineup, prompts)
     folder = RunFolder(args.out)
     record = RunRecord(
         checkpoints={label: str(c.path.resolve()) for label, c in lineup.checkpoints.items()},
-        prompts=str(args.prompts.resolve()),
+        prompts=str((args.prompts or args.events).resolve()),
         device=args.device,
         command=args.command,
         store=absolute_place(args.store),
@@ -230,9 +264,10 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
             with enough_memory(f"loading {label}", LESS_MODEL), line.during(f"loading {label}"):
                 return clock.load(label)
 
-        capture(lineup, prompts, folder.store, settings, part=part, load=load, on_progress=line, say=say)
+        how: dict[str, Any] = {"given": given, "part": part, "load": load, "on_progress": line, "say": say}
+        capture(lineup, prompts, folder.store, settings, **how)
     folder.bind_store()
-    clock.write(folder, len(prompts))
+    clock.write(folder, len(prompts if given is None else given))
     store = folder.open_store()
     say(f"{len(store)} events" + (f"; without one: {reasons_of(store)}" if store.excluded.num_rows else ""))
     return lineup
