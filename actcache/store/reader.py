@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from html import escape
 from typing import Any, TypeVar
 
@@ -99,11 +99,15 @@ class Store:
     @property
     def boundaries(self) -> list[int]:
         """Boundaries whose states are stored, those first that the store was created with."""
-        return self.sites.get(layout.STATE, [])
+        return list(self._sites.get(layout.STATE, ()))
 
     @property
     def sites(self) -> layout.Sites:
         """The blocks whose rows all segments have, by site; see :meth:`states`."""
+        return {site: list(blocks) for site, blocks in self._sites.items()}
+
+    @cached_property
+    def _sites(self) -> layout.Sites:
         if not self.segments:
             return {layout.STATE: list(self.fingerprint.boundaries)}
         first, *others = (segment.sites for segment in self.segments)
@@ -284,7 +288,7 @@ class Store:
             raise InputError(f"checkpoint {label!r} is not in the store; it has {', '.join(self.checkpoints)}")
 
     def _check_block(self, site: str, block: int) -> None:
-        stored = self.sites
+        stored = self._sites
         if block in stored.get(site, ()):
             return
         what = "boundary" if site == layout.STATE else f"{site} of block"
