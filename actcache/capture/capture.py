@@ -18,13 +18,11 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from torch.utils.hooks import RemovableHandle
 
 from actcache import prompts as prompts_module
 from actcache.capture.events import Captured, Event, segment_of
+from actcache.capture.forward import first_wrong, forward_and_gather, said_of_site
 from actcache.capture.given import CHOSEN_KINDS, FIXED, GivenEvent, GivenPrompt
 from actcache.capture.growth import (
     digests_of_segments,
@@ -36,9 +34,10 @@ from actcache.capture.growth import (
     segments_of,
     sites_of_store,
 )
+from actcache.capture.rerun import rows_to_add
 from actcache.capture.search import Decoding, Outcome, SearchLimits, find_decoding, propose
 from actcache.errors import InputError, NotFiniteError
-from actcache.finite import first_no_state, first_not_finite, not_finite
+from actcache.finite import first_no_state, not_finite
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import block_of, check_boundary, find_site
 from actcache.models.checkpoint import DTYPES
@@ -236,7 +235,7 @@ def capture(
     with BackgroundWriter(writer) as background:
         for one in lacking:
             sites = missing_of(one, settings.wanted)
-            rows = get_job().rows_of(one, sites, tally, background.check)
+            rows = get_job().rerun(one, sites, tally, background.check)
             background.add_rows(name_of_addition(one, sites), one.record, rows)
 
 
@@ -357,46 +356,9 @@ class _Capture:
         """How searches decode; found by forwards, where there is something to search."""
         return _common_decoding([self.backbones[label] for label in self.pair], self._say)
 
-    def rows_of(self, segment: Segment, sites: Sites, tally: Tally, between: Callable[[], None]) -> SiteRows:
-        """Rows of further sites of a stored segment, whose sequences run again; calls ``between`` as :meth:`shard`."""
-        self.tally = tally
-        ids, offsets = segment.read("token_ids"), segment.row_offsets
-        lengths = np.diff(offsets)
-        places = self._stored_places(segment)
-        width, dtype = next(iter(self.backbones.values())).width, DTYPES[self.settings.dtype]
-        wanted = [(site, block) for site, blocks in sites.items() for block in blocks]
-        keys = [(site, label, block) for site, block in wanted for label in self.backbones]
-        out = {key: torch.empty(segment.n_rows, width, dtype=dtype) for key in keys}
-        filled = np.flatnonzero(lengths)  # a sequence without tokens has no rows
-        filled = filled[np.argsort([self.regimes.of(int(n)) for n in lengths[filled]], kind="stable")]
-        for pack in self.regimes.packs(lengths[filled].tolist(), self.pack_tokens):
-            between()
-            numbers = filled[pack.start : pack.stop]
-            bounds = offsets_of(lengths[numbers].tolist())
-            tokens = np.concatenate([ids[offsets[n] : offsets[n + 1]] for n in numbers]).astype(np.int64)
-            at = np.concatenate([places[n][0] + int(start) for n, start in zip(numbers, bounds, strict=False)])
-            to = torch.from_numpy(np.concatenate([places[n][1] for n in numbers]))
-            for label, backbone in self.backbones.items():
-                given = torch.from_numpy(tokens)[None]
-                gathered, _ = forward_and_gather(backbone, given, bounds.tolist(), wanted, torch.from_numpy(at))
-                for (site, block), rows in gathered.items():
-                    if (row := first_wrong(site, rows)) is not None:
-                        n = int(numbers[np.searchsorted(bounds.numpy(), at[row], side="right") - 1])
-                        whose = f"checkpoint {label}, sequence {n} of segment {segment.name}"
-                        what = said_of_site(site, block)
-                        raise not_finite(whose, what, backbone, ids[offsets[n] : offsets[n + 1]].tolist())
-                    out[site, label, block][to] = rows
-            self.tally.add(len(numbers), tokens=len(tokens))
-        return out
-
-    def _stored_places(self, segment: Segment) -> list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
-        """Of each sequence the positions whose rows a segment has, and where among its rows these lie."""
-        offsets = segment.row_offsets
-        if segment.fingerprint.has_prefix_rows:
-            return [(np.arange(stop - start), np.arange(start, stop)) for start, stop in itertools.pairwise(offsets)]
-        events = segment.read_table("events")
-        sequence, position = events["sequence"].to_numpy(), events["position"].to_numpy()
-        return [(position[own], own) for n in range(segment.n_sequences) for own in [np.flatnonzero(sequence == n)]]
+    def rerun(self, segment: Segment, sites: Sites, tally: Tally, between: Callable[[], None]) -> SiteRows:
+        """Rows of further sites of a stored segment; calls ``between`` as :meth:`shard`."""
+        return rows_to_add(segment, sites, self.backbones, self.regimes, self.pack_tokens, tally, between)
 
     def shard(
         self,
@@ -655,65 +617,6 @@ class _Capture:
             decode=self.decode,
             special=self.special,
         )
-
-
-def first_wrong(site: str, rows: torch.Tensor) -> int | None:
-    """The first row that is not finite, or of states is none (see :func:`actcache.finite.are_states`)."""
-    return first_no_state(rows) if site == STATE else first_not_finite(rows)
-
-
-def said_of_site(site: str, block: int) -> str:
-    """What an error calls a row."""
-    return f"the state at boundary {block}" if site == STATE else f"the {site} of block {block}"
-
-
-def forward_and_gather(
-    backbone: Backbone,
-    ids: torch.Tensor,
-    bounds: Sequence[int],
-    sites: Sequence[tuple[str, int]],
-    row_ids: torch.Tensor,
-) -> tuple[dict[tuple[str, int], torch.Tensor], torch.Tensor]:
-    """One plain forward; the rows at each site are gathered as its block is entered, or its module is left.
-
-    Args:
-        backbone: the checkpoint.
-        ids: ``[1, T]`` int64.
-        bounds: ``[n + 1]``, where each sequence begins.
-        sites: each a site and a block: the block's input, or what its attention or MLP gives.
-        row_ids: ``[n_rows]`` int64 on the CPU, rows of the ``[T, D]`` state.
-
-    Returns:
-        rows of every site, ``[n_rows, D]`` on the CPU, and the last block's output ``[T, D]`` on the device.
-    """
-    gathered: dict[tuple[str, int], torch.Tensor] = {}
-    on_cuda = backbone.device.type == "cuda"
-
-    def keep(place: tuple[str, int], values: torch.Tensor) -> None:
-        # Straight into page-locked memory on CUDA: the copy is queued on the stream and the forward goes on.
-        rows = values[0]
-        out = torch.empty(len(row_ids), rows.shape[1], dtype=rows.dtype, pin_memory=on_cuda)
-        gathered[place] = gather_rows(rows, row_ids, out)
-
-    def hooked(place: tuple[str, int]) -> RemovableHandle:
-        site, block = place
-        if site == STATE:
-            return backbone.blocks[block].register_forward_pre_hook(
-                lambda module, args, kwargs: keep(place, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-            )
-        return find_site(backbone.blocks[block], site).register_forward_hook(
-            lambda module, args, output: keep(place, output if isinstance(output, torch.Tensor) else output[0])
-        )
-
-    handles = [hooked(place) for place in sites]
-    try:
-        hidden = backbone.forward(bounds, input_ids=ids.to(backbone.device))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if on_cuda:
-        torch.cuda.current_stream(backbone.device).synchronize()
-    return gathered, hidden
 
 
 def _common_decoding(pair: Sequence[Backbone], say: Callable[[str], None]) -> Decoding:
