@@ -72,12 +72,17 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheels, kind):
     assert len(native) == (kind == "native core")
 
 
+def elsewhere() -> dict[str, str]:
+    """The environment of a process that shall find nothing of this checkout."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "ACTCACHE_ENGINE")}
+
+
 def installed(wheel: Path, folder: Path) -> Path:
     """A new environment with this wheel, which finds all else where this one has it; its folder of programs."""
     venv.create(folder, with_pip=False)
     (site,) = folder.glob("lib/python*/site-packages")
     pip = [sys.executable, "-m", "pip", "--python", folder / "bin" / "python", "install", "--quiet"]
-    subprocess.run([*map(str, pip), "--no-deps", "--no-index", "--no-compile", str(wheel)], check=True)
+    subprocess.run([*map(str, pip), "--no-deps", "--no-index", "--no-compile", str(wheel)], check=True, env=elsewhere())
     places = [path for path in sys.path if path.endswith("site-packages")]
     (site / "dependencies.pth").write_text("\n".join(places) + "\n")
     return folder / "bin"
@@ -86,13 +91,12 @@ def installed(wheel: Path, folder: Path) -> Path:
 def test_what_is_installed_runs(wheels, tmp_path):
     """The shipped pair, on a few prompts: with the native core and without, cells are equal to rounding."""
     margins = {}
-    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "ACTCACHE_ENGINE")}
     for kind, wheel in wheels.items():
         folder = tmp_path / kind
         programs = installed(wheel, folder)
 
         def ran(*command, folder=folder):
-            done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=clean, cwd=folder)
+            done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=elsewhere(), cwd=folder)
             assert done.returncode == 0, done.stderr
             return done.stdout
 
