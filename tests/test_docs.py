@@ -166,6 +166,15 @@ def test_scripts_within_sentences_are_there_with_their_options():
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_files_that_are_named_are_there(path):
+    for name in re.findall(
+        r"`(test_\w+\.py|(?:actcache|tests|benches|scripts|examples|docs|csrc)/[\w./]+)`", path.read_text()
+    ):
+        place = ROOT / "tests" if name.startswith("test_") else ROOT
+        assert "NAME" in name or (place / name).exists(), name
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", sentences_of(path)):
         assert target.startswith("https://") or (path.parent / target).exists(), target
