@@ -1,4 +1,4 @@
-"""Write the generated parts of the docs: the command line from its parser, columns from the schema, benchmarks.
+"""Write the generated parts of the docs: the command line, the analyses, columns of the schema, benchmarks.
 
 A line ``<!-- generated: NAME -->`` of a page stands for a part. mkdocs.yml names this file as a hook, so that a build
 of the site puts the parts there. Tables of benchmarks come from the JSON files in benches/results, and nothing else::
@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,17 @@ def part(name: str) -> str:
     kind, _, of = name.partition(" ")
     if kind == "columns":
         return columns(of)
-    return {"command line": command_line, "benchmarks": benchmarks, "walkthrough": walkthrough}[name]()
+    return {"command line": command_line, "analyses": analyses, "benchmarks": benchmarks, "walkthrough": walkthrough}[
+        name
+    ]()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print one part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="command line, benchmarks, walkthrough, or columns and a table of schema.py")
+    parser.add_argument(
+        "name", help="command line, analyses, benchmarks, walkthrough, or columns and a table of schema.py"
+    )
     print(part(parser.parse_args(argv).name))
     return 0
 
@@ -91,6 +96,28 @@ def _option(action: argparse.Action) -> Row:
     typed = f"`{names} {value}`" if action.option_strings and action.nargs != 0 else f"`{names}`"
     said = (action.help or "") % {"default": action.default, "prog": "actcache"}
     return typed, said + (" (required)" if action.option_strings and action.required else "")
+
+
+# ---- analyses --------------------------------------------------------------------------------------------------------
+
+
+def analyses() -> str:
+    """Every analysis: its question, its definitions, its options, its files."""
+    from actcache.analyses import ANALYSES
+
+    return "\n\n".join(block for named in ANALYSES for block in _analysis(named.name, named.question, named.load()))
+
+
+def _analysis(name: str, question: str, analysis: Any) -> Iterator[str]:
+    yield f"## {name.capitalize()}"
+    yield f"*{question[0].upper()}{question[1:]}?*"
+    yield (sys.modules[type(analysis).__module__].__doc__ or "").partition("\n\n")[2].strip()  # the head is the question
+    options = [
+        (f"`{entry.name}`", f"`{entry.default}`", entry.metadata["help"] % {"default": entry.default})
+        for entry in fields(analysis.options)
+    ]
+    yield table(["option", "default", ""], options)
+    yield f"`actcache {name} RUN` or `run.analyse({name!r})` leaves `RUN/{name}.parquet` and `RUN/{name}.json`."
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ import tiny
 import torch
 
 import actcache
+from actcache.analyses import ANALYSES
 from actcache.cli import build_parser, main
 from actcache.replay.edits import Add, Edit, Project, Variant
 
@@ -209,6 +210,8 @@ def test_generated_parts_are_made(monkeypatch):
         assert f"## actcache {verb}\n" in pages["command-line.md"]
         for action in parser._actions:
             assert action.dest in ("help", "quiet", "threads") or action.help % vars(action) in pages["command-line.md"]
+    for named in ANALYSES:
+        assert f"## {named.name.capitalize()}\n" in pages["analyses.md"]
     n_results = len([*docs_pages.RESULTS.glob("*.json")])
     assert pages["benchmarks.md"].count("; commit ") == n_results > 0
     assert "| `noop_delta` | float32 | logits |" in pages["run.md"]
