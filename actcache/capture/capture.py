@@ -501,7 +501,8 @@ class _Capture:
         margins = self._margins(final, [one.tokens for one in given], pack, compared)
         rows_of = _consecutive([len(rows) for rows in kept])
         for run, rows, at in zip(pack, rows_of, _consecutive([len(rows) for rows in compared]), strict=True):
-            events, own_rows = [], []
+            events: list[Event] = []
+            own_rows: list[int] = []
             for one, row in zip(run.events, at, strict=True):
                 first, second = (margins[row][label] for label in self.pair)
                 if one.kind in CHOSEN_KINDS and not (
@@ -519,7 +520,7 @@ class _Capture:
                 )
                 own_rows.append(rows.start + row - at.start)
             if events:
-                chosen = slice(rows.start, rows.stop) if prefix else own_rows
+                chosen: slice | list[int] = slice(rows.start, rows.stop) if prefix else own_rows
                 own_states = {key: values[chosen] for key, values in states.items()}
                 yield Captured(run.order, run.prompt.id, run.sequence, events, own_states)
 

@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -330,7 +330,7 @@ def is_wrapped(model: nn.Module) -> bool:
     return any("forward" in vars(module) for module in model.modules())
 
 
-def find_site(block: nn.Module, site: Literal["attention", "mlp"]) -> nn.Module:
+def find_site(block: nn.Module, site: str) -> nn.Module:
     """The submodule of a block that is its attention or its MLP.
 
     Its output, or element 0 of it, is ``[B, T, D]``: before any later norm or scale, and before it is added to the
