@@ -1,4 +1,4 @@
-"""The native core: which of its modules serve, chosen once a process by what is installed. Knows no tensors.
+"""The native core: which of its modules serve, chosen once per process by what is installed. Knows no tensors.
 
 ``ACTCACHE_ENGINE=torch`` leaves it out everywhere: torch and NumPy then do its work, with the same bits, but for packed
 attention and linear layers, which differ by rounding.

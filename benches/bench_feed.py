@@ -10,11 +10,11 @@ about as real ones do), one epoch a timing. Before any timing each has given eve
     memmap, DataLoader               the same permutation through a torch DataLoader that collates single rows
     safetensors, in order | files    one file per sequence: in order, and files in random order with the rows of some of
                                      them mixed in as much memory as the feed's pool has
-    safetensors, random rows         one slice a row, by the permutation; the first batches only
+    safetensors, random rows         one slice per row, by the permutation; the first batches only
 
-Ceilings of the same run: copying a batch in memory, reading the memmap's file into a buffer, reading the store's arrays
-whole (which decodes and checks them), and what two processes of a DataLoader can hand over when they read nothing at
-all. The consumer here only counts: workers pay off where it computes meanwhile. The last line of stdout is JSON.
+Ceilings of the same run: copying a batch in memory; reading the memmap's file into a buffer; reading the store's arrays
+whole, which decodes and checks them; and what two processes of a DataLoader can hand over when they read nothing. The
+consumer here only counts: workers pay off where it computes meanwhile. The last line of stdout is JSON.
 """
 
 from __future__ import annotations

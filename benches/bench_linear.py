@@ -3,12 +3,12 @@
     python benches/bench_linear.py [--shapes 576x192,576x576,576x1536,1536x576 --rows 64,128,256,1024]
                                    [--stored-as bfloat16]
 
-G multiply-adds a second of every number of rows with every n_in x n_out (the defaults are a SmolLM2 block's), and their
-share of a ceiling, the rate at matrices of 2048 x 2048: of float32, torch's or oneDNN's, whichever is faster; for
-tiles, a sixth of torch's of bfloat16, as they make six such products for one of float32 (three where the weights were
-stored as bfloat16, five for float16). All of these take turns, and medians are taken. How near each comes to the sums
-in float64: the root of the mean squared difference, over that of the sums themselves. Without tiles only torch and
-oneDNN are measured. The last line of stdout is JSON.
+Shown are G multiply-adds per second of every number of rows with every n_in x n_out (the defaults are a SmolLM2
+block's), and their share of a ceiling. That is the rate at matrices of 2048 x 2048: of float32, torch's or oneDNN's,
+whichever is faster; for tiles, a sixth of torch's of bfloat16, as they make six such products for one of float32 (three
+where the weights were stored as bfloat16, five for float16). All of these take turns, and medians are taken. How near
+each comes to the sums in float64: the root of the mean squared difference, over that of the sums themselves. Without
+tiles only torch and oneDNN are measured. The last line of stdout is JSON.
 """
 
 from __future__ import annotations

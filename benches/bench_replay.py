@@ -9,8 +9,8 @@ Time, at each of ``--boundaries``, for all four (upstream, late) cells of every 
     replay     both
     grid       run_grid: both, three readouts of every cell with its best token, and the table of cells on disk
 
-The limit is the late blocks' multiply-adds over every position, each matrix product at the rate that this machine has
-for its very shape and number of rows (that of the packs), by torch's usual means or by oneDNN, whichever is faster. The
+The limit is the late blocks' multiply-adds over every position. Each matrix product counts at the rate that this
+machine has for its very shape and number of rows, by torch's usual means or by oneDNN, whichever is faster. The
 last block is run only where its output is read, so that a replay of few blocks may fall below it. All of these take
 turns, and medians are taken; in brackets stands the limit at the best rate that every product had in the whole run.
 Margins are compared with those of forward hooks first.

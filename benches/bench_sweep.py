@@ -20,13 +20,13 @@ of one event in one batch. Times are per replayed cell or variant, by the median
 timed on some of the position edits of some events, spread evenly: what a variant costs them does not depend on how many
 there are.
 
-The limit is a count of multiply-adds, each matrix product at the rate that this machine has for its very shape and
-number of rows (that of actcache's packs), by torch's usual means or by oneDNN, whichever is faster: the median of
-samples taken in turn with the rest, and in brackets the best of them all. For a cell those are the late blocks over
-every position; for the cold grid also one plain forward of both checkpoints over the final sequences; for position
-edits the late blocks over the earlier positions once per event, and over one position per variant. actcache runs the
-last block only where its output is read, so that a replay of few blocks may fall below it. An added readout replays
-nothing: final states are kept, so that it has no limit of this kind.
+The limit is a count of multiply-adds. Each matrix product counts at the rate that this machine has for its very shape
+and number of rows, by torch's usual means or by oneDNN, whichever is faster: the median of samples taken in turn with
+the rest, and in brackets the best of them all. For a cell those are the late blocks over every position; for the cold
+grid also one plain forward of both checkpoints over the final sequences; for position edits the late blocks over the
+earlier positions once per event, and over one position per variant. actcache runs the last block only where its output
+is read, so that a replay of few blocks may fall below it. An added readout replays nothing: final states are kept, so
+that it has no limit of this kind.
 
 The last line of stdout is JSON.
 """

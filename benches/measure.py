@@ -96,10 +96,10 @@ class Work:
 class Products:
     """The machine's own rate of matrix products, shape by shape: what no forward on this machine can exceed by much.
 
-    ``sample`` times every expected product (rows times weight, as a linear layer makes it), by torch's usual means and
-    by oneDNN, on all threads and as many at once as there are threads, and keeps the best: call it all through a run,
-    in turn with what it bounds, so that fast and slow spells of the machine are in both. What counts is the median of a
-    product's samples, as it is of everything else that is timed.
+    ``sample`` times every expected product, rows times weight, as a linear layer makes it. It does so by torch's usual
+    means and by oneDNN, on all threads and as many at once as there are threads, and keeps the best. Call it all
+    through a run, in turn with what it bounds, so that fast and slow spells of the machine are in both. What counts is
+    the median of a product's samples, as it is of everything else that is timed.
     """
 
     def __init__(self, dtype: torch.dtype) -> None:

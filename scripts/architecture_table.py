@@ -127,8 +127,9 @@ def examine(name: str) -> Outcome:
 
 
 def hooked(model: PreTrainedModel, lengths: Sequence[int]) -> tuple[torch.Tensor, list[int], torch.Tensor]:
-    """States at the boundary that other tokens left, ``[N, D]``, their offsets, and the last block's output ``[n, D]``
-    at the end of each sequence that a full forward gives when they overwrite its own."""
+    """States at the boundary that other tokens left, ``[N, D]``, their offsets, and the last block's output ``[n, D]``.
+
+    The output is that at the end of each sequence, of a full forward whose own states these overwrite."""
     generator = torch.Generator().manual_seed(1)
     rows, expected = [], []
     for length in lengths:

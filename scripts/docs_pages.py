@@ -111,7 +111,8 @@ def analyses() -> str:
 def _analysis(name: str, question: str, analysis: Any) -> Iterator[str]:
     yield f"## {name.capitalize()}"
     yield f"*{question[0].upper()}{question[1:]}?*"
-    yield (sys.modules[type(analysis).__module__].__doc__ or "").partition("\n\n")[2].strip()  # the head is the question
+    described = sys.modules[type(analysis).__module__].__doc__ or ""
+    yield described.partition("\n\n")[2].strip()  # its head is the question again
     options = [
         (f"`{entry.name}`", f"`{entry.default}`", entry.metadata["help"] % {"default": entry.default})
         for entry in fields(analysis.options)

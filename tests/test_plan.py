@@ -587,7 +587,7 @@ def test_rates_that_are_none(tiny_run, rate, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["plan", *map(str, of(tiny_run("llama", torch.float32))), f"--rate={rate}"])
     assert caught.value.code == 2
-    assert "is not a number of multiply-adds a second" in capsys.readouterr().err
+    assert "is not a number of multiply-adds per second" in capsys.readouterr().err
 
 
 def test_pilots_that_tell_nothing(tiny_run, refused, tmp_path):

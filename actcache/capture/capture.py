@@ -1,9 +1,9 @@
-"""Capture: one forward a checkpoint over packs of sequences decides the events and gathers the rows they need.
+"""Capture: one forward per checkpoint over packs of sequences decides the events and gathers the rows they need.
 
 The search proposes where the pair diverges; the forward whose states are stored sees every position and decides. Its
 own argmaxes name the two tokens, so an event cannot contradict its own diagonal. Where it disagrees with the proposal,
-the event moves to where it does diverge (and is captured again, over exactly its own sequence), or the search goes on
-from what it chose, or the prompt is excluded with the reason recorded.
+one of three things happens. The event moves to where the pair does diverge, and is captured again over exactly its own
+sequence. The search goes on from what the forward chose. Or the prompt is excluded, with the reason recorded.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ class CaptureSettings:
         boundaries: b of every state to keep, each in 1..L-1.
         dtype: ``float32`` or ``bfloat16``, of weights and states.
         device: ``cpu`` or ``cuda``.
-        max_new: compare at most this many choices a prompt.
+        max_new: compare at most this many choices per prompt.
         row_selection: ``prefix`` keeps every position's rows (the grid needs them), ``divergence`` the event's alone.
-        strict: one sequence a forward, with the model's own attention.
-        max_tokens: tokens of one pack.
+        strict: one sequence per forward, with the model's own attention.
+        max_tokens: tokens per pack.
         shard_prompts: prompts of one segment, the unit that a killed run loses at most.
         codec: of the stored states: ``blosc``, which any Zarr reader has, or ``actcache.bf16_planes`` for bfloat16.
         sites: further rows to keep, each a site (``attention`` or ``mlp``) and a block: what that part of it gives.
@@ -346,7 +346,7 @@ class _Capture:
         if not settings.strict:
             reasons = [reason for backbone in backbones.values() if (reason := backbone.why_not_packable())]
             if reasons:
-                say(f"one sequence a forward: {reasons[0]}")
+                say(f"one sequence per forward: {reasons[0]}")
                 self.pack_tokens = 0
         else:
             self.pack_tokens = 0

@@ -85,13 +85,16 @@ def add_verbs(verbs: Verbs) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="edits at the compared position, in every cell, beside those of a sweep (default 0)",
+        help="number of edits at the compared position, in every cell, beside those of a sweep (default 0)",
     )
     parser.add_argument(
-        "--pilot", type=Path, metavar="RUN", help="take what follows from an earlier small run of this pair"
+        "--pilot", type=Path, metavar="RUN", help="take the options below from an earlier small run of this pair"
     )
     parser.add_argument(
-        "--event-share", type=_share, metavar="Y", help="prompts with an event, of all, 0 to 1 (default 1, the most)"
+        "--event-share",
+        type=_share,
+        metavar="Y",
+        help="share of prompts with an event, above 0 and at most 1 (default 1)",
     )
     parser.add_argument(
         "--shared-tokens",
@@ -103,7 +106,7 @@ def add_verbs(verbs: Verbs) -> None:
         "--rate",
         type=_rate,
         metavar="R",
-        help="multiply-adds a second, 5e10 say, or 0.1TFLOP/s at 2 FLOP each (default: the pilot's, else one "
+        help="multiply-adds per second, as 5e10, or 0.1TFLOP/s at 2 FLOP each (default: the pilot's, else one "
         "measured here for a second)",
     )
     parser.add_argument(
@@ -138,7 +141,7 @@ def _rate(text: str) -> float:
     unit = match and (match[2] or "")
     if not match or unit not in _UNITS or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(
-            f"{text} is not a number of multiply-adds a second, nor of {', '.join(name for name in _UNITS if name)}"
+            f"{text} is not a number of multiply-adds per second, nor of {', '.join(name for name in _UNITS if name)}"
         )
     return float(match[1]) * _UNITS[unit]
 
@@ -341,7 +344,7 @@ def _heading(study: Study, assumed: Assumptions) -> list[str]:
         if len(set(assumed.rates.values())) == 1:
             rates = f"{next(iter(assumed.rates.values())):.3g}"
         calls = f", and {1000 * assumed.search_call_s:.3g} ms per step of a search" if assumed.search_call_s else ""
-        lines.append(f"assumed ({sources['rates']}): {rates} multiply-adds a second{calls}")
+        lines.append(f"assumed ({sources['rates']}): {rates} multiply-adds per second{calls}")
     return lines
 
 
@@ -385,7 +388,7 @@ def _notes(study: Study, assumed: Assumptions) -> dict[str, str]:
         boundaries = len({one.boundary for one in work})
         readouts = len({name for one in work for name in one.readouts})
         notes["grid_multiply_adds"] = (
-            f"an event: {_counted(sum(cells), 'cell')} at {_counted(boundaries, 'boundary')}, "
+            f"per event: {_counted(sum(cells), 'cell')} at {_counted(boundaries, 'boundary')}, "
             f"{_counted(readouts, 'readout')} each"
         )
         edited = {"one token": 0, "the sequence": 0}
@@ -393,7 +396,7 @@ def _notes(study: Study, assumed: Assumptions) -> dict[str, str]:
             edited["one token" if one.mode == "packed" else "the sequence"] += n_cells * one.n_last
             edited["the sequence"] += n_cells * one.n_whole
         replays = (f"{_counted(number, 'replay')} of {what}" for what, number in edited.items() if number)
-        notes["variants_multiply_adds"] = f"an event: {', '.join(replays)}"
+        notes["variants_multiply_adds"] = f"per event: {', '.join(replays)}"
         notes["hooks_multiply_adds"] = (
             "a full forward per event and cell, its search included; at batch one each takes far longer per "
             "multiply-add than a pack does"

@@ -78,7 +78,7 @@ class Rows:
         return vectors[which.to(vectors.device)]
 
     def draws(self, seed: int, width: int) -> torch.Tensor:
-        """``[m, width]`` float32 standard normal, a row a function of seed, sequence key, position and layer alone."""
+        """``[m, width]`` float32 standard normal: each row depends on seed, sequence key, position and layer alone."""
         out = torch.empty(len(self), width)
         for row, (sequence, position) in enumerate(zip(self.sequence.tolist(), self.position.tolist(), strict=True)):
             name = json.dumps([seed, self.keys[sequence], position, self.layer])
@@ -247,7 +247,7 @@ class Project(InOneLine):
 class SignedPermutation(InOneLine):
     """A control: the difference to the donor with its coordinates permuted and their signs flipped at random.
 
-    ``x + S (donor - x)`` for one signed permutation S a seed, the same for all rows: lengths, and angles between the
+    ``x + S (donor - x)`` for one signed permutation S per seed, the same for all rows: lengths, and angles between the
     differences of different rows, are kept; the direction means nothing. Without a donor it is ``S x``.
     """
 

@@ -26,7 +26,7 @@ TOKENS_OF_A_WORKER = 256
 
 
 def tokens_of_pack(device: torch.device, max_tokens: int | None) -> int:
-    """How many tokens a forward has at most: those asked for, or what suits the device."""
+    """The most tokens per forward: those asked for, or what suits the device."""
     return MAX_TOKENS.get(device.type, MAX_TOKENS["cuda"]) if max_tokens is None else max_tokens
 
 
@@ -73,8 +73,8 @@ def _why_not(
     """The reason why sequences that share a forward in this mode are not what each is alone, or None.
 
     The second sequence must give what it gives alone, to rounding: behind the first, behind a changed one, before it,
-    where rows of another go on in it, and (where the mode is ``packed``) as a branch of another that differs at its
-    last position.
+    and where rows of another go on in it. In mode ``packed`` the same holds of it as a branch of another sequence that
+    differs at its last position.
     """
     decoder, n = forwards.backbone.decoder, len(second)
     alone = forwards.plain(second[None])[0, -1].float()

@@ -12,7 +12,7 @@
     [[variants.edits]]
     edit = "interpolate"                   # replace, add, interpolate, project, signed_permutation, matched_norm
     donor = "it"
-    sweep = { weight = [0.25, 0.5, 0.75] } # one variant a value: towards-it[weight=0.25], ...
+    sweep = { weight = [0.25, 0.5, 0.75] } # one variant per value: towards-it[weight=0.25], ...
     positions = "all"                      # "last" by default
 
     [[variants]]

@@ -81,7 +81,7 @@ def side_by_side(tasks: Iterable[Callable[[int], Iterator[T]]], n_workers: int, 
 
 @lru_cache
 def _executors(n_workers: int, n_threads: int, process: int) -> list[ThreadPoolExecutor]:
-    """One thread each, kept for the life of the process (a fork has its own)."""
+    """Executors of one thread each, kept for the life of the process (a fork has its own)."""
     own = torch.get_num_threads()
     executors = [
         ThreadPoolExecutor(1, f"actcache-{number}", _take_threads, (n_threads,)) for number in range(n_workers)
@@ -93,6 +93,6 @@ def _executors(n_workers: int, n_threads: int, process: int) -> list[ThreadPoolE
 
 
 def _take_threads(n_threads: int) -> None:
-    """Torch keeps its number of threads for each thread apart, from the first question after it was set for all."""
+    """Give this thread its own number of torch threads: torch keeps it from the first question after it was set."""
     torch.set_num_threads(n_threads)
     torch.get_num_threads()

@@ -56,7 +56,7 @@ class RowBatch(NamedTuple):
 
 
 class RowFeed(IterableDataset[RowBatch]):
-    """Every chosen row of a store once an epoch, in batches, in an order that (seed, epoch, workers) decide.
+    """Every chosen row of a store once per epoch, in batches, in an order that (seed, epoch, workers) decide.
 
     Iterate over it, over :meth:`batches` (which starts worker processes), or give it to a ``DataLoader`` with
     ``batch_size=None`` and any number of workers, forked or spawned. Each process opens the store for itself and has a

@@ -64,7 +64,7 @@ SEGMENT_COLUMN = SEGMENT.name  # added by the reader
 
 
 def n_rows(fingerprint: Fingerprint, n_tokens: int, n_events: int) -> int:
-    """N of a segment: one row a token, or one an event."""
+    """N of a segment: one row per token, or one per event."""
     return n_tokens if fingerprint.has_prefix_rows else n_events
 
 

@@ -60,7 +60,7 @@ class StoreRows:
             store: an open store or its path.
             positions: ``all`` stored rows; ``event``, the rows at an event's position, each once however many events
                 share it; the positions wanted in every sequence, negative ones from its end; or a function of
-                :class:`RowPlaces` (called once a segment, here) that says with a boolean each which rows it wants.
+                :class:`RowPlaces` (called once per segment, here) that says with a boolean each which rows it wants.
 
         Raises:
             InputError: no store, positions that are none of these, or nothing chosen.

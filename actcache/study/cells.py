@@ -143,8 +143,8 @@ def gather_cells(folder: str | Path, store: Store, *, strict: bool, max_tokens: 
     """The cells of all finished jobs of this store's events in ``folder`` as one table, in a fixed order: by boundary,
     scope, event, variant (the plain one first), upstream, late and readout.
 
-    A cell that stands in two files (scored in two ways, or by two sweeps that overlap) is taken from the one that was
-    scored with these settings, and has the most.
+    A cell may stand in two files: scored in two ways, or by two sweeps that overlap. It is taken from the file that was
+    scored with these settings and has the most.
 
     Raises:
         CorruptFileError, NoSealError: the file of a job is damaged.

@@ -132,8 +132,8 @@ class ReplayJob:
         variants: what to change; :data:`actcache.replay.edits.PLAIN` is the plain grid.
         top1: whether variants get ``top1_id`` too; plain cells always do.
         kl: whether cells get ``kl``.
-        strict: one sequence a forward.
-        max_tokens: tokens of one forward otherwise; None for what suits the device.
+        strict: one sequence per forward.
+        max_tokens: tokens per forward otherwise; None for what suits the device.
     """
 
     store: str

@@ -125,7 +125,7 @@ class Assumptions:
         shared_tokens: mean number of tokens that both checkpoints choose before an event.
         eventless_tokens: the same for a prompt that has none.
         compression: raw bytes of states over stored ones.
-        rates: multiply-adds a second of the parts ``RATED``.
+        rates: multiply-adds per second of the parts ``RATED``.
         search_call_s: seconds that a search's forward takes beside its multiply-adds; where few sequences are left in
             a batch, it is the weights that take time.
         shared_counts: how many prompts shared 0, 1, 2, ... tokens, which says how long a batch of searches lasts.
@@ -308,7 +308,7 @@ def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
 
 
 def measure_rate(shape: ModelShape, n_tokens: int, dtype: str, device: str, seconds: float = 1.0) -> float:
-    """Multiply-adds a second of this machine's own matrix product: ``n_tokens`` rows with the model's widest matrix."""
+    """Multiply-adds per second of this machine's matrix product: ``n_tokens`` rows with the model's widest matrix."""
     n_rows, n_columns = shape.widest
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(n_tokens, n_columns, generator=generator).to(device, DTYPES[dtype])

@@ -220,8 +220,9 @@ class RunFolder:
         return content if made_from == self._timed else {}
 
     def record_timing(self, stage: str, timing: dict[str, Any] | None) -> None:
-        """Put down what a stage took (``elapsed_s`` from its first load of weights on, of which ``load_s`` loading,
-        and what else it counted), or take it off the record with None. What cannot be read is begun anew."""
+        """Put down what a stage took, or take it off the record with None. What cannot be read is begun anew.
+
+        ``elapsed_s`` counts from its first load of weights on, ``load_s`` of these were loading."""
         try:
             timings = self.timings()
         except (NoSealError, CorruptFileError):
