@@ -1,7 +1,7 @@
 """What README and the documents say to type, typed: on a pair of bfloat16 checkpoints, with prompts like a chat's.
 
-A block in ``sh``, ``python``, ``toml`` or ``json``, and one with a line that begins with ``$``, runs, or says in a
-comment before it what it needs that a test has not: ``<!-- not run: needs ... -->``. Those are listed as skipped.
+A block in ``sh``, ``python``, ``toml``, ``json`` or ``jsonl``, and one with a line that begins with ``$``, runs. Else a
+comment before it says what it needs that a test has not: ``<!-- not run: needs ... -->``. Those are listed as skipped.
 """
 
 from __future__ import annotations
@@ -107,8 +107,9 @@ def test_every_block_runs_as_written(path, folder, capsys):
         try:
             if block.kind == "python":
                 exec(compile(block.text, block.where, "exec"), names)
-            elif block.kind == "json":
-                json.loads(block.text)
+            elif block.kind in ("json", "jsonl"):
+                for text in block.text.splitlines() if block.kind == "jsonl" else [block.text]:
+                    json.loads(text)
             elif block.kind == "toml":
                 (folder / "sweep.toml").write_text(block.text)
                 assert main(["grid", "RUN", "--sweep", "sweep.toml"]) == 0
@@ -133,7 +134,7 @@ def test_what_is_not_run(block):
 
 def test_every_kind_of_block_is_known():
     for blocks in BLOCKS.values():
-        assert {block.kind for block in blocks} <= {"sh", "python", "toml", "json"}
+        assert {block.kind for block in blocks} <= {"sh", "python", "toml", "json", "jsonl"}
     assert any(block.kind == "python" and not block.needs for block in BLOCKS[ROOT / "README.md"])
 
 
