@@ -24,6 +24,10 @@ ROLES = PT, IT = "pt", "it"
 """The two roles of a pair, in its order. They end the names of columns that each of the two checkpoints has."""
 
 
+CHOSEN_KINDS = ("first_divergence",)
+"""Kinds of events whose two tokens the pair itself chooses: an event never contradicts its own diagonal."""
+
+
 @dataclass(frozen=True)
 class Column:
     """One column of a table.

@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -44,6 +45,8 @@ from actcache.study.statistics import (
     ratio,
     resample,
 )
+
+Bools = npt.NDArray[np.bool_]
 
 GROUP_COLUMNS = schema.names(schema.EFFECT_KEY)
 """The columns whose values, taken together, name one group of events that may be averaged."""
@@ -225,12 +228,14 @@ def select_events(
     if stability is not None:
         checked = stability.filter(pc.equal(stability["dtype"], dtype))
         at = _positions(ids, checked)
-        if (at < 0).any():
+        chosen = _chosen(cells, ids)
+        if (at < 0)[chosen].any():
             raise InputError(
-                f"{int((at >= 0).sum())} of {len(ids)} events have been checked for stability in {dtype}: to leave out "
-                f"the others, check all; 'actcache stability RUN --dtype {dtype}' does"
+                f"{int((at >= 0).sum())} of {chosen.sum()} events have been checked for stability in {dtype}: to leave "
+                f"out the others, check all; 'actcache stability RUN --dtype {dtype}' does"
             )
-        unstable = ~pc.and_(checked["stable"], checked["as_stored"]).to_numpy()[at]
+        unstable = np.zeros(len(ids), bool)
+        unstable[at >= 0] = ~pc.and_(checked["stable"], checked["as_stored"]).to_numpy()[at[at >= 0]]
         left_out |= unstable
         notes |= {"stable_only": True, "n_unstable": int(unstable.sum())}
         reasons.append(f"{unstable.sum()} unstable in {dtype}")
@@ -253,6 +258,12 @@ def select_events(
     notes["n_left_out"] = int(left_out.sum())
     staying = ids.filter(pa.array(~left_out))
     return cells.filter(pc.is_in(cells["event_id"].cast(pa.string()), value_set=staying)), notes
+
+
+def _chosen(cells: pa.Table, ids: pa.Array) -> Bools:
+    """Of which events the pair chose the tokens: others are of kinds that no rounding decides."""
+    of_kinds = cells.filter(pc.is_in(cells["kind"].cast(pa.string()), value_set=pa.array(schema.CHOSEN_KINDS)))
+    return pc.is_in(ids, value_set=of_kinds["event_id"].cast(pa.string()).combine_chunks()).to_numpy(False)
 
 
 def _as_type(cells: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:

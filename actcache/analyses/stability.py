@@ -33,7 +33,7 @@ from actcache.models.checkpoint import DTYPES
 from actcache.models.packing import offsets_of
 from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
-from actcache.schema import ROLES
+from actcache.schema import CHOSEN_KINDS, ROLES
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
 from actcache.store import Store
 from actcache.study.cells import identity
@@ -162,7 +162,7 @@ def run_stability(
         load: see there.
         path: of the Parquet file, written anew after each dtype. A dtype that it holds is not checked again if it was
             checked for this store on as many events or more, with the same ``max_tokens``, device and library versions.
-        samples: dtype -> how many events, None for all.
+        samples: dtype -> how many events, None for all, of those whose tokens the pair chose.
         max_tokens: see there.
         device: where ``load`` puts the models.
         on_progress: told of the decisions, after every pack.
@@ -174,7 +174,7 @@ def run_stability(
     Raises:
         InputError: unknown dtype, or a sample of less than one event.
     """
-    n_events = len(store)
+    chosen = chosen_events(store)
     made_with = {
         "max_tokens": max_tokens,
         "device": device,
@@ -185,7 +185,7 @@ def run_stability(
         _check_dtype(dtype)
         if sample is not None and sample < 1:
             raise InputError(f"a sample of {sample} events: give at least 1, or all")
-        wanted[dtype] = n_events if sample is None else min(sample, n_events)
+        wanted[dtype] = len(chosen) if sample is None else min(sample, len(chosen))
     path, found = Path(path), read_sealed(store, path)
     tally = Tally(sum(map(n_decisions, wanted.values())), UNIT, on_progress)
     for dtype, n_wanted in wanted.items():
@@ -193,9 +193,8 @@ def run_stability(
         if {name: note.get(name) for name in made_with} == made_with and note["n_events"] >= n_wanted:
             tally.add(found=n_decisions(n_wanted))
             continue
-        rows = check_stability(
-            store, load, [dtype], max_tokens=max_tokens, events=spread(n_events, n_wanted), tally=tally, say=say
-        )
+        events = [chosen[index] for index in spread(len(chosen), n_wanted)]
+        rows = check_stability(store, load, [dtype], max_tokens=max_tokens, events=events, tally=tally, say=say)
         with locked(path):  # another check may have written another dtype meanwhile
             found = read_sealed(store, path)
             of_dtype = {name: found.content.filter(pc.equal(found.content["dtype"], name)) for name in DTYPES}
@@ -204,6 +203,11 @@ def run_stability(
             write_atomically(path, parquet_bytes(table, {**identity(store), "dtypes": notes}))
             found = read_sealed(store, path)
     return found.content
+
+
+def chosen_events(store: Store) -> list[int]:
+    """The events whose tokens the pair chose: nothing is decided at those that were given."""
+    return [index for index, kind in enumerate(store.events["kind"].to_pylist()) if kind in CHOSEN_KINDS]
 
 
 def read_stability(store: Store, path: str | Path) -> pa.Table:

@@ -23,7 +23,7 @@ import torch
 from actcache import prompts as prompts_module
 from actcache.capture.events import Captured, Event, segment_of
 from actcache.capture.forward import first_wrong, forward_and_gather, said_of_site
-from actcache.capture.given import CHOSEN_KINDS, FIXED, GivenEvent, GivenPrompt
+from actcache.capture.given import FIXED, GivenEvent, GivenPrompt
 from actcache.capture.growth import (
     digests_of_segments,
     existing,
@@ -48,7 +48,7 @@ from actcache.models.probe import check_replayable
 from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
-from actcache.schema import Fingerprint, order_of_labels
+from actcache.schema import CHOSEN_KINDS, Fingerprint, order_of_labels
 from actcache.store import BackgroundWriter, Place, Segment, SegmentData, StoreWriter, open_store
 from actcache.store.layout import SITES, STATE, Sites
 from actcache.store.segment_data import SiteRows

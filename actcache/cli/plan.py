@@ -264,7 +264,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
                 "--checkpoint at those captured",
                 field=field,
             )
-    prompts = read_prompts(prompts_path, fingerprint.n_prompts)
+    prompts = read_prompts(prompts_path, store.n_prompts)
     as_captured = store.prompts == digests_of_segments(prompts, fingerprint.shard_prompts, store.prompts)
     if not as_captured and digest(prompts) != fingerprint.prompts:
         raise InputError(

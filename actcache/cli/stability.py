@@ -93,7 +93,7 @@ def _stability(args: argparse.Namespace) -> None:
 def _check(
     folder: RunFolder, lineup: Lineup, samples: Mapping[str, int | None], max_tokens: int | None, device: str
 ) -> list[str]:
-    from actcache.analyses.stability import describe, run_stability, summarise
+    from actcache.analyses.stability import chosen_events, describe, run_stability, summarise
     from actcache.models.backbone import Backbone
 
     store = folder.open_store()
@@ -120,7 +120,8 @@ def _check(
             on_progress=line,
             say=say,
         )
-    clock.write([len(store) if n is None else min(n, len(store)) for n in samples.values()])
+    n_chosen = len(chosen_events(store))
+    clock.write([n_chosen if n is None else min(n, n_chosen) for n in samples.values()])
     return describe(summarise(table), store.fingerprint.dtype)
 
 

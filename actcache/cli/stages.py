@@ -266,7 +266,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
 
         how: dict[str, Any] = {"given": given, "part": part, "load": load, "on_progress": line, "say": say}
         capture(lineup, prompts, folder.store, settings, **how)
-    folder.bind_store()
+    folder.bind_store(record, len(prompts if given is None else given))
     clock.write(folder, len(prompts if given is None else given))
     store = folder.open_store()
     say(f"{len(store)} events" + (f"; without one: {reasons_of(store)}" if store.excluded.num_rows else ""))
@@ -471,7 +471,7 @@ def _settings_shown(record: RunRecord, store: Store) -> dict[str, str]:
         shown["architecture"] = f"{captured.architecture}, {fingerprint.n_blocks} blocks of width {store.width}"
         shown["attention"] = captured.attention
     shown |= {
-        "prompts": f"{record.prompts} ({fingerprint.n_prompts} prompts, digest {fingerprint.prompts[:12]})",
+        "prompts": f"{record.prompts} ({store.n_prompts} prompts, digest {fingerprint.prompts[:12]})",
         "dtype": fingerprint.dtype,
         "boundaries": ", ".join(str(boundary) for boundary in store.boundaries),
         "choices compared a prompt": f"at most {fingerprint.max_new}",

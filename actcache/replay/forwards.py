@@ -67,7 +67,7 @@ class Forwards:
 
     def site(self, layer: int, site: str) -> nn.Module:
         """The module whose output a site is (UnsupportedModelError: the block has no such module)."""
-        return find_site(self.backbone.blocks[layer], site)  # type: ignore[arg-type]
+        return find_site(self.backbone.blocks[layer], site)
 
     def plain(self, state: torch.Tensor) -> torch.Tensor:
         """The model's own forward over ``[B, T, D]`` states -> ``[B, T, D]`` last block's output."""

@@ -136,7 +136,7 @@ def truth(study: Study, store: Store, timings: Mapping[str, Any], finished: Fini
     summary = store.summary()
     captured = timings.get("capture", {})
     rows: dict[str, float] = {
-        "prompts": store.fingerprint.n_prompts,
+        "prompts": store.n_prompts,
         "prompt_tokens": float(sum(study.lengths)),
         "events": len(store),
         "tokens": float(lengths.sum()),
@@ -172,7 +172,7 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], finished: Fini
     Raises:
         InputError: the store holds no event, or not all prompts.
     """
-    n_prompts, n_eventless = store.fingerprint.n_prompts, store.excluded.num_rows
+    n_prompts, n_eventless = store.n_prompts, store.excluded.num_rows
     if len(store) == 0 or len(store) + n_eventless != n_prompts:
         raise InputError(
             f"{store.path} holds {len(store)} events and {n_eventless} prompts without one, of {n_prompts} prompts: "

@@ -200,7 +200,7 @@ def check_complete(store: Store) -> None:
     """Fewer prompts than were asked for would give other means, and nobody would see why."""
     found = len({*store.events["prompt_id"].to_pylist(), *store.excluded["prompt_id"].to_pylist()})
     store.fingerprint.check_captured()
-    asked = store.fingerprint.n_prompts
+    asked = store.n_prompts
     if found != asked:
         raise InputError(
             f"{store.path} holds {found} of {asked} prompts: give the capture command again until all are captured"

@@ -142,10 +142,13 @@ class RunFolder:
         self._check_fingerprint(store)
         return store
 
-    def bind_store(self) -> None:
-        """Put down which store is the run's, from now on (errors as :meth:`open_store`)."""
+    def bind_store(self, captured: RunRecord, n_prompts: int) -> None:
+        """Put down which store is the run's from now on, and of which file, where its prompts are of another one than
+        they were: corrected, or more of them (errors as :meth:`open_store`)."""
         store = self.open_store()
         record = replace(self.record(), fingerprint=store.fingerprint.digest)
+        if record.prompts != captured.prompts and n_prompts >= store.n_prompts:
+            record = replace(record, prompts=captured.prompts, command=captured.command)
         if record != self.record():
             self._write_record(record)
 
