@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -116,6 +117,16 @@ def test_the_grid_scores_them(run):
     assert deltas
     assert max(deltas) < 1e-4
     assert main(["effects", str(run)]) == 0
+
+
+def test_nothing_is_decided_at_tokens_that_were_given(run, tmp_path, capfd):
+    out = shutil.copytree(run, tmp_path / "run")
+    assert main(["grid", str(out)]) == 0
+    capfd.readouterr()
+    assert main(["stability", str(out), "--dtype", "float32"]) == 0
+    assert "no event to check" in capfd.readouterr().out
+    assert main(["effects", str(out), "--stable-only", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["n_left_out"] == 0
 
 
 def test_events_of_another_run_are_taken_tokens_and_all(pair, tmp_path):

@@ -16,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from stores import SEGMENTS, bits, fill, make_fingerprint, make_segment, make_site_rows, read_tree
 
+import actcache
 from actcache.capture.growth import digests_of_segments, segments_of
 from actcache.cli import main
 from actcache.errors import CorruptStoreError, InputError
@@ -274,6 +275,33 @@ def test_the_same_command_with_more_of_all_ends_in_the_same_rows(pair, whole, tm
     assert capture(pair, prompts, out, "--boundary", "2") == 0
     assert "the store has boundaries 3; mlp of blocks 1, 4 too, which stay" in capfd.readouterr().err
     assert read_tree(out / "store") == before
+
+
+def test_a_whole_run_grows(pair, tmp_path, capfd):
+    """Capture, grid, effects and report of more prompts of another file; cells that were scored stay as they are."""
+    few, many = tiny.write_prompts(tmp_path / "few.jsonl", 4), tiny.write_prompts(tmp_path / "many.jsonl", 10)
+    out = tmp_path / "run"
+
+    def run(prompts: Path, *more: str) -> int:
+        words = ["run", "--pt", pair[0], "--it", pair[1], "--prompts", prompts, "--out", out, "--shard-prompts", 3]
+        words += ["--max-new", MAX_NEW, "--strict", "--stability", 0, "--boundary", "3"]
+        return main([str(word) for word in [*words, *more]])
+
+    assert run(few) == 0
+    before = {path.name: path.read_bytes() for path in (out / "cells").iterdir()}
+    assert run(many) == 0
+    after = {path.name: path.read_bytes() for path in (out / "cells").iterdir()}
+    assert after.items() > before.items()
+    grown = actcache.Run(out)
+    assert set(grown.cells["event_id"].to_pylist()) == set(grown.store.events["event_id"].to_pylist())
+    assert json.loads((out / "run.json").read_text())["prompts"] == str(many.resolve())
+    capfd.readouterr()
+    assert main(["plan", str(out), "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["truth"]["prompts"] == 10
+    assert main(["depth", str(out)]) == 0
+    assert main(["stability", str(out), "--dtype", "float32"]) == 0
+    assert run(few) == 0, "fewer prompts than are there"
+    assert json.loads((out / "run.json").read_text())["prompts"] == str(many.resolve())
 
 
 def keep(

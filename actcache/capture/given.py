@@ -8,8 +8,8 @@ What a file's line says:
 
 ``position`` is the place whose next token is compared, by default the last one. ``kind`` (by default ``fixed``) and
 ``step`` may be given; further keys are carried to the event. The tokens are given: they need not be what a checkpoint
-chooses, and ``kind`` says so. Of ``schema.CHOSEN_KINDS`` a capture checks that the pair itself chooses them. Knows tokens
-and files; knows no forwards.
+chooses, and ``kind`` says so. Of ``schema.CHOSEN_KINDS`` a capture checks that the pair itself chooses them. Knows
+tokens and files; knows no forwards.
 """
 
 from __future__ import annotations
