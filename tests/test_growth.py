@@ -300,7 +300,8 @@ def test_a_whole_run_grows(pair, tmp_path, capfd):
     assert json.loads(capfd.readouterr().out)["truth"]["prompts"] == 10
     assert main(["depth", str(out)]) == 0
     assert main(["stability", str(out), "--dtype", "float32"]) == 0
-    assert run(few) == 0, "fewer prompts than are there"
+    assert run(few) == 2, "fewer prompts than are there"
+    assert "give another folder" in capfd.readouterr().err
     assert json.loads((out / "run.json").read_text())["prompts"] == str(many.resolve())
 
 
