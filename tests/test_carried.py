@@ -78,7 +78,7 @@ def test_a_document_stands_once_however_many_cells_repeat_it(tmp_path):
 def test_cells_have_the_columns_of_their_events(tmp_path, carried):
     store, cells = cells_of(tmp_path, carried)
     columns = list(as_columns([encode(one) for one in carried]))
-    assert cells.column_names[16:] == store.events.column_names[len(store.events.column_names) - len(columns) :]
+    assert cells.column_names[17:] == store.events.column_names[len(store.events.column_names) - len(columns) :]
     read = pq.read_table(pa.BufferReader(parquet_bytes(cells, {})))
     of_event = {row["event_id"]: [row[name] for name in columns] for row in store.events.to_pylist()}
     for row in read.to_pylist():

@@ -239,9 +239,9 @@ def test_identical_checkpoints_have_no_events(tiny_run, capsys):
 def test_carried_columns_reach_the_cells(tiny_run):
     run = tiny_run("llama", FLOAT32)
     assert set(run.cells["category"].to_pylist()) <= {"prose", "question", "code"}
-    assert run.cells.column_names[:16] == [
-        *("event_id", "prompt_id", "kind", "step", "position", "y_pt", "y_it", "boundary", "scope", "upstream", "late"),
-        *("readout", "variant", "margin", "top1_id", "noop_delta"),
+    assert run.cells.column_names[:17] == [
+        *("event_id", "prompt_id", "kind", "pair", "step", "position", "y_pt", "y_it"),
+        *("boundary", "scope", "upstream", "late", "readout", "variant", "margin", "top1_id", "noop_delta"),
     ]
 
 
