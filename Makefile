@@ -1,5 +1,5 @@
 # make demo       the whole flow on the pair that the package ships
-# make test-fast  the tests that are not marked slow: under two minutes on two cores
+# make test-fast  the tests that are not marked slow
 # make test       all tests
 # make test-deep  and all random schedules and families, of which 'make test' takes some
 # make check      ruff, mypy, clang-format

@@ -8,18 +8,18 @@ from dataclasses import fields
 from functools import partial
 from typing import TYPE_CHECKING
 
-from actcache.analyses import ANALYSES, Named, find_analysis
-from actcache.cli.arguments import Verbs, add_verb
-from actcache.cli.captured import add_captured_arguments, moved, open_captured
+from actcache.analyses import ANALYSES, Named
+from actcache.cli.arguments import Verbs, add_verb, check_device
+from actcache.cli.captured import add_captured_arguments, moved
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.parser import Parser
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
+from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from actcache.replay.late_stack import LateStack
     from actcache.store import Store
     from actcache.study.analysis import Section
-    from actcache.study.run_folder import RunFolder
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -65,10 +65,13 @@ def _answer(named: Named, args: argparse.Namespace) -> None:
     from actcache.sealed import json_bytes
     from actcache.study.run import Run
 
-    analysis = find_analysis(named.name)
+    analysis = named.load()
     options = {entry.name: getattr(args, entry.name) for entry in fields(analysis.options)}
-    folder, _, device = open_captured(args)
-    run = Run(folder.path, checkpoints=moved(args, folder.record()))
+    folder = RunFolder(args.run)
+    record = folder.record()
+    device = args.device or record.device
+    check_device(device)
+    run = Run(folder.path, checkpoints=moved(args, record))  # digests the weights once, when they are needed
     analysis.check(run.store, analysis.options_of(options))
     with enough_memory(named.name, "a run captured with --dtype bfloat16 needs less"), LiveLine(named.name) as line:
 

@@ -138,11 +138,13 @@ class LocalEngine:
         return job.is_plain and all(self._keeping(job, scope) is not None for scope in job.scopes)
 
     def _kept(self, job: ReplayJob) -> dict[str, torch.Tensor]:
+        read: dict[Path, dict[str, torch.Tensor]] = {}  # one file may serve several scopes
         states: dict[str, torch.Tensor] = {}
         for scope in job.scopes:
             scored = self._keeping(job, scope)
             assert scored is not None
-            states |= {name: state for name, state in scored.final().items() if name.startswith(f"{scope}/")}
+            found = read.get(scored.path) or read.setdefault(scored.path, scored.final())
+            states |= {name: state for name, state in found.items() if name.startswith(f"{scope}/")}
         return states
 
     def _keeping(self, job: ReplayJob, scope: str) -> Scored | None:

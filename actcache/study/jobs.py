@@ -1,8 +1,8 @@
 """Jobs: units of work as plain data. A job says what to compute and nothing about where.
 
-Each is frozen and can be pickled: a worker that has an :class:`Engine` gives the same table as
-this process. Its ``key`` holds all that its rows depend on, and names its file (results.py). Its ``cost`` is what it
-takes. :meth:`ReplayJob.run` computes it. Who runs jobs, when, and what is done already, is the runner's.
+Each is frozen and can be pickled: a worker that has an :class:`Engine` gives the same table as this process. Its
+``key`` holds all that its rows depend on, and names its file (results.py). :meth:`ReplayJob.run` computes it. What it
+costs is in work.py; in which order jobs run, and what is kept of them, is the runner's.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from actcache.replay.late_stack import LateStack
 from actcache.replay.moves import Moves
 from actcache.study.cells import cell_table
 from actcache.study.scores import Scores, ScoreTable, readout_order, whose_head
-from actcache.study.work import ReplayWork
 
 # How far a replayed diagonal margin may lie from the native one: absolute, and per unit of the larger of the two
 # logits, whose rounding it is. float32 leaves two decimal digits of room over what was seen; bfloat16 keeps 8 bits of
@@ -85,24 +84,6 @@ class Engine(Protocol):
 
     def native(self, segment: str, late: str, whose: str, final: torch.Tensor, pair_ids: torch.Tensor) -> Scores:
         """What a head makes of a checkpoint's own final states."""
-
-
-class Job(Protocol):
-    """What the runner asks of a job."""
-
-    @property
-    def key(self) -> dict[str, Any]:
-        """All that its rows depend on, as JSON."""
-
-    @property
-    def n_units(self) -> int:
-        """How many units of progress it is."""
-
-    def read(self, engine: Engine) -> Any:
-        """Read what :meth:`run` needs from disk; may run beside another job's :meth:`run`."""
-
-    def run(self, engine: Engine, read: Any, told: Any) -> Result:
-        """Compute it; ``told(n)`` hears of every ``n`` units."""
 
 
 @dataclass(frozen=True)
@@ -183,10 +164,6 @@ class ReplayJob:
     def n_units(self) -> int:
         """(event, scope, upstream, variant) combinations."""
         return self.n_events * len(self.scopes) * len(self.checkpoints) * len(self.variants)
-
-    def work(self, mode: str) -> ReplayWork:
-        """What its cost depends on, where sequences share forwards like this."""
-        return ReplayWork.of_key(self.key, self.late, mode)
 
     @property
     def is_plain(self) -> bool:

@@ -1,7 +1,7 @@
-"""Runner: runs jobs one after another, reads ahead, and keeps what each gives. It alone knows which are done.
+"""Runner: runs jobs one after another, reads ahead, and keeps what each gives.
 
 A killed command goes on where it stopped: a finished job is one file, and is not among the jobs that a caller makes
-next time. Knows jobs and results; knows nothing of what jobs compute.
+next time (``jobs_left`` of the grid). Knows jobs and results; knows nothing of what jobs compute.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any
 
 from actcache.models.cost import ModelShape, Numbers
 from actcache.replay.edits import PLAIN
+from actcache.study.results import scopes_of
 from actcache.study.scores import whose_head
 
 
@@ -74,11 +75,10 @@ class ReplayWork:
     def of_key(cls, key: Mapping[str, Any], late: str, mode: str) -> ReplayWork:
         """Of a job's key; ``late`` is for one of an earlier version, which had all late stacks in one."""
         names = set(key["variants"]) - {PLAIN.name}
-        scopes = tuple(sorted(key["scopes"] if "scopes" in key else [key["scope"]]))
         return cls(
             key["boundary"],
             late,
-            scopes,
+            tuple(sorted(scopes_of(key))),
             tuple(sorted(key["readouts"])),
             plain=PLAIN.name in key["variants"],
             n_last=len(names - set(key["whole"])),
