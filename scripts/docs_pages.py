@@ -180,7 +180,9 @@ def _workloads(result: Mapping[str, Any]) -> str:
         rows.append([f"{one['name']}, per {one['unit']}", *cells, "" if limit is None else f"{limit[0]:.0f}%"])
     said = [table(["", *means, "of the limit"], rows)]
     if "largest_difference" in result:
-        said.append(f"Before anything is timed, all margins are within {result['largest_difference']:.1e} logits.")
+        found = result["largest_difference"]  # of each workload, or of all
+        largest = max(found.values()) if isinstance(found, dict) else found
+        said.append(f"Before anything is timed, all margins are within {largest:.1e} logits.")
     if "peak_bytes" in result:
         peak = result["peak_bytes"]
         above = {name: peak[name] - peak["imports"] for name in peak if name != "imports"}

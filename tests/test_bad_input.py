@@ -189,11 +189,14 @@ def test_an_output_folder_of_another_run(pair, refused, tmp_path):
     refused("its checkpoints.it.weights is", *command(pt, other, prompts, out))
     refused("its dtype is float32, this run's is bfloat16", *command(pt, it, prompts, out, "--dtype", "bfloat16"))
     refused("the prompts of its segment shard-000000 are not this run's", *command(pt, it, other_prompts, out))
-    refused("its boundaries is [3]", *command(pt, it, prompts, out, "--boundary", "2"))
     refused("boundary 2 is not in the store; it has 3", "grid", out, "--boundary", "2")
     refused("readout 'common_xx' is unknown", "grid", out, "--readout", "common_xx")
     refused("is not the one captured: its weights", "grid", out, "--it", other)
     assert main([str(word) for word in command(pt, it, prompts, out)]) == 0, "the run itself still goes on"
+    assert main([str(word) for word in command(pt, it, prompts, out, "--boundary", "2")]) == 0, (
+        "a store gains boundaries"
+    )
+    assert actcache.open_store(out).boundaries == [3, 2]
 
 
 @pytest.mark.slow
