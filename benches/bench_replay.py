@@ -44,7 +44,7 @@ from measure import LIMIT, Products, Workload, in_turn, print_result, print_work
 from rivals import Hooks, grid
 from study import REPLAY_TARGET, TOLERANCE, Ours, Study, add_pair_arguments, events_of
 
-from actcache.capture.capture import parse_boundaries
+from actcache.capture.settings import parse_boundaries
 from actcache.cpus import usable_cpus
 from actcache.models.checkpoint import DTYPES
 from actcache.models.linear import describe_products

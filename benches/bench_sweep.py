@@ -59,7 +59,7 @@ from study import (
     position_edits,
 )
 
-from actcache.capture.capture import parse_boundaries
+from actcache.capture.settings import parse_boundaries
 from actcache.models.checkpoint import DTYPES
 from actcache.models.linear import describe_products
 from actcache.store import Store

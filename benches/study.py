@@ -26,7 +26,8 @@ from transformers.utils import logging
 
 import actcache
 from actcache.analyses.grid import GridSettings, run_grid
-from actcache.capture.capture import CaptureSettings, capture
+from actcache.capture.capture import capture
+from actcache.capture.settings import CaptureSettings
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import find_anatomy
 from actcache.models.checkpoint import DTYPES

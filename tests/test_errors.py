@@ -18,7 +18,7 @@ import torch
 import actcache
 from actcache import errors
 from actcache.analyses.grid import GridSettings
-from actcache.capture.capture import CaptureSettings
+from actcache.capture.settings import CaptureSettings
 from actcache.errors import ActcacheError, IncompatibleError
 from actcache.replay.edits import (
     Add,

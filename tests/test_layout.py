@@ -33,7 +33,7 @@ FLOW = {
         *("tokens", "checkpoint_files", "checkpoint", "lineup", "blocks", "probe", "packing", "linear", "readout"),
         *("regimes", "cost", "backbone", "gather"),
     ),
-    "capture": ("growth", "given", "events", "search", "forward", "rerun", "capture"),
+    "capture": ("settings", "growth", "given", "events", "search", "forward", "rerun", "capture"),
     "replay": (
         *("vectors", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "passes", "late_stack"),
         "sweep",

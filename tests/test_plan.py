@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import actcache
-from actcache.capture.capture import CaptureSettings
 from actcache.capture.search import SearchLimits, propose
+from actcache.capture.settings import CaptureSettings
 from actcache.cli import main
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import Checkpoint

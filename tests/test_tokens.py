@@ -12,7 +12,8 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
-from actcache.capture.capture import CaptureSettings, capture, fingerprint
+from actcache.capture.capture import capture, fingerprint
+from actcache.capture.settings import CaptureSettings
 from actcache.errors import IncompatibleError, InputError
 from actcache.models.lineup import Lineup
 from actcache.prompts import Prompt

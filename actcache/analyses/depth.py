@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from actcache.analyses.effects import contrasts
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left
-from actcache.capture.capture import parse_boundaries
+from actcache.capture.settings import parse_boundaries
 from actcache.replay.edits import PLAIN
 from actcache.schema import GRID
 from actcache.store import Store

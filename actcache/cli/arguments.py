@@ -14,7 +14,7 @@ from actcache.schema import ROLES
 
 if TYPE_CHECKING:
     from actcache.analyses.grid import GridSettings
-    from actcache.capture.capture import CaptureSettings
+    from actcache.capture.settings import CaptureSettings
     from actcache.models.lineup import Lineup
 
 READOUTS = "native,common_it,common_pt"
@@ -179,7 +179,7 @@ def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings
     Raises:
         InputError: a boundary is not one of a model of so many blocks.
     """
-    from actcache.capture.capture import CaptureSettings, parse_boundaries, parse_sites
+    from actcache.capture.settings import CaptureSettings, parse_boundaries, parse_sites
 
     return CaptureSettings(
         boundaries=parse_boundaries(args.boundary, n_blocks),
@@ -242,7 +242,7 @@ def grid_settings(
         InputError: the sweep cannot be read, says what an argument says too, or a boundary is not one of the model's.
     """
     from actcache.analyses.grid import GridSettings
-    from actcache.capture.capture import parse_boundaries
+    from actcache.capture.settings import parse_boundaries
     from actcache.replay.sweep import Sweep, read_sweep
 
     sweep = read_sweep(args.sweep, width) if args.sweep else Sweep()

@@ -30,7 +30,7 @@ from actcache.schema import ROLES
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from actcache.capture.capture import CaptureSettings
+    from actcache.capture.settings import CaptureSettings
     from actcache.models.lineup import Lineup
     from actcache.store import Store
     from actcache.study.cells import Finished

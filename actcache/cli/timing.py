@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
-    from actcache.capture.capture import CaptureSettings
+    from actcache.capture.settings import CaptureSettings
     from actcache.models.backbone import Backbone
     from actcache.models.lineup import Lineup
     from actcache.store import Store

@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from actcache.capture.capture import CaptureSettings
 from actcache.capture.search import Outcome
+from actcache.capture.settings import CaptureSettings
 from actcache.errors import IncompatibleError, InputError
 from actcache.models.backbone import Backbone
 from actcache.models.cost import ModelShape

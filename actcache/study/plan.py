@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from actcache.capture.capture import CaptureSettings
+from actcache.capture.settings import CaptureSettings
 from actcache.errors import InputError
 from actcache.models.checkpoint import DTYPES
 from actcache.models.cost import ModelShape, Numbers
