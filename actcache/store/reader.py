@@ -233,6 +233,27 @@ class Store:
         rows, offsets = self._rows(layout.row_path(site, label, boundary), self._indices(events), spans)
         return layout.to_torch(rows, self.dtype), offsets
 
+    def sequence_states(
+        self, label: str, boundary: int, events: Events = None, *, site: str = layout.STATE
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As :meth:`states`, but what events share is read once: the rows of each distinct sequence of theirs.
+
+        Returns:
+            rows ``[N, D]`` in :attr:`dtype` and offsets ``[s + 1]`` int64: sequence j, in the order of the first event
+            asked of it, has rows ``offsets[j]:offsets[j + 1]``, up to the last position asked. And positions ``[n, 2]``
+            int64: the sequence and the position in it of each event asked, as :meth:`actcache.LateStack.run` takes
+            them.
+
+        Raises:
+            InputError: as :meth:`states`; or the store was captured with ``divergence`` rows, and has no sequences.
+            CorruptStoreError: stored bytes are not those committed.
+        """
+        if not self.fingerprint.has_prefix_rows:
+            raise InputError(f"{self.path} has the rows of events alone, not of sequences: read them by states()")
+        indices = self._indices(events)
+        furthest, positions = self.reading(lambda: self._by_sequence(indices))
+        return *self.states(label, boundary, indices[furthest].tolist(), site=site), torch.from_numpy(positions)
+
     def final(self, label: str, events: Events = None) -> torch.Tensor:
         """Last block's output, before the final norm, at each event's position: ``[n, D]`` (errors as states)."""
         self._check_label(label)
@@ -323,6 +344,23 @@ class Store:
         row_shape: tuple[int, ...] = () if array == "token_ids" else (self.width,)
         dtype = "int32" if array == "token_ids" else layout.stored_dtype(self.fingerprint.dtype)
         return shard.read_spans(requests, int(offsets[-1]), row_shape, dtype), torch.from_numpy(offsets)
+
+    def _by_sequence(self, indices: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Which of the events asked goes furthest in each distinct sequence, ``[s]``, and of each event its sequence
+        and the position in it, ``[n, 2]``; sequences are in the order of their first event."""
+        place = np.empty((len(indices), 2), np.int64)  # the segment, and the sequence's first row in it
+        position = np.empty(len(indices), np.int64)
+
+        def look_up(segment: Segment, asked: npt.NDArray[np.int64]) -> None:
+            first, stop = segment.event_rows[indices[asked] - segment.events.start].T
+            place[asked, 0], place[asked, 1], position[asked] = segment.events.start, first, stop - first - 1
+
+        shard.at_once(self.storage, [partial(look_up, *given) for given in self._by_segment(indices)])
+        _, first_event, which = np.unique(place, axis=0, return_index=True, return_inverse=True)
+        sequence = np.argsort(np.argsort(first_event))[which.reshape(-1)]
+        order = np.lexsort((position, sequence))
+        furthest = order[np.diff(sequence[order], append=-1) != 0]
+        return furthest, np.stack([sequence, position], axis=1)
 
     def reading(self, read: Callable[[], T]) -> T:
         """The result of a read of the segments, which is made again where a compaction has moved what it reads."""

@@ -103,11 +103,12 @@ class LocalEngine:
         found = self._states.get(place)
         if found is None:
             store, labels = self.store, self.store.checkpoints
-            read = {label: store.states(label, job.boundary, indices) for label in labels if kept is None}
-            rows = {label: rows for label, (rows, _) in read.items()}
-            offsets = next((offsets for _, offsets in read.values()), torch.empty(0, dtype=torch.int64))
+            read = {label: store.sequence_states(label, job.boundary, indices) for label in labels if kept is None}
+            rows = {label: rows for label, (rows, *_) in read.items()}
+            nowhere = torch.empty(0, dtype=torch.int64), torch.empty(0, 2, dtype=torch.int64)
+            offsets, positions = next((places for _, *places in read.values()), nowhere)
             final = {label: store.final(label, indices) for label in labels}
-            found = States(self.events(job.segment)["event_id"].to_pylist(), rows, offsets, final)
+            found = States(self.events(job.segment)["event_id"].to_pylist(), rows, offsets, positions, final)
             while len(self._states) >= _STATES_KEPT:
                 self._states.pop(next(iter(self._states)))
             self._states[place] = found

@@ -46,12 +46,13 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True)
 class States:
-    """What a job reads of one segment at one boundary, all in the order of its events.
+    """What a job reads of one segment at one boundary, all but the rows in the order of its events.
 
     Attributes:
         keys: event ids.
-        rows: of each checkpoint, ``[N, D]``; none where nothing is replayed.
-        offsets: ``[n + 1]``, where each event's rows begin.
+        rows: of each checkpoint, ``[N, D]``, those of each distinct sequence once; none where nothing is replayed.
+        offsets: ``[s + 1]``, where each sequence's rows begin.
+        positions: ``[n, 2]``, the sequence and the position in it of each event.
         final: of each checkpoint's own forward, ``[n, D]``.
         kept: final states of the job's own cells by ``scope/upstream``, ``[n, D]``, where an earlier one left them.
     """
@@ -59,6 +60,7 @@ class States:
     keys: list[str]
     rows: dict[str, torch.Tensor]
     offsets: torch.Tensor
+    positions: torch.Tensor
     final: dict[str, torch.Tensor]
     kept: dict[str, torch.Tensor] | None = None
 
@@ -248,20 +250,21 @@ class ReplayJob:
         late = engine.late(self.late, self.boundary)
         moves = Moves()
         try:
-            for sequences, numbers, hidden in late.iterate_variants(
+            for of_events, numbers, hidden in late.iterate_variants(
                 read.rows[base],
                 read.offsets,
                 [replay.variant for replay in replays],
+                positions=read.positions,
                 donors=read.rows,
                 keys=read.keys,
                 strict=self.strict,
                 max_tokens=self.max_tokens,
                 moves=moves,
             ):
-                table.add(sequences, numbers, hidden)
+                table.add(of_events, numbers, hidden)
                 for number, states in plain.items():
                     of_replay = numbers == number
-                    states[sequences[of_replay]] = hidden[of_replay]
+                    states[of_events[of_replay]] = hidden[of_replay]
                 told(sum(len(replays[number].cells) for number in numbers.tolist()))
             table.finish()
         except NotFiniteError as error:

@@ -72,7 +72,7 @@ class ScoreTable:
         self._readouts, self._pair_ids, self._own = readouts, pair_ids, own
         shape = n_replays, len(pair_ids)
         self._logits = {name: torch.full((*shape, 2), torch.nan) for name in readouts}
-        self._whole, self._at_once = frozenset(whole), 1 if one_by_one else _WHOLE_AT_ONCE
+        self._whole, self._one_by_one = frozenset(whole), one_by_one
         self._top1 = {name: torch.full(shape, -1, dtype=torch.int64) for name in readouts}
         self._kl = {name: torch.full(shape, torch.nan) for name in readouts}
         self._waiting: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
@@ -91,13 +91,14 @@ class ScoreTable:
         chosen = torch.isin(replays, torch.tensor(sorted(self._whole), dtype=torch.int64))
         if chosen.any():
             self._waiting.append((events[chosen], replays[chosen], final_hidden[chosen]))
-            if sum(len(part[0]) for part in self._waiting) >= self._at_once:
+            if self._one_by_one or sum(len(part[0]) for part in self._waiting) >= _WHOLE_AT_ONCE:
                 self.finish()
 
     def finish(self) -> None:
         """Score what waits for it by the whole vocabulary: the head's whole weight is read for each lot."""
-        if self._waiting:
-            events, replays, final_hidden = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        waiting = [torch.cat(parts) for parts in zip(*self._waiting, strict=True)]
+        lots = zip(*(part.split(1) if self._one_by_one else [part] for part in waiting), strict=True)
+        for events, replays, final_hidden in lots:
             for name, readout in self._readouts.items():
                 if self._own is None:
                     try:

@@ -52,6 +52,8 @@ class Twin:
                 assert offsets.dtype == torch.int64
                 assert offsets.tolist() == np.cumsum([0, *map(len, want)]).tolist()
                 assert bits(rows) == bits(torch.cat([nothing, *want]))
+                if self.fingerprint["row_selection"] == "prefix":
+                    self.check_sequences(store.sequence_states(label, boundary, events), events, want)
             for site, blocks in store.sites.items():
                 for block in blocks:
                     key = (site, label, block)
@@ -65,6 +67,26 @@ class Twin:
         assert found.dtype == torch.int64
         assert found.tolist() == [token for one in ids for token in one.tolist()]
         assert offsets.tolist() == np.cumsum([0, *map(len, ids)]).tolist()
+
+    def check_sequences(
+        self, found: tuple[torch.Tensor, ...], events: Sequence[int], want: Sequence[torch.Tensor]
+    ) -> None:
+        """What events share is there once, in the order of their first, up to the last of their positions."""
+        rows, offsets, positions = found
+        assert offsets.dtype == positions.dtype == torch.int64
+        assert positions.shape == (len(events), 2)
+        assert len(rows) == offsets[-1]
+        asked = [(name, event["sequence"]) for name, event in (self.events()[number] for number in events)]
+        distinct = list(dict.fromkeys(asked))
+        assert positions.tolist() == [
+            [distinct.index(sequence), len(own) - 1] for sequence, own in zip(asked, want, strict=True)
+        ]
+        longest = [
+            max(len(own) for own, other in zip(want, asked, strict=True) if other == sequence) for sequence in distinct
+        ]
+        assert offsets.diff().tolist() == longest
+        for (sequence, position), own in zip(positions.tolist(), want, strict=True):
+            assert bits(rows[offsets[sequence] :][: position + 1]) == bits(own)
 
     def check_tables(self, store: Store) -> None:
         rows = [row | {"segment": name} for name, row in self.events()]
