@@ -242,6 +242,30 @@ def _linear(result: Mapping[str, Any]) -> str:
     return table(["product", "by", "G multiply-adds/s", "of torch", "of the ceiling", "error"], rows)
 
 
+def _kernels(result: Mapping[str, Any]) -> str:
+    """Replays with one kernel exchanged for a rival, beside those with our kernels."""
+    seconds = {name: of for one in result["workloads"] for name, of in one["seconds"].items()}
+    spread = {name: of for one in result["workloads"] for name, of in one["spread_s"].items()}
+    rows = [["all of ours", "", *_replay_times("actcache", seconds, spread), "", ""]]
+    for one in result["kernels"]:
+        if "not_measured" in one:
+            rows.append([one["kernel"], one["not_measured"], "", "", "", ""])
+        else:
+            times = f"{one['times']:.3f}x", f"{one['cpu_times']:.3f}x"
+            rows.append([one["kernel"], one["rival"], *_replay_times(one["rival"], seconds, spread), *times])
+    head = ["kernel exchanged", "for", "a replay", "fastest to slowest", "of ours", "CPU time"]
+    load = result["load"]
+    said = (
+        f"Load of the machine: {load['before'][0]:.1f} before, {load['after'][0]:.1f} after; {result['repeat']} rounds."
+    )
+    return f"{table(head, rows)}\n\n{said}"
+
+
+def _replay_times(name: str, seconds: Mapping[str, float], spread: Mapping[str, Sequence[float]]) -> tuple[str, str]:
+    low, high = spread[name]
+    return _seconds(seconds[name]), f"{_seconds(low)} to {_seconds(high)}"
+
+
 def _feed(result: Mapping[str, Any]) -> str:
     copy = result["ceiling_rows_per_s"]["copy in memory"]["median"]
     rows = [
@@ -266,6 +290,7 @@ _TITLES = {
     "codec": "Codecs on bf16 states",
     "gather": "Gathering rows",
     "linear": "Linear layers in float32",
+    "kernels": "Kernels exchanged for short rivals",
     "feed": "Feeding a trainer",
 }
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -276,6 +301,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "codec": lambda result: _named_tables(result, "states", _codec),
     "gather": lambda result: _named_tables(result, "layouts", lambda of: _rates(of, "percent_of_memcpy")),
     "linear": _linear,
+    "kernels": _kernels,
     "feed": _feed,
 }
 

@@ -17,15 +17,18 @@ import pytest
 import tiny
 import torch
 
+from actcache.models.packing import attend_in_core
+
 pytestmark = pytest.mark.slow
 
 TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0]) if find_spec("transformer_lens") else 0
 BENCHES = Path(__file__).parent.parent / "benches"
 
 
-@pytest.mark.parametrize("name", ["codec", "feed", "gather", "linear", "store"])
+@pytest.mark.parametrize("name", ["codec", "feed", "gather", "kernels", "linear", "store"])
 def test_a_bench_at_a_small_size(name, page, monkeypatch, capsys):
-    """Each compares what it times first, bit for bit, and exits otherwise; the docs can show what it finds."""
+    """Each compares what it times first, bit for bit or to rounding, and exits otherwise; the docs can show what it
+    finds."""
     monkeypatch.syspath_prepend(BENCHES)
     threads = torch.get_num_threads()
     try:
@@ -35,6 +38,27 @@ def test_a_bench_at_a_small_size(name, page, monkeypatch, capsys):
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["bench"], result["cpus"] > 0) == (name, True)
     assert page(result).count("\n| --- |") >= 1
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_rival_of_packed_attention_computes_the_same(window, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHES)
+    attend_padded = importlib.import_module("bench_kernels").attend_padded
+    generator, bounds = torch.Generator().manual_seed(0), [0, 7, 8, 20, 23]
+    given = [torch.randn(1, n_heads, bounds[-1], 8, generator=generator) for n_heads in (6, 2, 2)]
+    for scaling in (None, 0.5):
+        found = attend_padded(*given, bounds, scaling, window)
+        assert torch.allclose(found, attend_in_core(*given, bounds, scaling, window), atol=1e-5)
+
+
+def test_a_kernel_that_gives_other_margins_than_its_rival_ends_the_bench(benches, monkeypatch):
+    kernels = importlib.import_module("bench_kernels")
+    wrong = lambda query, key, value, *more: torch.zeros_like(query).transpose(1, 2)  # noqa: E731
+    monkeypatch.setattr(kernels, "attend_padded", wrong)
+    with pytest.raises(SystemExit, match=r"right-padded: a margin differs by .*; no figures"):
+        kernels.main(["--smoke"])
+    with pytest.raises(SystemExit):
+        kernels.main(["--smoke", "--dtype", "bfloat16"])
 
 
 def test_the_verb_runs_them_and_keeps_the_figures(tmp_path):
