@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,17 @@ OnProgress: TypeAlias = Callable[[Progress], object]
 
 def untold(progress: Progress) -> None:
     """Tell nobody: the default of every stage."""
+
+
+class Told(Protocol):
+    """What hears how far a piece of a stage is: :meth:`Tally.add`."""
+
+    def __call__(self, n: int = 0, *, tokens: int = 0, doing: str = "") -> object:
+        """``n`` units more are done, and ``tokens`` were run."""
+
+
+def nobody_told(n: int = 0, *, tokens: int = 0, doing: str = "") -> None:
+    """Tell nobody."""
 
 
 class Tally:

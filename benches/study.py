@@ -26,7 +26,6 @@ from transformers.utils import logging
 
 import actcache
 from actcache.analyses.grid import GridSettings, run_grid
-from actcache.capture.capture import capture
 from actcache.capture.settings import CaptureSettings
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import find_anatomy
@@ -38,6 +37,7 @@ from actcache.replay.edits import Add, Edit, Interpolate, Variant
 from actcache.replay.late_stack import LateStack
 from actcache.replay.modes import MAX_TOKENS
 from actcache.store import Store, open_store
+from actcache.study.capture import capture
 
 CROSSED = (("pt", "it"), ("it", "pt"))  # (upstream, late)
 REPLAY_TARGET = 1.15  # times the limit

@@ -10,7 +10,7 @@ import tiny
 from conftest import MAX_NEW
 from stores import make_fingerprint, make_segment
 
-from actcache.capture.capture import digests_of_segments
+from actcache.capture.growth import digests_of_segments
 from actcache.cli import main
 from actcache.errors import IncompatibleError
 from actcache.prompts import read_prompts

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
+from conftest import MAX_NEW
+from twins import reference
 
 import actcache
 from actcache.analyses.grid import GridSettings, jobs_left, run_grid
+from actcache.capture.given import given_by
+from actcache.capture.settings import CaptureSettings
 from actcache.cli import main
 from actcache.errors import CorruptFileError, IncompatibleError
+from actcache.models.cost import ModelShape
+from actcache.models.lineup import Lineup
+from actcache.prompts import read_prompts
 from actcache.replay.edits import Add, Edit, Interpolate, Variant
 from actcache.replay.late_stack import LateStack
 from actcache.study import results
+from actcache.study.capture import LocalCapture
+from actcache.study.capture_job import CaptureJob, RowsJob
 from actcache.study.cells import finished_cells
+from actcache.study.decode_job import DecodeJob
 from actcache.study.engine import LocalEngine
+from actcache.study.finished import truth
+from actcache.study.forward_job import ForwardJob
+from actcache.study.plan import Study
+from actcache.study.work import Expected, total
 
 pytestmark = pytest.mark.slow
 
@@ -46,14 +62,28 @@ def settings(**more):
 WORKER = """
 import pickle, sys
 from pathlib import Path
-import pyarrow.parquet as pq
 import actcache
+from actcache.models.lineup import Lineup
+from actcache.study.capture import LocalCapture
 from actcache.study.engine import LocalEngine
 job, place, checkpoints = pickle.loads(Path(sys.argv[1]).read_bytes())
-engine = LocalEngine.of(actcache.open_store(place), checkpoints)
-result = job.run(engine, job.read(engine))
-pq.write_table(result.table, sys.argv[2])
+store = actcache.open_store(place)
+if hasattr(job, "settings") or hasattr(job, "sites"):
+    from actcache.study.finished import settings_of
+    engine = LocalCapture(Lineup.open(checkpoints), getattr(job, "settings", settings_of(store)))
+    engine.hold(store.segments)
+else:
+    engine = LocalEngine.of(store, checkpoints)
+Path(sys.argv[2]).write_bytes(pickle.dumps(job.run(engine, job.read(engine))))
 """
+
+
+def in_a_fresh_process(job, run, checkpoints, folder):
+    (folder / "job").write_bytes(pickle.dumps((job, str(run.out / "store"), checkpoints)))
+    command = [sys.executable, "-c", WORKER, str(folder / "job"), str(folder / "given")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return pickle.loads((folder / "given").read_bytes())
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -64,16 +94,187 @@ def test_a_job_in_a_fresh_process_gives_the_same_table(captured, tmp_path, stric
     job = jobs[1]
     engine = LocalEngine.of(run.store, checkpoints)
     here = job.run(engine, job.read(engine)).table
-    (tmp_path / "job").write_bytes(pickle.dumps((job, str(run.out / "store"), checkpoints)))
-    command = [sys.executable, "-c", WORKER, str(tmp_path / "job"), str(tmp_path / "table")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    there = pq.read_table(tmp_path / "table")
+    there = in_a_fresh_process(job, run, checkpoints, tmp_path).table
     if strict:
         assert there.equals(here)
     else:
         assert there.drop_columns(["margin", "noop_delta"]).equals(here.drop_columns(["margin", "noop_delta"]))
         assert max(abs(a - b) for a, b in zip(*(t["margin"].to_pylist() for t in (here, there)), strict=True)) < 1e-4
+
+
+# ---- jobs over full models ----
+
+
+def sequences_of(run, n=6):
+    ids, offsets = run.store.token_ids(range(n))
+    return tuple(tuple(ids[a:b].tolist()) for a, b in itertools.pairwise(offsets.tolist()))
+
+
+def forward_job(run, **more):
+    sequences = sequences_of(run)
+    first = tuple(max(0, len(ids) - 5) for ids in sequences)
+    return ForwardJob(
+        **{"checkpoint": "c", "label": "it", "dtype": "float32", "sequences": sequences, "first": first}
+        | {"strict": True, "max_tokens": 64}
+        | more
+    )
+
+
+def decode_job(run, **more):
+    sequences = tuple(ids[: 4 + number] for number, ids in enumerate(sequences_of(run)))
+    return DecodeJob(
+        **{"checkpoint": "c", "label": "it", "dtype": "float32", "sequences": sequences, "max_new": 9}
+        | {"end_ids": (tiny.EOS_ID,), "max_positions": None, "max_tokens": 4096}
+        | more
+    )
+
+
+@pytest.mark.parametrize("make", [forward_job, decode_job])
+def test_a_job_over_a_full_model_in_a_fresh_process_gives_the_same_table(captured, tmp_path, make):
+    run, checkpoints = captured
+    job = make(run)
+    here = job.run(LocalEngine.of(run.store, checkpoints))
+    there = in_a_fresh_process(job, run, checkpoints, tmp_path)
+    assert here.table.num_rows
+    assert there.table.equals(here.table)
+    assert there.notes == here.notes
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_forward_job_chooses_as_plain_forwards_do(captured, strict):
+    run, checkpoints = captured
+    job = forward_job(run, strict=strict)
+    rows = job.run(LocalEngine.of(run.store, checkpoints)).table.to_pylist()
+    model = reference.load(checkpoints["it"], torch.float32)
+    expected = []
+    for number, (ids, first) in enumerate(zip(job.sequences, job.first, strict=True)):
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0].float()
+        for position in range(first, len(ids)):
+            top = logits[position].topk(2)
+            expected.append((number, position, int(top.indices[0]), float(top.values[0] - top.values[1])))
+    assert [(r["sequence"], r["position"], r["top1_id"]) for r in rows] == [one[:3] for one in expected]
+    assert [r["gap"] for r in rows] == pytest.approx([one[3] for one in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [({}, {"max_new"}), ({"end_ids": "some"}, {"end_token"}), ({"max_positions": 12}, {"position_limit"})],
+)
+def test_a_decode_job_writes_what_a_loop_of_forwards_writes(captured, more, why):
+    run, checkpoints = captured
+    engine = LocalEngine.of(run.store, checkpoints)
+    if more.get("end_ids"):  # what is chosen at the third step of each, so that all end there or before
+        written = decode_job(run, end_ids=()).run(engine).table["token_ids"].to_pylist()
+        more = {"end_ids": tuple(sorted({ids[2] for ids in written}))}
+    job = decode_job(run, **more)
+    rows = job.run(engine).table.to_pylist()
+    model = reference.load(checkpoints["it"], torch.float32)
+    for row, given in zip(rows, job.sequences, strict=True):
+        ids, ended_by = list(given), "max_new"
+        for _ in range(job.max_new):
+            with torch.no_grad():
+                token = int(model(torch.tensor([ids])).logits[0, -1].float().argmax())
+            if token in job.end_ids:
+                ended_by = "end_token"
+                break
+            ids.append(token)
+            last = len(ids) - len(given) == job.max_new
+            if not last and job.max_positions is not None and len(ids) > job.max_positions:
+                ended_by = "position_limit"
+                break
+        assert (row["token_ids"], row["ended_by"]) == (ids[len(given) :], ended_by)
+    assert why <= {row["ended_by"] for row in rows}
+
+
+def capture_jobs(run, checkpoints):
+    lineup = Lineup.open(checkpoints)
+    job_settings = CaptureSettings((2, 3), max_new=MAX_NEW, shard_prompts=4)
+    prompts = read_prompts(run.prompts)[:4]
+    segment = run.store.segments[0]
+    given = given_by(run.store, lineup, limit=4)
+    return {
+        "searched": CaptureJob(
+            store="s",
+            segment="one",
+            settings=job_settings,
+            prompts=tuple(prompts),
+            ids=tuple(map(tuple, lineup.encode(prompts))),
+        ),
+        "given": CaptureJob(
+            store="s",
+            segment="two",
+            settings=job_settings,
+            prompts=tuple(one.as_prompt() for one in given),
+            given=tuple(given),
+        ),
+        "rows": RowsJob(
+            store="s",
+            segment=segment.name,
+            lengths=tuple(segment.row_offsets[1:] - segment.row_offsets[:-1]),
+            sites=(("state", (1,)), ("mlp", (2,))),
+        ),
+    }
+
+
+@pytest.mark.parametrize("kind", ["searched", "given", "rows"])
+def test_a_capture_job_in_a_fresh_process_gives_the_same_rows(captured, tmp_path, kind):
+    run, checkpoints = captured
+    job = capture_jobs(run, checkpoints)[kind]
+    engine = LocalCapture(Lineup.open(checkpoints), getattr(job, "settings", CaptureSettings((2, 3))))
+    engine.hold(run.store.segments)
+    here, there = job.run(engine, job.read(engine)), in_a_fresh_process(job, run, checkpoints, tmp_path)
+    if kind != "rows":
+        assert here.events.num_rows
+        assert here.events.equals(there.events)
+        here, there = here.states | here.final, there.states | there.final
+    assert here.keys() == there.keys()
+    for key, rows in here.items():
+        assert len(rows)
+        assert torch.equal(rows, there[key])
+
+
+def test_keys_hold_what_is_given_depends_on(captured):
+    run, checkpoints = captured
+    forward, decode = forward_job(run), decode_job(run)
+    others = [
+        forward_job(run, **more).key
+        for more in ({"dtype": "bfloat16"}, {"strict": False}, {"checkpoint": "d"}, {"first": (0,) * 6})
+    ]
+    assert all(other != forward.key for other in others)
+    assert forward_job(run, max_tokens=9).key == forward.key, "a strict forward has no packs"
+    others = [decode_job(run, **more).key for more in ({"max_new": 8}, {"end_ids": ()}, {"max_positions": 99})]
+    assert all(other != decode.key for other in others)
+    searched = capture_jobs(run, checkpoints)["searched"]
+    assert dataclasses.replace(searched, prompts=searched.prompts[::-1]).key != searched.key
+    assert dataclasses.replace(searched, expected=Expected(1.0, 3.0, 3.0)).key == searched.key
+
+
+def test_costs_of_jobs_sum_up_to_what_a_run_took(captured):
+    """What the planner counts of a whole run is the sum over its jobs."""
+    run, checkpoints = captured
+    lineup = Lineup.open(checkpoints)
+    shapes = {label: ModelShape.of_checkpoint(checkpoint) for label, checkpoint in lineup.checkpoints.items()}
+    prompts = read_prompts(run.prompts)
+    lengths = [len(ids) for ids in lineup.encode(prompts)]
+    study = Study(shapes, lengths, CaptureSettings((2, 3), shard_prompts=4))
+    asked = GridSettings((2, 3)).of_pair(["pt", "it"], ("pt", "it"))
+    took = truth(study, run.store, {}, finished_cells(run.out / "cells", run.store))
+    parts = total(job.cost(shapes) for job in jobs_left(run.store, {}, asked))
+    assert parts["grid"] == pytest.approx(took["grid_multiply_adds"])
+    ids = sequences_of(run, len(run.store))
+    forward = forward_job(run, sequences=ids, first=tuple(len(one) - 1 for one in ids)).cost(shapes).parts["forward"]
+    shape = shapes["it"]
+    counted = sum(shape.products(np.array([len(one)], float)) + shape.head_products for one in ids)
+    assert forward == pytest.approx(counted)
+    decode = decode_job(run)
+    counted = sum(
+        shape.products(np.array([len(one)], float))
+        + shape.head_products
+        + sum(shape.step_products(np.array([len(one) + step], float)) + shape.head_products for step in range(8))
+        for one in decode.sequences
+    )
+    assert decode.cost(shapes).parts["decode"] == pytest.approx(counted)
 
 
 def test_equal_jobs_have_equal_keys_and_others_have_not(captured):

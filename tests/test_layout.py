@@ -33,14 +33,14 @@ FLOW = {
         *("tokens", "checkpoint_files", "checkpoint", "lineup", "blocks", "probe", "packing", "linear", "readout"),
         *("regimes", "cost", "backbone", "gather"),
     ),
-    "capture": ("settings", "growth", "given", "events", "search", "forward", "rerun", "capture"),
+    "capture": ("settings", "growth", "given", "events", "search", "counter", "forward", "rerun", "decide"),
     "replay": (
         *("vectors", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "passes", "late_stack"),
         "sweep",
     ),
     "study": (
-        *("statistics", "results", "scores", "work", "cells", "jobs", "engine", "runner", "plan", "finished"),
-        *("run_folder", "analysis", "run"),
+        *("statistics", "results", "scores", "work", "cells", "jobs", "replay_job", "forward_job", "decode_job"),
+        *("capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "analysis", "run"),
     ),
     "analyses": ("stability", "effects", "grid", "depth"),
     "report": ("visible", "figures", "page"),

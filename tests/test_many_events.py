@@ -16,7 +16,7 @@ from actcache.replay.edits import Add, Edit, Interpolate, MatchedNorm, Replace, 
 from actcache.replay.late_stack import LateStack
 from actcache.store import open_store
 from actcache.study.engine import LocalEngine
-from actcache.study.jobs import States
+from actcache.study.replay_job import States
 
 pytestmark = pytest.mark.slow
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import actcache
+from actcache.capture.counter import SearchCounter
 from actcache.capture.search import SearchLimits, propose
 from actcache.capture.settings import CaptureSettings
 from actcache.cli import main
@@ -29,10 +30,10 @@ from actcache.models.lineup import Lineup
 from actcache.replay.late_stack import LateStack
 from actcache.sealed import json_bytes
 from actcache.study.cells import finished_cells
-from actcache.study.finished import SearchCounter, _shared_counts, replays_of
-from actcache.study.plan import Study, default_assumptions, estimate, search_batches
+from actcache.study.finished import _shared_counts, replays_of
+from actcache.study.plan import Study, default_assumptions, estimate
 from actcache.study.run_folder import RunFolder
-from actcache.study.work import ReplayWork
+from actcache.study.work import CaptureWork, ReplayWork
 
 pytestmark = pytest.mark.slow
 
@@ -208,11 +209,11 @@ def test_every_row_against_a_loop_over_events(models):
     assert found["raw_bytes"] == found["rows"] * 32 * 4
 
 
-def test_searches_are_batched_as_the_search_does():
+def test_searches_are_batched_as_the_search_does(models):
     rng = random.Random(0)
     lengths = [rng.randint(1, 60) for _ in range(50)]
     capture = CaptureSettings((1,), shard_prompts=8, max_tokens=100)
-    batches = search_batches(lengths, capture)
+    batches = CaptureWork(lengths, capture).batches({"pt": models["llama"][1]})
     assert sum(n for _, n in batches) == len(lengths)
     assert all(n * longest <= 100 or n == 1 for longest, n in batches)
 
@@ -544,7 +545,7 @@ def test_more_of_everything_costs_more(tiny_run, plan):
 
 
 def test_a_gpu_is_planned_for_without_one(tiny_run, plan, monkeypatch):
-    monkeypatch.setattr("actcache.study.plan.share_threads", None)  # this machine's threads have no part in it
+    monkeypatch.setattr("actcache.study.work.share_threads", None)  # this machine's threads have no part in it
     found = plan(
         *of(tiny_run("llama", torch.float32)), "--device", "cuda", "--dtype", "bfloat16", "--rate", "300TFLOP/s"
     )

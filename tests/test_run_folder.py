@@ -22,7 +22,7 @@ from actcache.cli import main
 from actcache.errors import IncompatibleError
 from actcache.sealed import read_json
 from actcache.store import compact
-from actcache.study.jobs import ReplayJob
+from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
 
 pytestmark = pytest.mark.slow

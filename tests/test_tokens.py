@@ -12,12 +12,12 @@ import pytest
 import tiny
 from transformers import AutoTokenizer
 
-from actcache.capture.capture import capture, fingerprint
 from actcache.capture.settings import CaptureSettings
 from actcache.errors import IncompatibleError, InputError
 from actcache.models.lineup import Lineup
 from actcache.prompts import Prompt
 from actcache.store import open_store
+from actcache.study.capture import capture, fingerprint
 
 BOS, END = "<|bos|>", "<|end|>"
 N_ROWS = tiny.VOCAB_SIZE + 4  # rows of the embeddings: some are of no token yet

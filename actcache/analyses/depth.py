@@ -24,7 +24,7 @@ from actcache.schema import GRID
 from actcache.store import Store
 from actcache.study.analysis import Analysis, Lines, Numbers, Section, option
 from actcache.study.cells import Finished
-from actcache.study.jobs import ReplayJob
+from actcache.study.replay_job import ReplayJob
 from actcache.study.statistics import DRAWS, LEVEL, SEED, check_bootstrap, number, prompt_sums, ranks, ratio, resample
 
 _ALIKE = ("kind", "pair", "scope", "readout")  # events of one group, at every boundary

@@ -35,9 +35,9 @@ from actcache.study.cells import (
     gather_cells,
 )
 from actcache.study.engine import LocalEngine
-from actcache.study.jobs import ReplayJob
+from actcache.study.replay_job import ReplayJob
 from actcache.study.results import file_name, has_earlier_files
-from actcache.study.runner import run_jobs
+from actcache.study.runner import run_replays
 from actcache.study.scores import readout_names
 from actcache.study.work import ReplayWork
 
@@ -152,7 +152,7 @@ def run_grid(
         return late
 
     said: list[str] = []
-    run_jobs(jobs, LocalEngine(store, load, finished), folder, tally)
+    run_replays(jobs, LocalEngine(store, load, finished), folder, tally.add)
     cells = gather_cells(folder, store, strict=settings.strict, max_tokens=settings.max_tokens)
     asked = (
         (boundary, scope, [variant.name for variant in settings.variants_at(boundary)])
@@ -169,6 +169,7 @@ def jobs_left(store: Store, finished: Finished, settings: GridSettings) -> list[
     """What of these settings, ``of_depth``, is not finished: one job per segment, boundary and late stack, or more
     where scopes lack different cells. Jobs that read the same states follow one another."""
     jobs = []
+    lengths = [position + 1 for position in store.events["position"].to_pylist()]
     for segment, of_segment in by_segment(finished, store):
         for boundary in settings.boundaries:
             for late in store.checkpoints:
@@ -182,7 +183,7 @@ def jobs_left(store: Store, finished: Finished, settings: GridSettings) -> list[
                     ReplayJob(
                         store=store.fingerprint.digest,
                         segment=segment.name,
-                        n_events=segment.n_events,
+                        lengths=tuple(lengths[segment.events.start : segment.events.stop]),
                         checkpoints=tuple(store.checkpoints),
                         boundary=boundary,
                         late=late,

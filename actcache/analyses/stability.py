@@ -4,19 +4,19 @@ An argmax may depend on the shape of the batch that computed it, above all in bf
 pair decide every event anew on its own sequence, twice in each dtype: *strict*, one sequence per forward, and *packed*,
 many in one. Nothing is captured again; the token ids in the store are enough.
 
-For whoever asks how many of a run's events its numerics have made. Knows the store, backbones and readouts; loads no
-models itself.
+For whoever asks how many of a run's events its numerics have made. The choices are those of forward jobs. Knows the
+store and jobs; loads no models itself.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,18 +25,19 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from actcache.errors import InputError, NotFiniteError
+from actcache.errors import InputError
 from actcache.files import locked, write_atomically
-from actcache.finite import not_finite
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import DTYPES
-from actcache.models.packing import offsets_of
-from actcache.models.regimes import Regimes
 from actcache.progress import OnProgress, Tally, untold
-from actcache.schema import CHOSEN_KINDS, ROLES
+from actcache.schema import CHOSEN_KINDS, ROLES, digest_of
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
 from actcache.store import Store
 from actcache.study.cells import identity
+from actcache.study.engine import LocalEngine
+from actcache.study.forward_job import ForwardJob
+from actcache.study.jobs import Result
+from actcache.study.runner import run_jobs
 
 UNIT = "decisions"  # what is counted: one event's by one checkpoint in one dtype, strict or packed
 
@@ -117,14 +118,13 @@ def check_stability(
     chosen = {label: table[f"y_{role}"].to_numpy() for role, label in zip(ROLES, pair, strict=True)}
     stored = _Choices({label: compared.following(tokens) for label, tokens in chosen.items()}, {})
     tally = tally or Tally(len(dtypes) * n_decisions(len(indices)), UNIT, untold)
+    engine = LocalEngine(store, load_backbone=load)
+    names = table["event_id"].to_pylist()
     parts = []
     for dtype in dtypes:
-        strict, packed = _Choices({}, {}), _Choices({}, {})
-        reasons = []
-        for label in pair:
-            # Only the called function holds the backbone, so it is gone before the next one is loaded.
-            reason = _choose(load(label, DTYPES[dtype]), compared, label, strict, packed, max_tokens, tally)
-            reasons += [reason] if reason else []
+        strict, packed, reasons = _choose(
+            engine, [_job(store, compared, names, one, dtype) for one in pair], max_tokens, tally
+        )
         if reasons:
             packed = strict
             say(f"{dtype}: one sequence per forward: {reasons[0]}")
@@ -312,15 +312,6 @@ class _Choices:
     gaps: dict[str, Floats]  # label -> [C]; none for choices that were not made here
 
 
-class _Leg(NamedTuple):
-    """The beginning of a sequence, whose last positions are compared: those of one regime."""
-
-    start: int  # where it begins in ids
-    length: int
-    n_compared: int
-    is_last: bool  # of its sequence
-
-
 @dataclass(frozen=True)
 class _Compared:
     """The compared positions of n sequences, one after another: C of them, ``step + 1`` a sequence, its last ones."""
@@ -334,14 +325,10 @@ class _Compared:
         """``[n + 1]``, where each sequence's compared positions begin among all C."""
         return np.concatenate([[0], np.cumsum(self.step + 1)])
 
-    def legs(self, regimes: Regimes) -> Iterator[_Leg]:
-        """Every sequence, once for each regime that its compared positions are in: as its own choices were made."""
-        for start, stop, step in zip(
-            self.offsets[:-1].tolist(), self.offsets[1:].tolist(), self.step.tolist(), strict=True
-        ):
-            length = stop - start
-            for first, last in regimes.legs(length - step, length):
-                yield _Leg(start, last, last - first + 1, last == length)
+    @property
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        """Token ids of each."""
+        return tuple(tuple(self.ids[start:stop].tolist()) for start, stop in itertools.pairwise(self.offsets.tolist()))
 
     @cached_property
     def rows(self) -> Ints:
@@ -372,44 +359,37 @@ class _Compared:
         return self.first(np.logical_or(*(tokens != following for tokens in choices.tokens.values())))
 
 
-@torch.no_grad()
+def _job(store: Store, compared: _Compared, events: Sequence[str], label: str, dtype: str) -> ForwardJob:
+    """What a checkpoint chooses at every compared position, strictly."""
+    return ForwardJob(
+        checkpoint=digest_of(store.fingerprint.checkpoints[label].to_json()),
+        label=label,
+        dtype=dtype,
+        sequences=compared.sequences,
+        first=tuple((np.diff(compared.offsets) - compared.step - 1).tolist()),
+        strict=True,
+        max_tokens=0,
+        names=tuple(f"event {event}" for event in events),
+    )
+
+
 def _choose(
-    backbone: Backbone,
-    compared: _Compared,
-    label: str,
-    strict: _Choices,
-    packed: _Choices,
-    max_tokens: int,
-    tally: Tally,
-) -> str | None:
-    """Fill in one checkpoint's choices under both numerics; the reason why packs are not exact, or None."""
-    reason = backbone.why_not_packable()
-    legs = list(compared.legs(backbone.regimes))
-    for choices, pack_tokens in ((strict, 0), (packed, max_tokens)):
-        if choices is packed and reason:
-            choices.tokens[label], choices.gaps[label] = strict.tokens[label], strict.gaps[label]
-            tally.add(found=len(compared.step))
-            continue
-        tokens, gaps = [], []
-        for pack in backbone.regimes.packs([leg.length for leg in legs], pack_tokens):
-            members = [legs[i] for i in pack]
-            bounds = offsets_of([leg.length for leg in members]).tolist()
-            ids = torch.cat([compared.ids[leg.start : leg.start + leg.length] for leg in members])
-            rows = [torch.arange(end - leg.n_compared, end) for leg, end in zip(members, bounds[1:], strict=True)]
-            hidden = backbone.forward(bounds, input_ids=ids[None].to(backbone.device))
-            try:
-                best, logits = backbone.readout.top2(hidden[torch.cat(rows).to(hidden.device)])
-            except NotFiniteError as error:
-                at = bisect_right(np.cumsum([leg.n_compared for leg in members]).tolist(), error.row or 0)
-                leg = members[at]
-                ids_of = compared.ids[leg.start : leg.start + leg.length].tolist()
-                whose = f"checkpoint {label} in {backbone.dtype}, event {pack.start + at} of those checked"
-                raise not_finite(whose, "a logit", backbone, ids_of) from error
-            tokens.append(best[:, 0].numpy())
-            gaps.append((logits[:, 0] - logits[:, 1]).numpy())
-            tally.add(sum(leg.is_last for leg in members), tokens=bounds[-1])
-        choices.tokens[label], choices.gaps[label] = np.concatenate(tokens), np.concatenate(gaps)
-    return reason
+    engine: LocalEngine, strictly: Sequence[ForwardJob], max_tokens: int, tally: Tally
+) -> tuple[_Choices, _Choices, list[str]]:
+    """The choices of some jobs, of the same ones in packs, and why packs are not exact, where they are not."""
+    strict, packed = _Choices({}, {}), _Choices({}, {})
+    reasons: list[str] = []
+
+    def keep(job: ForwardJob, result: Result) -> None:
+        choices = strict if job.strict else packed
+        choices.tokens[job.label] = result.table["top1_id"].to_numpy()
+        choices.gaps[job.label] = result.table["gap"].to_numpy()
+        if (reason := result.notes["not_packable"]) is not None:
+            reasons.append(reason)
+
+    in_packs = (replace(job, strict=False, max_tokens=max_tokens) for job in strictly)
+    run_jobs(itertools.chain.from_iterable(zip(strictly, in_packs, strict=True)), engine, keep, tally.add)
+    return strict, packed, reasons
 
 
 def _where_parted(

@@ -17,7 +17,7 @@ from actcache.finite import not_finite
 from actcache.models.backbone import Backbone
 from actcache.models.packing import offsets_of
 from actcache.models.regimes import Regimes
-from actcache.progress import Tally
+from actcache.progress import Told
 from actcache.store import Segment
 from actcache.store.layout import STATE_DTYPES, Sites
 from actcache.store.segment_data import SiteRows
@@ -30,7 +30,7 @@ def rows_to_add(
     backbones: Mapping[str, Backbone],
     regimes: Regimes,
     pack_tokens: int,
-    tally: Tally,
+    told: Told,
     between: Callable[[], None],
 ) -> SiteRows:
     """Rows of further sites of a segment, at the positions whose rows it has.
@@ -41,7 +41,7 @@ def rows_to_add(
         backbones: of all checkpoints of the store, by label.
         regimes: in which sequences share a forward.
         pack_tokens: tokens of one forward; 0 for one sequence each.
-        tally: of sequences.
+        told: hears of sequences.
         between: called before each forward; may raise.
 
     Raises:
@@ -73,7 +73,7 @@ def rows_to_add(
                     what = said_of_site(site, block)
                     raise not_finite(whose, what, backbone, ids[offsets[n] : offsets[n + 1]].tolist())
                 out[site, label, block][to] = rows
-        tally.add(len(numbers), tokens=len(tokens))
+        told(len(numbers), tokens=len(tokens))
     return out
 
 

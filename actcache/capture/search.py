@@ -47,10 +47,12 @@ class Decoding(StrEnum):
 
 @dataclass
 class Proposal:
-    """Tokens that both checkpoints chose after the given ids, up to where the search ended."""
+    """Tokens that both checkpoints chose after the given ids, up to where the search ended, and the one that both chose
+    there; ``last`` is None where they diverged."""
 
     outcome: Outcome
     shared: list[int] = field(default_factory=list)
+    last: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def propose(
     """Search every sequence for the first token at which the two checkpoints differ, as far as its regime goes.
 
     Args:
-        backbones: the two checkpoints of the pair.
+        backbones: the two checkpoints of the pair; or one alone, which never differs: its own continuation.
         sequences: token ids to continue, of any lengths >= 1.
         n_compared: how many choices of each sequence were compared before (0 for a bare prompt).
         limits: when to give up.
@@ -177,7 +179,7 @@ class _Search:
         if ended is None and length == self.regimes.last(length):
             ended = Outcome.OPEN
         if ended is not None:
-            proposal.outcome = ended
+            proposal.outcome, proposal.last = ended, token
             return False
         proposal.shared.append(token)
         return True

@@ -249,7 +249,7 @@ def _compare(args: argparse.Namespace) -> None:
 def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Path) -> tuple[Study, Finished]:
     """What a run computed, and its finished jobs; where there is none, with the grid that would be scored."""
     from actcache.analyses.grid import GridSettings, planned_work
-    from actcache.capture.capture import digests_of_segments
+    from actcache.capture.growth import digests_of_segments
     from actcache.prompts import digest, read_prompts
     from actcache.study.cells import finished_cells
     from actcache.study.finished import replays_of, settings_of

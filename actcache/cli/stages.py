@@ -237,7 +237,7 @@ def _capture(args: argparse.Namespace) -> None:
 
 def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Lineup:
     quiet_libraries()
-    from actcache.capture.capture import capture
+    from actcache.study.capture import capture
 
     check_device(args.device)
     lineup = open_lineup(args)

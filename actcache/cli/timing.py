@@ -41,15 +41,15 @@ class CaptureClock(_Clock):
     """Times a capture and counts what its searches compute: pass :meth:`load` to it."""
 
     def __init__(self, lineup: Lineup, settings: CaptureSettings) -> None:
-        from actcache.study.finished import SearchCounter
+        from actcache.capture.counter import SearchCounter
 
         super().__init__()
         self._lineup, self._settings, self._counter = lineup, settings, SearchCounter()
 
     def load(self, label: str) -> Backbone:
         """The backbone of a checkpoint, watched."""
-        from actcache.capture.capture import load_backbone
         from actcache.models.cost import ModelShape
+        from actcache.study.capture import load_backbone
 
         with self.loading():
             backbone = load_backbone(self._lineup, label, self._settings)

@@ -23,9 +23,9 @@ from actcache.sealed import json_bytes, parquet_bytes, read_json, read_parquet
 from actcache.store import Store
 from actcache.study.cells import Finished, finished_cells, gather_cells, identity
 from actcache.study.engine import LocalEngine
-from actcache.study.jobs import ReplayJob
+from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
-from actcache.study.runner import run_jobs
+from actcache.study.runner import run_replays
 
 Options = TypeVar("Options")
 LoadLate = Callable[[str, int], LateStack]
@@ -170,7 +170,7 @@ def answer(
 
     Raises:
         InputError: the store cannot serve these options.
-        CheckError, CorruptFileError, NotFiniteError: see :meth:`actcache.study.jobs.ReplayJob.run`.
+        CheckError, CorruptFileError, NotFiniteError: see :meth:`actcache.study.replay_job.ReplayJob.run`.
     """
     store = folder.open_store()
     finished = finished_cells(folder.cell_groups, store)
@@ -180,7 +180,7 @@ def answer(
     if jobs:
         folder.cell_groups.mkdir(parents=True, exist_ok=True)
         tally = Tally(sum(job.n_units for job in jobs), "replays", on_progress)
-        run_jobs(jobs, LocalEngine(store, load_late, finished), folder.cell_groups, tally)
+        run_replays(jobs, LocalEngine(store, load_late, finished), folder.cell_groups, tally.add)
     cells = gather_cells(folder.cell_groups, store, **exactness)
     numbers = analysis.numbers(cells, store, options)
     made_from = _made_from(analysis, folder, store)

@@ -41,8 +41,8 @@ class Scored:
 
     Attributes:
         path: of its table.
-        key: of the job, see :class:`actcache.study.jobs.ReplayJob`; and of how it went: ``mode``, how sequences shared
-            a forward, and ``still`` (name -> in how many cells of one readout the variant moved nothing).
+        key: of the job, see :class:`actcache.study.replay_job.ReplayJob`; and of how it went: ``mode``, how sequences
+            shared a forward, and ``still`` (name -> in how many cells of one readout the variant moved nothing).
         events: whose cells it has, as indices of the store: ``[n]``.
     """
 

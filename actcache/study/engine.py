@@ -10,20 +10,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from actcache.errors import IncompatibleError
+from actcache.models.backbone import Backbone
+from actcache.models.checkpoint import DTYPES, Checkpoint
 from actcache.models.readout import Readout
 from actcache.replay.late_stack import LateStack
 from actcache.store import Segment, Store
 from actcache.study.cells import Finished, Scored
-from actcache.study.jobs import ReplayJob, States
+from actcache.study.replay_job import ReplayJob, States
 from actcache.study.scores import Scores, score
 
+LoadLate = Callable[[str, int], LateStack]
+LoadBackbone = Callable[[str, torch.dtype], Backbone]
+
 _STATES_KEPT = 2  # those that are replayed, and those read ahead
+
+
+def _refuse(label: str, what: object) -> NoReturn:
+    raise TypeError("the engine was given nothing to load this kind of model by")
 
 
 class LocalEngine:
@@ -35,16 +45,24 @@ class LocalEngine:
     """
 
     def __init__(
-        self, store: Store, load_late: Callable[[str, int], LateStack], finished: Finished | None = None
+        self,
+        store: Store,
+        load_late: LoadLate = _refuse,
+        finished: Finished | None = None,
+        *,
+        load_backbone: LoadBackbone = _refuse,
     ) -> None:
         """Over this store.
 
         Args:
-            store: with prefix rows.
+            store: with prefix rows, where late stacks are asked for.
             load_late: gives the late stack of a checkpoint, by label, from a boundary on, in the store's dtype.
             finished: see :class:`LocalEngine`.
+            load_backbone: gives the backbone of a checkpoint, by label, in a dtype.
         """
         self.store, self.finished, self._load_late = store, finished or {}, load_late
+        self._load_backbone = load_backbone
+        self._backbone: tuple[tuple[str, str], Backbone] | None = None
         self._segments: dict[str, Segment] = {segment.name: segment for segment in store.segments}
         self._first: dict[str, int] = {}  # the boundary to load a late stack from, where it is known
         self._lates: dict[str, LateStack] = {}
@@ -53,13 +71,17 @@ class LocalEngine:
 
     @classmethod
     def of(cls, store: Store, checkpoints: Mapping[str, str | Path], device: str = "cpu") -> LocalEngine:
-        """One that loads late stacks from the folders of the checkpoints, by label, as a worker does that has no more
-        than a job and these places."""
+        """One that loads models from the folders of the checkpoints, by label, as a worker does that has no more than a
+        job and these places."""
 
-        def load(label: str, boundary: int) -> LateStack:
+        def load_late(label: str, boundary: int) -> LateStack:
             return LateStack.load(checkpoints[label], boundary, dtype=store.dtype, device=device)
 
-        return cls(store, load)
+        def load_backbone(label: str, dtype: torch.dtype) -> Backbone:
+            checkpoint = Checkpoint.open(label, checkpoints[label])
+            return Backbone(checkpoint.load(dtype, device))
+
+        return cls(store, load_late, load_backbone=load_backbone)
 
     def expect(self, jobs: Iterable[ReplayJob]) -> None:
         """Hear of jobs before they are run: each late stack is loaded once, from the first boundary that replays it."""
@@ -121,6 +143,13 @@ class LocalEngine:
             self._lates.pop(label, None)  # before another is loaded
             self._lates[label] = self._load_late(label, first)
         return self._lates[label].at(boundary)
+
+    def backbone(self, label: str, dtype: str) -> Backbone:
+        """The backbone of a checkpoint; one is let go before another is loaded, so that memory holds one model."""
+        if self._backbone is None or self._backbone[0] != (label, dtype):
+            self._backbone = None
+            self._backbone = (label, dtype), self._load_backbone(label, DTYPES[dtype])
+        return self._backbone[1]
 
     def readout(self, label: str) -> Readout:
         """The final norm and head of a checkpoint; beside them the last block alone, where no more is needed."""

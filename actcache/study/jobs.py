@@ -1,344 +1,58 @@
 """Jobs: units of work as plain data. A job says what to compute and nothing about where.
 
-Each is frozen and can be pickled: a worker that has an :class:`Engine` gives the same table as this process. Its
-``key`` holds all that its rows depend on, and names its file (results.py). :meth:`ReplayJob.run` computes it. What it
-costs is in work.py; in which order jobs run, and what is kept of them, is the runner's.
+Each kind has a file: :class:`actcache.study.replay_job.ReplayJob` (stored rows behind a late stack),
+:class:`actcache.study.forward_job.ForwardJob` and :class:`actcache.study.decode_job.DecodeJob` (a full model over given
+sequences), :class:`actcache.study.capture_job.CaptureJob` (a segment of prompts). All are frozen and can be pickled: a
+worker that has an engine gives what this process gives. In which order jobs run is the runner's.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import pyarrow as pa
 import torch
 
-from actcache.errors import CheckError, NotFiniteError
-from actcache.models.readout import Readout
-from actcache.replay.edits import PLAIN, Edit, Replace, Variant
-from actcache.replay.late_stack import LateStack
-from actcache.replay.moves import Moves
-from actcache.study.cells import cell_table
-from actcache.study.scores import Scores, ScoreTable, readout_order, whose_head
+from actcache.models.cost import ModelShape
+from actcache.progress import Told, nobody_told
+from actcache.study.work import Cost
 
-# How far a replayed diagonal margin may lie from the native one: absolute, and per unit of the larger of the two
-# logits, whose rounding it is. float32 leaves two decimal digits of room over what was seen; bfloat16 keeps 8 bits of
-# each state, and a margin is a difference of two sums over D of them.
-NOOP_TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (0.1, 0.05), torch.float16: (0.02, 0.01)}
+Engine = TypeVar("Engine", contravariant=True)
+Read = TypeVar("Read")
+Given = TypeVar("Given", covariant=True)
+
+
+class Job(Protocol[Engine, Read, Given]):
+    """What the runner and the planner know of a job."""
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """All that what it gives depends on: equal keys give the same."""
+
+    @property
+    def n_units(self) -> int:
+        """What its progress counts, in units of its kind."""
+
+    def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
+        """What it takes, with checkpoints of these shapes, by label."""
+
+    def read(self, engine: Engine) -> Read:
+        """What it needs from the store: called while the job before it runs."""
+
+    def run(self, engine: Engine, read: Read, told: Told = nobody_told) -> Given:
+        """Compute."""
 
 
 class Result(NamedTuple):
-    """What a job gives.
+    """What a job gives that makes a table.
 
     Attributes:
         table: its rows.
         notes: on how it went, which its rows do not depend on.
-        final: final states of plain cells, ``[E, D]`` by ``scope/upstream``.
+        final: final states of plain cells, ``[E, D]`` by ``scope/upstream``; of replays only.
     """
 
     table: pa.Table
     notes: dict[str, Any]
     final: dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class States:
-    """What a job reads of one segment at one boundary, all but the rows in the order of its events.
-
-    Attributes:
-        keys: event ids.
-        rows: of each checkpoint, ``[N, D]``, those of each distinct sequence once; none where nothing is replayed.
-        offsets: ``[s + 1]``, where each sequence's rows begin.
-        positions: ``[n, 2]``, the sequence and the position in it of each event.
-        final: of each checkpoint's own forward, ``[n, D]``.
-        kept: final states of the job's own cells by ``scope/upstream``, ``[n, D]``, where an earlier one left them.
-    """
-
-    keys: list[str]
-    rows: dict[str, torch.Tensor]
-    offsets: torch.Tensor
-    positions: torch.Tensor
-    final: dict[str, torch.Tensor]
-    kept: dict[str, torch.Tensor] | None = None
-
-
-class Engine(Protocol):
-    """What a job asks of what it is run with."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of states and weights."""
-
-    def events(self, segment: str) -> pa.Table:
-        """Of a segment."""
-
-    def states(self, job: ReplayJob) -> States:
-        """What a job reads."""
-
-    def late(self, label: str, boundary: int) -> LateStack:
-        """The late stack of a checkpoint from a boundary on."""
-
-    def readout(self, label: str) -> Readout:
-        """The final norm and head of a checkpoint."""
-
-    def native(self, segment: str, late: str, whose: str, final: torch.Tensor, pair_ids: torch.Tensor) -> Scores:
-        """What a head makes of a checkpoint's own final states."""
-
-
-@dataclass(frozen=True)
-class _Replay:
-    """One replay of all events of a segment, and the cells that it serves: (scope, upstream)."""
-
-    variant: Variant  # as it is replayed
-    name: str  # of the variant asked for
-    cells: tuple[tuple[str, str], ...]
-    n_of_scope: int = 0  # how many of its first edits are the scope's own, not the variant's
-
-
-@dataclass(frozen=True, eq=False)
-class ReplayJob:
-    """The events of one segment at one boundary behind one late stack: every upstream in some scopes, plain or under
-    variants, scored by some readouts.
-
-    Attributes:
-        store: digest of the store's fingerprint.
-        segment: its name.
-        n_events: of the segment.
-        checkpoints: labels of all upstreams, in the store's order.
-        boundary: first late block.
-        late: label of the late stack.
-        scopes: of ``prefix`` and ``position``.
-        readouts: ``native``, ``common_<label>``.
-        variants: what to change; :data:`actcache.replay.edits.PLAIN` is the plain grid.
-        top1: whether variants get ``top1_id`` too; plain cells always do.
-        kl: whether cells get ``kl``.
-        strict: one sequence per forward.
-        max_tokens: tokens per forward otherwise; None for what suits the device.
-    """
-
-    store: str
-    segment: str
-    n_events: int
-    checkpoints: tuple[str, ...]
-    boundary: int
-    late: str
-    scopes: tuple[str, ...]
-    readouts: tuple[str, ...]
-    variants: tuple[Variant, ...]
-    top1: bool = False
-    kl: bool = False
-    strict: bool = False
-    max_tokens: int | None = None
-
-    def __post_init__(self) -> None:
-        """Put everything in one order: equal jobs give equal bytes."""
-        object.__setattr__(self, "scopes", tuple(sorted(self.scopes)))
-        object.__setattr__(self, "readouts", tuple(sorted(self.readouts, key=readout_order)))
-        by_name = sorted(self.variants, key=lambda variant: (variant.name != PLAIN.name, variant.name))
-        object.__setattr__(self, "variants", tuple(by_name))
-
-    @cached_property
-    def key(self) -> dict[str, Any]:
-        """All that its rows depend on. In packs, their rounding depends on the segment and ``max_tokens`` too."""
-        return {
-            "store": self.store,
-            "segment": self.segment,
-            "boundary": self.boundary,
-            "late": self.late,
-            "scopes": sorted(self.scopes),
-            "readouts": sorted(self.readouts),
-            "variants": {variant.name: variant.digest for variant in self.variants},
-            "top1": self.top1,
-            "kl": self.kl,
-            "whole": sorted(variant.name for variant in self.variants if not variant.at_last_only),
-            **self.exactness,
-        }
-
-    @property
-    def exactness(self) -> dict[str, Any]:
-        """What the rounding of its cells depends on, beside the segment."""
-        return {"strict": self.strict, "max_tokens": self.max_tokens}
-
-    @property
-    def n_units(self) -> int:
-        """(event, scope, upstream, variant) combinations."""
-        return self.n_events * len(self.scopes) * len(self.checkpoints) * len(self.variants)
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing is edited: final states that were kept serve it without a replay."""
-        return all(variant.name == PLAIN.name for variant in self.variants)
-
-    def read(self, engine: Engine) -> States:
-        """The states of its segment, from the store; or the final states that an earlier job kept."""
-        return engine.states(self)
-
-    def run(self, engine: Engine, read: States, told: Any = lambda n: None) -> Result:
-        """Replay and score every cell.
-
-        Raises:
-            CheckError: a diagonal cell is off its native margin by more than rounding, or that is off what capture
-                stored.
-            NotFiniteError: a state or logit is NaN or infinite.
-            InputError: an edit that moves nothing, or whose vectors do not fit.
-        """
-        events = engine.events(self.segment)
-        pair_ids = torch.tensor([events["y_pt"].to_pylist(), events["y_it"].to_pylist()]).T
-        whose = {name: whose_head(name, self.late) for name in self.readouts}
-        readouts = {one: engine.readout(one) for one in whose.values()}  # one head may go by two names
-        natives = {one: self._native(engine, events, pair_ids, one, read) for one in readouts}
-        columns: list[dict[str, Any]] = []
-        final: dict[str, torch.Tensor] = {}
-        still: Counter[str] = Counter()
-        mode = None
-        for base in self.checkpoints:
-            if not (replays := self._replays(base)):
-                continue
-            table = ScoreTable(
-                len(replays),
-                readouts,
-                pair_ids,
-                whole=[n for n, replay in enumerate(replays) if replay.name == PLAIN.name or self.top1 or self.kl],
-                one_by_one=self.strict,
-                own=read.final[self.late] if self.kl else None,
-            )
-            plain = [number for number, replay in enumerate(replays) if replay.name == PLAIN.name]
-            states = {number: torch.empty_like(read.final[base]) for number in plain}
-            mode, moves = self._fill(engine, read, base, replays, table, states, told)
-            for number, replay in enumerate(replays):
-                if replay.name == PLAIN.name:
-                    final |= {f"{scope}/{upstream}": states[number].clone() for scope, upstream in replay.cells}
-                elif moves is not None:
-                    still[replay.name] += len(replay.cells) * int(moves.still(number, after=replay.n_of_scope).sum())
-                for (scope, upstream), name in ((cell, name) for cell in replay.cells for name in self.readouts):
-                    scored, noop = table.scores(number, whose[name]), None
-                    if upstream == self.late and replay.name == PLAIN.name:
-                        native = natives[whose[name]]
-                        noop = scored.margin - native.margin
-                        self._check_noop(engine.dtype, events, name, native, noop)
-                        scored = native
-                    column = {"boundary": self.boundary, "scope": scope, "upstream": upstream, "late": self.late}
-                    column |= {"readout": name, "variant": replay.name, "kl": scored.kl}
-                    columns.append(column | {"margin": scored.margin, "top1_id": scored.top1, "noop_delta": noop})
-        notes = {"mode": mode, "still": {name: n for name, n in sorted(still.items()) if n}}
-        return Result(cell_table(events, sorted(columns, key=self._place), with_kl=self.kl), notes, final)
-
-    def _fill(
-        self,
-        engine: Engine,
-        read: States,
-        base: str,
-        replays: Sequence[_Replay],
-        table: ScoreTable,
-        plain: Mapping[int, torch.Tensor],
-        told: Any,
-    ) -> tuple[str, Moves | None]:
-        """Give the table all final states, replayed or as an earlier job kept them, and fill in those of the ``plain``
-        replays, ``[n, D]`` by number."""
-        at = torch.arange(self.n_events)
-        if read.kept is not None:
-            for number, states in plain.items():
-                scope, upstream = replays[number].cells[0]
-                states.copy_(read.kept[f"{scope}/{upstream}"])
-                table.add(at, torch.full_like(at, number), states)
-                told(len(replays[number].cells) * self.n_events)
-            table.finish()
-            return "kept", None
-        late = engine.late(self.late, self.boundary)
-        moves = Moves()
-        try:
-            for of_events, numbers, hidden in late.iterate_variants(
-                read.rows[base],
-                read.offsets,
-                [replay.variant for replay in replays],
-                positions=read.positions,
-                donors=read.rows,
-                keys=read.keys,
-                strict=self.strict,
-                max_tokens=self.max_tokens,
-                moves=moves,
-            ):
-                table.add(of_events, numbers, hidden)
-                for number, states in plain.items():
-                    of_replay = numbers == number
-                    states[of_events[of_replay]] = hidden[of_replay]
-                told(sum(len(replays[number].cells) for number in numbers.tolist()))
-            table.finish()
-        except NotFiniteError as error:
-            place = f"late stack of checkpoint {self.late}, states of {base} at boundary {self.boundary}"
-            variant = "" if error.row is None else f", variant {replays[error.row].name!r}"
-            raise NotFiniteError(f"{place}{variant}: {error}") from error
-        return "single" if self.strict else late.mode, moves
-
-    def _replays(self, base: str) -> list[_Replay]:
-        """What is replayed from one checkpoint's rows.
-
-        Scope ``prefix`` replays the upstream's rows. Scope ``position`` replays the late checkpoint's own rows with
-        row p replaced: an edit of the last position like any other, which shares the keys and values of the rest. On
-        the diagonal both are one and the same.
-        """
-        replays: list[_Replay] = []
-        for variant in self.variants:
-            own = [(scope, base) for scope in self.scopes if scope == "prefix" or base == self.late]
-            if own:
-                replays.append(_Replay(variant, variant.name, tuple(own)))
-            if "position" in self.scopes and base == self.late:
-                for upstream in self.checkpoints:
-                    if upstream != self.late:
-                        edits = (Edit(Replace(upstream), positions="last"), *variant.edits)
-                        edited = Variant(variant.name, edits, variant.placebo)
-                        replays.append(_Replay(edited, variant.name, (("position", upstream),), 1))
-        return replays
-
-    def _place(self, column: Mapping[str, Any]) -> tuple[int, ...]:
-        """Where a column stands among those of its event."""
-        return (
-            self.scopes.index(column["scope"]),
-            self._numbers[column["variant"]],
-            self.checkpoints.index(column["upstream"]),
-            self.readouts.index(column["readout"]),
-        )
-
-    @cached_property
-    def _numbers(self) -> dict[str, int]:
-        return {variant.name: number for number, variant in enumerate(self.variants)}
-
-    def _native(self, engine: Engine, events: pa.Table, pair_ids: torch.Tensor, whose: str, read: States) -> Scores:
-        """What a head makes of the late checkpoint's own final states, which capture stored."""
-        native = engine.native(self.segment, self.late, whose, read.final[self.late], pair_ids)
-        if whose == self.late:
-            self._check_capture(engine.dtype, events, native)
-        return native
-
-    def _check_capture(self, dtype: torch.dtype, events: pa.Table, native: Scores) -> None:
-        """What a checkpoint's head makes of its stored final states is what it made of them when they were captured."""
-        captured = torch.tensor(events[f"margin_{self.late}"].to_pylist(), dtype=torch.float32)
-        for first, allowed, n in _beyond(dtype, native, native.margin - captured):
-            raise CheckError(
-                f"the final norm and head of {self.late} are not those of the capture: event "
-                f"{events['event_id'][first]} has a margin of {native.margin[first]:.6g}, captured was "
-                f"{captured[first]:.6g} (allowed {allowed:.2g} apart); {n} of {len(captured)} events are; use the "
-                "captured checkpoint"
-            )
-
-    def _check_noop(
-        self, dtype: torch.dtype, events: pa.Table, readout: str, native: Scores, noop: torch.Tensor
-    ) -> None:
-        for first, allowed, n in _beyond(dtype, native, noop):
-            raise CheckError(
-                f"replaying {self.late} over its own states is not a no-op: event {events['event_id'][first]} at "
-                f"boundary {self.boundary}, readout {readout}, is off its native margin {native.margin[first]:.6g} by "
-                f"{noop[first]:.3g} (allowed {allowed:.2g}); {n} of {len(noop)} events are"
-            )
-
-
-def _beyond(dtype: torch.dtype, native: Scores, delta: torch.Tensor) -> Iterator[tuple[int, float, int]]:
-    """The first event that is off by more than rounding, what was allowed there, and how many are; at most once."""
-    absolute, relative = NOOP_TOLERANCE[dtype]
-    allowed = absolute + relative * native.logits.abs().amax(dim=1)
-    wrong = torch.nonzero(~(delta.abs() <= allowed)).flatten().tolist()
-    if wrong:
-        yield wrong[0], float(allowed[wrong[0]]), len(wrong)

@@ -1,13 +1,9 @@
 """Plan: what a study will take, before it runs: tokens, bytes, multiply-adds, memory and time.
 
 From configs, the tokenizer and a prompts file alone; a model is built without weights, on torch's meta device, to count
-its parameters exactly. What no config tells, such as how many tokens a pair shares before it diverges, is a stated
-assumption, or taken from a small earlier run of the pair (finished.py). Knows models' shapes; knows no stores, no
-command line and no folders of runs.
-
-Multiply-adds are those of blocks (see :class:`ModelShape`), and of the head wherever the code asks for whole-vocabulary
-logits; the two logits of an event's own tokens are not counted. The last block is counted whole, though packed replay
-computes no more of it than keys and values but at the last position.
+its parameters exactly. The estimate is the sum of what the jobs to come cost (work.py). What no config tells, such as
+how many tokens a pair shares before it diverges, is a stated assumption, or taken from a small earlier run of the pair
+(finished.py). Knows models' shapes; knows no stores, no command line and no folders of runs.
 """
 
 from __future__ import annotations
@@ -16,7 +12,6 @@ import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,28 +20,19 @@ import torch
 from actcache.capture.settings import CaptureSettings
 from actcache.errors import InputError
 from actcache.models.checkpoint import DTYPES
-from actcache.models.cost import ModelShape, Numbers
+from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
-from actcache.models.readout import MAX_LOGITS_AT_ONCE
-from actcache.models.regimes import ONE_REGIME, Regimes
-from actcache.replay.modes import MAX_TOKENS, TOKENS_OF_A_WORKER
-from actcache.replay.workers import share_threads
-from actcache.study.work import Cost, ReplayWork, total
+from actcache.study.work import CaptureWork, Cost, Expected, ReplayWork, checks, replay_memory, total
 
-# Where no pilot says otherwise. The two pairs tried at hand shared 6 tokens (the shipped one) and 14 (SmolLM2) before
-# they diverged; that every prompt diverges is what costs most in all but the search.
-SHARED_TOKENS = 10.0
-EVENT_SHARE = 1.0
 # Raw bytes over stored ones, as measured on the states of SmolLM2 and Gemma 3.
 COMPRESSION = {
     ("float32", "blosc"): 1.09,
     ("bfloat16", "blosc"): 1.23,
     ("bfloat16", "actcache.bf16_planes"): 1.49,
 }
-# Bytes that a tokenizer takes for each token of its vocabulary, measured on SmolLM2's.
-TOKENIZER_BYTES = 700
 STAGES = ("capture", "stability", "grid")
 _PARTS_OF = {"capture": ("search", "capture"), "stability": ("stability",), "grid": ("grid", "variants")}
+PARTS = tuple(part for parts in _PARTS_OF.values() for part in parts)
 RATED = ("search", "capture", "stability", "grid")  # variants run at the grid's rate
 # Rows of these are counts, bytes and seconds, in the order in which they are shown.
 ESTIMATED = (
@@ -70,8 +56,6 @@ ESTIMATED = (
     "stability_s",
     "grid_s",
 )
-
-N_SEARCHED = 2  # checkpoints that a search and a check of stability run: the pair
 
 # ---- what is planned ----
 
@@ -99,16 +83,10 @@ class Study:
         """Of every checkpoint."""
         return next(iter(self.shapes.values()))
 
-    @cached_property
-    def search_batches(self) -> list[tuple[int, int]]:
-        """See :func:`search_batches`."""
-        regimes = Regimes.joined(shape.regimes for shape in self.shapes.values())
-        return search_batches(self.lengths, self.capture, regimes)
-
     @property
-    def itemsize(self) -> int:
-        """Bytes of one value of a state or weight."""
-        return DTYPES[self.capture.dtype].itemsize
+    def captured(self) -> CaptureWork:
+        """What the capture computes."""
+        return CaptureWork(self.lengths, self.capture)
 
     @property
     def n_checkpoints(self) -> int:
@@ -143,14 +121,16 @@ class Assumptions:
     load_s: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def expected(self) -> Expected:
+        """How searches end."""
+        return Expected(self.event_share, self.shared_tokens, self.eventless_tokens)
+
 
 def default_assumptions(capture: CaptureSettings) -> Assumptions:
     """Those for a pair of which nothing is known yet; ``rates`` are left to the caller."""
-    longest = capture.max_new - 1.0
     return Assumptions(
-        event_share=EVENT_SHARE,
-        shared_tokens=min(SHARED_TOKENS, longest),
-        eventless_tokens=longest,
+        **asdict(Expected.of(capture)),
         compression=COMPRESSION.get((capture.dtype, capture.codec), 1.0),
         sources=dict.fromkeys(("event_share", "shared_tokens", "eventless_tokens", "compression"), "default"),
     )
@@ -168,140 +148,44 @@ def estimate(study: Study, assumed: Assumptions) -> dict[str, float]:
     """Expected values of the rows ``ESTIMATED``; those of time are left out without rates."""
     prompts = np.asarray(study.lengths, np.float64)
     sequences = prompts + assumed.shared_tokens
-    share = assumed.event_share
+    share, expected = assumed.event_share, assumed.expected
+    n_events, n_tokens = share * len(prompts), share * float(sequences.sum())
     rows: dict[str, float] = {
         "prompts": len(prompts),
         "prompt_tokens": float(prompts.sum()),
-        "events": share * len(prompts),
-        "tokens": share * float(sequences.sum()),
+        "events": n_events,
+        "tokens": n_tokens,
+        **stored_of(study, n_tokens, n_events),
     }
-    rows |= _stored(study, rows["tokens"], rows["events"])
     rows["stored_bytes"] = rows["raw_bytes"] / assumed.compression
-    rows["search_multiply_adds"] = _search(study, assumed, study.search_batches)
+    capture = study.captured.cost(study.shapes, expected)
     replays = [one.cost(study.shape, study.n_checkpoints, sequences, share) for one in study.work]
-    n_choices = rows["events"] * (1 + assumed.shared_tokens)
-    rows |= multiply_adds_of(study, sequences, share, n_choices, replays, rows["events"])
-    rows["multiply_adds"] = together(rows)
-    rows["hooks_multiply_adds"] += _search(study, assumed, [(length, 1) for length in study.lengths])
-    rows |= _memory(study, assumed)
+    rows |= multiply_adds_of([capture, checks(capture, study.n_checkpoints, study.stability, n_events), *replays])
+    rows["capture_memory_bytes"] = study.captured.memory(study.shapes, expected)
+    if study.work:
+        rows["grid_memory_bytes"] = replay_memory(study.work, study.captured, study.shapes, expected)
     for stage in assumed.rates and STAGES:
         rows[f"{stage}_s"] = assumed.load_s.get(stage, 0.0) + sum(
             rows[f"{part}_multiply_adds"] / assumed.rates["grid" if part == "variants" else part]
             for part in _PARTS_OF[stage]
         )
     if assumed.rates:
-        rows["capture_s"] += assumed.search_call_s * _search_calls(study, assumed)
+        rows["capture_s"] += assumed.search_call_s * study.captured.search_calls(study.shapes, assumed.shared_counts)
     return {name: rows[name] for name in ESTIMATED if name in rows}
 
 
-def _stored(study: Study, n_tokens: float, n_events: float) -> dict[str, float]:
+def stored_of(study: Study, n_tokens: float, n_events: float) -> dict[str, float]:
+    """Rows of a study, and their bytes."""
     kept = n_tokens if study.capture.row_selection == "prefix" else n_events
     rows = round(kept) * study.n_checkpoints * len(study.capture.boundaries)
-    return {"rows": rows, "raw_bytes": rows * study.shape.width * study.itemsize}
+    return {"rows": rows, "raw_bytes": rows * study.shape.width * DTYPES[study.capture.dtype].itemsize}
 
 
-def _search(study: Study, assumed: Assumptions, batches: Sequence[tuple[int, int]]) -> float:
-    """Multiply-adds of the pair's searches: each prompt's tokens, padded to the longest of its batch, then one
-    token a step; whole-vocabulary logits each time."""
-    steps = assumed.event_share * assumed.shared_tokens + (1 - assumed.event_share) * assumed.eventless_tokens
-    total, shape = 0.0, study.shape
-    for longest, n in batches:
-        total += n * shape.products(np.array([longest], np.float64))
-        # What attention does grows with every step; the one half-way stands for all.
-        total += n * steps * shape.step_products(np.array([longest + (steps - 1) / 2]))
-        total += n * (1 + steps) * shape.head_products
-    return N_SEARCHED * total
-
-
-def _search_calls(study: Study, assumed: Assumptions) -> float:
-    """Expected number of forwards of all searches: a batch goes on until the last of its prompts is decided."""
-    counts = np.asarray(assumed.shared_counts, np.float64)
-    if not counts.sum():
-        return 0.0
-    decided = np.cumsum(counts) / counts.sum()  # share of prompts that shared at most 0, 1, 2, ... tokens
-    batches = study.search_batches
-    return N_SEARCHED * sum(1 + float((1 - decided**n).sum()) for _, n in batches)
-
-
-def search_batches(
-    lengths: Sequence[int], capture: CaptureSettings, regimes: Regimes = ONE_REGIME
-) -> list[tuple[int, int]]:
-    """``(longest prompt, number of prompts)`` of every batch that the searches begin with."""
-    batches = []
-    for start in range(0, len(lengths), capture.shard_prompts):
-        ordered = sorted(lengths[start : start + capture.shard_prompts])
-        packs = regimes.packs(ordered, capture.max_tokens, padded=True)
-        batches += [(ordered[pack[-1]], len(pack)) for pack in packs]
-    return batches
-
-
-def multiply_adds_of(
-    study: Study, sequences: Numbers, share: float, n_choices: float, replays: Iterable[Cost], n_events: float
-) -> dict[str, float]:
-    """Of capture, stability, grid, variants and of forward hooks that score the same cells: over ``share`` of these
-    sequences, with ``n_choices`` compared in all, and replays that cost so much."""
-    shape, n_checkpoints = study.shape, study.n_checkpoints
-    forwards = n_checkpoints * (share * shape.products(sequences) + n_choices * shape.head_products)
-    # Strict and packed, over the part of the events that is checked in each dtype.
-    n_checks = sum(n_events if n is None else min(n, n_events) for n in study.stability)
-    parts = {
-        "capture": forwards,
-        "stability": 2 * N_SEARCHED / n_checkpoints * forwards * n_checks / n_events if n_events else 0.0,
-        **dict.fromkeys(("grid", "variants", "hooks"), 0.0),
-    }
-    parts |= total(replays)
-    return {f"{part}_multiply_adds": products for part, products in parts.items()}
-
-
-def together(rows: Mapping[str, float]) -> float:
-    """Multiply-adds of all parts of a study."""
-    return sum(rows[f"{part}_multiply_adds"] for part in ("search", "capture", "stability", "grid", "variants"))
-
-
-def _memory(study: Study, assumed: Assumptions) -> dict[str, float]:
-    """Bytes above what the imports take: tokenizers, weights, the largest forward, and the states of the segments on
-    their way."""
-    shape, capture, size = study.shape, study.capture, study.itemsize
-    longest = max(study.lengths) + assumed.shared_tokens
-    segment_tokens = min(len(study.lengths), capture.shard_prompts) * (
-        float(np.mean(study.lengths)) + assumed.shared_tokens
-    )
-    pack_tokens = max(longest, 0 if capture.strict else min(capture.max_tokens, segment_tokens))
-    # Residual stream, its norm and the attention's input and output; an MLP's gate, input and their product.
-    forward = pack_tokens * (4 * shape.width + 3 * shape.widest_side) * size
-    # Logits are float32 whatever the model is, and so is the copy of the head that makes them.
-    logits = 4 * min(MAX_LOGITS_AT_ONCE, max(pack_tokens, 1) * shape.vocab_size)
-    head = 0 if size == 4 else 4 * shape.head_products
-    cache = max(n * (at + assumed.shared_tokens) for at, n in study.search_batches)
-    # A cache grows by a copy with every token, and leaves holes as large as itself behind.
-    cached = 2 * N_SEARCHED * cache * shape.n_blocks * shape.cache_width * size
-    tokenizers = study.n_checkpoints * TOKENIZER_BYTES * shape.vocab_size
-    states = segment_tokens * study.n_checkpoints * shape.width * size
-    # One segment is computed and concatenated while up to two are written.
-    kept = 4 * states * len(capture.boundaries) if capture.row_selection == "prefix" else 0
-    out = {
-        "capture_memory_bytes": tokenizers
-        + study.n_checkpoints * shape.n_parameters * size
-        + max(cached, forward)
-        + logits
-        + head
-        + kept
-    }
-    if study.work:
-        first = min(one.boundary for one in study.work)
-        late = sum(shape.block_parameters[first:]) + shape.readout_parameters
-        on_cpu = capture.device == "cpu"
-        n_workers = share_threads(round(segment_tokens) // TOKENS_OF_A_WORKER)[0] if on_cpu else 1
-        at_once = min(n_workers * MAX_TOKENS[capture.device], segment_tokens)
-        single = all(one.mode == "single" for one in study.work)
-        replayed = longest if single else max(longest, at_once)
-        forwards = forward * replayed / pack_tokens
-        # Cells and variants that differ at position p alone share the late keys and values of a pack.
-        shared = any(one.mode == "packed" and (one.n_last or one.n_crossed(study.n_checkpoints)) for one in study.work)
-        keys = shared * replayed * (shape.n_blocks - first) * shape.cache_width * size
-        weights = study.n_checkpoints * late * size
-        out["grid_memory_bytes"] = tokenizers + weights + forwards + keys + logits + head + 2 * states
-    return out
+def multiply_adds_of(costs: Iterable[Cost]) -> dict[str, float]:
+    """The sum of costs by part, and of the parts; by forward hooks, too."""
+    parts = dict.fromkeys((*PARTS, "hooks"), 0.0) | total(costs)
+    together = sum(parts[part] for part in PARTS)
+    return {f"{part}_multiply_adds": products for part, products in parts.items()} | {"multiply_adds": together}
 
 
 # ---- the machine ----

@@ -1,24 +1,35 @@
-"""Work: what a replay job computes, as far as its cost depends on it, and that cost.
+"""Work: what jobs compute, as far as their cost depends on it, and that cost.
 
-A plan is the sum of the costs of the jobs that are to come; the truth is the same sum over those that are finished.
-Knows models' shapes; knows no stores and no files.
+A plan is the sum of the costs of what is to come; the truth is the same sum over what is finished. Multiply-adds are
+those of blocks (see :class:`actcache.models.cost.ModelShape`), and of the head wherever the code asks for
+whole-vocabulary logits; the two logits of an event's own tokens are not counted. The last block is counted whole,
+though packed replay computes no more of it than keys and values but at the last position. Knows models' shapes; knows
+no stores and no files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from actcache.capture.settings import CaptureSettings
+from actcache.models.checkpoint import DTYPES
 from actcache.models.cost import ModelShape, Numbers
+from actcache.models.readout import MAX_LOGITS_AT_ONCE
+from actcache.models.regimes import Regimes
 from actcache.replay.edits import PLAIN
+from actcache.replay.modes import MAX_TOKENS, TOKENS_OF_A_WORKER
+from actcache.replay.workers import share_threads
 from actcache.study.results import scopes_of
 from actcache.study.scores import whose_head
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Multiply-adds of blocks and heads (see :class:`actcache.models.cost.ModelShape`), by part of a study.
+    """Multiply-adds of blocks and heads, by part of a study.
 
     Attributes:
         parts: part -> multiply-adds, ``hooks`` those of forward hooks that score the same.
@@ -26,7 +37,7 @@ class Cost:
     """
 
     parts: Mapping[str, float]
-    shared: Mapping[tuple[str, ...], tuple[str, float]]
+    shared: Mapping[tuple[str, ...], tuple[str, float]] = field(default_factory=dict)
 
 
 def total(costs: Iterable[Cost]) -> dict[str, float]:
@@ -40,6 +51,174 @@ def total(costs: Iterable[Cost]) -> dict[str, float]:
     for part, products in shared.values():
         parts[part] = parts.get(part, 0.0) + products
     return parts
+
+
+# ---- capture ----
+
+N_SEARCHED = 2  # checkpoints that a search and a check of stability run: the pair
+# Where nothing says otherwise. The two pairs tried at hand shared 6 tokens (the shipped one) and 14 (SmolLM2) before
+# they diverged; that every prompt diverges is what costs most in all but the search.
+SHARED_TOKENS = 10.0
+EVENT_SHARE = 1.0
+# Bytes that a tokenizer takes for each token of its vocabulary, measured on SmolLM2's.
+TOKENIZER_BYTES = 700
+
+
+@dataclass(frozen=True)
+class Expected:
+    """How searches end.
+
+    Attributes:
+        event_share: prompts with an event, of all.
+        shared_tokens: mean number of tokens that both checkpoints choose before an event.
+        eventless_tokens: the same for a prompt that has none.
+    """
+
+    event_share: float
+    shared_tokens: float
+    eventless_tokens: float
+
+    @classmethod
+    def of(cls, settings: CaptureSettings) -> Expected:
+        """Where nothing is known yet."""
+        longest = settings.max_new - 1.0
+        return cls(EVENT_SHARE, min(SHARED_TOKENS, longest), longest)
+
+
+@dataclass(frozen=True)
+class CaptureWork:
+    """What capture jobs compute.
+
+    Attributes:
+        lengths: tokens of every prompt, in order.
+        settings: of the capture.
+        searched: whether events are searched for; given ones are at the ends of the prompts.
+    """
+
+    lengths: Sequence[int]
+    settings: CaptureSettings
+    searched: bool = True
+
+    def cost(self, shapes: Mapping[str, ModelShape], expected: Expected) -> Cost:
+        """What it takes with these checkpoints, the pair among them: searches, and a forward of each over every event's
+        sequence, with whole-vocabulary logits wherever choices are compared."""
+        shape, prompts = _first(shapes), np.asarray(self.lengths, np.float64)
+        if not self.searched:
+            return Cost({"capture": len(shapes) * (shape.products(prompts) + len(prompts) * shape.head_products)})
+        sequences = prompts + expected.shared_tokens
+        n_choices = expected.event_share * len(prompts) * (1 + expected.shared_tokens)
+        return Cost(
+            {
+                "search": self._searches(shape, expected, self.batches(shapes)),
+                "capture": forwards(shapes, sequences, n_choices, expected.event_share),
+                "hooks": self._searches(shape, expected, [(length, 1) for length in self.lengths]),
+            }
+        )
+
+    def _searches(self, shape: ModelShape, expected: Expected, batches: Sequence[tuple[int, int]]) -> float:
+        """Multiply-adds of the pair's searches: each prompt's tokens, padded to the longest of its batch, then one
+        token a step; whole-vocabulary logits each time."""
+        share = expected.event_share
+        steps = share * expected.shared_tokens + (1 - share) * expected.eventless_tokens
+        products = 0.0
+        for longest, n in batches:
+            products += n * shape.products(np.array([longest], np.float64))
+            # What attention does grows with every step; the one half-way stands for all.
+            products += n * steps * shape.step_products(np.array([longest + (steps - 1) / 2]))
+            products += n * (1 + steps) * shape.head_products
+        return N_SEARCHED * products
+
+    def batches(self, shapes: Mapping[str, ModelShape]) -> list[tuple[int, int]]:
+        """``(longest prompt, number of prompts)`` of every batch that the searches begin with."""
+        regimes = Regimes.joined(shape.regimes for shape in shapes.values())
+        batches, n = [], self.settings.shard_prompts
+        for start in range(0, len(self.lengths), n):
+            ordered = sorted(self.lengths[start : start + n])
+            packs = regimes.packs(ordered, self.settings.max_tokens, padded=True)
+            batches += [(ordered[pack[-1]], len(pack)) for pack in packs]
+        return batches
+
+    def search_calls(self, shapes: Mapping[str, ModelShape], shared_counts: Sequence[int]) -> float:
+        """Expected number of forwards of all searches, where 0, 1, 2, ... tokens are shared so often: a batch goes on
+        until the last of its prompts is decided."""
+        counts = np.asarray(shared_counts, np.float64)
+        if not counts.sum():
+            return 0.0
+        decided = np.cumsum(counts) / counts.sum()  # share of prompts that shared at most 0, 1, 2, ... tokens
+        return N_SEARCHED * sum(1 + float((1 - decided**n).sum()) for _, n in self.batches(shapes))
+
+    def memory(self, shapes: Mapping[str, ModelShape], expected: Expected) -> float:
+        """Bytes at most, above what the imports take: tokenizers, weights, the largest forward or the caches of a
+        search, and the states of the segments on their way."""
+        shape, size = _first(shapes), self.itemsize
+        cache = max(n * (at + expected.shared_tokens) for at, n in self.batches(shapes))
+        # A cache grows by a copy with every token, and leaves holes as large as itself behind.
+        cached = 2 * N_SEARCHED * cache * shape.n_blocks * shape.cache_width * size
+        # One segment is computed and concatenated while up to two are written.
+        prefix = self.settings.row_selection == "prefix"
+        kept = 4 * self.states(shapes, expected) * len(self.settings.boundaries) if prefix else 0
+        weights = len(shapes) * shape.n_parameters * size
+        return weights + max(cached, self.forward(shape, expected)) + kept + self.around(shapes, expected)
+
+    # What a replay of its sequences needs to know, too.
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one value of a state or weight."""
+        return DTYPES[self.settings.dtype].itemsize
+
+    def longest(self, expected: Expected) -> float:
+        """Tokens of the longest sequence."""
+        return max(self.lengths) + expected.shared_tokens
+
+    def segment_tokens(self, expected: Expected) -> float:
+        """Tokens of the sequences of a segment."""
+        n_prompts = min(len(self.lengths), self.settings.shard_prompts)
+        return n_prompts * (float(np.mean(self.lengths)) + expected.shared_tokens)
+
+    def pack_tokens(self, expected: Expected) -> float:
+        """Tokens of the largest forward."""
+        packed = 0 if self.settings.strict else min(self.settings.max_tokens, self.segment_tokens(expected))
+        return max(self.longest(expected), packed)
+
+    def forward(self, shape: ModelShape, expected: Expected) -> float:
+        """Bytes of the largest forward: residual stream, its norm and the attention's input and output; an MLP's gate,
+        input and their product."""
+        return self.pack_tokens(expected) * (4 * shape.width + 3 * shape.widest_side) * self.itemsize
+
+    def states(self, shapes: Mapping[str, ModelShape], expected: Expected) -> float:
+        """Bytes of a segment's rows at one boundary."""
+        return self.segment_tokens(expected) * len(shapes) * _first(shapes).width * self.itemsize
+
+    def around(self, shapes: Mapping[str, ModelShape], expected: Expected) -> float:
+        """Bytes beside weights and activations: tokenizers, logits, which are float32 whatever the model is, and the
+        copy of the head that makes them."""
+        shape = _first(shapes)
+        logits = 4 * min(MAX_LOGITS_AT_ONCE, max(self.pack_tokens(expected), 1) * shape.vocab_size)
+        head = 0 if self.itemsize == 4 else 4 * shape.head_products
+        return len(shapes) * TOKENIZER_BYTES * shape.vocab_size + logits + head
+
+
+def _first(shapes: Mapping[str, ModelShape]) -> ModelShape:
+    """Of every checkpoint: all are of one architecture."""
+    return next(iter(shapes.values()))
+
+
+def forwards(shapes: Mapping[str, ModelShape], sequences: Numbers, n_choices: float, share: float = 1.0) -> float:
+    """Multiply-adds of every checkpoint over ``share`` of these sequences, with ``n_choices`` compared in all."""
+    shape = _first(shapes)
+    return len(shapes) * (share * shape.products(sequences) + n_choices * shape.head_products)
+
+
+def checks(capture: Cost, n_checkpoints: int, samples: Sequence[int | None], n_events: float) -> Cost:
+    """What the checks of stability take: the pair's forwards of the capture, strict and packed, over so many events in
+    each dtype, None for all."""
+    n_checks = sum(n_events if n is None else min(n, n_events) for n in samples)
+    share = n_checks / n_events if n_events else 0.0
+    return Cost({"stability": 2 * N_SEARCHED / n_checkpoints * capture.parts["capture"] * share})
+
+
+# ---- replay ----
 
 
 @dataclass(frozen=True)
@@ -106,7 +285,9 @@ class ReplayWork:
         """Of an event, readouts and variants apart."""
         return self.n_bases(n_checkpoints) + self.n_crossed(n_checkpoints)
 
-    def cost(self, shape: ModelShape, n_checkpoints: int, lengths: Numbers, share: float = 1.0) -> Cost:
+    def cost(
+        self, shape: ModelShape, n_checkpoints: int, lengths: Numbers, share: float = 1.0, events: str = ""
+    ) -> Cost:
         """What it takes over events.
 
         Args:
@@ -114,6 +295,7 @@ class ReplayWork:
             n_checkpoints: K.
             lengths: tokens of every event's sequence, up to position p.
             share: of these that are events.
+            events: names them: what two jobs over the same events share counts once.
         """
         n_events, n_heads = share * len(lengths), len(self.heads)
         n_cells, n_crossed = self.n_cells(n_checkpoints), self.n_crossed(n_checkpoints)
@@ -133,6 +315,27 @@ class ReplayWork:
         passes = self.plain * (n_cells - 1) + n_variants * n_cells
         one_pass = whole + n_events * shape.head_products
         # The stored final states are read once, to compare the diagonal.
-        shared: dict[tuple[str, ...], tuple[str, float]] = {("own pass", self.late): ("hooks", one_pass)}
-        shared |= {("native", self.late, head): ("grid", n_events * shape.head_products) for head in self.heads}
+        shared: dict[tuple[str, ...], tuple[str, float]] = {("own pass", events, self.late): ("hooks", one_pass)}
+        native = n_events * shape.head_products
+        shared |= {("native", events, self.late, head): ("grid", native) for head in self.heads}
         return Cost({"grid": grid, "variants": variants, "hooks": passes * one_pass}, shared)
+
+
+def replay_memory(
+    work: Sequence[ReplayWork], captured: CaptureWork, shapes: Mapping[str, ModelShape], expected: Expected
+) -> float:
+    """Bytes at most of replays over what was captured, above what the imports take: late stacks, the packs that run at
+    once, the states that are replayed and those read ahead."""
+    shape, device = _first(shapes), captured.settings.device
+    first = min(one.boundary for one in work)
+    late = sum(shape.block_parameters[first:]) + shape.readout_parameters
+    longest, in_segment = captured.longest(expected), captured.segment_tokens(expected)
+    n_workers = share_threads(round(in_segment) // TOKENS_OF_A_WORKER)[0] if device == "cpu" else 1
+    at_once = min(n_workers * MAX_TOKENS[device], in_segment)
+    replayed = longest if all(one.mode == "single" for one in work) else max(longest, at_once)
+    forward = captured.forward(shape, expected) * replayed / captured.pack_tokens(expected)
+    # Cells and variants that differ at position p alone share the late keys and values of a pack.
+    shared = any(one.mode == "packed" and (one.n_last or one.n_crossed(len(shapes))) for one in work)
+    keys = shared * replayed * (shape.n_blocks - first) * shape.cache_width * captured.itemsize
+    weights = len(shapes) * late * captured.itemsize
+    return weights + forward + keys + captured.around(shapes, expected) + 2 * captured.states(shapes, expected)

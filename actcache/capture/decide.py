@@ -1,4 +1,4 @@
-"""Capture: one forward per checkpoint over packs of sequences decides the events and gathers the rows they need.
+"""Decide: one forward per checkpoint over packs of sequences decides the events and gathers the rows they need.
 
 The search proposes where the pair diverges; the forward whose states are stored sees every position and decides. Its
 own argmaxes name the two tokens, so an event cannot contradict its own diagonal. Where it disagrees with the proposal,
@@ -11,190 +11,36 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-import platform
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from typing import Protocol
 
 import torch
 
-from actcache import prompts as prompts_module
 from actcache.capture.events import Captured, Event, segment_of
 from actcache.capture.forward import first_wrong, forward_and_gather, said_of_site
-from actcache.capture.given import FIXED, GivenEvent, GivenPrompt
-from actcache.capture.growth import (
-    digests_of_segments,
-    existing,
-    joined,
-    missing_of,
-    name_of_addition,
-    said_of_sites,
-    segments_of,
-    sites_of_store,
-)
+from actcache.capture.given import GivenEvent, GivenPrompt
 from actcache.capture.rerun import rows_to_add
 from actcache.capture.search import Decoding, Outcome, SearchLimits, find_decoding, propose
 from actcache.capture.settings import CaptureSettings
-from actcache.errors import InputError, NotFiniteError
+from actcache.errors import NotFiniteError
 from actcache.finite import first_no_state, not_finite
 from actcache.models.backbone import Backbone
-from actcache.models.blocks import check_boundary, find_site
 from actcache.models.checkpoint import DTYPES
 from actcache.models.gather import gather_rows
 from actcache.models.lineup import Lineup
 from actcache.models.packing import offsets_of
-from actcache.models.probe import check_replayable
 from actcache.models.regimes import Regimes
-from actcache.progress import OnProgress, Tally, untold
+from actcache.progress import Told, nobody_told
 from actcache.prompts import Prompt
-from actcache.schema import CHOSEN_KINDS, Fingerprint, order_of_labels
-from actcache.store import BackgroundWriter, Place, Segment, SegmentData, StoreWriter, open_store
+from actcache.schema import CHOSEN_KINDS
+from actcache.store import Segment, SegmentData
 from actcache.store.layout import Sites
 from actcache.store.segment_data import SiteRows
 
 KIND = "first_divergence"
 MAX_ROUNDS = 4  # a search that the capture forward contradicts this often in a row hangs on rounding alone
-
-
-def capture(
-    lineup: Lineup,
-    prompts: Sequence[Prompt],
-    store: Place,
-    settings: CaptureSettings,
-    *,
-    given: Sequence[GivenPrompt] | None = None,
-    part: tuple[int, int] = (0, 1),
-    load: Callable[[str], Backbone] | None = None,
-    on_progress: OnProgress = untold,
-    say: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Find the events of every prompt and store what their replay needs; resumable by the same call.
-
-    A store grows by it too. Prompts that follow those it was made from become new segments. For boundaries or sites
-    that it lacks, its sequences run again, without a search. What it has stays as it is.
-
-    Args:
-        lineup: the checkpoints. Its pair defines the events; the states of all are stored.
-        prompts: validated prompts; of no account where events are given.
-        store: where the store is or shall be, as in ``open_store``; new, or left by an earlier run of the same capture.
-        settings: what to compute.
-        given: events to store instead of those that a search finds (see :mod:`actcache.capture.given`).
-        part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
-        load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
-        on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
-            of sequences that run again.
-        say: told, in one line, what a person should know (packing not possible, for example).
-
-    Raises:
-        InputError: see :meth:`Lineup.encode`, a boundary out of range, or a lineup of one checkpoint.
-        IncompatibleError: the store belongs to another run; names the field. Prompts may have changed since, those that
-            are not captured yet.
-        UnsupportedModelError: see :func:`load_backbone`.
-        OSError: the disk refuses; nothing half-written stays. Writing goes on beside the forwards, up to two segments
-            behind; its failure stops them before the next one.
-    """
-    for boundary in settings.boundaries:
-        check_boundary(boundary, lineup.n_blocks)
-    if len(lineup.labels) < 2:
-        raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
-    prompt_ids = lineup.encode(prompts, say) if given is None else []
-    prompts = prompts if given is None else [one.as_prompt() for one in given]
-    found = replace(fingerprint(lineup, prompts, settings), support=None if given is None else FIXED)
-    before = existing(store)
-    captured = before.prompts if before else {}
-    segments = segments_of(prompts, settings.shard_prompts, captured)
-    writer = StoreWriter(store, found, digests_of_segments(prompts, settings.shard_prompts, captured))
-    if before is not None:
-        stored, asked = sites_of_store(before), settings.wanted
-        kept = {
-            site: [block for block in blocks if block not in asked.get(site, ())] for site, blocks in stored.items()
-        }
-        if any(kept.values()):
-            say(f"the store has {said_of_sites(kept)} too, which stay")
-        settings = settings.with_sites(joined(stored, asked))
-    load = load or (lambda label: load_backbone(lineup, label, settings))
-    job: _Capture | None = None
-
-    def get_job() -> _Capture:
-        nonlocal job
-        if job is None:  # weights are not loaded where nothing is left to do
-            job = _Capture(lineup, {label: load(label) for label in lineup.labels}, settings, say)
-        return job
-
-    shards = list(segments.items())[part[0] :: part[1]]
-    committed = writer.committed
-    tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)
-    tally.add(found=sum(len(shard) for name, shard in shards if name in committed))
-    with BackgroundWriter(writer) as background:
-        for name, shard in [(name, shard) for name, shard in shards if name not in committed]:
-            if name in writer.committed:  # by another process meanwhile
-                tally.add(found=len(shard))
-                continue
-            own, check = slice(shard.start, shard.stop), background.check
-            if given is None:
-                segment = get_job().shard(prompts[own], prompt_ids[own], tally, check)
-            else:
-                segment = get_job().given(given[own], tally, check)
-            background.append(name, segment)
-    stored_segments = list(open_store(store).segments)[part[0] :: part[1]]
-    lacking = [one for one in stored_segments if missing_of(one, settings.wanted)]
-    if not lacking:
-        return
-    added = functools.reduce(joined, (missing_of(one, settings.wanted) for one in lacking))
-    say(f"the store gains {said_of_sites(added)}: stored sequences run again, without a search")
-    tally = Tally(sum(one.n_sequences for one in lacking), "sequences", on_progress)
-    with BackgroundWriter(writer) as background:
-        for one in lacking:
-            sites = missing_of(one, settings.wanted)
-            rows = get_job().rerun(one, sites, tally, background.check)
-            background.add_rows(name_of_addition(one, sites), one.record, rows)
-
-
-def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Backbone:
-    """A checkpoint's backbone, from its folder; one that could not be replayed is refused before anything is captured.
-
-    Raises:
-        UnsupportedModelError: the architecture cannot be replayed from its states, and prefix rows are asked for; or it
-            has no such site.
-    """
-    checkpoint = lineup.checkpoints[label]
-    model = checkpoint.load(DTYPES[settings.dtype], settings.device)
-    with checkpoint.named():
-        if settings.row_selection == "prefix":
-            for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
-                check_replayable(model, boundary)
-        backbone = Backbone(model)
-        for site, block in settings.sites:
-            find_site(backbone.blocks[block], site)
-        return backbone
-
-
-def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> Fingerprint:
-    """Everything that the bytes of the store depend on; two equal fingerprints name the same work."""
-    return Fingerprint(
-        checkpoints={label: checkpoint.fingerprint for label, checkpoint in lineup.checkpoints.items()},
-        pair=lineup.pair,
-        lineup=order_of_labels(lineup.labels, lineup.pair),
-        # Only where the store would differ from one of an earlier version, which resumes otherwise.
-        vocabulary=None if lineup.has_one_vocabulary else "of any checkpoint",
-        prompts=prompts_module.digest(prompts),
-        n_prompts=len(prompts),
-        dtype=settings.dtype,
-        boundaries=settings.boundaries,
-        row_selection=settings.row_selection,
-        width=lineup.width,
-        n_blocks=lineup.n_blocks,
-        max_new=settings.max_new,
-        strict=settings.strict,
-        max_tokens=settings.max_tokens,
-        shard_prompts=settings.shard_prompts,
-        codec=settings.codec,
-        device=settings.device,
-        processor=platform.machine(),
-        versions={name: version(name) for name in ("actcache", "torch", "transformers")},
-    )
 
 
 @dataclass(frozen=True)
@@ -238,16 +84,29 @@ class _Run(Protocol):
     def sequence(self) -> list[int]: ...
 
 
-class _Capture:
+class Decider:
+    """What all segments of a capture are computed with."""
+
     def __init__(
         self,
         lineup: Lineup,
         backbones: dict[str, Backbone],
         settings: CaptureSettings,
-        say: Callable[[str], None],
+        say: Callable[[str], None] = lambda line: None,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
+        """With these models.
+
+        Args:
+            lineup: the checkpoints.
+            backbones: of all of them, by label.
+            settings: what to compute.
+            say: told, in one line, what a person should know (packing not possible, for example).
+            between: called before each forward; may raise.
+        """
         self.backbones, self.pair = backbones, lineup.pair
-        self.tally = Tally(0, "prompts", untold)
+        self.told: Told = nobody_told
+        self.between = between
         self.settings = settings
         self.decode = lineup.decode
         self.vocabulary = lineup.vocabulary
@@ -269,20 +128,14 @@ class _Capture:
         """How searches decode; found by forwards, where there is something to search."""
         return _common_decoding([self.backbones[label] for label in self.pair], self._say)
 
-    def rerun(self, segment: Segment, sites: Sites, tally: Tally, between: Callable[[], None]) -> SiteRows:
-        """Rows of further sites of a stored segment; calls ``between`` as :meth:`shard`."""
-        return rows_to_add(segment, sites, self.backbones, self.regimes, self.pack_tokens, tally, between)
+    def rerun(self, segment: Segment, sites: Sites, told: Told) -> SiteRows:
+        """Rows of further sites of a stored segment."""
+        return rows_to_add(segment, sites, self.backbones, self.regimes, self.pack_tokens, told, self.between)
 
-    def shard(
-        self,
-        prompts: Sequence[Prompt],
-        prompt_ids: Sequence[list[int]],
-        tally: Tally,
-        between: Callable[[], None],
-    ) -> SegmentData:
-        """Everything that one segment holds; calls ``between`` before each forward, which may raise."""
-        self.tally = tally
-        searches = [_Search(i, p, ids, []) for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))]
+    def searched(self, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]], told: Told) -> SegmentData:
+        """Everything that one segment holds, its events found by a search."""
+        self.told = told
+        searches = [_Search(i, p, list(ids), []) for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))]
         captured: list[Captured] = []
         excluded: dict[int, str] = {}
         n_decided = 0
@@ -290,7 +143,7 @@ class _Capture:
             proposed = self._propose(searches, excluded)
             searches = []
             for pack in self.regimes.packs([len(search.sequence) for search in proposed], self.pack_tokens):
-                between()
+                self.between()
                 for search, result in self._run_pack([proposed[i] for i in pack]):
                     if isinstance(result, Captured):
                         captured.append(result)
@@ -298,12 +151,12 @@ class _Capture:
                         searches.append(result)
                     else:
                         excluded[search.index] = "undecided" if isinstance(result, _Search) else result
-                self.tally.add(
+                self.told(
                     len(captured) + len(excluded) - n_decided,
                     tokens=sum(map(len, (proposed[i].sequence for i in pack))),
                 )
                 n_decided = len(captured) + len(excluded)
-        self.tally.add(len(prompts) - n_decided)
+        self.told(len(prompts) - n_decided)
         return self._segment(captured, [(prompts[index], reason) for index, reason in sorted(excluded.items())])
 
     def _propose(self, searches: list[_Search], excluded: dict[int, str]) -> list[_Search]:
@@ -316,7 +169,7 @@ class _Capture:
             [len(search.shared) for search in open_ended],
             self.limits,
             max_tokens=self.settings.max_tokens,
-            on_step=lambda tokens, step, n_open: self.tally.add(
+            on_step=lambda tokens, step, n_open: self.told(
                 tokens=tokens,
                 doing=f"searching: step {step} of at most {self.limits.max_new}, {n_open} still alike",
             ),
@@ -378,9 +231,9 @@ class _Capture:
                 event = Event(position, KIND, tokens, gaps, margins, own_final, step, proposed, search.prompt.carried)
                 yield search, Captured(search.index, search.prompt.id, search.sequence, [event], own_states)
 
-    def given(self, prompts: Sequence[GivenPrompt], tally: Tally, between: Callable[[], None]) -> SegmentData:
-        """Everything that one segment of given events holds; calls ``between`` as :meth:`shard`."""
-        self.tally = tally
+    def given(self, prompts: Sequence[GivenPrompt], told: Told) -> SegmentData:
+        """Everything that one segment of given events holds."""
+        self.told = told
         runs: list[_Given] = []
         for order, prompt in enumerate(prompts):
             for ids, events in prompt.sequences:
@@ -393,11 +246,11 @@ class _Capture:
         captured: list[Captured] = []
         excluded: list[tuple[Prompt, str]] = []
         for pack in self.regimes.packs([len(run.sequence) for run in runs], self.pack_tokens):
-            between()
+            self.between()
             packed = [runs[i] for i in pack]
             captured += self._given_pack(packed, excluded)
-            self.tally.add(tokens=sum(len(run.sequence) for run in packed))
-        self.tally.add(len(prompts))
+            self.told(tokens=sum(len(run.sequence) for run in packed))
+        self.told(len(prompts))
         return self._segment(captured, excluded)
 
     @torch.no_grad()

@@ -1,0 +1,244 @@
+"""Capture: the segments and rows that a store lacks, as jobs; run, and committed as they come.
+
+A store grows by the same call that makes it. Loads the checkpoints only where something is left to do.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+
+import numpy as np
+
+from actcache import prompts as prompts_module
+from actcache.capture.decide import Decider
+from actcache.capture.given import FIXED, GivenPrompt
+from actcache.capture.growth import (
+    digests_of_segments,
+    existing,
+    joined,
+    missing_of,
+    name_of_addition,
+    said_of_sites,
+    segments_of,
+    sites_of_store,
+)
+from actcache.capture.settings import CaptureSettings
+from actcache.errors import InputError
+from actcache.models.backbone import Backbone
+from actcache.models.blocks import check_boundary, find_site
+from actcache.models.checkpoint import DTYPES
+from actcache.models.lineup import Lineup
+from actcache.models.probe import check_replayable
+from actcache.progress import OnProgress, Tally, untold
+from actcache.prompts import Prompt
+from actcache.schema import Fingerprint, order_of_labels
+from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
+from actcache.store.segment_data import SiteRows
+from actcache.study.capture_job import CaptureJob, RowsJob
+from actcache.study.runner import run_jobs
+
+
+class LocalCapture:
+    """What capture jobs are run with in this process: backbones of all checkpoints, loaded when the first job runs."""
+
+    def __init__(
+        self,
+        lineup: Lineup,
+        settings: CaptureSettings,
+        load: Callable[[str], Backbone] | None = None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Of these checkpoints.
+
+        Args:
+            lineup: the checkpoints.
+            settings: what to compute.
+            load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
+            say: told, in one line, what a person should know.
+        """
+        self._lineup, self._settings, self._say = lineup, settings, say
+        self._load = load or (lambda label: load_backbone(lineup, label, settings))
+        self._segments: dict[str, Segment] = {}
+        self.between: Callable[[], None] = lambda: None
+
+    @functools.cached_property
+    def decider(self) -> Decider:
+        """With the backbones of all checkpoints; calls ``between`` before each forward."""
+        backbones = {label: self._load(label) for label in self._lineup.labels}
+        return Decider(self._lineup, backbones, self._settings, self._say, lambda: self.between())
+
+    def hold(self, segments: Iterable[Segment]) -> None:
+        """Know these stored segments, whose sequences run again."""
+        self._segments = {segment.name: segment for segment in segments}
+
+    def segment(self, name: str) -> Segment:
+        """A stored one."""
+        return self._segments[name]
+
+
+def capture(
+    lineup: Lineup,
+    prompts: Sequence[Prompt],
+    store: Place,
+    settings: CaptureSettings,
+    *,
+    given: Sequence[GivenPrompt] | None = None,
+    part: tuple[int, int] = (0, 1),
+    load: Callable[[str], Backbone] | None = None,
+    on_progress: OnProgress = untold,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Find the events of every prompt and store what their replay needs; resumable by the same call.
+
+    A store grows by it too. Prompts that follow those it was made from become new segments. For boundaries or sites
+    that it lacks, its sequences run again, without a search. What it has stays as it is.
+
+    Args:
+        lineup: the checkpoints. Its pair defines the events; the states of all are stored.
+        prompts: validated prompts; of no account where events are given.
+        store: where the store is or shall be, as in ``open_store``; new, or left by an earlier run of the same capture.
+        settings: what to compute.
+        given: events to store instead of those that a search finds (see :mod:`actcache.capture.given`).
+        part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
+        load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
+        on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
+            of sequences that run again.
+        say: told, in one line, what a person should know (packing not possible, for example).
+
+    Raises:
+        InputError: see :meth:`Lineup.encode`, a boundary out of range, or a lineup of one checkpoint.
+        IncompatibleError: the store belongs to another run; names the field. Prompts may have changed since, those that
+            are not captured yet.
+        UnsupportedModelError: see :func:`load_backbone`.
+        OSError: the disk refuses; nothing half-written stays. Writing goes on beside the forwards, up to two segments
+            behind; its failure stops them before the next one.
+    """
+    for boundary in settings.boundaries:
+        check_boundary(boundary, lineup.n_blocks)
+    if len(lineup.labels) < 2:
+        raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
+    prompt_ids = lineup.encode(prompts, say) if given is None else []
+    prompts = prompts if given is None else [one.as_prompt() for one in given]
+    found = replace(fingerprint(lineup, prompts, settings), support=None if given is None else FIXED)
+    before = existing(store)
+    captured = before.prompts if before else {}
+    segments = segments_of(prompts, settings.shard_prompts, captured)
+    writer = StoreWriter(store, found, digests_of_segments(prompts, settings.shard_prompts, captured))
+    if before is not None:
+        stored, asked = sites_of_store(before), settings.wanted
+        kept = {
+            site: [block for block in blocks if block not in asked.get(site, ())] for site, blocks in stored.items()
+        }
+        if any(kept.values()):
+            say(f"the store has {said_of_sites(kept)} too, which stay")
+        settings = settings.with_sites(joined(stored, asked))
+    engine = LocalCapture(lineup, settings, load, say)
+    shards = list(segments.items())[part[0] :: part[1]]
+    committed = writer.committed
+    tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)
+    tally.add(found=sum(len(shard) for name, shard in shards if name in committed))
+
+    def jobs() -> Iterator[CaptureJob]:
+        for name, shard in [(name, shard) for name, shard in shards if name not in committed]:
+            if name in writer.committed:  # by another process meanwhile
+                tally.add(found=len(shard))
+                continue
+            own = slice(shard.start, shard.stop)
+            yield CaptureJob(
+                store=found.digest,
+                segment=name,
+                settings=settings,
+                prompts=tuple(prompts[own]),
+                ids=tuple(map(tuple, prompt_ids[own])),
+                given=tuple(given or ())[own],
+            )
+
+    with BackgroundWriter(writer) as background:
+        engine.between = background.check
+        run_jobs(jobs(), engine, lambda job, data: background.append(job.segment, data), tally.add)
+    _add_rows(engine, writer, list(open_store(store).segments)[part[0] :: part[1]], settings, on_progress, say)
+
+
+def _add_rows(
+    engine: LocalCapture,
+    writer: StoreWriter,
+    stored: Sequence[Segment],
+    settings: CaptureSettings,
+    on_progress: OnProgress,
+    say: Callable[[str], None],
+) -> None:
+    """Rows that are wanted and that stored segments lack."""
+    missing = {segment.name: sites for segment in stored if (sites := missing_of(segment, settings.wanted))}
+    if not missing:
+        return
+    lacking = {segment.name: segment for segment in stored if segment.name in missing}
+    gained = said_of_sites(functools.reduce(joined, missing.values()))
+    say(f"the store gains {gained}: stored sequences run again, without a search")
+    jobs = [
+        RowsJob(
+            store=segment.fingerprint.digest,
+            segment=name,
+            lengths=tuple(np.diff(segment.row_offsets).tolist()),
+            sites=tuple((site, tuple(blocks)) for site, blocks in missing[name].items()),
+        )
+        for name, segment in lacking.items()
+    ]
+    tally = Tally(sum(job.n_units for job in jobs), "sequences", on_progress)
+    engine.hold(lacking.values())
+    with BackgroundWriter(writer) as background:
+        engine.between = background.check
+
+        def add(job: RowsJob, rows: SiteRows) -> None:
+            segment = lacking[job.segment]
+            background.add_rows(name_of_addition(segment, missing[job.segment]), segment.record, rows)
+
+        run_jobs(jobs, engine, add, tally.add)
+
+
+def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Backbone:
+    """A checkpoint's backbone, from its folder; one that could not be replayed is refused before anything is captured.
+
+    Raises:
+        UnsupportedModelError: the architecture cannot be replayed from its states, and prefix rows are asked for; or it
+            has no such site.
+    """
+    checkpoint = lineup.checkpoints[label]
+    model = checkpoint.load(DTYPES[settings.dtype], settings.device)
+    with checkpoint.named():
+        if settings.row_selection == "prefix":
+            for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
+                check_replayable(model, boundary)
+        backbone = Backbone(model)
+        for site, block in settings.sites:
+            find_site(backbone.blocks[block], site)
+        return backbone
+
+
+def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> Fingerprint:
+    """Everything that the bytes of the store depend on; two equal fingerprints name the same work."""
+    return Fingerprint(
+        checkpoints={label: checkpoint.fingerprint for label, checkpoint in lineup.checkpoints.items()},
+        pair=lineup.pair,
+        lineup=order_of_labels(lineup.labels, lineup.pair),
+        # Only where the store would differ from one of an earlier version, which resumes otherwise.
+        vocabulary=None if lineup.has_one_vocabulary else "of any checkpoint",
+        prompts=prompts_module.digest(prompts),
+        n_prompts=len(prompts),
+        dtype=settings.dtype,
+        boundaries=settings.boundaries,
+        row_selection=settings.row_selection,
+        width=lineup.width,
+        n_blocks=lineup.n_blocks,
+        max_new=settings.max_new,
+        strict=settings.strict,
+        max_tokens=settings.max_tokens,
+        shard_prompts=settings.shard_prompts,
+        codec=settings.codec,
+        device=settings.device,
+        processor=platform.machine(),
+        versions={name: version(name) for name in ("actcache", "torch", "transformers")},
+    )

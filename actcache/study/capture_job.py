@@ -1,0 +1,128 @@
+"""Capture job: the events of some prompts and the rows that their replay needs, as one segment of a store; and the rows
+of further sites for a segment that is stored.
+
+What they give is committed, not written as a table. Knows how events are decided; knows no writers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from actcache.capture.decide import Decider
+from actcache.capture.given import GivenPrompt
+from actcache.capture.settings import CaptureSettings
+from actcache.models.cost import ModelShape
+from actcache.progress import Told, nobody_told
+from actcache.prompts import Prompt, digest
+from actcache.schema import digest_of
+from actcache.store import Segment, SegmentData
+from actcache.store.segment_data import SiteRows
+from actcache.study.work import CaptureWork, Cost, Expected
+
+
+class CaptureEngine(Protocol):
+    """What these jobs ask of what they are run with."""
+
+    @property
+    def decider(self) -> Decider:
+        """With the backbones of all checkpoints."""
+
+    def segment(self, name: str) -> Segment:
+        """A stored one."""
+
+
+@dataclass(frozen=True)
+class CaptureJob:
+    """A segment of prompts.
+
+    Attributes:
+        store: digest of the store's fingerprint.
+        segment: name of the segment.
+        settings: what to compute.
+        prompts: in order.
+        ids: token ids of each; empty where events are given.
+        given: the events of each prompt, where they are given and not searched for.
+        expected: how the searches are expected to end, for :meth:`cost`; no part of the key.
+    """
+
+    store: str
+    segment: str
+    settings: CaptureSettings
+    prompts: tuple[Prompt, ...]
+    ids: tuple[tuple[int, ...], ...] = ()
+    given: tuple[GivenPrompt, ...] = ()
+    expected: Expected | None = None
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """All that the segment depends on; the fingerprint of the store has the settings."""
+        return {"store": self.store, "segment": self.segment, "prompts": digest(self.prompts)}
+
+    @property
+    def n_units(self) -> int:
+        """Prompts."""
+        return len(self.prompts)
+
+    def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
+        """What it is expected to take."""
+        lengths = [len(ids) for ids in self.ids]
+        lengths += [max((len(ids) for ids, _ in one.sequences), default=0) for one in self.given]
+        work = CaptureWork(lengths, self.settings, searched=not self.given)
+        return work.cost(shapes, self.expected or Expected.of(self.settings))
+
+    def read(self, engine: CaptureEngine) -> None:
+        """Nothing: the job has its prompts."""
+
+    def run(self, engine: CaptureEngine, read: None = None, told: Told = nobody_told) -> SegmentData:
+        """Decide every event and gather its rows.
+
+        Raises:
+            NotFiniteError: a checkpoint computes NaN or infinity; names it, the prompt and the first block.
+        """
+        if self.given:
+            return engine.decider.given(self.given, told)
+        return engine.decider.searched(self.prompts, self.ids, told)
+
+
+@dataclass(frozen=True)
+class RowsJob:
+    """Rows of further sites of a stored segment, whose sequences run again without a search.
+
+    Attributes:
+        store: digest of the store's fingerprint.
+        segment: name of the segment.
+        lengths: tokens of each of its sequences.
+        sites: each a site and its blocks.
+    """
+
+    store: str
+    segment: str
+    lengths: tuple[int, ...]
+    sites: tuple[tuple[str, tuple[int, ...]], ...]
+
+    @property
+    def key(self) -> dict[str, Any]:
+        """All that the rows depend on."""
+        return {"store": self.store, "segment": self.segment, "sites": digest_of(self.sites)}
+
+    @property
+    def n_units(self) -> int:
+        """Sequences."""
+        return len(self.lengths)
+
+    def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
+        """What it takes: one forward of every checkpoint."""
+        lengths = np.array(self.lengths, np.float64)
+        return Cost({"capture": sum(shape.products(lengths) for shape in shapes.values())})
+
+    def read(self, engine: CaptureEngine) -> Segment:
+        """The segment, whose token ids are read as they are needed."""
+        return engine.segment(self.segment)
+
+    def run(self, engine: CaptureEngine, read: Segment, told: Told = nobody_told) -> SiteRows:
+        """Run the sequences (errors as :meth:`CaptureJob.run`)."""
+        return engine.decider.rerun(read, {site: list(blocks) for site, blocks in self.sites}, told)
