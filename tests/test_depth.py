@@ -169,6 +169,7 @@ def test_missing_cells_are_replayed_and_nothing_else(run, tmp_path):
     assert [group["boundary"] for group in found["groups"]] == [3, 2]
     assert actcache.Run(out).analyse("depth", scope="position", boundaries="3,2") == found
     assert {path.name for path in (out / "cells").iterdir()} == before | added
+    assert set(actcache.Run(out).cells["scope"].to_pylist()) == {"prefix", "position"}, "the run's cells gain them"
 
 
 @pytest.mark.slow

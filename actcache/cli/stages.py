@@ -32,7 +32,7 @@ from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import CorruptFileError, InputError
 from actcache.files import write_atomically
 from actcache.schema import ROLES
-from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, parquet_bytes, read_json, seal_of
+from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, read_json, seal_of
 from actcache.study.run import check_complete, check_same_checkpoints, read_run_cells
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
 
@@ -284,8 +284,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
     """Score what is not scored yet; how many cells there are now."""
     from actcache.analyses.grid import check_settings, run_grid
     from actcache.replay.late_stack import LateStack
-    from actcache.study.cells import gather_cells, identity
-    from actcache.study.results import result_files
+    from actcache.study.cells import publish_cells
 
     store = folder.open_store()
     check_complete(store)
@@ -312,12 +311,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
         run_grid(store, load_late, folder.cell_groups, settings, on_progress=line, say=say)
     clock.write()
     how: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
-    while True:
-        files = result_files(folder.cell_groups)
-        cells = gather_cells(folder.cell_groups, store, **how)
-        write_atomically(folder.cells, parquet_bytes(cells, {**identity(store), **how}))
-        if result_files(folder.cell_groups) == files:  # else another grid has finished some, and written its own table
-            return cells.num_rows
+    return publish_cells(folder.cells, folder.cell_groups, store, **how).num_rows
 
 
 def _effects(args: argparse.Namespace) -> None:

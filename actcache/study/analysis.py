@@ -21,7 +21,7 @@ from actcache.progress import OnProgress, Tally, untold
 from actcache.replay.late_stack import LateStack
 from actcache.sealed import json_bytes, parquet_bytes, read_json, read_parquet
 from actcache.store import Store
-from actcache.study.cells import Finished, finished_cells, gather_cells, identity
+from actcache.study.cells import Finished, finished_cells, gather_cells, identity, publish_cells
 from actcache.study.engine import LocalEngine
 from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
@@ -156,7 +156,8 @@ def answer(
     *,
     on_progress: OnProgress = untold,
 ) -> dict[str, Any]:
-    """Run what is missing, and write ``RUN/<name>.parquet`` and ``RUN/<name>.json``.
+    """Run what is missing, and write ``RUN/<name>.parquet`` and ``RUN/<name>.json``; ``RUN/cells.parquet`` gains the
+    cells that were missing.
 
     Args:
         analysis: which.
@@ -181,7 +182,9 @@ def answer(
         folder.cell_groups.mkdir(parents=True, exist_ok=True)
         tally = Tally(sum(job.n_units for job in jobs), "replays", on_progress)
         run_replays(jobs, LocalEngine(store, load_late, finished), folder.cell_groups, tally.add)
-    cells = gather_cells(folder.cell_groups, store, **exactness)
+        cells = publish_cells(folder.cells, folder.cell_groups, store, **exactness)
+    else:
+        cells = gather_cells(folder.cell_groups, store, **exactness)
     numbers = analysis.numbers(cells, store, options)
     made_from = _made_from(analysis, folder, store)
     content = {

@@ -21,11 +21,12 @@ import pyarrow.compute as pc
 import torch
 
 from actcache.errors import CheckError, CorruptFileError
+from actcache.files import write_atomically
 from actcache.replay.edits import PLAIN
 from actcache.schema import CELL_KEY, CELL_VALUES, CELLS, EVENT_KEY, PAIR, arrow_type, names
-from actcache.sealed import NoSealError, Sealed
+from actcache.sealed import NoSealError, Sealed, parquet_bytes
 from actcache.store import Segment, Store, layout
-from actcache.study.results import final_path, read_final, read_result, read_results, scopes_of
+from actcache.study.results import final_path, read_final, read_result, read_results, result_files, scopes_of
 from actcache.study.scores import readout_order
 
 # The event columns that cells repeat, before the cell's own; carried prompt columns come last.
@@ -182,6 +183,18 @@ def gather_cells(folder: str | Path, store: Store, *, strict: bool, max_tokens: 
         order = np.lexsort(np.concatenate([codes for _, codes in parts], axis=1)[::-1])
         sorted_tables.append(table.take(pa.array(order)))
     return _with_carried(pa.concat_tables(sorted_tables, promote_options="permissive"), store.events)
+
+
+def publish_cells(path: Path, folder: str | Path, store: Store, *, strict: bool, max_tokens: int | None) -> pa.Table:
+    """Write the table of :func:`gather_cells` (arguments and errors there), and return it; again where others have
+    finished jobs meanwhile, who write it too."""
+    how = {"strict": strict, "max_tokens": max_tokens}
+    while True:
+        files = result_files(folder)
+        cells = gather_cells(folder, store, strict=strict, max_tokens=max_tokens)
+        write_atomically(path, parquet_bytes(cells, {**identity(store), **how}))
+        if result_files(folder) == files:
+            return cells
 
 
 def check_every_cell(
