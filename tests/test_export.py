@@ -156,6 +156,27 @@ def test_no_events_are_empty_files(to, tmp_path):
     assert pq.read_table(tmp_path / "of empty/events.parquet").num_rows == 0
 
 
+@pytest.mark.parametrize("to", FORMATS)
+def test_rows_of_another_site(to, tmp_path):
+    fingerprint = make_fingerprint()
+    segment = make_segment(fingerprint, [5, 9], [(1, 8), (0, 2)], sites=[("mlp", 4), ("mlp", 0), ("attention", 4)])
+    store = open_store(write_store(tmp_path / "store", fingerprint, {"a": segment}))
+    mask = [False, True]
+    out = tmp_path / "out"
+    assert main(["export", store.path, "--to", to, "--out", str(out), "--site", "mlp", "--boundary", "4,0"]) == 0
+    export(store, tmp_path / "some", to, site="attention", events=mask)
+    twin = Twin(fingerprint, {"a": segment})
+    for folder, site, blocks, events in ((out, "mlp", [4, 0], [0, 1]), (tmp_path / "some", "attention", [4], [1])):
+        want = expected(twin, ["pt", "it"], [], events)
+        for label in ("pt", "it"):
+            for block in blocks:
+                rows = twin.rows(lambda s, key=(site, label, block): s.rows[key], "prefix", events)
+                want[f"{label}.{site}.b{block:03d}"] = (torch.cat(rows), np.cumsum([0, *map(len, rows)]).tolist())
+        check(folder, to, want)
+    said = json.loads((out / "export.json").read_text())["arrays"]["it.mlp.b004"]
+    assert (said["checkpoint"], said["site"], said["block"]) == ("it", "mlp", 4)
+
+
 def test_npy_files_can_be_mapped_and_safetensors_read_in_part(tmp_path):
     store, twin = make_twin(tmp_path / "store")
     want, offsets = expected(twin, ["pt"], [1], range(5))["pt.b001"]
@@ -177,9 +198,9 @@ def test_rows_pass_through_memory_a_batch_at_a_time(tmp_path):
     )
     asked = []
 
-    def states(label: str, boundary: int, events: Any, read: Any = store.states) -> Any:
+    def states(label: str, boundary: int, events: Any, read: Any = store.states, **options: Any) -> Any:
         asked.append(len(events))
-        return read(label, boundary, events)
+        return read(label, boundary, events, **options)
 
     with (
         mock.patch.object(actcache.store.export, "BATCH_BYTES", 3 * 10 * 64 * 4),
@@ -208,6 +229,8 @@ def test_progress_counts_to_its_total(tmp_path):
         ({"to": "hdf5"}, "the format is 'hdf5', expected one of safetensors, npy, arrow"),
         ({"checkpoints": ["pt", "sft"]}, "checkpoint 'sft' is not in the store; it has pt, it"),
         ({"boundaries": [3]}, "boundary 3 is not in the store; it has 1, 2"),
+        ({"site": "mpl"}, "site is 'mpl', expected one of state, attention, mlp"),
+        ({"site": "mlp"}, "the store has no rows of mlp; 'actcache capture ... --site mlp:BLOCKS' keeps them"),
         ({"events": [5]}, "event 5 is not in the store; it has 5 events, counted from 0"),
         ({"events": [-1]}, "event -1 is not in the store"),
         ({"events": [0.5]}, "events are float64, expected integers"),

@@ -27,7 +27,8 @@ FLOW = {
     "": ("errors", "schema", "finite", "files", "cpus", "progress", "sealed", "native", "carried", "prompts"),
     "store": (
         *("planes", "zarr_codec", "chunks", "storage", "objects", "shard", "layout", "records"),
-        *("segment_data", "segment", "reader", "writer", "background", "compact", "verify", "export", "rows", "feed"),
+        *("segment_data", "segment", "selection", "reader", "writer", "background", "compact", "verify", "export"),
+        *("rows", "feed"),
     ),
     "models": (
         *("tokens", "checkpoint_files", "checkpoint", "lineup", "blocks", "probe", "packing", "linear", "readout"),

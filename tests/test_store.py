@@ -238,7 +238,7 @@ def test_events_are_asked_for_in_many_ways(pristine, twin):
         ("pt", 1, [0, 5], "event 5 is not in the store; it has 5 events, counted from 0"),
         ("pt", 1, [-1], "event -1 is not in the store"),
         ("pt", 1, np.array([2**63], np.uint64), "is not in the store"),
-        ("pt", 1, [True, False, True, True, False], "events are bool, expected integers"),
+        ("pt", 1, [True, False, True, True], "the mask of events has 4 values, expected 5: one per event"),
         ("pt", 1, [0.5], "events are float64, expected integers"),
     ],
 )

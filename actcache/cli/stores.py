@@ -62,6 +62,12 @@ def add_verbs(verbs: Verbs) -> None:
         "--boundary", type=numbers, metavar="5,10", help="boundaries to export, of those stored (default: all)"
     )
     export.add_argument(
+        "--site",
+        choices=["state", "attention", "mlp"],
+        default="state",
+        help="site of the rows; --boundary names blocks of attention or mlp (default %(default)s)",
+    )
+    export.add_argument(
         "--events", metavar="0,5,9|100:200", help="events to export: numbers, or a range (default: all)"
     )
 
@@ -165,6 +171,7 @@ def _export(args: argparse.Namespace) -> None:
             args.to,
             checkpoints=args.checkpoint,
             boundaries=args.boundary,
+            site=args.site,
             events=events,
             on_progress=line,
         )

@@ -1,9 +1,9 @@
 """Export: what a store answers, as files that other tools read without actcache: safetensors, .npy or Arrow.
 
-The files hold, per checkpoint and boundary, the rows and offsets of ``Store.states``; per checkpoint, what
-``Store.final`` gives; the token ids of ``Store.token_ids``; and the events as Parquet. ``export.json`` says what each
-file is. Events come in the order asked, the same in every file. Knows the public face of a store; knows no
-segments, chunks or models.
+The files hold, per checkpoint and boundary (or block of another site), the rows and offsets of ``Store.states``; per
+checkpoint, what ``Store.final`` gives; the token ids of ``Store.token_ids``; and the events as Parquet.
+``export.json`` says what each file is. Events come in the order asked, the same in every file. Knows the public face
+of a store; knows no segments, chunks or models.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ import torch
 from actcache.errors import CorruptStoreError, InputError
 from actcache.files import fsync, make_folder, naming
 from actcache.progress import OnProgress, Tally, untold
-from actcache.store import Store
+from actcache.store import Store, layout
+from actcache.store.selection import Events
 
 FORMATS = ("safetensors", "npy", "arrow")
 EVENTS_FILE = "events.parquet"
@@ -62,7 +63,8 @@ def export(
     *,
     checkpoints: Sequence[str] | None = None,
     boundaries: Sequence[int] | None = None,
-    events: Sequence[int] | slice | None = None,
+    site: str = layout.STATE,
+    events: Events = None,
     on_progress: OnProgress = untold,
 ) -> None:
     """Write states, final states, token ids and events of a store into a new folder, durable when this returns.
@@ -71,7 +73,8 @@ def export(
     sequence repeat the rows that they share, as ``Store.states`` does. An export that is killed leaves nothing at
     ``out`` but a folder ``.NAME.*.tmp`` beside it.
 
-    What a checkpoint has at a boundary becomes, by format (``pt.final`` and ``tokens`` likewise):
+    What a checkpoint has at a boundary becomes, by format (``pt.final`` and ``tokens`` likewise; rows of another site
+    are ``pt.mlp.b018``):
 
     - safetensors: ``pt.b018.safetensors`` with tensors ``rows`` ``[N, D]`` and ``offsets`` ``[n + 1]`` int64.
     - npy: ``pt.b018/rows.npy`` and ``pt.b018/offsets.npy``; bfloat16 as its uint16 words, as ``export.json`` says.
@@ -83,12 +86,13 @@ def export(
         out: folder to make; one that is there must be empty.
         to: one of ``FORMATS``.
         checkpoints: labels, all by default.
-        boundaries: of those stored, all by default.
-        events: numbers in any order, a slice, or None for all.
+        boundaries: of those stored, all by default; of other sites than ``state``, the indices of the blocks.
+        site: ``state``; ``attention`` or ``mlp`` for what that part of the blocks gives.
+        events: see :class:`Store`; None for all.
         on_progress: told of rows, token ids among them, after every batch.
 
     Raises:
-        InputError: an unknown format, label, boundary or event; ``out`` is not empty, or lies within the store.
+        InputError: an unknown format, label, boundary, site or event; ``out`` is not empty, or lies within the store.
         CorruptStoreError: stored bytes are not those committed. Nothing is left at ``out``, as after every error.
         OSError: the disk refuses.
     """
@@ -98,8 +102,11 @@ def export(
         raise InputError(f"Arrow has no lists of {store.width} values; export to npy or safetensors")
     target = _checked_target(Path(out), store)
     labels = _chosen(checkpoints, store.checkpoints, "checkpoint")
-    chosen = _chosen(boundaries, store.boundaries, "boundary")
-    arrays = _arrays(store, labels, chosen, _numbers(events, len(store)))
+    known = store.sites.get(layout.check_site(site), [])
+    if site != layout.STATE and not known:
+        raise InputError(f"the store has no rows of {site}; 'actcache capture ... --site {site}:BLOCKS' keeps them")
+    blocks = _chosen(boundaries, known, layout.block_of(site))
+    arrays = _arrays(store, labels, site, blocks, store.numbers(events))
     make_folder(target.parent)
     draft = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     draft.mkdir()
@@ -183,34 +190,35 @@ def _words(rows: torch.Tensor) -> npt.NDArray[Any]:
     return (rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows).numpy()
 
 
-def _arrays(store: Store, labels: list[str], boundaries: list[int], numbers: npt.NDArray[np.int64]) -> list[_Array]:
+def _arrays(
+    store: Store, labels: list[str], site: str, blocks: list[int], numbers: npt.NDArray[np.int64]
+) -> list[_Array]:
     """Every array to write."""
     single = np.arange(len(numbers) + 1, dtype=np.int64)
     prefix = np.zeros(len(numbers) + 1, np.int64)
     np.cumsum(store.events["position"].to_numpy()[numbers] + 1, out=prefix[1:])
-    states = prefix if store.fingerprint.has_prefix_rows else single
+    rows = prefix if store.fingerprint.has_prefix_rows else single
     dtype, vector = str(store.dtype).removeprefix("torch."), (store.width,)
 
-    def state_reader(label: str, boundary: int) -> Callable[[npt.NDArray[np.int64]], torch.Tensor]:
-        return lambda of: store.states(label, boundary, of.tolist())[0]
+    def row_reader(label: str, block: int) -> Callable[[npt.NDArray[np.int64]], torch.Tensor]:
+        return lambda of: store.states(label, block, of, site=site)[0]
 
     def final_reader(label: str) -> Callable[[npt.NDArray[np.int64]], torch.Tensor]:
-        return lambda of: store.final(label, of.tolist())
+        return lambda of: store.final(label, of)
 
     arrays = []
     for label in labels:
-        for b in boundaries:
-            said = {"checkpoint": label, "boundary": b}
-            reader = state_reader(label, b)
-            arrays.append(_Array(f"{label}.b{b:03d}", "rows", dtype, vector, states, True, numbers, reader, said))
+        for b in blocks:
+            is_state = site == layout.STATE
+            said: dict[str, Any] = {"checkpoint": label} | ({"boundary": b} if is_state else {"site": site, "block": b})
+            name = f"{label}.b{b:03d}" if is_state else f"{label}.{site}.b{b:03d}"
+            arrays.append(_Array(name, "rows", dtype, vector, rows, True, numbers, row_reader(label, b), said))
         said = {"checkpoint": label, "of": "the last block's output, before the final norm, at each event's position"}
         reader = final_reader(label)
         arrays.append(_Array(f"{label}.final", "rows", dtype, vector, single, False, numbers, reader, said))
     said = {"of": "the tokens of positions 0..p of each event"}
     arrays.append(
-        _Array(
-            "tokens", "token_ids", "int64", (), prefix, True, numbers, lambda of: store.token_ids(of.tolist())[0], said
-        )
+        _Array("tokens", "token_ids", "int64", (), prefix, True, numbers, lambda of: store.token_ids(of)[0], said)
     )
     return arrays
 
@@ -221,18 +229,6 @@ def _chosen(given: Sequence[Any] | None, known: list[Any], what: str) -> list[An
         if value not in known:
             raise InputError(f"{what} {value!r} is not in the store; it has {', '.join(map(str, known))}")
     return known if given is None else list(dict.fromkeys(given))
-
-
-def _numbers(events: Sequence[int] | slice | None, n_events: int) -> npt.NDArray[np.int64]:
-    if events is None or isinstance(events, slice):
-        return np.arange(n_events, dtype=np.int64)[slice(None) if events is None else events]
-    given = np.asarray(events).reshape(-1)
-    if len(given) and given.dtype.kind not in "iu":
-        raise InputError(f"events are {given.dtype}, expected integers: the numbers of the events wanted")
-    wrong = given[(given < 0) | (given >= n_events)]
-    if len(wrong):
-        raise InputError(f"event {wrong[0]} is not in the store; it has {n_events} events, counted from 0")
-    return given.astype(np.int64)
 
 
 # ---- how it is written -----------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from actcache.errors import IncompatibleError, InputError
 from actcache.store import Segment, Store, layout
 from actcache.store.rows import Ints, Positions, RowPlaces, StoreRows
+from actcache.store.selection import Events
 
 SHUFFLES = ("blocks", "rows", "none")
 _ROUND_BLOCKS = 64  # at least: with few, a batch would be little else than some neighbourhoods of the store
@@ -64,7 +65,8 @@ class RowFeed(IterableDataset[RowBatch]):
 
     Attributes:
         labels: the K checkpoints, in the order of the batch's axis.
-        boundaries: likewise.
+        boundaries: likewise; of another site than ``state``, its blocks.
+        site: where the rows were taken.
         chosen: the rows; ``chosen.n_rows`` is N, ``chosen.segments`` the segments' names.
         row_bytes: of one row of a batch, all checkpoints and boundaries.
         pool_rows: rows that one process holds at most.
@@ -77,7 +79,9 @@ class RowFeed(IterableDataset[RowBatch]):
         *,
         labels: Sequence[str] | None = None,
         boundaries: Sequence[int] | None = None,
+        site: str = layout.STATE,
         positions: Positions = "all",
+        events: Events = None,
         batch_rows: int = 4096,
         shuffle: bool | str = True,
         seed: int = 0,
@@ -92,8 +96,10 @@ class RowFeed(IterableDataset[RowBatch]):
         Args:
             store: an open store or its path.
             labels: of the checkpoints; None takes all, in lineup order.
-            boundaries: None takes all.
+            boundaries: None takes all; of other sites than ``state``, the indices of the blocks.
+            site: ``state``; ``attention`` or ``mlp`` for what that part of the blocks gives.
             positions: which rows: ``all``, ``event``, a list or a function, as :class:`StoreRows` takes them.
+            events: takes only rows of positions 0..p of these events, each once, see :class:`Store`; None takes all.
             batch_rows: B; one batch of each rank may have fewer.
             shuffle: ``blocks`` (or True), ``rows``, or ``none`` (or False); see the module.
             seed: of the order.
@@ -104,7 +110,8 @@ class RowFeed(IterableDataset[RowBatch]):
             world: parts in all, one a process of a distributed job.
 
         Raises:
-            InputError: a label, boundary or option that cannot be, nothing chosen, or memory for less than a batch.
+            InputError: a label, boundary, site, event or option that cannot be, nothing chosen, or memory for less than
+                a batch.
             CorruptStoreError: stored offsets, events or token ids are not those committed.
         """
         self.shuffle = ("none", "blocks")[shuffle] if isinstance(shuffle, bool) else shuffle
@@ -116,10 +123,11 @@ class RowFeed(IterableDataset[RowBatch]):
                 f"one row per batch, nothing negative, and a rank below world"
             )
         self.batch_rows, self.seed, self.drop_last, self.rank, self.world = batch_rows, seed, drop_last, rank, world
-        self.chosen = StoreRows(store, positions)
+        self.chosen = StoreRows(store, positions, events)
         opened = self.chosen.store
         self.labels = _known("checkpoint", opened.checkpoints, labels)
-        self.boundaries = _known("boundary", opened.boundaries, boundaries)
+        self.site = layout.check_site(site)
+        self.boundaries = _known(layout.block_of(site), opened.sites.get(site, []), boundaries)
         self.dtype = opened.dtype
         self._row_shape = (len(self.labels), len(self.boundaries), opened.width)
         self.row_bytes = int(np.prod(self._row_shape)) * self.dtype.itemsize
@@ -137,15 +145,16 @@ class RowFeed(IterableDataset[RowBatch]):
         names = ("labels", "boundaries", "shuffle", "seed", "batch_rows", "drop_last", "rank", "world", "pool_rows")
         self._identity = {"store": opened.fingerprint.digest, "rows": self.chosen.digest()}
         self._identity |= {name: getattr(self, name) for name in names}
-        self._identity["records"] = self.chosen.records_digest()
+        self._identity |= {"site": site, "records": self.chosen.records_digest()}
         self._order: tuple[int, Ints, Ints] | None = None
         self._loaded: dict[str, Any] | None = None
         self._at = _position(epoch)
 
     def __repr__(self) -> str:
         labels, boundaries = ", ".join(self.labels), ", ".join(map(str, self.boundaries))
+        of_site = "" if self.site == layout.STATE else f"{self.site} of blocks "
         return (
-            f"<RowFeed: {self.chosen.n_rows} rows of {labels} at {boundaries}, batches of {self.batch_rows}, "
+            f"<RowFeed: {self.chosen.n_rows} rows of {labels} at {of_site}{boundaries}, batches of {self.batch_rows}, "
             f"shuffle {self.shuffle}, epoch {self.epoch}>"
         )
 
@@ -197,12 +206,13 @@ class RowFeed(IterableDataset[RowBatch]):
         Raises:
             IncompatibleError: the state is that of a feed of other rows or options; names the first field.
         """
+        of_state = {"site": layout.STATE} | state["feed"]  # earlier versions fed no other
         for field, value in self._identity.items():
-            if field == "records" and field not in state["feed"]:
+            if field == "records" and field not in of_state:
                 continue  # a state of an earlier version, which knew the rows by their segments' names only
-            if state["feed"].get(field) != value:
+            if of_state.get(field) != value:
                 raise IncompatibleError(
-                    f"this feed's {field} is {value!r}, that of the state {state['feed'].get(field)!r}", field=field
+                    f"this feed's {field} is {value!r}, that of the state {of_state.get(field)!r}", field=field
                 )
         self._at = _position(*(state[name] for name in _position(0)))
         self._loaded = dict(self._at)
@@ -284,7 +294,7 @@ class RowFeed(IterableDataset[RowBatch]):
             starts, lasts = np.append(0, cuts), np.append(cuts, len(local)) - 1
             spans = np.stack([local[starts], local[lasts] + 1], axis=1)
             for (k, label), (j, boundary) in itertools.product(enumerate(self.labels), enumerate(self.boundaries)):
-                array = layout.state_path(label, boundary)
+                array = layout.row_path(self.site, label, boundary)
                 requests.append((segments[number], array, spans, lo + starts, pool[k, j]))
         # Of a disk, worker processes take in full what it gives; a network's answers are worth waiting for at once.
         alone = self.chosen.is_local and get_worker_info() is not None

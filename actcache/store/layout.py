@@ -74,6 +74,18 @@ def check_name(name: str, what: str) -> None:
         raise InputError(f"{what} {name[:MAX_NAME]!r} is not made of letters, digits, '-' and '_', at most {MAX_NAME}")
 
 
+def check_site(site: str) -> str:
+    """The site; InputError where rows are taken at none of this name."""
+    if site not in SITES:
+        raise InputError(f"site is {site!r}, expected one of {', '.join(SITES)}")
+    return site
+
+
+def block_of(site: str) -> str:
+    """What a block of a site is called, in messages."""
+    return "boundary" if site == STATE else f"{site} of block"
+
+
 # ---- arrays ----------------------------------------------------------------------------------------------------------
 
 

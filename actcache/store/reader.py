@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from html import escape
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,9 @@ from actcache.store.records import (
     without_replaced,
 )
 from actcache.store.segment import Segment, Segments
+from actcache.store.selection import Events, numbers_of
 from actcache.store.storage import Place, Storage, open_storage
 
-Events = Sequence[int] | slice | None
 T = TypeVar("T")
 
 
@@ -58,6 +58,14 @@ class Store:
     numbers and rows stay the same for as long as it lives, whatever writers, compactions and repairs do meanwhile.
     Newer segments are not part of it. Where a compaction has put rows into another segment, they are read there, and
     the commit records prove that they are the same. It may be pickled: each process then has the same snapshot.
+
+    Whatever takes ``events`` takes any of these, or None for all:
+
+    - a slice, or numbers in any order, repeats too; negative numbers are refused.
+    - ids, as the column ``event_id`` has them.
+    - a mask: one truth value per event, as a list, or an array of NumPy, torch, pyarrow or pandas.
+    - an expression over the columns of :attr:`events`, as ``pyarrow.compute.field("step") > 3``, which chooses the
+      events for which it is true. One that is null is not.
 
     Every read raises:
         IncompatibleError: another store lies at its place now.
@@ -207,30 +215,47 @@ class Store:
         """
         return self._kept_table("sequences")
 
+    def numbers(self, events: Events = None) -> npt.NDArray[np.int64]:
+        """The numbers of the events asked for, ``[n]`` int64 (see :class:`Store`).
+
+        Raises:
+            InputError: no event has such a number or id, a mask has another length than E, or an expression names a
+                column that is none.
+        """
+        return numbers_of(events, len(self), lambda: self.events)
+
     def states(
-        self, label: str, boundary: int, events: Events = None, *, site: str = layout.STATE
+        self,
+        label: str,
+        boundary: int,
+        events: Events = None,
+        *,
+        site: str = layout.STATE,
+        positions: Literal["all", "event"] = "all",
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """States at a boundary, or rows of another site, in the order asked; repeats are allowed.
 
         Args:
             label: of the checkpoint.
             boundary: one of :attr:`boundaries`; of other sites, the index of the block.
-            events: indices (negative ones are refused), a slice, or None for all.
+            events: see :class:`Store`.
             site: ``state``; ``attention`` or ``mlp`` for what that part of the block gives, before it is added.
+            positions: ``all`` stored ones up to p, or ``event``, the one row at p.
 
         Returns:
             rows ``[N, D]`` in :attr:`dtype` and offsets ``[n + 1]`` int64: event i of those asked has rows
-            ``offsets[i]:offsets[i + 1]``, positions 0..p of its sequence, or the one row at p where the store was
-            captured with ``divergence`` rows. Bit for bit what was captured.
+            ``offsets[i]:offsets[i + 1]``, positions 0..p of its sequence, or the one row at p where that is asked or
+            the store was captured with ``divergence`` rows. Bit for bit what was captured.
 
         Raises:
             InputError: unknown label, site, boundary or event; the message lists what there is.
             CorruptStoreError: stored bytes are not those committed.
         """
+        if positions not in ("all", "event"):
+            raise InputError(f"positions is {positions!r}, expected 'all' or 'event'")
         self._check_label(label)
         self._check_block(site, boundary)
-        spans = _prefix_spans if self.fingerprint.has_prefix_rows else _event_spans
-        rows, offsets = self._rows(layout.row_path(site, label, boundary), self._indices(events), spans)
+        rows, offsets = self._rows(layout.row_path(site, label, boundary), events, at_p=positions == "event")
         return layout.to_torch(rows, self.dtype), offsets
 
     def sequence_states(
@@ -250,19 +275,18 @@ class Store:
         """
         if not self.fingerprint.has_prefix_rows:
             raise InputError(f"{self.path} has the rows of events alone, not of sequences: read them by states()")
-        indices = self._indices(events)
+        indices = self.numbers(events)
         furthest, positions = self.reading(lambda: self._by_sequence(indices))
-        return *self.states(label, boundary, indices[furthest].tolist(), site=site), torch.from_numpy(positions)
+        return *self.states(label, boundary, indices[furthest], site=site), torch.from_numpy(positions)
 
     def final(self, label: str, events: Events = None) -> torch.Tensor:
         """Last block's output, before the final norm, at each event's position: ``[n, D]`` (errors as states)."""
         self._check_label(label)
-        rows, _ = self._rows(layout.final_path(label), self._indices(events), _event_spans)
-        return layout.to_torch(rows, self.dtype)
+        return layout.to_torch(self._rows(layout.final_path(label), events)[0], self.dtype)
 
     def token_ids(self, events: Events = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids of positions 0..p of each event, ``[T]`` int64, and offsets ``[n + 1]`` (errors as states)."""
-        ids, offsets = self._rows("token_ids", self._indices(events), _prefix_spans)
+        ids, offsets = self._rows("token_ids", events)
         return torch.from_numpy(ids.astype(np.int64)), offsets
 
     def summary(self) -> dict[str, Any]:
@@ -293,17 +317,6 @@ class Store:
 
     # ---- rows of events ----
 
-    def _indices(self, events: Events) -> npt.NDArray[np.int64]:
-        if events is None or isinstance(events, slice):
-            return np.arange(len(self), dtype=np.int64)[events if events is not None else slice(None)]
-        given = np.asarray(events).reshape(-1)
-        if len(given) and given.dtype.kind not in "iu":  # a mask or fractions would become other events than meant
-            raise InputError(f"events are {given.dtype}, expected integers: the numbers of the events wanted")
-        wrong = given[(given < 0) | (given >= len(self))]
-        if len(wrong):
-            raise InputError(f"event {wrong[0]} is not in the store; it has {len(self)} events, counted from 0")
-        return given.astype(np.int64)
-
     def _check_label(self, label: str) -> None:
         if label not in self.fingerprint.checkpoints:
             raise InputError(f"checkpoint {label!r} is not in the store; it has {', '.join(self.checkpoints)}")
@@ -312,7 +325,7 @@ class Store:
         stored = self._sites
         if block in stored.get(site, ()):
             return
-        what = "boundary" if site == layout.STATE else f"{site} of block"
+        what = layout.block_of(layout.check_site(site))
         n = sum(block in segment.sites.get(site, ()) for segment in self.segments)
         some = f" in {n} of {len(self.segments)} segments only: give the command again that adds it" if n else ""
         has = "; ".join(
@@ -321,23 +334,24 @@ class Store:
         )
         raise InputError(f"{what} {block} is {'' if n else 'not '}in the store{some}; it has {has}")
 
-    def _rows(
-        self, array: str, indices: npt.NDArray[np.int64], spans_of: SpansOf
-    ) -> tuple[npt.NDArray[Any], torch.Tensor]:
-        """Rows of the events' spans, in the order asked; each chunk that they lie in is decoded once."""
-        return self.reading(lambda: self._rows_now(array, indices, spans_of))
+    def _rows(self, array: str, events: Events, *, at_p: bool = False) -> tuple[npt.NDArray[Any], torch.Tensor]:
+        """Rows of events, in the order asked, or the last of each; each chunk that they lie in is decoded once."""
+        indices = self.numbers(events)
+        return self.reading(lambda: self._rows_now(array, indices, at_p))
 
     def _rows_now(
-        self, array: str, indices: npt.NDArray[np.int64], spans_of: SpansOf
+        self, array: str, indices: npt.NDArray[np.int64], at_p: bool
     ) -> tuple[npt.NDArray[Any], torch.Tensor]:
         owned = list(self._by_segment(indices))
         spans = np.empty((len(indices), 2), np.int64)
 
         def look_up(segment: Segment, asked: npt.NDArray[np.int64]) -> None:
-            spans[asked] = spans_of(segment, indices[asked] - segment.events.start)
+            spans[asked] = self._spans(array, segment, indices[asked] - segment.events.start)
             segment.home.open_array(array)
 
         shard.at_once(self.storage, [partial(look_up, *given) for given in owned])
+        if at_p:
+            spans[:, 0] = spans[:, 1] - 1
         offsets = np.zeros(len(indices) + 1, np.int64)
         np.cumsum(spans[:, 1] - spans[:, 0], out=offsets[1:])
         requests = [segment.request(array, spans[asked], offsets[:-1][asked]) for segment, asked in owned]
@@ -361,6 +375,13 @@ class Store:
         order = np.lexsort((position, sequence))
         furthest = order[np.diff(sequence[order], append=-1) != 0]
         return furthest, np.stack([sequence, position], axis=1)
+
+    def _spans(self, array: str, segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Where an array has the rows of a segment's events, ``[n, 2]``: those of positions 0..p, or one per event."""
+        axis = layout.dimension_names(array)[0]
+        if axis == "event" or (axis == "row" and not self.fingerprint.has_prefix_rows):
+            return np.stack([events, events + 1], axis=1)
+        return segment.event_rows[events]
 
     def reading(self, read: Callable[[], T]) -> T:
         """The result of a read of the segments, which is made again where a compaction has moved what it reads."""
@@ -452,19 +473,6 @@ def _segments(storage: Storage, fingerprint: Fingerprint, records: Sequence[dict
         events = range(start, start + record["n_events"])
         segments.append(Segment(storage, events, record, fingerprint, added.get(record["segment"], ())))
     return segments
-
-
-SpansOf = Callable[[Segment, npt.NDArray[np.int64]], npt.NDArray[np.int64]]
-
-
-def _prefix_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Rows of positions 0..p, ``[n, 2]``."""
-    return segment.event_rows[events]
-
-
-def _event_spans(segment: Segment, events: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """The spans of events in an array that has one row per event, ``[n, 2]``."""
-    return np.stack([events, events + 1], axis=1)
 
 
 def _counts(column: pa.ChunkedArray) -> dict[str, int]:

@@ -21,6 +21,7 @@ import torch
 
 from actcache.errors import InputError
 from actcache.store import Segment, Store, open_store
+from actcache.store.selection import Events
 
 Ints = npt.NDArray[np.int64]
 
@@ -53,7 +54,7 @@ class StoreRows:
         n_rows: N, the rows chosen.
     """
 
-    def __init__(self, store: Store | str | Path, positions: Positions) -> None:
+    def __init__(self, store: Store | str | Path, positions: Positions, events: Events = None) -> None:
         """Choose rows.
 
         Args:
@@ -61,6 +62,7 @@ class StoreRows:
             positions: ``all`` stored rows; ``event``, the rows at an event's position, each once however many events
                 share it; the positions wanted in every sequence, negative ones from its end; or a function of
                 :class:`RowPlaces` (called once per segment, here) that says with a boolean each which rows it wants.
+            events: whose rows to choose from, those of their positions 0..p, see :class:`Store`; None for all rows.
 
         Raises:
             InputError: no store, positions that are none of these, or nothing chosen.
@@ -72,7 +74,7 @@ class StoreRows:
         self.segments = tuple(segment.name for segment in self._store.segments)
         self.firsts = np.cumsum([0, *(segment.n_rows for segment in self._store.segments)], dtype=np.int64)
         self.chunk_rows = max(1, _CHUNK_BYTES // (self._store.width * self._store.dtype.itemsize))
-        self.chosen = self._choose(positions)
+        self.chosen = self._choose(positions, events)
         self.n_rows = int(self.firsts[-1]) if self.chosen is None else len(self.chosen)
         if not self.n_rows:
             raise InputError(
@@ -131,28 +133,50 @@ class StoreRows:
         digest.update(b"" if self.chosen is None else self.chosen.tobytes())
         return digest.hexdigest()
 
-    def _choose(self, positions: Positions) -> Ints | None:
-        if isinstance(positions, str) and positions == "all":
-            return None
-        if isinstance(positions, str) and positions != "event":
+    def _choose(self, positions: Positions, events: Events) -> Ints | None:
+        if isinstance(positions, str) and positions not in ("all", "event"):
             raise InputError(f"positions is {positions!r}, expected 'all', 'event', a list of positions or a function")
+        if isinstance(positions, str) and positions == "all" and events is None:
+            return None
+        numbers = None if events is None else np.unique(self._store.numbers(events))
         chosen = [np.empty(0, np.int64)]
-        for number, segment in enumerate(self.store.segments):
-            wanted = (
-                partial(_at_events, segment)
-                if isinstance(positions, str)
-                else partial(_wanted, positions, number, segment)
-            )
-            chosen.append(self.store.reading(wanted) + self.firsts[number])
+        for number, segment in enumerate(self._store.segments):
+            own = None
+            if numbers is not None:
+                start, stop = np.searchsorted(numbers, [segment.events.start, segment.events.stop])
+                own = numbers[start:stop] - segment.events.start
+            if own is None or len(own):
+                wanted = partial(_wanted, positions, number, segment, own)
+                chosen.append(self.store.reading(wanted) + self.firsts[number])
         return np.concatenate(chosen)
 
 
-def _at_events(segment: Segment) -> Ints:
-    """The rows of a segment at an event's position."""
-    return np.arange(segment.n_rows) if _one_an_event(segment) else np.unique(segment.event_rows[:, 1] - 1)
+def _wanted(positions: Any, number: int, segment: Segment, events: Ints | None) -> Ints:
+    """The rows of a segment that are chosen, by positions and by events of its own."""
+    if isinstance(positions, str) and positions == "event":
+        return np.flatnonzero(_of_events(segment, events, at_p=True))
+    every = isinstance(positions, str)
+    rows = np.arange(segment.n_rows) if every else _at_positions(positions, number, segment)
+    return rows if events is None else rows[_of_events(segment, events, at_p=False)[rows]]
 
 
-def _wanted(positions: Any, number: int, segment: Segment) -> Ints:
+def _of_events(segment: Segment, events: Ints | None, *, at_p: bool) -> npt.NDArray[np.bool_]:
+    """Which rows of a segment are those of some events, or of all: ``[n_rows]``."""
+    found = np.zeros(segment.n_rows, bool)
+    if _one_an_event(segment):
+        found[slice(None) if events is None else events] = True
+        return found
+    starts, stops = segment.event_rows[slice(None) if events is None else events].T
+    if at_p:
+        found[stops - 1] = True
+        return found
+    edges = np.zeros(segment.n_rows + 1, np.int64)
+    np.add.at(edges, starts, 1)
+    np.add.at(edges, stops, -1)
+    return np.cumsum(edges[:-1]) > 0
+
+
+def _at_positions(positions: Any, number: int, segment: Segment) -> Ints:
     """The rows of a segment that a list of positions, or a function, chooses."""
     n = segment.n_rows
     sequence, position, token_ids = _places(segment, np.arange(n))
