@@ -141,6 +141,8 @@ def test_no_norm_hides_what_overflows(tmp_path, dtype):
     final[1] *= 1e30
     for read in (
         lambda: late.readout.top2(final),
+        lambda: late.readout.read(final, pair),
+        lambda: late.readout.logits(final),
         lambda: late.readout.scores(final, pair),
         lambda: late.readout.compare(final, final[:1], torch.zeros(2, dtype=torch.int64)),
         lambda: late.readout.compare(final[:1], final, torch.zeros(1, dtype=torch.int64)),

@@ -41,7 +41,7 @@ FLOW = {
     ),
     "study": (
         *("statistics", "results", "scores", "work", "cells", "jobs", "replay_job", "forward_job", "decode_job"),
-        *("capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "analysis", "run"),
+        *("capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "analysis", "lens", "run"),
     ),
     "analyses": ("stability", "effects", "grid", "depth"),
     "report": ("visible", "figures", "page"),

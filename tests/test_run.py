@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 
 import pyarrow.compute as pc
 import pytest
 import torch
 
 import actcache
-from actcache.errors import IncompatibleError, InputError
+from actcache.cli import main
+from actcache.errors import IncompatibleError, InputError, NotFiniteError
 
 pytestmark = pytest.mark.slow
 
@@ -88,6 +91,163 @@ def test_a_late_stack_of_the_run(run):
     assert (late.boundary, late.dtype) == (3, torch.float32)
     with pytest.raises(InputError, match="no checkpoint 'sft'; it has pt, it"):
         run.load_late("sft", 3)
+
+
+def cell(run, upstream, late, boundary, scope, numbers):
+    """Final states of a cell, replayed one event at a time."""
+    stack, found = run.load_late(late, boundary), []
+    for number in numbers:
+        rows, offsets = run.store.states(upstream, boundary, [number])
+        if scope == "position":
+            own, _ = run.store.states(late, boundary, [number])
+            rows = torch.cat([own[:-1], rows[-1:]])
+        found.append(stack.run(rows, offsets, strict=True))
+    return torch.cat(found)
+
+
+def test_final_states_that_the_grid_kept(run, monkeypatch):
+    boundary, numbers = 2, [4, 0, 4]
+    ids = [run.store.events["event_id"][number].as_py() for number in numbers]
+    wanted = {late: cell(run, "it", late, boundary, "prefix", numbers) for late in ("pt", "it")}
+    monkeypatch.setattr(actcache.LateStack, "load", lambda *given, **more: pytest.fail("something was loaded"))
+    for late, want in wanted.items():
+        found = run.final(upstream="it", late=late, boundary=boundary, events=ids)
+        assert (found.dtype, found.shape) == (torch.float32, want.shape)
+        torch.testing.assert_close(found, want, rtol=0, atol=1e-4)
+    assert torch.equal(run.final(upstream="it", late="it"), run.store.final("it"))
+    mask = pc.field("step") > 1
+    assert torch.equal(
+        run.final(upstream="it", late="pt", events=mask), run.final(upstream="it", late="pt")[run.store.numbers(mask)]
+    )
+    assert run.final(upstream="it", late="pt", events=[]).shape == (0, run.store.width)
+
+
+def test_what_final_states_make_is_what_the_cells_say(run):
+    cells = run.cells.filter((pc.field("boundary") == 3) & (pc.field("readout") == "common_it"))
+    readout = run.load_readout("it")
+    pairs = torch.tensor([run.store.events["y_pt"].to_pylist(), run.store.events["y_it"].to_pylist()]).T
+    for upstream in ("pt", "it"):
+        for late in ("pt", "it"):
+            of_cell = cells.filter((pc.field("upstream") == upstream) & (pc.field("late") == late))
+            final = run.final(upstream=upstream, late=late, boundary=3)
+            assert readout.top(final, 1)[0][:, 0].tolist() == of_cell["top1_id"].to_pylist()
+            y = readout.scores(final, pairs)
+            assert (y[:, 1] - y[:, 0]).tolist() == pytest.approx(of_cell["margin"].to_pylist(), abs=1e-4)
+
+
+def test_final_states_of_both_scopes_and_of_a_strict_grid(made, tmp_path):
+    folder = shutil.copytree(made.out, tmp_path / "run")
+    run = actcache.Run(folder)
+    asked = {"upstream": "pt", "late": "it", "boundary": 2}
+    before = run.final(**asked)
+    with pytest.raises(InputError, match=r"'actcache grid .* --boundary 2 --scope position' keeps them$"):
+        run.final(**asked, scope="position")
+    words = ["grid", str(folder), "--boundary", "2", "--quiet"]
+    assert main([*words, "--scope", "position"]) == 0
+    numbers = range(0, len(run.store), 5)
+    want = cell(run, "pt", "it", 2, "position", numbers)
+    torch.testing.assert_close(run.final(**asked, scope="position", events=numbers), want, rtol=0, atol=1e-4)
+    assert torch.equal(run.final(**asked), before)
+    assert main([*words, "--strict"]) == 0  # whose cells are the table's now
+    assert torch.equal(run.final(**asked, events=numbers), cell(run, "pt", "it", 2, "prefix", numbers))
+
+
+def test_final_states_that_nobody_kept(made, tmp_path):
+    folder = shutil.copytree(made.out, tmp_path / "run")
+    run, asked = actcache.Run(folder), {"upstream": "pt", "late": "it", "boundary": 3}
+    kept = run.final(**asked)
+    for path in (folder / "cells").glob("b003-*.safetensors"):
+        path.unlink()
+    with pytest.raises(InputError, match=r"no final states are kept of .* events .pt behind it, boundary 3") as caught:
+        run.final(**asked)
+    said = str(caught.value)
+    command = said.partition("'")[2].partition("'")[0].split()
+    for name in said.partition("once ")[2].partition(" of ")[0].split(", "):
+        (folder / "cells" / name).unlink()
+    assert main([*command[1:], "--quiet"]) == 0
+    torch.testing.assert_close(run.final(**asked), kept)
+    assert run.final(upstream="it", late="it", boundary=3).shape == kept.shape, "the capture's own"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"late": "sft"}, "the run has no checkpoint 'sft'; it has pt, it"),
+        ({"boundary": 1}, "boundary 1 is not in the store; it has 2, 3"),
+        ({"scope": "all"}, "scope 'all' is unknown; choose prefix or position"),
+        ({"events": ["nobody"]}, "event 'nobody' is not in the store"),
+    ],
+)
+def test_final_states_that_cannot_be(run, changes, said):
+    with pytest.raises(InputError, match=said):
+        run.final(**{"upstream": "pt", "late": "it", **changes})
+
+
+def test_a_logit_lens(run):
+    events = run.store.events
+    numbers = [2, 5, 0]
+    readout = run.load_readout("it")
+    table = run.lens("pt", readout=readout, k=3, events=numbers)
+    assert table.equals(run.lens("pt", readout="it", k=3, events=events["event_id"].take(numbers)))
+    assert table["boundary"].to_pylist() == [2] * 3 + [3] * 3 + [run.store.fingerprint.n_blocks] * 3
+    for at, row in enumerate(table.to_pylist()):
+        number, boundary = numbers[at % 3], row["boundary"]
+        event = events.slice(number, 1).to_pylist()[0]
+        assert row["event_id"] == event["event_id"]
+        if boundary == run.store.fingerprint.n_blocks:
+            state = run.store.final("pt", [number])
+        else:
+            state = run.store.states("pt", boundary, [number])[0][-1:]
+        logits = readout.logits(state)[0]
+        order = logits.argsort(descending=True).tolist()
+        assert row["top_ids"] == order[:3]
+        assert row["top_texts"] == [run.lineup.decode([token]) for token in order[:3]]
+        assert row["top_logits"] == pytest.approx(logits[order[:3]].tolist(), abs=1e-5)
+        assert (row["rank_pt"], row["rank_it"]) == (order.index(event["y_pt"]), order.index(event["y_it"]))
+        assert row["margin"] == pytest.approx(float(logits[event["y_it"]] - logits[event["y_pt"]]), abs=1e-5)
+        p = logits.double().softmax(0)
+        assert row["entropy"] == pytest.approx(float(-(p * p.log()).sum()), abs=1e-5)
+
+
+def test_a_lens_by_its_own_head_ends_in_its_own_choice(run):
+    last = run.store.fingerprint.n_blocks
+    for label in ("pt", "it"):
+        table = run.lens(label, boundaries=[last])
+        assert table.num_rows == len(run.store)
+        assert set(table[f"rank_{label}"].to_pylist()) == {0}
+        assert [texts[0] for texts in table["top_texts"].to_pylist()] == run.store.events[f"token_{label}"].to_pylist()
+    assert run.lens("pt", events=[]).num_rows == 0
+    with pytest.raises(InputError, match="no checkpoint 'sft'"):
+        run.lens("sft")
+    with pytest.raises(InputError, match="no checkpoint 'sft'"):
+        run.lens("pt", readout="sft")
+    with pytest.raises(InputError, match="boundary 1 is not in the store"):
+        run.lens("pt", boundaries=[1])
+
+
+def test_a_lens_loads_no_more_than_the_last_block(run, monkeypatch):
+    loads, load = [], actcache.LateStack.load
+    monkeypatch.setattr(
+        actcache.LateStack,
+        "load",
+        lambda path, boundary, **more: loads.append(boundary) or load(path, boundary, **more),
+    )
+    run.lens("pt", readout="it", events=[0])
+    assert loads == [run.store.fingerprint.n_blocks - 1]
+
+
+def test_a_lens_names_the_event_that_it_cannot_read(run, monkeypatch):
+    states = run.store.states
+
+    def damaged(*given, **more):
+        rows, offsets = states(*given, **more)
+        rows[1] = torch.inf
+        return rows, offsets
+
+    monkeypatch.setattr(run.store, "states", damaged)
+    name = run.store.events["event_id"][7].as_py()
+    with pytest.raises(NotFiniteError, match=f"states of pt at boundary 2, event {re.escape(name)}: the final state"):
+        run.lens("pt", events=[3, 7])
 
 
 def test_a_run_whose_checkpoint_is_another(made):

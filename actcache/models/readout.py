@@ -8,14 +8,15 @@ that hands over the normed state, and the head by one that multiplies in float32
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from actcache.errors import NotFiniteError, UnsupportedModelError
+from actcache.errors import InputError, NotFiniteError, UnsupportedModelError
 from actcache.finite import first_no_state, is_finite
 from actcache.models.blocks import find_anatomy, replace, shallow_clone
 
@@ -23,12 +24,35 @@ from actcache.models.blocks import find_anatomy, replace, shallow_clone
 MAX_LOGITS_AT_ONCE = 1 << 24
 
 
+class Reading(NamedTuple):
+    """What the whole vocabulary's logits say of n states.
+
+    Attributes:
+        top_ids: ``[n, k]`` int64, the best tokens, best first; of equal logits the lower id first.
+        top_logits: ``[n, k]`` float32, theirs.
+        ranks: ``[n, m]`` int64, how many tokens come before each of those asked for: 0 is the best.
+        entropy: ``[n]`` float32, of the next token, in nats.
+    """
+
+    top_ids: torch.Tensor
+    top_logits: torch.Tensor
+    ranks: torch.Tensor
+    entropy: torch.Tensor
+
+
 class Readout:
     """Final norm and head of one checkpoint.
 
     There are two ways to the same logits. :meth:`scores` gives those of given tokens, accumulated in float64, so that
-    they do not depend on the size or order of the batch. :meth:`top2` looks through the whole vocabulary, by one
-    float32 matrix product.
+    they do not depend on the size or order of the batch. All others look through the whole vocabulary, by float32
+    matrix products over a few states at a time: beside what is returned, memory does not grow with their number.
+
+    Each takes final states ``[n, D]``: the last block's output, before the final norm, in the model's dtype. States of
+    earlier blocks may be given as well, which is the logit lens.
+
+    Each raises:
+        NotFiniteError: a final state is not finite, or its squares are not, or its best logit is not; ``row`` is the
+            first such one.
     """
 
     def __repr__(self) -> str:
@@ -84,30 +108,74 @@ class Readout:
         return self._logits(normed, token_ids.to(self.device)).float().cpu()
 
     @torch.no_grad()
-    def top2(self, final_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The two best tokens of the whole vocabulary.
+    def logits(self, final_hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of the whole vocabulary, ``[n, V]`` float32 on the CPU; a token that the model masks has -inf."""
+        out = torch.empty(len(final_hidden), self.vocab_size, dtype=torch.float32)
+        for rows, every, _ in self._every(final_hidden):
+            out[rows] = every.cpu()
+        return out
+
+    def top(self, final_hidden: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The k best tokens of the whole vocabulary: ids ``[n, k]`` int64 and logits ``[n, k]`` float32, best first; of
+        equal logits the lower id first. InputError where the vocabulary has fewer."""
+        return self.read(final_hidden, k=k)[:2]
+
+    def rank(self, final_hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """How many tokens come before given ones, in the order of :meth:`top`: 0 is the best.
 
         Args:
-            final_hidden: ``[n, D]``, last block's output, in the model's dtype.
+            final_hidden: ``[n, D]``.
+            token_ids: ``[n, m]`` int64.
 
         Returns:
-            token ids ``[n, 2]`` int64 and logits ``[n, 2]`` float32, best first; of equal logits the lower id first.
+            ``[n, m]`` int64.
 
         Raises:
-            NotFiniteError: a final state is not finite, or its squares are not, or a best logit is not: nothing is
-                chosen there; its ``row`` is the first such one.
+            InputError: a token is not in the vocabulary, or there is not one row of them per state.
         """
-        _check_states(final_hidden)
+        return self.read(final_hidden, token_ids).ranks
+
+    def entropy(self, final_hidden: torch.Tensor) -> torch.Tensor:
+        """Entropy of the next token, ``[n]`` float32, in nats, from float32 logits, summed in float64."""
+        return self.read(final_hidden).entropy
+
+    @torch.no_grad()
+    def read(self, final_hidden: torch.Tensor, token_ids: torch.Tensor | None = None, k: int = 1) -> Reading:
+        """The best tokens, the ranks of given ones and the entropy, all from one product with the head.
+
+        Args:
+            final_hidden: ``[n, D]``.
+            token_ids: ``[n, m]`` int64; None for none.
+            k: how many of the best.
+
+        Raises:
+            InputError: ``k`` is none of 1..V, a token is not in the vocabulary, or there is not one row of them per
+                state.
+        """
+        n = len(final_hidden)
+        asked = torch.empty(n, 0, dtype=torch.int64) if token_ids is None else token_ids
+        if asked.ndim != 2 or len(asked) != n or asked.dtype != torch.int64:
+            raise InputError(f"token ids are {asked.dtype} {list(asked.shape)}, expected int64 [{n}, m]")
+        wrong = asked[(asked < 0) | (asked >= self.vocab_size)]
+        if len(wrong):
+            raise InputError(f"token {int(wrong[0])} is not in the vocabulary of {self.vocab_size} tokens")
+        if not 1 <= k <= self.vocab_size:
+            raise InputError(f"k is {k}, expected 1 to {self.vocab_size}, the tokens of the vocabulary")
+        out = Reading(torch.empty(n, k, dtype=torch.int64), torch.empty(n, k), torch.empty_like(asked), torch.empty(n))
+        for rows, every, _ in self._every(final_hidden, copies=4):  # float64, and twice
+            out.top_ids[rows], out.top_logits[rows] = (best.cpu() for best in _best(every, k))
+            for column, tokens in enumerate(asked[rows].to(every.device).T):
+                out.ranks[rows, column] = _ranks(every, tokens).cpu()
+            logits = every.double().log_softmax(dim=-1)
+            out.entropy[rows] = torch.special.entr(logits.exp_()).sum(dim=-1).float().cpu()
+        return out
+
+    @torch.no_grad()
+    def top2(self, final_hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The two best tokens: :meth:`top` of 2, quicker."""
         ids = torch.empty(len(final_hidden), 2, dtype=torch.int64)
         logits = torch.empty(len(final_hidden), 2, dtype=torch.float32)
-        step = max(1, MAX_LOGITS_AT_ONCE // self.vocab_size)
-        for start in range(0, len(final_hidden), step):
-            rows = slice(start, start + step)
-            every = self._logits(self._norm(final_hidden[None, rows].to(self.device)), None)
-            best, index = every.max(dim=-1)
-            if not is_finite(best):  # a masked token's -inf is never the best
-                row = start + int(torch.isfinite(best).logical_not().nonzero()[0])
-                raise NotFiniteError(f"the logits of row {row} are not finite", row=row)
+        for rows, every, (best, index) in self._every(final_hidden):
             every.scatter_(1, index[:, None], -torch.inf)
             second, second_index = every.max(dim=-1)
             ids[rows] = torch.stack([index, second_index], 1).cpu()
@@ -153,6 +221,26 @@ class Readout:
                 kl[rows[of_reference]] = divergence.clamp_min(0.0).float().cpu()
         return ids, kl
 
+    def _every(
+        self, final_hidden: torch.Tensor, copies: int = 1
+    ) -> Iterator[tuple[slice, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
+        """A few states at a time: which, their logits ``[m, V]``, and the best one with its token, ``[m]`` each.
+
+        ``copies`` says how many times the memory of the logits what is made of them takes.
+        """
+        if final_hidden.ndim != 2 or final_hidden.shape[1] != self.width:
+            raise InputError(f"final states are {list(final_hidden.shape)}, expected [n, {self.width}]")
+        _check_states(final_hidden)
+        step = max(1, MAX_LOGITS_AT_ONCE // (copies * self.vocab_size))
+        for start in range(0, len(final_hidden), step):
+            rows = slice(start, start + step)
+            every = self._logits(self._norm(final_hidden[None, rows].to(self.device)), None)
+            best, index = every.max(dim=-1)
+            if not is_finite(best):  # a masked token's -inf is never the best
+                row = start + int(torch.isfinite(best).logical_not().nonzero()[0])
+                raise NotFiniteError(f"the logits of row {row} are not finite", row=row)
+            yield rows, every, (best, index)
+
     def _logits(self, normed: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
         """``[1, n, D]`` normed states -> ``[n, k or V]`` logits, through the model's own forward."""
         self._given.state, self._given.token_ids = normed, token_ids
@@ -176,6 +264,25 @@ class Readout:
             raise UnsupportedModelError(f"{name}: it makes no logits from a final state alone ({reason})") from error
         if not torch.allclose(self.scores(hidden, ids), logits, rtol=1e-4, atol=1e-4):
             raise UnsupportedModelError(f"{name}: logits of chosen tokens differ from those of the whole vocabulary")
+
+
+def _best(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of each row of ``[m, V]``, best first, of equal ones the lower id first: ids and logits ``[m, k]``."""
+    least = logits.topk(k, sorted=True).values[:, -1:]
+    row, token = (logits >= least).nonzero(as_tuple=True)  # k of each row, or more where the last ones are equal
+    found = logits[row, token]
+    order = found.argsort(descending=True, stable=True)
+    order = order[row[order].argsort(stable=True)]
+    first = torch.searchsorted(row, torch.arange(len(logits), device=row.device))
+    order = order[first[:, None] + torch.arange(k, device=row.device)]
+    return token[order], found[order]
+
+
+def _ranks(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """How many tokens of each row of ``[m, V]`` come before one of ``[m]``."""
+    own = logits.gather(1, tokens[:, None])
+    lower = torch.arange(logits.shape[1], device=logits.device) < tokens[:, None]
+    return ((logits > own) | ((logits == own) & lower)).sum(dim=-1)
 
 
 def _check_states(final_hidden: torch.Tensor) -> None:

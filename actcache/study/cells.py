@@ -71,9 +71,14 @@ class Scored:
         return table.filter(pc.and_(pc.equal(table["scope"], scope), pc.equal(table["late"], late)))
 
     @property
+    def has_plain(self) -> bool:
+        """Whether it has plain cells."""
+        return PLAIN.name in self.names
+
+    @property
     def has_final(self) -> bool:
         """Whether the final states of its plain cells were kept."""
-        return PLAIN.name in self.names and final_path(self.path).is_file()
+        return self.has_plain and final_path(self.path).is_file()
 
     def final(self) -> dict[str, torch.Tensor]:
         """Final states of its plain cells by ``scope/upstream``, ``[n, D]`` in the order of its events.
@@ -195,6 +200,34 @@ def publish_cells(path: Path, folder: str | Path, store: Store, *, strict: bool,
         write_atomically(path, parquet_bytes(cells, {**identity(store), **how}))
         if result_files(folder) == files:
             return cells
+
+
+def kept_final(
+    scored: Iterable[Scored], scope: str, upstream: str, events: npt.NDArray[np.int64], like: torch.Tensor
+) -> tuple[torch.Tensor, npt.NDArray[np.bool_]]:
+    """Final states of plain cells that finished jobs kept: of each event from the first job that has it.
+
+    Args:
+        scored: jobs of one boundary, scope and late stack.
+        scope, upstream: of the cells.
+        events: numbers of those wanted, ``[n]``.
+        like: ``[0, D]``, in the dtype of the states.
+
+    Returns:
+        states ``[n, D]``, and which events no job kept one of, ``[n]``.
+
+    Raises:
+        CorruptFileError: a file of them is damaged.
+    """
+    final, left = like.new_empty(len(events), like.shape[1]), np.ones(len(events), bool)
+    for one in scored:
+        found = np.flatnonzero(left & np.isin(events, one.events))
+        if len(found) and one.has_final:
+            order = np.argsort(one.events)
+            rows = order[np.searchsorted(one.events, events[found], sorter=order)]
+            final[found] = one.final()[f"{scope}/{upstream}"][rows]
+            left[found] = False
+    return final, left
 
 
 def check_every_cell(

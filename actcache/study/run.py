@@ -9,7 +9,7 @@ Knows the folder of a run and its checkpoints; prints nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,13 @@ from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
 
     from actcache.models.lineup import Lineup
+    from actcache.models.readout import Readout
     from actcache.replay.late_stack import LateStack
     from actcache.store import Store
+    from actcache.store.selection import Events
 
 # What cells are joined with: the texts of the two choices, and how sure each checkpoint was of its own.
 _OF_EVENTS = ("token_pt", "token_it", "gap_pt", "gap_it")
@@ -133,12 +136,119 @@ class Run:
         """
         from actcache.replay.late_stack import LateStack
 
-        if label not in self.lineup.checkpoints:
-            raise InputError(f"the run has no checkpoint {label!r}; it has {', '.join(self.lineup.labels)}")
+        self._check_label(label)
         path = self.lineup.checkpoints[label].path
         late = LateStack.load(path, boundary, dtype=self.store.dtype, device=device or self._record.device)
         check_same_checkpoints(self.store, self.lineup)  # what was loaded lies between two looks at the files
         return late
+
+    def load_readout(self, label: str, device: str | None = None) -> Readout:
+        """The final norm and head of a checkpoint, in the store's dtype; of its blocks no more than the last is loaded,
+        and let go (errors as :meth:`load_late`)."""
+        return self.load_late(label, self.store.fingerprint.n_blocks - 1, device).readout
+
+    def final(
+        self,
+        *,
+        upstream: str,
+        late: str,
+        boundary: int | None = None,
+        scope: str = "prefix",
+        events: Events = None,
+    ) -> torch.Tensor:
+        """Final states of a plain cell, as the grid kept them: nothing is loaded and nothing replayed.
+
+        Args:
+            upstream: label of the checkpoint that gives the state at the boundary.
+            late: label of the checkpoint whose late blocks read it. Where both are one, the states are the capture's.
+            boundary: first late block; None for the main one, the first that was captured.
+            scope: ``prefix`` or ``position``.
+            events: see :class:`actcache.Store`; None for all.
+
+        Returns:
+            ``[n, D]``: the last block's output, before the final norm, at each event's position, in the store's dtype.
+            The methods of :class:`actcache.models.readout.Readout` read them.
+
+        Raises:
+            InputError: the run has no such label, boundary, scope or event; or the grid has not scored the cell, or
+                kept nothing of it, and then the message names the command that does.
+            CorruptFileError: what was kept is damaged.
+        """
+        from actcache.replay.sweep import SCOPES
+        from actcache.study.cells import finished_cells, kept_final
+
+        store = self.store
+        for label in (upstream, late):
+            self._check_label(label)
+        boundary = store.boundaries[0] if boundary is None else boundary
+        if boundary not in store.boundaries:
+            raise InputError(f"boundary {boundary} is not in the store; it has {', '.join(map(str, store.boundaries))}")
+        if scope not in SCOPES:
+            raise InputError(f"scope {scope!r} is unknown; choose {' or '.join(SCOPES)}")
+        numbers = store.numbers(events)
+        if upstream == late:
+            return store.final(late, numbers)
+        found = finished_cells(self.folder.cell_groups, store).get((boundary, scope, late), [])
+        # Where a cell was scored in two ways, the one that the table of cells has comes first.
+        how = read_run_cells(self.folder, store).made_from
+        scored = sorted(found, key=lambda one: any(one.key[name] != how.get(name) for name in ("strict", "max_tokens")))
+        final, left = kept_final(scored, scope, upstream, numbers, store.final(late, []))
+        if left.any():
+            bare = [one.path.name for one in found if one.has_plain and not one.has_final]
+            some = ", ".join(bare[:3]) + (f" and {len(bare) - 3} more" if len(bare) > 3 else "")
+            raise InputError(
+                f"no final states are kept of {left.sum()} of {len(left)} events ({upstream} behind {late}, boundary "
+                f"{boundary}, scope {scope}); 'actcache grid {self.path} --boundary {boundary} --scope {scope}' keeps "
+                f"them" + (f", once {some} of {self.folder.cell_groups} are moved away" if bare else "")
+            )
+        return final
+
+    def lens(
+        self,
+        label: str,
+        *,
+        readout: str | Readout | None = None,
+        k: int = 5,
+        events: Events = None,
+        boundaries: Sequence[int] | None = None,
+    ) -> pa.Table:
+        """The logit lens: what a readout makes of a checkpoint's states at each event's position.
+
+        It reads the states at every boundary that is stored, and the last block's output.
+
+        Args:
+            label: of the checkpoint whose states are read.
+            readout: label of the checkpoint whose norm and head read them (by default its own), loaded here; or one
+                that :meth:`load_readout` gave.
+            k: how many of the best tokens to name.
+            events: see :class:`actcache.Store`; None for all.
+            boundaries: to read at; L, the number of blocks, is the last block's output. None for all, in their order.
+
+        Returns:
+            One row per boundary and event:
+
+            - ``event_id`` and ``boundary``.
+            - ``rank_pt`` and ``rank_it``: how many tokens come before the event's y_pt and y_it; 0 is the best.
+            - ``margin``: logit(y_it) - logit(y_pt).
+            - ``entropy`` of the next token, in nats.
+            - ``top_ids``, ``top_texts`` and ``top_logits``: lists of the k best tokens, best first.
+
+        Raises:
+            InputError: the run has no such label, boundary or event, or the vocabulary fewer than k tokens.
+            NotFiniteError: a state or its logits are not finite; names the event.
+        """
+        from actcache.study.lens import lens
+
+        self._check_label(label)
+        if readout is None or isinstance(readout, str):
+            readout = self.load_readout(readout or label)
+        n_blocks = self.store.fingerprint.n_blocks
+        at = [*sorted(self.store.boundaries), n_blocks] if boundaries is None else boundaries
+        return lens(self.store, label, readout, self.lineup.decode, boundaries=at, k=k, events=events)
+
+    def _check_label(self, label: str) -> None:
+        if label not in self.store.checkpoints:
+            raise InputError(f"the run has no checkpoint {label!r}; it has {', '.join(self.store.checkpoints)}")
 
     def analyse(
         self,
