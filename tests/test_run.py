@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import json
 import re
 import shutil
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 import actcache
-from actcache.cli import main
+from actcache.cli import build_parser, main
 from actcache.errors import IncompatibleError, InputError, NotFiniteError
 
 pytestmark = pytest.mark.slow
@@ -64,6 +66,101 @@ def test_options_that_are_none_are_named(made, tmp_path, options, said):
     with pytest.raises(InputError, match=said):
         actcache.run(prompts=made.prompts, out=tmp_path / "run", **places, **options)
     assert not (tmp_path / "run").exists()
+
+
+def test_every_option_of_the_verb_is_an_argument():
+    (verbs,) = (action for action in build_parser()._actions if isinstance(action, argparse._SubParsersAction))
+    options = {action.dest for action in verbs.choices["run"]._actions} - {"help"}
+    plural = {"checkpoint": "checkpoints", "site": "sites"}
+    given = inspect.signature(actcache.run).parameters
+    assert {plural.get(name, name) for name in options} == given.keys() - {"options"}, (
+        "cli/run.py passes every option of 'actcache run' on, by name"
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sites": {"mlp": [3, 4], "attention": "all"}},
+        {"sites": ["mlp:3,4", "attention:all"]},
+        {"site": "mlp:3,4", "sites": "attention:all"},
+    ],
+)
+def test_options_become_those_of_the_verb(made, tmp_path, monkeypatch, options):
+    """Each at another value than its default."""
+    seen, threads = [], []
+
+    def run_study(args):
+        seen.append(args)
+        return actcache.Run(made.out).folder, {}
+
+    monkeypatch.setattr("actcache.cli.run.run_study", run_study)
+    monkeypatch.setattr("actcache.cli.run.settle_threads", threads.append)
+    actcache.run(
+        prompts=made.prompts,
+        out=tmp_path / "run",
+        pt=made.pt,
+        checkpoints={"dpo": made.it, "sft": made.pt},
+        it=made.it,
+        pair=("pt", "dpo"),
+        store="s3://bucket/store",
+        boundary=[0.6, -3],
+        dtype="bfloat16",
+        device="cuda",
+        max_new=9,
+        limit=7,
+        rows="divergence",
+        codec="actcache.bf16_planes",
+        shard_prompts=5,
+        scope=["prefix", "position"],
+        readout=["native", "common_dpo"],
+        sweep=tmp_path / "sweep.toml",
+        strict=True,
+        max_tokens=300,
+        stability="all",
+        stable_only=True,
+        threads=3,
+        quiet=True,
+        **options,
+    )
+    (args,) = seen
+    found = {name: value for name, value in vars(args).items() if name not in ("command", "site")}
+    assert found == {
+        "prompts": made.prompts,
+        "out": tmp_path / "run",
+        "pt": made.pt,
+        "it": made.it,
+        "checkpoint": [("dpo", made.it), ("sft", made.pt)],
+        "pair": ("pt", "dpo"),
+        "store": "s3://bucket/store",
+        "boundary": "0.6,-3",
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "max_new": 9,
+        "limit": 7,
+        "rows": "divergence",
+        "codec": "actcache.bf16_planes",
+        "shard_prompts": 5,
+        "scope": "prefix,position",
+        "readout": "native,common_dpo",
+        "sweep": tmp_path / "sweep.toml",
+        "strict": True,
+        "max_tokens": 300,
+        "stability": None,
+        "stable_only": True,
+        "threads": 3,
+        "quiet": True,
+    }
+    assert args.site == ["mlp:3,4", "attention:all"]
+    assert threads == [3]
+
+
+def test_a_run_with_rows_of_other_sites(made, tmp_path):
+    places = {"pt": made.pt, "it": made.it, "prompts": made.prompts, "out": tmp_path / "run"}
+    run = actcache.run(**places, limit=4, max_new=8, stability=0, sites={"mlp": [3, 4]}, quiet=True)
+    assert run.store.sites["mlp"] == [3, 4]
+    batch = next(iter(actcache.RowFeed(run.store, site="mlp", positions="event", batch_rows=2)))
+    assert batch.states.shape == (2, 2, 2, run.store.width)
 
 
 def test_cells_have_the_texts_and_gaps_of_their_events(run):

@@ -27,6 +27,13 @@ def add_verb(
     """Give the parser a verb; ``run`` gets its arguments and returns the exit code (None: 0)."""
     description = summary[0].upper() + summary[1:] + "."
     parser: Parser = verbs.add_parser(name, help=summary, description=description, epilog=f"example: {example}")
+    add_process_arguments(parser)
+    parser.set_defaults(verb=run)
+    return parser
+
+
+def add_process_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every verb takes: how much it says, and how many threads it has."""
     parser.add_argument("--quiet", action="store_true", help="print errors only on stderr, no progress and no notes")
     parser.add_argument(
         "--threads",
@@ -34,8 +41,6 @@ def add_verb(
         metavar="N",
         help="threads of the CPU (default: torch's own number, or fewer where this process may use fewer CPUs)",
     )
-    parser.set_defaults(verb=run)
-    return parser
 
 
 def add_capture_arguments(parser: argparse.ArgumentParser, *, prompts_required: bool = True) -> None:
