@@ -194,23 +194,29 @@ def replays_of(args: argparse.Namespace, store: Path, boundary: int, policy: str
     environment |= {"OMP_WAIT_POLICY": policy} if policy else {}
     child = [sys.executable, __file__, f"--pt={args.pt}", f"--it={args.it}", f"--prompts={args.prompts}"]
     child += [f"--dtype={args.dtype}", f"--repeat={args.repeat}", f"--replay-of={store}", f"--boundaries={boundary}"]
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
-    try:
-        ran = subprocess.run(child, capture_output=True, text=True, env=environment)
-    finally:
-        for process in busy:
-            process.kill()
-            process.wait()
+    with subprocess.Popen(child, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as ran:
+        assert ran.stdout is not None
+        ran.stdout.readline()  # it has loaded what it replays: only now do the others keep the CPUs busy
+        busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(n_busy)]
+        try:
+            found, _ = ran.communicate("go\n")
+        finally:
+            for process in busy:
+                process.kill()
+                process.wait()
     if ran.returncode:
-        sys.exit(f"{' '.join(child)} failed:\n{ran.stderr}")
-    seconds: list[float] = json.loads(ran.stdout)
+        sys.exit(f"{' '.join(child)} failed")
+    seconds: list[float] = json.loads(found)
     return seconds
 
 
 def print_replays(args: argparse.Namespace) -> int:
-    """In a child: replay every cell of a store, reading included, some times over; print the seconds of each."""
+    """In a child: replay every cell of a store, reading included, some times over, once a line comes; print the seconds
+    of each."""
     study, store = Study.open(args), open_store(args.replay_of)
     ours, boundary = Ours(study, store), int(args.boundaries)
+    print("ready", flush=True)
+    sys.stdin.readline()
     seconds = in_turn({"replay": lambda: ours.replay(boundary, ours.read(boundary))}, args.repeat)
     print(json.dumps(seconds["replay"]))
     return 0
