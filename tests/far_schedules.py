@@ -56,18 +56,17 @@ class Far:
 
     def __init__(self, seed: int) -> None:
         rng = random.Random(seed)
-        rates = {fault: rng.choice([0, 0.02, 0.1]) for fault in FAULTS}
+        rates = {fault: rng.choice([0, 0, 0.02, 0.06]) for fault in FAULTS}
         self.objects = FaultyObjects(seed=seed, rates=rates, late_calls=rng.choice([3, 40, 2000]))
 
     def storage(self, actor: Actor | None) -> Storage:
-        """Sequential and without pauses; of who looks when all is over, also without faults."""
+        """Without pauses; of who looks when all is over, also without faults."""
         if actor is None:
             self.objects.land()
             self.objects.rates = {}
         objects = self.objects if actor is None else TurnedObjects(self.objects, actor)
         storage = SeededStorage(objects, "far")  # type: ignore[arg-type]
         storage.rng = actor.rng if actor is not None else random.Random(0)
-        storage.parallel_reads = storage.parallel_writes = 1
         storage.waits_s = (0.0,) * 5  # type: ignore[misc]
         return storage
 

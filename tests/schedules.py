@@ -1,16 +1,21 @@
 """Random schedules: writers, a reader, a compactor and a verifier upon one store, each killed at any step, by a seed.
 
-Actors are threads of which one at a time has the *turn*. Each hands it back before everything that it does to the
-storage, and a seeded scheduler says whose turn is next: so a seed gives the same schedule again. A killed actor does
-nothing to the storage from some step on, whatever handlers it still runs.
+Actors are threads of which one at a time has the *turn*. Each may hand it back before everything that it does to the
+storage, and a seeded scheduler says whose turn is next, and for how many steps: so a seed gives the same schedule
+again. A killed actor does nothing to the storage from some step on, whatever handlers it still runs.
+
+Most steps read and write files of one segment, and most races are about commit records. So a turn mostly counts the
+steps upon records alone: then a few change hands right after a listing, and a long one has room for a compaction.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Executor, Future
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from unittest import mock
@@ -22,7 +27,7 @@ from stores import make_fingerprint, make_segment
 from actcache import RowFeed
 from actcache.errors import AlreadyCommittedError, InputError
 from actcache.files import draft_of
-from actcache.store import Store, StoreWriter, compact, open_store, verify
+from actcache.store import Store, StoreWriter, compact, layout, open_store, shard, verify
 from actcache.store.storage import LocalStorage, Publish, Storage, Write
 
 FINGERPRINT = make_fingerprint(checkpoints={"pt": {}}, pair=["pt"], boundaries=[1], width=1)
@@ -50,9 +55,12 @@ class Actor(threading.Thread):
         super().__init__(name=role, daemon=True)
         self.schedule, self.role, self.act, self.dies_at = schedule, role, act, dies_at
         self.rng = random.Random(f"{schedule.seed} {role}")
+        self.weight = self.rng.choice([1, 1, 3])  # of its chances to have the turn
         self.n_steps, self.dead, self.over = 0, False, False
         self.failure: BaseException | None = None
+        self.until: Callable[[], bool] = _always  # it waits for this
         self.n_waiting = 0
+        self.n_left, self.every_step = 0, True  # of its turn, and whether all its steps count
 
     def run(self) -> None:
         try:
@@ -67,7 +75,31 @@ class Actor(threading.Thread):
             self.schedule.changed.notify_all()
 
     def turn(self, what: str) -> None:
-        """Hand the turn back and wait for it."""
+        """What it does next: at once if its turn lasts, or else when it gets another."""
+        self.n_left -= self.every_step or "segments/" not in what
+        if self.n_left < 0:
+            self._hand_back()
+        if what.startswith(("names", "list")) and self.rng.random() < 0.5:
+            self.n_left = 0  # so that others act before it reads what it has found
+        self.n_steps += 1
+        self.dead |= self.dies_at is not None and self.n_steps >= self.dies_at
+        self.schedule.trace.append(f"{self.role}: {'killed before ' if self.dead else ''}{what}")
+        if self.dead:
+            raise Killed
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Let others act until this is so, or until they all wait too."""
+        if not until():
+            self.until, self.n_left = until, 0
+            self.turn("go on")
+            self.until = _always
+
+    def pause(self) -> None:
+        """Let others act for some steps, or none."""
+        at = len(self.schedule.trace) + self.rng.choice([0, self.rng.randrange(300)])
+        self.wait(lambda: len(self.schedule.trace) >= at)
+
+    def _hand_back(self) -> None:
         schedule = self.schedule
         with schedule.changed:
             if schedule.current is self:
@@ -78,20 +110,20 @@ class Actor(threading.Thread):
                 raise RuntimeError(f"{self.role} never got its turn")
             schedule.granted = None
             self.n_waiting -= 1
-        self.n_steps += 1
-        self.dead |= self.dies_at is not None and self.n_steps >= self.dies_at
-        self.schedule.trace.append(f"{self.role}: {'killed before ' if self.dead else ''}{what}")
-        if self.dead:
-            raise Killed
 
-    def go(self) -> None:
-        """Give the actor its turn; returns when it hands it back."""
+    def go(self, n_steps: int, *, every_step: bool) -> None:
+        """Give the actor a turn of so many steps, counting all or those upon records; returns when it hands it back."""
         schedule = self.schedule
+        self.n_left, self.every_step = n_steps - 1, every_step
         with schedule.changed:
             schedule.current = schedule.granted = self
             schedule.changed.notify_all()
             schedule.wait(lambda: schedule.current is not self or self.over)
             schedule.current = schedule.granted = None
+
+
+def _always() -> bool:
+    return True
 
 
 class Place(Protocol):
@@ -151,12 +183,10 @@ class Schedule:
         for role, act in (("reader", self.read), ("compactor", self.compact), ("verifier", self.verify)):
             self.add(role, act)
         while living := [actor for actor in self.actors if not actor.over]:
-            actor = self.rng.choice(living)
+            ready = [actor for actor in living if actor.until()] or living
+            (actor,) = self.rng.choices(ready, [actor.weight for actor in ready])
             # Some go on for long while the others stand still: the races of slow machines.
-            for _ in range(self.rng.choice([1, 1, 3, 20, 100])):
-                if actor.over:
-                    break
-                actor.go()
+            actor.go(self.rng.choice([1, 1, 3, 30, 200]), every_step=self.rng.random() < 0.2)
             if actor.failure is not None:
                 raise actor.failure
             if actor.over and actor.dead:
@@ -183,6 +213,9 @@ class Schedule:
 
     # ---- what actors do --------------------------------------------------------------------------------------------
 
+    def all_written(self) -> bool:
+        return all(actor.over for actor in self.actors if actor.act == self.write)
+
     def again(self, act: Callable[[], Any]) -> Any:
         """The result of an act; None where the place refused it."""
         try:
@@ -201,6 +234,7 @@ class Schedule:
             writer = StoreWriter(storage, FINGERPRINT)
             for name in names:
                 if name not in writer.committed:
+                    actor.pause()
                     try:
                         writer.append(name, SEGMENTS[name])
                     except AlreadyCommittedError:
@@ -219,6 +253,9 @@ class Schedule:
         feeds: list[tuple[RowFeed, Iterator[Any], dict[int, bytes]]] = []
 
         def look() -> None:
+            for _ in range(actor.rng.randrange(12)):
+                expected = set(self.acknowledged)
+                assert parts_of(open_store(storage)) >= expected, "lost"
             expected = set(self.acknowledged)
             kept.append((open_store(storage), expected))
             store, expected = actor.rng.choice(kept)
@@ -231,35 +268,44 @@ class Schedule:
                 for batch in batches:
                     check_batch(feed, batch, seen)
 
-        for _ in range(6):
+        for _ in range(8):
+            actor.pause()
             try:
                 self.again(look)
             except InputError as error:
                 if "is not a store" not in str(error):
                     raise
-                actor.turn("no store yet")
+                actor.wait(lambda: bool(self.acknowledged))
 
     def compact(self, actor: Actor) -> None:
-        """Merge what there is, more and more."""
+        """Merge what there is, whenever there is more; at last, all."""
         storage = self.place.storage(actor)
-        for _ in range(4):
+        n_merged = 0
+        for _ in range(20):
+            n_wanted = n_merged + actor.rng.randint(1, 3)
+            actor.wait(lambda n=n_wanted: len(self.acknowledged) >= n or self.all_written())
+            n_merged, is_last = len(self.acknowledged), self.all_written()
             try:
-                self.again(lambda: compact(storage, max_bytes=actor.rng.choice([20, 40, 60, 2**20])))
+                done = self.again(lambda: compact(storage, max_bytes=actor.rng.choice([40, 60, 2**20, 2**20])))
+                if done and is_last:
+                    break
             except InputError as error:
-                if "is not a store" not in str(error) and "is held by another process" not in str(error):
+                if "is held by another process" in str(error):  # by one that was killed
+                    self.again(lambda: storage.remove(f"{layout.COMMITS}/.compaction"))
+                elif "is not a store" not in str(error):
                     raise
-                actor.turn("nothing to merge")
 
     def verify(self, actor: Actor) -> None:
         """No problem is ever found."""
         storage = self.place.storage(actor)
         for _ in range(3):
+            actor.pause()
             try:
                 assert self.again(lambda: verify(storage)) in ([], None)
             except InputError as error:
                 if "is not a store" not in str(error):
                     raise
-                actor.turn("nothing to verify")
+                actor.wait(lambda: bool(self.acknowledged))
 
 
 # ---- what is right -------------------------------------------------------------------------------------------------
@@ -284,6 +330,11 @@ def bits(rows: torch.Tensor) -> bytes:
 TRUTH = _truth()
 EVENTS = {name: segment.events["event_id"].to_pylist() for name, segment in SEGMENTS.items()}
 EXCLUDED = {name: segment.excluded["prompt_id"].to_pylist() for name, segment in SEGMENTS.items()}
+
+
+def parts_of(store: Store) -> set[str]:
+    """What writers committed of it."""
+    return {part.segment for segment in store.segments for part in segment.parts}
 
 
 def check_store(store: Store, acknowledged: Iterable[str], picked: Sequence[int]) -> None:
@@ -331,7 +382,6 @@ class TurnedDisk(LocalStorage):
 
     def __init__(self, root: Path, actor: Actor, held: dict[str, Actor]) -> None:
         super().__init__(root)
-        self.parallel_reads = self.parallel_writes = 1  # so that an actor is one thread at a time
         self.actor, self.held = actor, held
 
     def read(self, key: str) -> bytes:
@@ -370,8 +420,8 @@ class TurnedDisk(LocalStorage):
     @contextmanager
     def creating(self, key: str) -> Iterator[Publish]:
         self.actor.turn(f"lock {key}")
-        while (holder := self.held.get(key)) is not None and not holder.over:  # which flock would wait for
-            self.actor.turn(f"wait for {key}")
+        while not self.free(key):  # which flock would wait for
+            self.actor.wait(lambda: self.free(key))
         self.held[key] = self.actor
         try:
             with super().creating(key) as publish:
@@ -390,6 +440,10 @@ class TurnedDisk(LocalStorage):
             del self.held[key]
 
     exclusively = creating
+
+    def free(self, key: str) -> bool:
+        holder = self.held.get(key)
+        return holder is None or holder.over
 
     @contextmanager
     def new_folder(self, folder: str, files: Sequence[str]) -> Iterator[Write]:
@@ -451,9 +505,30 @@ class Disk:
         assert {path.name for path in self.root.iterdir()} <= {"zarr.json", "segments", "commits", ".zarr.json.tmp"}
 
 
-def in_order() -> Any:
-    """One thread writes the files of a segment, so that the steps of an actor have one order."""
-    return mock.patch("actcache.store.writer._ARRAYS_AT_ONCE", 1)
+class OneThread(Executor):
+    """What is submitted is done at once, by the thread that submits it."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        """Takes what a pool of threads takes."""
+
+    def submit(self, act: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(act(*args, **options))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+
+@contextmanager
+def in_order() -> Iterator[None]:
+    """An actor is one thread, so that its steps have one order."""
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(shard, "_coders_of", OneThread))  # whose pool outlives a schedule
+        for name, module in [*sys.modules.items()]:
+            if name.startswith("actcache.store.") and hasattr(module, "ThreadPoolExecutor"):
+                patches.enter_context(mock.patch.object(module, "ThreadPoolExecutor", OneThread))
+        yield
 
 
 def run(seed: int, place: Place) -> None:
