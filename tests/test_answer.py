@@ -67,6 +67,7 @@ def test_effects_print_a_table_and_json_on_request(run, capsys):
     assert "24 events of 24 prompts; boundary 3, scope prefix" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_every_verb_says_what_comes_next(tiny_run, run, tmp_path, capsys):
     words = tiny_run("llama", torch.float32).arguments("capture")
     words[words.index("--out") + 1] = str(tmp_path / "new")

@@ -46,6 +46,7 @@ def cells_of(folder, carried):
     return store, gather_cells(folder / "groups", store, strict=False, max_tokens=None)
 
 
+@pytest.mark.slow
 def test_a_document_stands_once_however_many_cells_repeat_it(tmp_path):
     """As plain text these cells have 1.5 GB of it, and 2 GiB are too many for a column."""
     store, cells = cells_of(tmp_path, [{"document": text, "n": i} for i, text in enumerate(DOCUMENTS)])

@@ -229,6 +229,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         assert (tmp_path / "site" / page).is_file()
 
 
+@pytest.mark.slow
 def test_a_run_is_a_place_of_a_store(tiny_run):
     run = tiny_run("llama", torch.float32)
     assert actcache.open_store(run.out).events.equals(actcache.open_store(run.out / "store").events)

@@ -457,6 +457,7 @@ def test_packed_variants_differ_by_rounding_only(arch, dtype, lengths, make):
         assert (found.float() - expected.float()).abs().max() <= allowed
 
 
+@pytest.mark.slow
 @ARCHS
 def test_the_order_of_variants_changes_nothing_but_rounding(arch):
     study, late = study_of(arch, FLOAT32), late_of(arch, FLOAT32)

@@ -296,6 +296,7 @@ def test_a_share_whose_denominator_may_be_zero_has_no_interval():
     assert group["portable_share"]["low"] is None
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_truth_at_about_their_level():
     # 300 studies of 50 prompts with 1 to 4 correlated events each; a percentile interval of level 0.9 covers a little
     # less than 0.9 at this size. The binomial standard error is 0.017: the band is about three of them.

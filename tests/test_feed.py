@@ -88,6 +88,7 @@ def ids(batches: Any) -> list[list[int]]:
 CHOICES = st.sampled_from(["all", "event", "odd tokens", [0], [-1, 2], [3, 1, -4]])
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(twins(), CHOICES, st.sampled_from(SHUFFLES), st.booleans(), st.integers(1, 9), st.integers(1, 12), st.data())
 def test_each_row_comes_once_as_it_was_captured(twin, positions, shuffle, drop_last, batch_rows, batches_held, data):
@@ -554,6 +555,7 @@ def test_an_empty_store_and_rows_that_are_not_there(path, tmp_path):
 # ---- the endless buffer ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_buffer_goes_through_epochs(path, rows, workers):
     feed = make_feed(path, drop_last=True)

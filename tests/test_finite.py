@@ -151,6 +151,7 @@ def test_no_norm_hides_what_overflows(tmp_path, dtype):
             read()
 
 
+@pytest.mark.slow
 def test_effects_name_the_variants_whose_margins_are_not_finite(tiny_run, tmp_path, capsys):
     run = tiny_run("llama", torch.float32)
     margins = run.cells["margin"].to_pylist()

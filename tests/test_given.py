@@ -129,6 +129,7 @@ def test_nothing_is_decided_at_tokens_that_were_given(run, tmp_path, capfd):
     assert json.loads(capfd.readouterr().out)["n_left_out"] == 0
 
 
+@pytest.mark.slow
 def test_events_of_another_run_are_taken_tokens_and_all(pair, tmp_path):
     prompts = tiny.write_prompts(tmp_path / "p.jsonl", 6)
     assert capture(pair, tmp_path / "one", "--prompts", prompts, "--max-new", 24, "--strict") == 0
@@ -158,6 +159,7 @@ def test_a_kind_that_the_pair_must_choose_is_checked(pair, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_it_resumes_grows_and_compacts(run, pair, tmp_path, capfd):
     prompts = tiny.write_prompts(tmp_path / "p.jsonl", 6)
     more = ["--prompts", prompts, "--strict", "--shard-prompts", 1]

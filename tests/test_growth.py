@@ -255,6 +255,7 @@ def whole(pair, tmp_path_factory) -> Path:
     return folder / "run/store"
 
 
+@pytest.mark.slow
 def test_the_same_command_with_more_of_all_ends_in_the_same_rows(pair, whole, tmp_path, capfd):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "run"
     assert capture(pair, tiny.write_prompts(prompts, 4), out, "--boundary", "3") == 0
@@ -277,6 +278,7 @@ def test_the_same_command_with_more_of_all_ends_in_the_same_rows(pair, whole, tm
     assert read_tree(out / "store") == before
 
 
+@pytest.mark.slow
 def test_a_whole_run_grows(pair, tmp_path, capfd):
     """Capture, grid, effects and report of more prompts of another file; cells that were scored stay as they are."""
     few, many = tiny.write_prompts(tmp_path / "few.jsonl", 4), tiny.write_prompts(tmp_path / "many.jsonl", 10)
@@ -325,6 +327,7 @@ def test_a_site_is_what_a_hook_sees(pair, whole):
         assert torch.equal(store.states(label, 4, site="mlp")[0], torch.cat(seen))
 
 
+@pytest.mark.slow
 def test_a_killed_growth_goes_on(pair, tmp_path, monkeypatch):
     prompts, out = tiny.write_prompts(tmp_path / "p.jsonl", 9), tmp_path / "run"
     assert capture(pair, prompts, out, "--boundary", "3") == 0
@@ -356,6 +359,7 @@ def capture_or_raise(pair, prompts: Path, out: Path) -> None:
         raise OSError("the disk is full")
 
 
+@pytest.mark.slow
 def test_parts_grow_a_store_together(pair, tmp_path):
     prompts, out = tiny.write_prompts(tmp_path / "p.jsonl", 9), tmp_path / "run"
     assert capture(pair, prompts, out, "--boundary", "3") == 0
@@ -365,6 +369,7 @@ def test_parts_grow_a_store_together(pair, tmp_path):
     assert open_store(out / "store").boundaries == [3, 2]
 
 
+@pytest.mark.slow
 def test_rows_of_events_alone_grow(pair, whole, tmp_path):
     prompts, out = tiny.write_prompts(tmp_path / "p.jsonl", 10), tmp_path / "run"
     assert capture(pair, prompts, out, "--boundary", "3", "--rows", "divergence") == 0

@@ -113,6 +113,7 @@ def a_few(run: LineupRun) -> list[int]:
 # ---- capture ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_events_are_the_pairs_and_states_everyones(run):
     store, events = run.store, run.store.events.to_pylist()
     assert store.checkpoints == run.labels, "in the order given"
@@ -151,6 +152,7 @@ def test_a_role_that_is_no_label_has_its_margins_too(three, four):
     assert events["margin_it"].equals(events["margin_a-1"])
 
 
+@pytest.mark.slow
 def test_a_lineup_scores_its_pair_as_the_pair_alone_does(three, tmp_path):
     folders = {label: three.folders[label] for label in three.pair}
     alone = LineupRun(folders, three.pair, three.prompts, tmp_path / "run", tuple(flags(folders)))
@@ -223,6 +225,7 @@ def test_readouts_may_name_roles():
     assert readouts_of(asked, ["it", "pt"], ("it", "pt")) == asked
 
 
+@pytest.mark.slow
 def test_further_readouts_and_a_sweep_go_by_label(three, tmp_path, capsys):
     out = shutil.copytree(three.out, tmp_path / "run")
     assert main(["grid", str(out), "--readout", "common_sft,common_it", "--boundary", "3"]) == 0
@@ -272,6 +275,7 @@ def test_effects_map_every_checkpoint(run):
         assert group["margins"][first][second] == pytest.approx(group["cells"]["pt_it"])
 
 
+@pytest.mark.slow
 def test_effects_of_any_pair(run, capsys):
     for pair in itertools.permutations(run.labels, 2):
         capsys.readouterr()
@@ -330,6 +334,7 @@ def test_the_report_shows_every_checkpoint(run):
 # ---- the other verbs -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_and_another_order_is_refused(three, tmp_path, capsys):
     before = (three.out / "cells.parquet").read_bytes()
     assert main([*three.command(), "--stability", "4"]) == 0
@@ -377,6 +382,7 @@ def test_stability_is_of_the_pair(three, four, capsys):
     assert main(["verify", str(three.out)]) == 0
 
 
+@pytest.mark.slow
 def test_an_analysis_goes_by_the_pair(run, capsys):
     assert main(["depth", str(run.out), "--json"]) == 0
     groups = json.loads(capsys.readouterr().out)["groups"]
@@ -427,6 +433,7 @@ def test_the_stores_verbs_serve_every_checkpoint(run, tmp_path, capsys):
     assert len(where) > 0
 
 
+@pytest.mark.slow
 def test_capture_in_parts_then_grid(three, tmp_path):
     out = tmp_path / "run"
     more = ["--shard-prompts", "5"]
@@ -485,6 +492,7 @@ def test_effects_of_a_pair_that_is_not_there(three, capsys):
     assert "pass two different labels" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_lineup_from_python(three):
     before = (three.out / "cells.parquet").read_bytes()
     found = actcache.run(

@@ -108,6 +108,7 @@ def test_events_equal_the_reference(tiny_run, arch, dtype):
     assert decided_by_rounding <= 3
 
 
+@pytest.mark.slow
 @DTYPES
 @ARCHS
 def test_stored_rows_are_the_states_of_a_strict_capture(tiny_run, arch, dtype):

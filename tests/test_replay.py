@@ -68,6 +68,7 @@ def check_every_mode(late, sequences, tolerance=1e-4):
         torch.testing.assert_close(plain, expected[:, 0], rtol=0, atol=tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workers")
 @pytest.mark.parametrize(
     ("name", "mode", "reason"),

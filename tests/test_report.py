@@ -163,6 +163,7 @@ def test_events_that_rounding_would_change(tables):
     assert {"0.0625", "0.0312", "0.41"} <= set(page.data_values)
 
 
+@pytest.mark.slow
 def test_no_event_that_the_shape_would_change(tables):
     text = Page(page_of(tables, stability=[STABLE])).section("stability")
     assert "None of the events checked hangs on the shape of its batch" in text
@@ -271,6 +272,7 @@ def test_figures_have_alt_text():
     assert "nan" not in html.lower().replace("nan_", "")
 
 
+@pytest.mark.slow
 def test_same_arguments_same_bytes(tables):
     cells, events, excluded = tables
     shuffle = np.random.default_rng(1).permutation
@@ -278,6 +280,7 @@ def test_same_arguments_same_bytes(tables):
     assert page_of(tables) == page_of(tables) == page_of((*shuffled, excluded))
 
 
+@pytest.mark.slow
 def test_boundaries_get_their_figure_and_the_nearest_leads(tables):
     swept = run_tables(20, boundaries=(5, 10, 18))
     for wished, leads in ((None, 10), (17, 18), (1, 5)):
@@ -321,6 +324,7 @@ def test_few_prompts_are_said_to_be_few(n_prompts, interval, caution):
     assert ("percentile bootstrap over prompts" in answer) == interval
 
 
+@pytest.mark.slow
 def test_a_common_readout_is_not_the_checkpoints_as_they_are(tables):
     cells, events, excluded = tables
     result = effects(cells, draws=200)
@@ -340,6 +344,7 @@ def test_a_common_readout_is_not_the_checkpoints_as_they_are(tables):
     assert "Unpatched" not in page.section("answer")
 
 
+@pytest.mark.slow
 def test_equal_readouts_are_told_once():
     cells, events, excluded = run_tables(20, boundaries=(5, 10), readouts=("common_it",))
     at = cells.column_names.index("readout")
@@ -359,6 +364,7 @@ def test_equal_readouts_are_told_once():
     assert " = " not in Page(page_of((pa.concat_tables([cells, apart]), events, excluded))).section("groups")
 
 
+@pytest.mark.slow
 def test_choices_and_kl_are_shown(tables):
     cells, events, excluded = tables
     assert "choices" not in Page(page_of(tables)).by_section
@@ -372,6 +378,7 @@ def test_choices_and_kl_are_shown(tables):
     assert "it, it 0.0% 0.0% 100.0% 0.25" in page.section("choices")
 
 
+@pytest.mark.slow
 def test_special_tokens_are_marked(tables):
     cells, events, excluded = tables
     assert "special" not in Page(page_of(tables)).section("examples")
@@ -443,6 +450,7 @@ def test_no_noop_and_no_exclusions():
     assert "without one" not in "".join(page.text)
 
 
+@pytest.mark.slow
 def test_size_does_not_grow_with_the_run():
     wide = run_tables(30, boundaries=tuple(range(1, 190)))
     html = page_of(wide)
@@ -474,6 +482,7 @@ def test_errors(tables):
         build_report(cells, result, events.slice(1), excluded, SETTINGS)
 
 
+@pytest.mark.slow
 def test_every_character_is_visible_and_encodable():
     for code in range(0x11_0000):
         for piece in pieces(chr(code), spaces=True):

@@ -54,6 +54,7 @@ def contents(draw: st.DrawFn) -> dict[str, Any]:
     return {**further, **known, **content}
 
 
+@pytest.mark.slow
 @given(contents())
 def test_a_fingerprint_is_its_json(content):
     found = Fingerprint.from_json(content)
@@ -68,6 +69,7 @@ def test_a_fingerprint_is_its_json(content):
             assert getattr(found, name) == value
 
 
+@pytest.mark.slow
 @given(contents(), contents())
 def test_two_fingerprints_are_equal_where_their_json_is(content, other):
     a, b = Fingerprint.from_json(content), Fingerprint.from_json(other)

@@ -50,6 +50,7 @@ def same(a, b):
     return a.equals(b) if isinstance(a, pa.Table) else a == b
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_flipped_bit_is_a_named_error_or_changes_no_number(made, tmp_path, name):
     out, store = made

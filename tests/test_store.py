@@ -38,6 +38,7 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 # ---- round trips ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 @given(twins(), st.data(), st.sampled_from([1, 40, 300, shard.CHUNK_BYTES]))
 def test_a_store_answers_as_its_twin(twin, data, chunk_bytes):

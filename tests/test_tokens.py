@@ -196,6 +196,7 @@ def found_specials(lineup):
     return {token for c in lineup.checkpoints.values() for token in c.tokenizer.all_special_tokens}
 
 
+@pytest.mark.slow
 def test_a_choice_that_only_one_tokenizer_has_is_an_event(tmp_path):
     folders = tiny.make_pair(tmp_path, "llama", vocab_size=N_ROWS)
     add("<|one|>", "<|two|>", "<|three|>", "<|four|>")(folders[1])
