@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import shutil
@@ -220,6 +221,42 @@ def test_a_feed_goes_on_through_a_compaction_in_mid_epoch(change, workers, tmp_p
     for batch, before in zip(expected, places, strict=True):
         for a, b in zip(after.locate(batch.rows), before, strict=True):
             assert (a == b).all()
+
+
+@pytest.mark.parametrize("positions", ["all", "event"])
+@pytest.mark.parametrize("shuffle", ["blocks", "rows", "none"])
+@pytest.mark.parametrize("merged_before", [False, True])
+def test_a_saved_state_goes_on_after_a_compaction(merged_before, shuffle, positions, tmp_path):
+    place = tmp_path / "store"
+    fill(place, "s-0", "s-5")
+    if merged_before:
+        compact(place)
+    fill(place, "s-1", "s-2", "s-4")
+    n_bytes = 3 * RowFeed(place).row_bytes
+
+    def feed() -> RowFeed:
+        return RowFeed(place, batch_rows=2, memory_bytes=n_bytes, shuffle=shuffle, positions=positions)
+
+    live = feed()
+    batches = iter(live)
+    for _ in range(3):
+        next(batches)
+    state = json.loads(json.dumps(live.state_dict()))
+    compact(place)
+    assert len(open_store(place).segments) == 1
+    resumed = feed()
+    resumed.load_state_dict(state)
+    assert json.loads(json.dumps(resumed.state_dict())) == state
+    assert [*map(bits_of, resumed)] == [*map(bits_of, batches)]
+    for one in (live, resumed):
+        one.set_epoch(1)
+    assert [*map(bits_of, resumed)] == [*map(bits_of, live)], "and so in the epochs that follow"
+    for batch in resumed:
+        tokens = resumed.locate(batch.rows).token_id
+        assert (tokens == live.locate(batch.rows).token_id).all()
+    fill(place, "s-3")
+    with pytest.raises(IncompatibleError, match="rows"):
+        feed().load_state_dict(state)
 
 
 def test_many_threads_follow_one_compaction(tmp_path):

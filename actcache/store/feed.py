@@ -146,6 +146,7 @@ class RowFeed(IterableDataset[RowBatch]):
         self._identity = {"store": opened.fingerprint.digest, "rows": self.chosen.digest()}
         self._identity |= {name: getattr(self, name) for name in names}
         self._identity |= {"site": site, "records": self.chosen.records_digest()}
+        self._segments = self.chosen.segment_parts
         self._order: tuple[int, Ints, Ints] | None = None
         self._loaded: dict[str, Any] | None = None
         self._at = _position(epoch)
@@ -195,25 +196,31 @@ class RowFeed(IterableDataset[RowBatch]):
         give the ``batches`` that were consumed of this epoch, and its number of ``workers``.
         """
         at = self._at if batches is None else _position(self.epoch, batches, max(1, workers))
-        return {**at, "feed": dict(self._identity)}
+        return {**at, "segments": dict(self._segments), "feed": dict(self._identity)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next iteration give exactly the batches that were left, bit for bit; reads one round at most again.
 
         That iteration must have as many workers as the one that was left (none counts as one), or it raises InputError.
         The workers of a plain ``DataLoader`` begin there in every iteration until :meth:`set_epoch` says another epoch.
+        Where a compaction has merged segments since, the order stays that of the state, as of a feed that lives on.
 
         Raises:
             IncompatibleError: the state is that of a feed of other rows or options; names the first field.
         """
         of_state = {"site": layout.STATE} | state["feed"]  # earlier versions fed no other
-        for field, value in self._identity.items():
+        segments = state.get("segments", self.chosen.segment_parts)
+        laid_out = self.chosen.laid_out(segments)
+        identity = self._identity | {"rows": laid_out.digest()}
+        for field, value in identity.items():
             if field == "records" and field not in of_state:
                 continue  # a state of an earlier version, which knew the rows by their segments' names only
             if of_state.get(field) != value:
                 raise IncompatibleError(
                     f"this feed's {field} is {value!r}, that of the state {of_state.get(field)!r}", field=field
                 )
+        self._identity, self._segments = identity, dict(segments)
+        self._cuts, self._order = laid_out.cut(self.block_rows), None
         self._at = _position(*(state[name] for name in _position(0)))
         self._loaded = dict(self._at)
         self._epoch.fill_(state["epoch"])

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from actcache.errors import InputError
-from actcache.store import Segment, Store, open_store
+from actcache.store import Segment, Store, layout, open_store
 from actcache.store.selection import Events
 
 Ints = npt.NDArray[np.int64]
@@ -132,6 +132,22 @@ class StoreRows:
         digest = hashlib.sha256(repr((self.segments, self.firsts.tolist())).encode())
         digest.update(b"" if self.chosen is None else self.chosen.tobytes())
         return digest.hexdigest()
+
+    @property
+    def segment_parts(self) -> dict[str, int]:
+        """The segments in order, and of how many parts, each as a writer committed it, each is."""
+        return {segment.name: len(segment.parts) for segment in self.store.segments}
+
+    def laid_out(self, segments: Mapping[str, int]) -> StoreRows:
+        """The same rows as those of a store whose :attr:`segment_parts` were these, before a compaction."""
+        parts = [part.counts for segment in self.store.segments for part in segment.parts]
+        counts = [layout.n_rows(self.store.fingerprint, part.n_tokens, part.n_events) for part in parts]
+        if sum(segments.values()) != len(parts):
+            return self
+        found = copy.copy(self)
+        found.segments = tuple(segments)
+        found.firsts = np.cumsum([0, *counts], dtype=np.int64)[np.cumsum([0, *segments.values()])]
+        return found
 
     def _choose(self, positions: Positions, events: Events) -> Ints | None:
         if isinstance(positions, str) and positions not in ("all", "event"):
