@@ -127,12 +127,15 @@ CONTRASTS = (
     Column("late_from_pt", "float64", "A: what the late blocks of it add to the state of pt", "logits"),
     Column("late_from_it", "float64", "B: what the late blocks of it add to the state of it", "logits"),
     Column("interaction", "float64", "B - A: the part that needs the state of it", "logits"),
+    Column("late_main", "float64", "(A + B) / 2: what the late blocks of it add on average", "logits"),
+    Column("upstream_main", "float64", "what the state of it adds, on average over both late stacks", "logits"),
     Column("native_shift", "float64", "how far the two diagonal cells are apart", "logits"),
 )
 """Differences of one event's four cells, and their means."""
 
 SHARES = (
     Column("portable_share", "float64", "mean A / mean B", "share"),
+    Column("matched_ratio", "float64", "mean B / mean A", "ratio"),
     Column("interaction_share", "float64", "mean interaction / mean native shift", "share"),
 )
 

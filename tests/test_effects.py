@@ -13,7 +13,10 @@ from actcache.errors import InputError
 from actcache.study import statistics
 
 GRID = [("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")]
-QUANTITIES = ["late_from_pt", "late_from_it", "interaction", "native_shift", "portable_share", "interaction_share"]
+QUANTITIES = [
+    *("late_from_pt", "late_from_it", "interaction", "late_main", "upstream_main", "native_shift"),
+    *("portable_share", "interaction_share", "matched_ratio"),
+]
 
 
 def cell_table(grids, prompts=None, labels=("pt", "it"), **group):
@@ -46,7 +49,9 @@ def slow_effects(cells, draws, seed, level):
         mean = {name: sum(margins[event][name] for event in events) / len(events) for name in CELLS}
         a, b = mean["pt_it"] - mean["pt_pt"], mean["it_it"] - mean["it_pt"]
         shift = mean["it_it"] - mean["pt_pt"]
-        values = dict(zip(QUANTITIES, (a, b, b - a, shift, a / b, (b - a) / shift), strict=True))
+        upstream = (mean["it_pt"] - mean["pt_pt"] + mean["it_it"] - mean["pt_it"]) / 2
+        linear, shares = (a, b, b - a, (a + b) / 2, upstream, shift), (a / b, (b - a) / shift, b / a)
+        values = dict(zip(QUANTITIES, linear + shares, strict=True))
         return mean | values
 
     rng = np.random.default_rng(seed)
@@ -70,7 +75,7 @@ def slow_effects(cells, draws, seed, level):
 
 
 def flat(group):
-    """One group's numbers by name: the four cells and the six quantities."""
+    """One group's numbers by name: the four cells and the quantities."""
     return group["cells"] | {name: group[name] for name in QUANTITIES}
 
 
@@ -83,12 +88,13 @@ def test_contrasts_of_a_planted_grid():
     assert table.column_names == [
         *("event_id", "prompt_id", "kind", "pair", "step", "boundary", "scope", "readout", "variant"),
         *("y_pt_pt", "y_pt_it", "y_it_pt", "y_it_it"),
-        *("late_from_pt", "late_from_it", "interaction", "native_shift"),
+        *("late_from_pt", "late_from_it", "interaction", "late_main", "upstream_main", "native_shift"),
     ]
     first = table.to_pylist()[0]
     assert (first["event_id"], first["prompt_id"], first["step"], first["boundary"]) == ("e0000", "p0000", 0, 18)
     assert (first["late_from_pt"], first["late_from_it"]) == (1.0, 5.0)
     assert (first["interaction"], first["native_shift"]) == (4.0, 7.0)
+    assert (first["late_main"], first["upstream_main"]) == (3.0, 4.0)
 
 
 def test_effects_of_a_planted_grid():
@@ -100,6 +106,9 @@ def test_effects_of_a_planted_grid():
     assert means["late_from_it"] == 2.75
     assert means["interaction"] == 1.75
     assert means["native_shift"] == 4.5
+    assert means["late_main"] == (1.0 + 2.75) / 2
+    assert means["upstream_main"] == 4.5 - means["late_main"]
+    assert means["matched_ratio"] == 2.75
     assert means["portable_share"] == 1.0 / 2.75
     assert means["interaction_share"] == 1.75 / 4.5
     assert (group["n_events"], group["n_prompts"]) == (2, 2)

@@ -20,7 +20,7 @@ import actcache.cli.stages as stages
 from actcache.analyses import grid
 from actcache.cli import main
 from actcache.errors import IncompatibleError
-from actcache.sealed import read_json
+from actcache.sealed import json_bytes, read_json
 from actcache.store import compact
 from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
@@ -334,6 +334,18 @@ def test_cells_are_not_written_through_a_link(run, capfd):
     (run / "cells").symlink_to(theirs)
     refused(capfd, f"{run / 'cells'} is a link: nothing is changed through it", "grid", run)
     assert not list(theirs.iterdir())
+
+
+@pytest.mark.parametrize("lacking", ["pair", "late_main"])
+def test_effects_of_an_earlier_version_are_made_again_for_a_report(run, capfd, lacking):
+    whole = (run / "effects.json").read_bytes()
+    found = read_json(run / "effects.json", "effects", "")
+    for group in found.content["groups"]:
+        del group[lacking]
+    (run / "effects.json").write_bytes(json_bytes(found.content, found.made_from))
+    assert main(["report", str(run)]) == 0
+    assert "it is made again" in capfd.readouterr().err
+    assert (run / "effects.json").read_bytes() == whole
 
 
 def test_effects_that_leave_events_out_are_another_file(run, capfd):

@@ -10,13 +10,16 @@ Here ``pt_it`` always reads upstream PT, late IT. From the four cells:
 ``late_from_pt``       A = Y(PT, IT) - Y(PT, PT)         what IT's late stack adds to PT's state
 ``late_from_it``       B = Y(IT, IT) - Y(IT, PT)         what it adds to IT's own state
 ``interaction``        B - A                             the part that needs IT's own state
+``late_main``          (A + B) / 2                       what IT's late stack adds on average
+``upstream_main``      native_shift - late_main          what IT's state adds on average over both late stacks
 ``native_shift``       Y(IT, IT) - Y(PT, PT)             how far the diagonal's cells are apart; under the native
                                                          readout these are the two unpatched checkpoints
 ``portable_share``     mean(A) / mean(B)                 the part of the late effect that PT's state suffices for
+``matched_ratio``      mean(B) / mean(A)                 how many times more IT's late stack adds to its own state
 ``interaction_share``  mean(B - A) / mean(native_shift)  the part of the native shift that is interaction
 =====================  ================================  ====================================================
 
-The two shares are the ratios that arXiv 2605.07284 reports (A +0.76, B +2.44: portable share 31.1%; the interaction
+``portable_share`` and ``interaction_share`` are the ratios that arXiv 2605.07284 reports (A +0.76, B +2.44: portable share 31.1%; the interaction
 +1.68 is 33.7% of the native shift).
 """
 
@@ -79,7 +82,7 @@ def contrasts(cells: pa.Table, pair: Sequence[str] | None = None) -> pa.Table:
     Returns:
         One row per event and group: event_id, prompt_id, kind, pair, step, boundary, scope, readout, variant (text, or
         int64 for whole numbers), then float64 logits y_pt_pt, y_pt_it, y_it_pt, y_it_it (``Y(U, L)``), late_from_pt,
-        late_from_it, interaction, native_shift. Sorted by the group columns, then event_id: the result does not depend
+        late_from_it, interaction, late_main, upstream_main, native_shift. Sorted by the group columns, then event_id: the result does not depend
         on the order of the rows given. No rows in, no rows out.
 
     Raises:
@@ -154,8 +157,8 @@ def effects(
     Returns:
         A dict ready for json: ``draws``, ``seed``, ``level`` and ``groups``. There is one group per (kind, pair,
         boundary, scope, readout, variant), in sorted order. It has these six, the labels ``pt`` and ``it`` that are
-        contrasted, ``n_events``, ``n_prompts``, ``cells`` (pt_pt, pt_it, it_pt, it_it) and the six quantities of this
-        module's table. Where the cells are of more than two checkpoints, ``margins`` follows: the mean margin of every
+        contrasted, ``n_events``, ``n_prompts``, ``cells`` (pt_pt, pt_it, it_pt, it_it) and the quantities of this module's
+        table. Where the cells are of more than two checkpoints, ``margins`` follows: the mean margin of every
         cell, by upstream and late label, over the events that have them all. A number is
         ``{"mean", "low", "high"}``, in logits except for the shares. ``low`` and ``high`` are None below
         ``FEWEST_PROMPTS`` prompts, and for a share whose denominator's own interval reaches 0 (the ratio then has
@@ -393,6 +396,8 @@ def _contrast(name: str, y: Floats) -> Floats:
         "late_from_pt": pt_it - pt_pt,
         "late_from_it": it_it - it_pt,
         "interaction": (it_it - it_pt) - (pt_it - pt_pt),
+        "late_main": ((it_it - it_pt) + (pt_it - pt_pt)) / 2,
+        "upstream_main": ((it_pt - pt_pt) + (it_it - pt_it)) / 2,
         "native_shift": it_it - pt_pt,
     }[name]
     return found
@@ -482,7 +487,11 @@ def _quantities(totals: Floats) -> dict[str, Floats]:
     return cells | {column.name: _contrast(column.name, y) for column in schema.CONTRASTS}
 
 
-_SHARES = {"portable_share": ("late_from_pt", "late_from_it"), "interaction_share": ("interaction", "native_shift")}
+_SHARES = {
+    "portable_share": ("late_from_pt", "late_from_it"),
+    "interaction_share": ("interaction", "native_shift"),
+    "matched_ratio": ("late_from_it", "late_from_pt"),
+}
 
 
 def _estimates(total: Floats, drawn: Floats | None, level: float) -> dict[str, Any]:

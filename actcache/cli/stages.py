@@ -31,7 +31,7 @@ from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import CorruptFileError, InputError
 from actcache.files import write_atomically
-from actcache.schema import ROLES
+from actcache.schema import EFFECTS, ROLES, names
 from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, read_json, seal_of
 from actcache.study.run import check_complete, check_same_checkpoints, read_run_cells
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
@@ -448,8 +448,9 @@ def _current_effects(folder: RunFolder, store: Store, made_from: dict[str, Any])
     except (NoSealError, CorruptFileError) as error:
         say(str(error))
     else:
-        # An earlier version's groups do not say whose events they are of.
-        if found.made_from == made_from and all("pair" in group for group in found.content["groups"]):
+        # An earlier version's groups have fewer numbers, and do not say whose events they are of.
+        wanted = set(names(EFFECTS))
+        if found.made_from == made_from and all(wanted <= group.keys() for group in found.content["groups"]):
             return found
         say(f"{folder.effects} is of other cells than {folder.cells} now holds; it is made again")
         options = {name: found.content[name] for name in ("draws", "seed")}
