@@ -19,7 +19,7 @@ Here ``pt_it`` always reads upstream PT, late IT. From the four cells:
 ``interaction_share``  mean(B - A) / mean(native_shift)  the part of the native shift that is interaction
 =====================  ================================  ====================================================
 
-``portable_share`` and ``interaction_share`` are the ratios that arXiv 2605.07284 reports (A +0.76, B +2.44: portable share 31.1%; the interaction
+The two shares are the ratios that arXiv 2605.07284 reports (A +0.76, B +2.44: portable share 31.1%; the interaction
 +1.68 is 33.7% of the native shift).
 """
 
@@ -82,8 +82,8 @@ def contrasts(cells: pa.Table, pair: Sequence[str] | None = None) -> pa.Table:
     Returns:
         One row per event and group: event_id, prompt_id, kind, pair, step, boundary, scope, readout, variant (text, or
         int64 for whole numbers), then float64 logits y_pt_pt, y_pt_it, y_it_pt, y_it_it (``Y(U, L)``), late_from_pt,
-        late_from_it, interaction, late_main, upstream_main, native_shift. Sorted by the group columns, then event_id: the result does not depend
-        on the order of the rows given. No rows in, no rows out.
+        late_from_it, interaction, late_main, upstream_main, native_shift. Sorted by the group columns, then event_id:
+        the result does not depend on the order of the rows given. No rows in, no rows out.
 
     Raises:
         InputError: a column is missing, there twice, of other values or has nulls; the pair is not two labels, or none
@@ -157,8 +157,8 @@ def effects(
     Returns:
         A dict ready for json: ``draws``, ``seed``, ``level`` and ``groups``. There is one group per (kind, pair,
         boundary, scope, readout, variant), in sorted order. It has these six, the labels ``pt`` and ``it`` that are
-        contrasted, ``n_events``, ``n_prompts``, ``cells`` (pt_pt, pt_it, it_pt, it_it) and the quantities of this module's
-        table. Where the cells are of more than two checkpoints, ``margins`` follows: the mean margin of every
+        contrasted, ``n_events``, ``n_prompts``, ``cells`` (pt_pt, pt_it, it_pt, it_it) and the quantities of this
+        module's table. Where the cells are of more than two checkpoints, ``margins`` follows: the mean margin of every
         cell, by upstream and late label, over the events that have them all. A number is
         ``{"mean", "low", "high"}``, in logits except for the shares. ``low`` and ``high`` are None below
         ``FEWEST_PROMPTS`` prompts, and for a share whose denominator's own interval reaches 0 (the ratio then has
