@@ -66,36 +66,55 @@ import actcache
 from actcache.models.lineup import Lineup
 from actcache.study.capture import LocalCapture
 from actcache.study.engine import LocalEngine
-job, place, checkpoints = pickle.loads(Path(sys.argv[1]).read_bytes())
+from actcache.study.finished import settings_of
+jobs, place, checkpoints = pickle.loads(Path(sys.argv[1]).read_bytes())
 store = actcache.open_store(place)
-if hasattr(job, "settings") or hasattr(job, "sites"):
-    from actcache.study.finished import settings_of
-    engine = LocalCapture(Lineup.open(checkpoints), getattr(job, "settings", settings_of(store)))
-    engine.hold(store.segments)
-else:
-    engine = LocalEngine.of(store, checkpoints)
-Path(sys.argv[2]).write_bytes(pickle.dumps(job.run(engine, job.read(engine))))
+given = {}
+for name, job in jobs.items():
+    if name in ("searched", "given", "rows"):
+        engine = LocalCapture(Lineup.open(checkpoints), getattr(job, "settings", settings_of(store)))
+        engine.hold(store.segments)
+    else:
+        engine = LocalEngine.of(store, checkpoints)
+    given[name] = job.run(engine, job.read(engine))
+Path(sys.argv[2]).write_bytes(pickle.dumps(given))
 """
 
 
-def in_a_fresh_process(job, run, checkpoints, folder):
-    (folder / "job").write_bytes(pickle.dumps((job, str(run.out / "store"), checkpoints)))
-    command = [sys.executable, "-c", WORKER, str(folder / "job"), str(folder / "given")]
+@pytest.fixture(scope="module")
+def jobs(captured):
+    """A job of each kind, by name."""
+    run, checkpoints = captured
+    replays = {
+        f"replay, {'strict' if strict else 'packed'}": replay_job(run, strict=strict) for strict in (True, False)
+    }
+    return replays | {"forward": forward_job(run), "decode": decode_job(run)} | capture_jobs(run, checkpoints)
+
+
+@pytest.fixture(scope="module")
+def there(captured, jobs, tmp_path_factory):
+    """What a fresh process makes of them, which has no more than the jobs, the store and the folders of the models."""
+    run, checkpoints = captured
+    folder = tmp_path_factory.mktemp("worker")
+    (folder / "jobs").write_bytes(pickle.dumps((jobs, str(run.out / "store"), checkpoints)))
+    command = [sys.executable, "-c", WORKER, str(folder / "jobs"), str(folder / "given")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return pickle.loads((folder / "given").read_bytes())
 
 
-@pytest.mark.parametrize("strict", [True, False])
-def test_a_job_in_a_fresh_process_gives_the_same_table(captured, tmp_path, strict):
-    run, checkpoints = captured
+def replay_job(run, strict):
     jobs = jobs_left(run.store, {}, settings(strict=strict))
     assert {(job.boundary, job.late) for job in jobs} == {(b, late) for b in (2, 3) for late in ("pt", "it")}
-    job = jobs[1]
-    engine = LocalEngine.of(run.store, checkpoints)
-    here = job.run(engine, job.read(engine)).table
-    there = in_a_fresh_process(job, run, checkpoints, tmp_path).table
-    if strict:
+    return jobs[1]
+
+
+@pytest.mark.parametrize("how", ["strict", "packed"])
+def test_a_replay_job_in_a_fresh_process_gives_the_same_table(captured, jobs, there, how):
+    run, checkpoints = captured
+    job, engine = jobs[f"replay, {how}"], LocalEngine.of(run.store, checkpoints)
+    here, there = job.run(engine, job.read(engine)).table, there[f"replay, {how}"].table
+    if how == "strict":
         assert there.equals(here)
     else:
         assert there.drop_columns(["margin", "noop_delta"]).equals(here.drop_columns(["margin", "noop_delta"]))
@@ -129,15 +148,13 @@ def decode_job(run, **more):
     )
 
 
-@pytest.mark.parametrize("make", [forward_job, decode_job])
-def test_a_job_over_a_full_model_in_a_fresh_process_gives_the_same_table(captured, tmp_path, make):
+@pytest.mark.parametrize("kind", ["forward", "decode"])
+def test_a_job_over_a_full_model_in_a_fresh_process_gives_the_same_table(captured, jobs, there, kind):
     run, checkpoints = captured
-    job = make(run)
-    here = job.run(LocalEngine.of(run.store, checkpoints))
-    there = in_a_fresh_process(job, run, checkpoints, tmp_path)
+    here = jobs[kind].run(LocalEngine.of(run.store, checkpoints))
     assert here.table.num_rows
-    assert there.table.equals(here.table)
-    assert there.notes == here.notes
+    assert there[kind].table.equals(here.table)
+    assert there[kind].notes == here.notes
 
 
 @pytest.mark.parametrize("strict", [True, False])
@@ -218,12 +235,12 @@ def capture_jobs(run, checkpoints):
 
 
 @pytest.mark.parametrize("kind", ["searched", "given", "rows"])
-def test_a_capture_job_in_a_fresh_process_gives_the_same_rows(captured, tmp_path, kind):
+def test_a_capture_job_in_a_fresh_process_gives_the_same_rows(captured, jobs, there, kind):
     run, checkpoints = captured
-    job = capture_jobs(run, checkpoints)[kind]
+    job = jobs[kind]
     engine = LocalCapture(Lineup.open(checkpoints), getattr(job, "settings", CaptureSettings((2, 3))))
     engine.hold(run.store.segments)
-    here, there = job.run(engine, job.read(engine)), in_a_fresh_process(job, run, checkpoints, tmp_path)
+    here, there = job.run(engine, job.read(engine)), there[kind]
     if kind != "rows":
         assert here.events.num_rows
         assert here.events.equals(there.events)
