@@ -6,6 +6,8 @@ import errno
 import json
 import shutil
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
@@ -166,6 +168,14 @@ def test_readouts_and_sources(pair, refused, tmp_path):
     refused("give a store", "inspect")
     (tmp_path / "not.parquet").write_text("x")
     refused("is not a Parquet table", "effects", tmp_path / "not.parquet")
+    table = tmp_path / "cells.parquet"
+    event = {"event_id": "e", "prompt_id": "p", "kind": "first_divergence", "step": 0, "boundary": 1}
+    plain = event | {"scope": "prefix", "readout": "native", "variant": "none"}
+    margins = {("pt", "pt"): 0.0, ("pt", "it"): 0.0, ("it", "pt"): 0.0, ("it", "it"): 1e308}
+    cells = [plain | {"upstream": up, "late": late, "margin": margin} for (up, late), margin in margins.items()]
+    pq.write_table(pa.Table.from_pylist(cells), table)
+    refused("has margin 1e+308 in the cell upstream it, late it; 1 of 4 values", "effects", table)
+    refused("draws=1: an interval of 0.95 needs at least 40 draws", "effects", table, "--draws", 1)
 
 
 def test_an_output_folder_of_something_else(pair, refused, tmp_path):

@@ -180,6 +180,7 @@ def test_missing_cells_are_replayed_and_nothing_else(run, tmp_path):
         (["--readout", "common_xx"], "readout 'common_xx' is unknown"),
         (["--scope", "suffix"], "scope 'suffix' is unknown"),
         (["--draws", "0"], "draws=0"),
+        (["--draws", "1"], "draws=1: an interval of 0.95 needs at least 40 draws"),
     ],
 )
 def test_what_the_store_cannot_serve_is_refused(run, capfd, words, said):

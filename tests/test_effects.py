@@ -98,7 +98,7 @@ def test_contrasts_of_a_planted_grid():
 
 
 def test_effects_of_a_planted_grid():
-    group = effects(cell_table([(-3.0, -2.0, -1.0, 4.0), (-1.0, 0.0, 0.5, 1.0)]), draws=10)["groups"][0]
+    group = effects(cell_table([(-3.0, -2.0, -1.0, 4.0), (-1.0, 0.0, 0.5, 1.0)]), draws=40)["groups"][0]
     means = {name: number["mean"] for name, number in flat(group).items()}
     assert means["pt_pt"] == -2.0
     assert means["it_it"] == 2.5
@@ -117,7 +117,7 @@ def test_effects_of_a_planted_grid():
 def test_published_shares_follow_from_the_published_effects():
     # A +0.76, B +2.44, a native shift of 1.68 / 0.337: the shares printed beside them are 31.1% and 33.7%.
     shift = 1.68 / 0.337
-    group = effects(cell_table([(0.0, 0.76, shift - 2.44, shift)] * 3), draws=5)["groups"][0]
+    group = effects(cell_table([(0.0, 0.76, shift - 2.44, shift)] * 3), draws=40)["groups"][0]
     assert group["portable_share"]["mean"] == pytest.approx(0.311, abs=5e-4)
     assert group["interaction_share"]["mean"] == pytest.approx(0.337, abs=5e-4)
 
@@ -158,9 +158,9 @@ def test_column_types_do_not_matter():
     for i, field in enumerate(cells.schema):
         if pa.types.is_string(field.type):
             encoded = encoded.set_column(i, field.name, cells[field.name].dictionary_encode())
-    assert effects(encoded, draws=20) == effects(cells, draws=20)
+    assert effects(encoded, draws=40) == effects(cells, draws=40)
     chunked = pa.concat_tables([encoded.slice(0, 7), encoded.slice(7)])
-    assert effects(chunked, draws=20) == effects(cells, draws=20)
+    assert effects(chunked, draws=40) == effects(cells, draws=40)
 
 
 def retyped(cells, name, values):
@@ -193,7 +193,7 @@ def test_other_tools_types_are_read(names, kind):
     for name in names:
         values = pa.array([make(value) for value in cells[name].to_pylist()]).cast(value_type)
         other = retyped(other, name, values if value_type == kind else values.dictionary_encode())
-    assert effects(other, draws=20) == effects(cells, draws=20)
+    assert effects(other, draws=40) == effects(cells, draws=40)
 
 
 def test_values_of_another_kind_are_refused_by_column():
@@ -210,9 +210,9 @@ def test_values_of_another_kind_are_refused_by_column():
     for name, kinds in cases.items():
         for values in kinds:
             with pytest.raises(InputError, match=f"column {name} of the cells (is|has)"):
-                effects(retyped(cells, name, values), draws=5)
+                effects(retyped(cells, name, values), draws=40)
     with pytest.raises(InputError, match="2 columns margin"):
-        effects(cells.append_column("margin", cells["margin"]), draws=5)
+        effects(cells.append_column("margin", cells["margin"]), draws=40)
 
 
 def test_integer_ids_sort_as_numbers():
@@ -236,7 +236,7 @@ def test_repeating_the_events_of_a_prompt_adds_no_certainty():
 
 
 def test_means_are_over_events_not_over_prompts():
-    group = effects(cell_table([(0, 0, 0, 1), (0, 0, 0, 1), (0, 0, 0, 4)], ["a", "a", "b"]), draws=10)["groups"][0]
+    group = effects(cell_table([(0, 0, 0, 1), (0, 0, 0, 1), (0, 0, 0, 4)], ["a", "a", "b"]), draws=40)["groups"][0]
     assert group["cells"]["it_it"]["mean"] == 2.0
 
 
@@ -261,7 +261,7 @@ def test_choices_and_kl_of_each_cell():
         .append_column("y_it", pa.array([8] * 48))
         .append_column("top1_id", pa.array(best))
     )
-    group = effects(with_best, draws=10)["groups"][0]
+    group = effects(with_best, draws=40)["groups"][0]
     third = pytest.approx(1 / 3)
     assert group["choices"] == {
         "pt_pt": {"y_pt": 1, "y_it": 0, "other": 0},
@@ -270,7 +270,7 @@ def test_choices_and_kl_of_each_cell():
         "it_it": {"y_pt": 0, "y_it": 1, "other": 0},
     }
     kl = np.arange(48) % 4 / 10
-    group = effects(with_best.append_column("kl", pa.array(kl, pa.float32())), draws=10)["groups"][0]
+    group = effects(with_best.append_column("kl", pa.array(kl, pa.float32())), draws=40)["groups"][0]
     assert group["kl"] == pytest.approx({"pt_pt": 0, "pt_it": 0.1, "it_pt": 0.2, "it_it": 0.3}, abs=1e-6)
     # Variants that were not looked up have neither, and no group is told apart by what others have.
     unknown = pa.concat_tables(
@@ -278,7 +278,7 @@ def test_choices_and_kl_of_each_cell():
     )
     at = unknown.column_names.index("top1_id")
     unknown = unknown.set_column(at, "top1_id", pa.array([*best.tolist(), *[None] * 48], pa.int64()))
-    plain, variant = effects(unknown, draws=10)["groups"]
+    plain, variant = effects(unknown, draws=40)["groups"]
     assert "choices" in plain
     assert "choices" not in variant
     assert "kl" not in plain
@@ -335,10 +335,10 @@ def test_other_pairs_of_a_lineup():
     # Both pairs hold (base, base); a lineup's grid has it once.
     pair, other = (cell_table(random_grids(5, seed), labels=("base", late)) for seed, late in enumerate(["sft", "dpo"]))
     lineup = pa.concat_tables([pair, other.filter(pa.array([i % 4 != 0 for i in range(20)]))])
-    group = effects(lineup, pair=("base", "sft"), draws=20)["groups"][0]
+    group = effects(lineup, pair=("base", "sft"), draws=40)["groups"][0]
     assert (group["pt"], group["it"]) == ("base", "sft")
-    assert group == effects(pair, pair=("base", "sft"), draws=20)["groups"][0]
-    swapped = effects(pair, pair=("sft", "base"), draws=20)["groups"][0]
+    assert group == effects(pair, pair=("base", "sft"), draws=40)["groups"][0]
+    swapped = effects(pair, pair=("sft", "base"), draws=40)["groups"][0]
     assert swapped["cells"]["pt_pt"] == group["cells"]["it_it"]
 
 
@@ -351,7 +351,7 @@ def test_empty_tables():
 
 
 def test_result_is_plain_json():
-    result = effects(cell_table(random_grids(6)), draws=20)
+    result = effects(cell_table(random_grids(6)), draws=40)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
@@ -382,10 +382,33 @@ def test_missing_and_duplicate_in_one_event():
         contrasts(pa.concat_tables([without(cells, 0), cells.slice(1, 1), cells.slice(5, 1)]))
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308, -1e308, 3.5e38])
 def test_margin_that_is_not_finite(value):
     with pytest.raises(InputError, match=r"'e0001' .*upstream it, late pt; 1 of 8"):
         contrasts(with_value(cell_table(random_grids(2)), "margin", 6, value))
+
+
+def test_numbers_of_all_sizes_that_margins_have():
+    largest = float(np.finfo(np.float32).max)
+    group = effects(cell_table([(-largest, largest, largest, -largest)] * 12))["groups"][0]
+    assert group["interaction"]["mean"] == group["interaction"]["low"] == pytest.approx(-4 * largest)
+    assert json.loads(json.dumps(group, allow_nan=False)) == group
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e308])
+def test_other_numbers_that_are_not_finite(value):
+    """KL of a cell, and margins of checkpoints that are not of the pair."""
+    cells = cell_table(random_grids(12)).append_column("kl", pa.array([0.5] * 48))
+    with pytest.raises(InputError, match=r"'e0002' .*has kl .*upstream pt, late it; 1 of 48 values of kl"):
+        effects(with_value(cells, "kl", 9, value))
+    labels = ("base", "sft", "dpo")
+    plain = cell_table(random_grids(1)).to_pylist()[0] | {"pair": "base,sft"}
+    lineup = pa.Table.from_pylist(
+        [plain | {"upstream": up, "late": late, "margin": 1.0} for up in labels for late in labels]
+    )
+    assert effects(lineup)["groups"][0]["margins"]["dpo"]["sft"]["mean"] == 1.0
+    with pytest.raises(InputError, match=r"has margin .*upstream dpo, late sft; 1 of 9 values of margin"):
+        effects(with_value(lineup, "margin", 7, value))
 
 
 @pytest.mark.parametrize("name", ["margin", "prompt_id", "event_id", "boundary"])
@@ -411,6 +434,14 @@ def test_unknown_or_equal_labels():
         contrasts(cells.filter(pa.array([False, True, False, False] * 2)), pair=("sft", "dpo"))
     with pytest.raises(InputError, match="two different labels"):
         contrasts(cells, pair=("it", "it"))
+
+
+def test_fewer_draws_than_an_interval_needs():
+    cells = cell_table(random_grids(2))
+    for draws, level, fewest in [(1, 0.95, 40), (39, 0.95, 40), (19, 0.9, 20), (199, 0.99, 200)]:
+        with pytest.raises(InputError, match=rf"draws={draws}: an interval of {level} needs at least {fewest} draws"):
+            effects(cells, draws=draws, level=level)
+        effects(cells, draws=fewest, level=level)
 
 
 @pytest.mark.parametrize("bad", [{"draws": 0}, {"seed": -1}, {"level": 0.0}, {"level": 1.0}])
@@ -449,7 +480,7 @@ def test_unstable_events_are_left_out():
     assert events_of(left) == ["e0000", "e0002", "e0003"]
     assert notes == {"stable_only": True, "n_unstable": 3, "n_left_out": 3}
     assert left.equals(cells.filter(pa.array([i // 4 % 6 in (0, 2, 3) for i in range(48)])))
-    assert effects(left, draws=10)["groups"][0]["n_events"] == 3
+    assert effects(left, draws=40)["groups"][0]["n_events"] == 3
 
 
 def test_events_with_a_small_or_unknown_gap_are_left_out():

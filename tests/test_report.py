@@ -471,11 +471,11 @@ def test_many_reasons_are_summed():
 
 def test_errors(tables):
     cells, events, excluded = tables
-    result = effects(cells, draws=20)
+    result = effects(cells, draws=40)
     with pytest.raises(InputError, match="table of events has no column context"):
         build_report(cells, result, events.drop_columns(["context"]), excluded, SETTINGS)
     with pytest.raises(InputError, match="effects are not those of these cells"):
-        build_report(cells, effects(run_tables(seed=1)[0], draws=20), events, excluded, SETTINGS)
+        build_report(cells, effects(run_tables(seed=1)[0], draws=40), events, excluded, SETTINGS)
     with pytest.raises(InputError, match="effects without groups"):
         build_report(cells, effects(cells.slice(0, 0)), events, excluded, SETTINGS)
     with pytest.raises(InputError, match="'e00000' of the cells is not among the 59 events"):

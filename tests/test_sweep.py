@@ -808,7 +808,7 @@ def test_kl_is_there_only_if_asked_and_is_not_lost(run, written, scored):
 @pytest.mark.slow
 def test_effects_are_averaged_by_variant(strict_cells):
     run = strict_cells
-    found = effects(cells_of(run), draws=20)["groups"]
+    found = effects(cells_of(run), draws=40)["groups"]
     groups = {(g["boundary"], g["scope"], g["readout"], g["variant"]): g for g in found}
     assert set(groups) == {
         (boundary, scope, readout, variant)
@@ -1100,9 +1100,11 @@ def test_cells_without_displacement_are_counted_and_mistakes_are_named(run, writ
     n_events = len(actcache.open_store(run / "store"))
     err = capfd.readouterr().err
     # Both boundaries and scopes, four crossings; half-way to IT nothing moves where the state is IT's already.
-    assert f"'same' {n_events * 16} of {n_events * 16}" in err
-    assert f"'towards' {n_events * 8} of {n_events * 16}" in err
-    assert "pushed" not in err.partition("without displacement")[2]
+    assert f"'same' in {n_events * 16} of {n_events * 16}" in err
+    assert f"'towards' in {n_events * 8} of {n_events * 16}" in err
+    (said,) = (line for line in err.splitlines() if "'same'" in line)
+    assert "some cells equal the plain ones, which is no error" in said
+    assert "pushed" not in said
     counts = {}
     for path in (run / "cells").glob("*.parquet"):
         key = json.loads(pq.read_schema(path).metadata[b"actcache"])
@@ -1112,7 +1114,7 @@ def test_cells_without_displacement_are_counted_and_mistakes_are_named(run, writ
     n_files = len(scored)
     assert score(run, "--sweep", written(text)).equals(cells)
     assert len(scored) == n_files
-    assert f"'towards' {n_events * 8} of {n_events * 16}" in capfd.readouterr().err, "found finished"
+    assert f"'towards' in {n_events * 8} of {n_events * 16}" in capfd.readouterr().err, "found finished"
     assert "still" not in score(run, "--scope", "prefix").column_names
 
     said = refused(capfd, "grid", run, "--sweep", written(text.replace("placebo = true\n", "").replace("same", "new")))

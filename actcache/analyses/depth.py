@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actcache.analyses.effects import contrasts
+from actcache.analyses.effects import check_draws, contrasts
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left
 from actcache.capture.settings import parse_boundaries
 from actcache.replay.edits import PLAIN
@@ -25,7 +25,7 @@ from actcache.store import Store
 from actcache.study.analysis import Analysis, Lines, Numbers, Section, option
 from actcache.study.cells import Finished
 from actcache.study.replay_job import ReplayJob
-from actcache.study.statistics import DRAWS, LEVEL, SEED, check_bootstrap, number, prompt_sums, ranks, ratio, resample
+from actcache.study.statistics import DRAWS, LEVEL, SEED, number, prompt_sums, ranks, ratio, resample
 
 _ALIKE = ("kind", "pair", "scope", "readout")  # events of one group, at every boundary
 _MEANS = ("late_from_pt", "late_from_it", "interaction")
@@ -55,7 +55,7 @@ class Depth(Analysis[DepthOptions]):
 
     def check(self, store: Store, options: DepthOptions) -> None:
         """Draws, boundaries, scope and readout."""
-        check_bootstrap(options.draws, options.seed, LEVEL)
+        check_draws(options.draws, options.seed, LEVEL)
         check_settings(store, _settings(store, options))
 
     def jobs(

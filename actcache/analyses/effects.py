@@ -25,6 +25,7 @@ The two shares are the ratios that arXiv 2605.07284 reports (A +0.76, B +2.44: p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,6 +49,9 @@ from actcache.study.statistics import (
     ratio,
     resample,
 )
+
+_LARGEST = float(np.finfo(np.float32).max)
+"""Margins are float32; no sum or product of so many of them overflows in float64."""
 
 Bools = npt.NDArray[np.bool_]
 
@@ -87,8 +91,8 @@ def contrasts(cells: pa.Table, pair: Sequence[str] | None = None) -> pa.Table:
 
     Raises:
         InputError: a column is missing, there twice, of other values or has nulls; the pair is not two labels, or none
-            of the rows has them; a margin is NaN or infinite; a cell of an event is missing or there twice; the cells
-            of an event disagree on its prompt or step.
+            of the rows has them; a margin is NaN, infinite or larger than float32 holds; a cell of an event is missing
+            or there twice; the cells of an event disagree on its prompt or step.
     """
     cells = _readable(cells, pair)
     if cells.num_rows == 0:
@@ -108,20 +112,8 @@ def contrasts(cells: pa.Table, pair: Sequence[str] | None = None) -> pa.Table:
 
     for name in _REQUIRED:
         _check_no_nulls(cells, name)
+    _check_finite(cells, "margin")
     margin = cells["margin"].to_numpy()
-    if not np.isfinite(margin).all():
-        bad = int(np.flatnonzero(~np.isfinite(margin))[0])
-        variants = sorted(
-            {str(one) for one in pc.unique(cells["variant"].filter(pa.array(~np.isfinite(margin)))).to_pylist()}
-        )
-        raise InputError(
-            f"{_describe(cells, bad)} has margin {margin[bad]} in the cell "
-            f"{_cell_name(cells, bad, int(cell[bad]), pair)}; "
-            f"{int((~np.isfinite(margin)).sum())} of {margin.size} margins are not finite, of variants "
-            f"{', '.join(variants)}: filter them out; in a run, move the files of cells that hold them away and give "
-            "'actcache grid RUN' again, which scores the rest"
-        )
-
     codes = [ranks(cells[name]) for name in (*GROUP_COLUMNS, "event_id")]
     order = np.lexsort((cell, *reversed(codes)))
     cells, cell, margin = cells.take(pa.array(order)), cell[order], margin[order]
@@ -150,7 +142,7 @@ def effects(
     Args:
         cells: as for :func:`contrasts`.
         pair: as there.
-        draws: number of bootstrap draws, at least 1.
+        draws: number of bootstrap draws, as :func:`check_draws` allows.
         seed: seed of the draws, not negative.
         level: coverage of the intervals, between 0 and 1 exclusive.
 
@@ -170,9 +162,10 @@ def effects(
         of column kl, in nats.
 
     Raises:
-        InputError: as :func:`contrasts`, or draws, seed or level out of range.
+        InputError: as :func:`contrasts`, and the same of ``kl`` and of the margins of other checkpoints; or draws, seed
+            or level out of range.
     """
-    check_bootstrap(draws, seed, level)
+    check_draws(draws, seed, level)
     table = contrasts(cells, pair)
     groups: list[dict[str, Any]] = []
     sums: list[Floats] = []
@@ -191,6 +184,17 @@ def effects(
             {name: of[key] for name, of in (("margins", margins), ("choices", choices), ("kl", kl)) if key in of}
         )
     return {"draws": draws, "seed": seed, "level": level, "groups": groups}
+
+
+def check_draws(draws: int, seed: int, level: float) -> None:
+    """Raise InputError for settings that make no interval: with fewer than one draw beyond each end there is none."""
+    check_bootstrap(draws, seed, level)
+    fewest = math.ceil(round(2 / (1 - level), 6))
+    if draws < fewest:
+        raise InputError(
+            f"draws={draws}: an interval of {level:.6g} needs at least {fewest} draws, one beyond each end; the "
+            f"default is {DRAWS}"
+        )
 
 
 def select_events(
@@ -293,6 +297,22 @@ def _as_type(cells: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
 def _check_no_nulls(cells: pa.Table, name: str) -> None:
     if cells[name].null_count:
         raise InputError(f"column {name} of the cells has {cells[name].null_count} nulls; every cell needs a value")
+
+
+def _check_finite(cells: pa.Table, name: str) -> None:
+    """Raise InputError for a number in a column whose sums could not be told from infinity; nulls are none."""
+    values = cells[name].to_numpy()
+    wrong = ~(np.abs(values) <= _LARGEST) & cells[name].is_valid().to_numpy()
+    if wrong.any():
+        bad = int(np.flatnonzero(wrong)[0])
+        variants = sorted(map(str, pc.unique(cells["variant"].filter(pa.array(wrong))).to_pylist()))
+        upstream, late = (cells[label][bad].as_py() for label in ("upstream", "late"))
+        raise InputError(
+            f"{_describe(cells, bad)} has {name} {values[bad]} in the cell upstream {upstream}, late {late}; "
+            f"{int(wrong.sum())} of {wrong.size} values of {name} are not finite in float32, of variants "
+            f"{', '.join(variants)}: filter them out; in a run, move the files of cells that hold them away and give "
+            "'actcache grid RUN' again, which scores the rest"
+        )
 
 
 def _positions(ids: pa.Array, table: pa.Table) -> Ints:
@@ -419,6 +439,8 @@ def _cell_means(cells: pa.Table, pair: Sequence[str] | None) -> tuple[dict[Any, 
     known_types = _readable(cells, pair)
     keys = [known_types[name] for name in GROUP_COLUMNS]
     of_cell = pa.array(_cell_index(known_types, pair))
+    if "kl" in columns:
+        _check_finite(known_types.append_column("kl", columns["kl"]).filter(pc.greater_equal(of_cell, 0)), "kl")
     table = pa.table([*keys, of_cell, *columns.values()], [*GROUP_COLUMNS, "cell", *columns])
     # A null in any row makes the mean of that cell null: such a group has no means.
     means = (
@@ -454,6 +476,7 @@ def _lineup_margins(
     starts = starts[np.diff(starts, append=cell.size) == n_cells]
     rows = starts[:, None] + np.arange(n_cells)
     rows = rows[(cell[order][rows] == np.arange(n_cells)).all(axis=1)]
+    _check_finite(table.take(pa.array(order[rows.ravel()])), "margin")
     margin = table["margin"].to_numpy()[order]
     events = table.take(pa.array(order)).take(pa.array(rows[:, 0]))
     for i, values in enumerate(margin[rows].T):

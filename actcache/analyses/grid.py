@@ -344,11 +344,14 @@ def _without_displacement(finished: Finished, store: Store, settings: GridSettin
     for boundary in settings.boundaries:
         for variant in settings.variants_at(boundary)[1:]:
             asked[variant.name] += len(store) * n_scopes * len(store.checkpoints) ** 2
-    moved_less = [f"{name!r} {n} of {asked[name]}" for name, n in still.most_common() if n]
+    moved_less = [f"{name!r} in {n} of {asked[name]}" for name, n in still.most_common() if n]
     if not moved_less:
         return None
     some = ", ".join(moved_less[:3]) + (f" and {len(moved_less) - 3} more variants" if len(moved_less) > 3 else "")
-    return f"cells without displacement (weight 0, a placebo, or rows that are their source's already): {some}"
+    return (
+        "some cells equal the plain ones, which is no error: there the edits met the donor's own rows, have weight 0, "
+        f"or are a placebo ({some})"
+    )
 
 
 def _listed(boundaries: Sequence[int]) -> str:
