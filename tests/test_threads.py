@@ -8,6 +8,7 @@ import itertools
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -143,6 +144,41 @@ def test_one_that_fails_in_the_middle_disturbs_nobody(place, strict):
         with pytest.raises(KeyError, match="in the middle"):
             running.result(timeout=60)
     calls.check_as_before()
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.parametrize("name", ["llama", "bloom"])  # packed, padded
+@pytest.mark.parametrize("place", [{}, {"site": "mlp", "layers": (BOUNDARY,)}])
+@torch.no_grad()
+def test_a_users_function_and_hook_called_from_threads_give_what_strict_gives(place, name, three_workers):
+    if place and name == "bloom":
+        pytest.skip("what BLOOM's parts return includes the residual stream")
+    calls = Calls(name)
+    begun = threading.Barrier(3)
+    threads, functions_of = set(), set()
+
+    def hook(module, args, output):
+        threads.add(threading.get_ident())
+        return output * 1.5
+
+    def double(rows, at):
+        if threading.get_ident() not in functions_of:
+            functions_of.add(threading.get_ident())
+            with suppress(threading.BrokenBarrierError):
+                begun.wait(5)  # three at once
+        return rows * (2 + at.position[:, None].to(rows) / 10)
+
+    handle = calls.blocks[-1].mlp.register_forward_hook(hook)
+    try:
+        given = calls.sequences.rows, calls.sequences.offsets, [Variant("d", [Edit(Call(double, "d"), "all", **place)])]
+        found = calls.late.run_variants(*given, max_tokens=8)
+        assert len(threads) == len(functions_of) == 3
+        assert not begun.broken
+        expected = calls.late.run_variants(*given, strict=True)
+    finally:
+        handle.remove()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    assert (found - calls.late.run(*given[:2])[:, None]).abs().max() > 0.1, "neither was passed by"
 
 
 @torch.no_grad()
