@@ -21,6 +21,8 @@ import pytest
 import tiny
 import torch
 from engines import native_cuda, using
+from safetensors.torch import save_file
+from sweeps import TENSORS
 
 import actcache
 from actcache.cli import main, stages
@@ -96,6 +98,19 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]
         return runs[key]
 
     return run
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Callable[..., Path]:
+    """``written(text, name)``: the path of a sweep with these words, beside the tensors that it may name."""
+    save_file(TENSORS, tmp_path / "x.safetensors")
+
+    def write(text: str, name: str = "s.toml") -> Path:
+        path = tmp_path / name
+        path.write_text(text)
+        return path
+
+    return write
 
 
 @pytest.fixture

@@ -36,8 +36,8 @@ FLOW = {
     ),
     "capture": ("settings", "growth", "given", "events", "search", "counter", "forward", "rerun", "decide"),
     "replay": (
-        *("vectors", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "passes", "late_stack"),
-        "sweep",
+        *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "passes"),
+        *("late_stack", "sweep"),
     ),
     "study": (
         *("statistics", "results", "scores", "work", "cells", "jobs", "replay_job", "forward_job", "decode_job"),

@@ -29,7 +29,7 @@ class Moves:
     def watch(
         self, number: int, events: torch.Tensor, within: torch.Tensor
     ) -> Callable[[Edit, Rows, torch.Tensor, torch.Tensor], None]:
-        """What is to be told of this variant's edits of these events (see :class:`actcache.replay.edits.Rows`).
+        """What is to be told of this variant's edits of these events (see :class:`actcache.replay.operations.Rows`).
 
         Args:
             number: of the variant.

@@ -32,8 +32,8 @@
     vector = { file = "x.safetensors", tensor = "name/{event}" } # a tensor [D] each, or
     # vector = { file = "x.npy", events = "ids.json" }           # an array [E, D] and a list of E ids
 
-The Python form is a file that assigns a :class:`Sweep` to ``sweep``; it may use :class:`~actcache.replay.edits.Call`.
-Knows edits and files that describe them; knows no models and no stores.
+The Python form is a file that assigns a :class:`Sweep` to ``sweep``; it may use
+:class:`~actcache.replay.operations.Call`. Knows edits and files that describe them; knows no models and no stores.
 """
 
 from __future__ import annotations
