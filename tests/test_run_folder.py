@@ -16,12 +16,12 @@ import torch
 from conftest import MAX_NEW
 
 import actcache
-import actcache.cli.stages as stages
 from actcache.analyses import grid
 from actcache.cli import main
 from actcache.errors import IncompatibleError
 from actcache.sealed import json_bytes, read_json
 from actcache.store import compact
+from actcache.study import cells as cells_module
 from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
 
@@ -162,7 +162,7 @@ def test_two_grids_at_once_are_both_in_the_table(run, sweep, first, second, when
     def other():
         assert main(["grid", str(run), "--boundary", "3", *second]) == 0
 
-    owner, name = (ReplayJob, "read") if when == "before it reads" else (stages, "parquet_bytes")
+    owner, name = (ReplayJob, "read") if when == "before it reads" else (cells_module, "parquet_bytes")
     with between(owner, name, 0, other):
         assert main(["grid", str(run), "--boundary", "3", *first]) == 0
     at_once = by_key(cells_of(run))

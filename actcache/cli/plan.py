@@ -241,7 +241,7 @@ def _compare(args: argparse.Namespace) -> None:
         "assumed": as_json(assumed),
         "estimate": estimate(study, assumed),
         "truth": truth(study, store, timings, finished),
-        "untimed": _untimed(folder, study, timings),
+        "untimed": _untimed(folder, timings),
     }
     _print(args.json, study, assumed, found)
 
@@ -292,7 +292,7 @@ def _timings_of(folder: RunFolder, finished: Finished) -> dict[str, Any]:
     return timings
 
 
-def _untimed(folder: RunFolder, study: Study, timings: Mapping[str, Any]) -> dict[str, str]:
+def _untimed(folder: RunFolder, timings: Mapping[str, Any]) -> dict[str, str]:
     """Why a stage that left something in the run has no time, by stage."""
     recorded = folder.timings()
     done = {"capture": "captured"}
