@@ -23,8 +23,10 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 .PHONY: demo test-fast test test-deep check docs clean
 
 # One thread for each test process: two of them on two cores, each with two threads, are slower than with one. Tests of
-# threads ask for theirs. A file's tests stay in one process, which makes what they share once.
-RUN_TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+# threads ask for theirs. A file's tests stay in one process, which makes what they share once. Bytecode is kept, whatever
+# the environment says: else each process that a test starts compiles torch and transformers anew, which takes longer
+# than the test.
+RUN_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/installed
 	$(BIN)/actcache demo --out $(RUN)
