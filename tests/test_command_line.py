@@ -34,6 +34,7 @@ COMMAND = [sys.executable, "-m", "actcache.cli"]
         (["grid", "RUN", "--scopes", "prefix"], "did you mean --scope?"),
         (["effects", "RUN", "--jsno"], "did you mean --json?"),
         (["export", "S", "--too", "npy"], "did you mean --to?"),
+        (["run", "--bogus", "3"], "there is no option --bogus; 'actcache run --help' lists what there is"),
         (["verify", "S", "--zzzzzz"], "there is no option --zzzzzz; 'actcache verify --help' lists what there is"),
         (["run", "--pt", "x"], "the following arguments are required: --prompts, --out"),
         (["run", "--max-new", "x"], "argument --max-new: 'x' is not a whole number from 1 on"),

@@ -320,6 +320,8 @@ def test_a_lens_by_its_own_head_ends_in_its_own_choice(run):
         run.lens("pt", readout="sft")
     with pytest.raises(InputError, match="boundary 1 is not in the store"):
         run.lens("pt", boundaries=[1])
+    with pytest.raises(InputError, match="the lens has no boundary to read at"):
+        run.lens("pt", boundaries=[])
 
 
 def test_a_lens_loads_no_more_than_the_last_block(run, monkeypatch):

@@ -46,6 +46,7 @@ MASK = [True, False, True, True, False]
     ("asked", "numbers"),
     [
         (["c-0", "a-2", "a-2"], [4, 2, 2]),
+        ([pa.scalar("c-0"), pa.scalar("a-2")], [4, 2]),
         (("a-1",), [1]),
         (np.array(["a-3", "a-0"]), [3, 0]),
         (pa.array(["a-3", "a-0"]), [3, 0]),
@@ -98,6 +99,11 @@ def test_a_mask_made_of_the_events(store):
         ([True, 2], "events mix numbers and truth values"),
         (["a-0", 2], "events mix ids and numbers"),
         ([0.5], "events are float64, expected integers"),
+        (np.array([0, 1, 1, 0, 1], np.uint8), "events are uint8, all 0 or 1, one per event: give a mask as bool"),
+        (np.array([[0, 1], [2, 3]]), r"events have the shape \[2, 2\], expected one value after another"),
+        (torch.tensor([1.0], dtype=torch.bfloat16), "events cannot be read as numbers, ids or a mask"),
+        (slice(None, None, 0), "events are slice"),
+        (slice(0, 1.5), "events are slice"),
         (
             pc.field("sort") == "later",
             "the expression .* does not choose events: .*sort.*; their columns are event_",

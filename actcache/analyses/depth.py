@@ -41,7 +41,8 @@ class DepthOptions:
     )  # fmt: skip
     scope: str = option("prefix", "scope of the cells: prefix or position (default %(default)s)")
     readout: str = option(
-        "common_it", "readout of the cells: native, common_LABEL, or common_pt and common_it for the pair (default it)"
+        "common_it",
+        "readout of the cells: native, common_LABEL, or common_pt and common_it of the pair (default common_it)",
     )
     draws: int = option(DRAWS, "bootstrap draws over prompts (default %(default)s)", type=int)
     seed: int = option(SEED, "seed of the bootstrap (default %(default)s)", type=int)

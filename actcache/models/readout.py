@@ -99,8 +99,11 @@ class Readout:
             ``[n, k]`` float32; a row depends on nothing but that row of the input (bit for bit).
 
         Raises:
+            InputError: a token is not in the vocabulary, or there is not one row of them per state.
             NotFiniteError: a final state is not finite, or its squares are not; its ``row`` is the first such one.
         """
+        self._check_shape(final_hidden)
+        self._check_tokens(token_ids, len(final_hidden))
         if len(final_hidden) == 0:
             return torch.empty(0, token_ids.shape[1], dtype=torch.float32)
         _check_states(final_hidden)
@@ -154,11 +157,7 @@ class Readout:
         """
         n = len(final_hidden)
         asked = torch.empty(n, 0, dtype=torch.int64) if token_ids is None else token_ids
-        if asked.ndim != 2 or len(asked) != n or asked.dtype != torch.int64:
-            raise InputError(f"token ids are {asked.dtype} {list(asked.shape)}, expected int64 [{n}, m]")
-        wrong = asked[(asked < 0) | (asked >= self.vocab_size)]
-        if len(wrong):
-            raise InputError(f"token {int(wrong[0])} is not in the vocabulary of {self.vocab_size} tokens")
+        self._check_tokens(asked, n)
         if not 1 <= k <= self.vocab_size:
             raise InputError(f"k is {k}, expected 1 to {self.vocab_size}, the tokens of the vocabulary")
         out = Reading(torch.empty(n, k, dtype=torch.int64), torch.empty(n, k), torch.empty_like(asked), torch.empty(n))
@@ -221,6 +220,17 @@ class Readout:
                 kl[rows[of_reference]] = divergence.clamp_min(0.0).float().cpu()
         return ids, kl
 
+    def _check_shape(self, final_hidden: torch.Tensor) -> None:
+        if final_hidden.ndim != 2 or final_hidden.shape[1] != self.width:
+            raise InputError(f"final states are {list(final_hidden.shape)}, expected [n, {self.width}]")
+
+    def _check_tokens(self, token_ids: torch.Tensor, n: int) -> None:
+        if token_ids.ndim != 2 or len(token_ids) != n or token_ids.dtype != torch.int64:
+            raise InputError(f"token ids are {token_ids.dtype} {list(token_ids.shape)}, expected int64 [{n}, m]")
+        wrong = token_ids[(token_ids < 0) | (token_ids >= self.vocab_size)]
+        if len(wrong):  # torch would take -1 for the last token
+            raise InputError(f"token {int(wrong[0])} is not in the vocabulary of {self.vocab_size} tokens")
+
     def _every(
         self, final_hidden: torch.Tensor, copies: int = 1
     ) -> Iterator[tuple[slice, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
@@ -228,8 +238,7 @@ class Readout:
 
         ``copies`` says how many times the memory of the logits what is made of them takes.
         """
-        if final_hidden.ndim != 2 or final_hidden.shape[1] != self.width:
-            raise InputError(f"final states are {list(final_hidden.shape)}, expected [n, {self.width}]")
+        self._check_shape(final_hidden)
         _check_states(final_hidden)
         step = max(1, MAX_LOGITS_AT_ONCE // (copies * self.vocab_size))
         for start in range(0, len(final_hidden), step):

@@ -43,13 +43,25 @@ def numbers_of(asked: Events, n_events: int, table: Callable[[], pa.Table]) -> n
             columns, or anything else.
     """
     if asked is None or isinstance(asked, slice):
-        return np.arange(n_events, dtype=np.int64)[slice(None) if asked is None else asked]
+        try:
+            return np.arange(n_events, dtype=np.int64)[slice(None) if asked is None else asked]
+        except (TypeError, ValueError) as error:
+            raise InputError(f"events are {asked}: {error}") from error
     if isinstance(asked, pc.Expression):
         return _matching(asked, table())
     if isinstance(asked, str):
         raise InputError(f"events are the text {asked!r}, expected a list: of ids, [{asked!r}], or of numbers")
-    kinds = _kinds(asked) if isinstance(asked, list | tuple) else set()
-    given = np.asarray(asked.cpu() if isinstance(asked, torch.Tensor) else asked).reshape(-1)
+    if isinstance(asked, list | tuple):
+        asked = [one.as_py() if isinstance(one, pa.Scalar) else one for one in asked]
+    kinds = _kinds(asked) if isinstance(asked, list) else set()
+    try:
+        given = np.asarray(asked.detach().cpu() if isinstance(asked, torch.Tensor) else asked)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"events cannot be read as numbers, ids or a mask: {error}") from error
+    if given.ndim != 1:
+        raise InputError(f"events have the shape {list(given.shape)}, expected one value after another, [n]")
+    if given.dtype == np.uint8 and len(given) == n_events and (given <= 1).all():
+        raise InputError("events are uint8, all 0 or 1, one per event: give a mask as bool, or numbers as int64")
     if given.dtype == object:
         kinds = _kinds(given)
     if len(kinds) > 1:

@@ -8,7 +8,7 @@ from functools import cache
 import pyarrow as pa
 import torch
 
-from actcache.errors import NotFiniteError
+from actcache.errors import InputError, NotFiniteError
 from actcache.models.readout import Readout
 from actcache.schema import ROLES
 from actcache.store import Store
@@ -36,6 +36,9 @@ def lens(
         k: how many of the best tokens to name.
         events: see :class:`Store`.
     """
+    boundaries = list(boundaries)
+    if not boundaries:
+        raise InputError("the lens has no boundary to read at; give one, or None for all that are stored")
     numbers = store.numbers(events)
     table = store.events.take(pa.array(numbers))
     pair_ids = torch.tensor([table[f"y_{role}"].to_pylist() for role in ROLES], dtype=torch.int64).T
