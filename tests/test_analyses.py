@@ -14,10 +14,14 @@ import actcache
 from actcache.analyses import ANALYSES
 from actcache.cli import main
 from actcache.study import results
+from actcache.study.analysis import CellAnalysis
 
 pytestmark = pytest.mark.slow
 
 every_analysis = pytest.mark.parametrize("named", ANALYSES, ids=lambda named: named.name)
+every_one_of_cells = pytest.mark.parametrize(
+    "named", [one for one in ANALYSES if isinstance(one.load(), CellAnalysis)], ids=lambda named: named.name
+)
 BOUNDARIES = ("--boundary", "2,3", "--stability", "0")
 
 
@@ -60,7 +64,7 @@ def test_what_it_writes(named, run, tmp_path):
     assert f'<section id="{named.name}">' in (out / "report.html").read_text()
 
 
-@every_analysis
+@every_one_of_cells
 def test_killed_and_resumed_gives_the_same_bytes(named, run, tmp_path, monkeypatch):
     """Also where nothing was scored before."""
     whole, killed = (shutil.copytree(run.out, tmp_path / name) for name in ("whole", "killed"))
@@ -99,7 +103,7 @@ def test_identical_checkpoints_give_nothing(named, tiny_run, tmp_path, capfd):
     assert f'<section id="{named.name}">' not in (tmp_path / "run" / "report.html").read_text()
 
 
-@every_analysis
+@every_one_of_cells
 def test_numbers_of_other_cells_are_not_shown(named, run, tmp_path, capfd):
     out = shutil.copytree(run.out, tmp_path / "run")
     actcache.Run(out).analyse(named.name)

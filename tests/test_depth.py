@@ -28,6 +28,10 @@ def store_of(n_blocks=30, boundaries=(18, 27, 29)):
     )
 
 
+def run_of(store):
+    return SimpleNamespace(store=store)
+
+
 def planted(interactions, prompts, **more):
     """Cells whose interaction at boundary b is ``interactions[b][event]``: A is 1 everywhere, B is 1 more than that."""
     rows = []
@@ -68,7 +72,7 @@ def test_retention_is_paired():
     prompts = [f"p{event // 2:02d}" for event in range(40)]
     main = rng.normal(3.0, 1.0, 40)
     interactions = {18: main, 27: main * 0.5 + rng.normal(0, 0.01, 40), 29: main * 0.25}
-    found = ANALYSIS.numbers(planted(interactions, prompts), store_of(), DepthOptions())
+    found = ANALYSIS.numbers(planted(interactions, prompts), run_of(store_of()), DepthOptions())
     of = {group["boundary"]: group for group in found.groups}
     assert [group["boundary"] for group in found.groups] == [18, 27, 29]
     assert {group["main_boundary"] for group in found.groups} == {18}
@@ -89,21 +93,21 @@ def test_the_first_boundary_listed_is_the_main_one():
     prompts = [f"p{event}" for event in range(12)]
     interactions = {18: np.full(12, 4.0), 27: np.full(12, 2.0), 29: np.full(12, 1.0)}
     cells = planted(interactions, prompts)
-    groups = ANALYSIS.numbers(cells, store_of(), DepthOptions(boundaries="-3,0.6")).groups
+    groups = ANALYSIS.numbers(cells, run_of(store_of()), DepthOptions(boundaries="-3,0.6")).groups
     assert [(group["boundary"], group["retention"]["mean"]) for group in groups] == [(27, 1.0), (18, 2.0)]
 
 
 @pytest.mark.parametrize("boundaries", ["all", "0.6,-3,-1", "18,27,29"])
 def test_by_default_the_boundary_at_six_tenths_is_the_main_one(boundaries):
     cells = planted({b: [1.0] for b in (18, 27, 29)}, ["p"])
-    groups = ANALYSIS.numbers(cells, store_of(), DepthOptions(boundaries=boundaries)).groups
+    groups = ANALYSIS.numbers(cells, run_of(store_of()), DepthOptions(boundaries=boundaries)).groups
     assert [group["main_boundary"] for group in groups] == [18] * 3
 
 
 def test_events_that_a_boundary_lacks_count_nowhere():
     prompts = [f"p{event}" for event in range(4)]
     cells = pa.concat_tables([planted({18: [1.0, 2.0, 3.0, 4.0]}, prompts), planted({27: [1.0, 1.0]}, prompts[:2])])
-    groups = ANALYSIS.numbers(cells, store_of(boundaries=(18, 27)), DepthOptions()).groups
+    groups = ANALYSIS.numbers(cells, run_of(store_of(boundaries=(18, 27))), DepthOptions()).groups
     assert [(group["n_events"], group["interaction"]["mean"]) for group in groups] == [(2, 1.5), (2, 1.0)]
 
 
@@ -113,7 +117,7 @@ def test_few_events_have_no_interval(n_events):
     cells = cells.filter(
         pa.compute.is_in(cells["event_id"], value_set=pa.array([f"e{i}" for i in range(n_events)], pa.string()))
     )
-    found = ANALYSIS.numbers(cells, store_of(boundaries=(18, 27)), DepthOptions())
+    found = ANALYSIS.numbers(cells, run_of(store_of(boundaries=(18, 27))), DepthOptions())
     assert len(found.groups) == (2 if n_events else 0)
     for group in found.groups:
         assert group["n_events"] == n_events
@@ -122,7 +126,7 @@ def test_few_events_have_no_interval(n_events):
 
 def test_an_interaction_of_nothing_has_no_retention():
     cells = planted({18: [0.0] * 12, 27: [1.0] * 12}, [f"p{event}" for event in range(12)])
-    groups = ANALYSIS.numbers(cells, store_of(boundaries=(18, 27)), DepthOptions()).groups
+    groups = ANALYSIS.numbers(cells, run_of(store_of(boundaries=(18, 27))), DepthOptions()).groups
     assert [group["retention"]["mean"] for group in groups] == [None, None]
 
 

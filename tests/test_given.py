@@ -124,7 +124,9 @@ def test_nothing_is_decided_at_tokens_that_were_given(run, tmp_path, capfd):
     assert main(["grid", str(out)]) == 0
     capfd.readouterr()
     assert main(["stability", str(out), "--dtype", "float32"]) == 0
-    assert "no event to check" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "no event to analyse" in said.out
+    assert "the tokens of all events were given: nothing decides them" in said.err
     assert main(["effects", str(out), "--stable-only", "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["n_left_out"] == 0
 

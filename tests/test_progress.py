@@ -176,7 +176,7 @@ def told(monkeypatch):
             by_stage.setdefault(self._stage, []).append(progress)
             super().__call__(progress)
 
-    for module in ("stages", "stability", "stores"):
+    for module in ("stages", "analyses", "stores"):
         monkeypatch.setattr(f"actcache.cli.{module}.LiveLine", Listener)
     return by_stage
 

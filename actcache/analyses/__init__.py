@@ -27,7 +27,10 @@ class Named(NamedTuple):
         return found
 
 
-ANALYSES = (Named("depth", "how much of the interaction is left where only the last blocks are late"),)
+ANALYSES = (
+    Named("depth", "how much of the interaction is left where only the last blocks are late"),
+    Named("stability", "how many events other rounding would change: another shape of the batch, or another dtype"),
+)
 
 
 def find_analysis(name: str) -> Analysis[Any]:

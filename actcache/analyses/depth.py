@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,10 +22,13 @@ from actcache.capture.settings import parse_boundaries
 from actcache.replay.edits import PLAIN
 from actcache.schema import GRID
 from actcache.store import Store
-from actcache.study.analysis import Analysis, Lines, Numbers, Section, option
+from actcache.study.analysis import CellAnalysis, Lines, Numbers, Section, option
 from actcache.study.cells import Finished
 from actcache.study.replay_job import ReplayJob
 from actcache.study.statistics import DRAWS, LEVEL, SEED, number, prompt_sums, ranks, ratio, resample
+
+if TYPE_CHECKING:
+    from actcache.study.run import Run
 
 _ALIKE = ("kind", "pair", "scope", "readout")  # events of one group, at every boundary
 _MEANS = ("late_from_pt", "late_from_it", "interaction")
@@ -48,7 +51,7 @@ class DepthOptions:
     seed: int = option(SEED, "seed of the bootstrap (default %(default)s)", type=int)
 
 
-class Depth(Analysis[DepthOptions]):
+class Depth(CellAnalysis[DepthOptions]):
     """The interaction at each boundary, and what of the main one's is left there."""
 
     name = "depth"
@@ -65,8 +68,9 @@ class Depth(Analysis[DepthOptions]):
         """The plain cells of every boundary asked for."""
         return jobs_left(store, finished, replace(_settings(store, options), **exactness))
 
-    def numbers(self, cells: pa.Table, store: Store, options: DepthOptions) -> Numbers:
+    def numbers(self, cells: pa.Table, run: Run, options: DepthOptions) -> Numbers:
         """One row per event and boundary; one group per kind, pair and boundary."""
+        store = run.store
         boundaries = _boundaries(store, options)
         (readout,) = _settings(store, options).readouts
         of = {"scope": options.scope, "readout": readout, "variant": PLAIN.name}

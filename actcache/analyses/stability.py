@@ -4,8 +4,9 @@ An argmax may depend on the shape of the batch that computed it, above all in bf
 pair decide every event anew on its own sequence, twice in each dtype: *strict*, one sequence per forward, and *packed*,
 many in one. Nothing is captured again; the token ids in the store are enough.
 
-For whoever asks how many of a run's events its numerics have made. The choices are those of forward jobs. Knows the
-store and jobs; loads no models itself.
+For whoever asks how many of a run's events its numerics have made. The choices are those of forward jobs. The table is
+kept as it grows, so that a dtype that was checked is not checked again. Knows the store and jobs; loads no models
+itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,11 +34,17 @@ from actcache.progress import OnProgress, Tally, untold
 from actcache.schema import CHOSEN_KINDS, ROLES, digest_of
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
 from actcache.store import Store
+from actcache.study.analysis import Analysis, Section, option
 from actcache.study.cells import identity
 from actcache.study.engine import LocalEngine
 from actcache.study.forward_job import ForwardJob
 from actcache.study.jobs import Result
+from actcache.study.run_folder import RunFolder
 from actcache.study.runner import run_jobs
+from actcache.study.statistics import number, prompt_sums, ranks, resample
+
+if TYPE_CHECKING:
+    from actcache.study.run import Run
 
 UNIT = "decisions"  # what is counted: one event's by one checkpoint in one dtype, strict or packed
 
@@ -259,19 +266,31 @@ def n_decisions(n_events: int) -> int:
 
 
 def summarise(table: pa.Table) -> list[dict[str, Any]]:
-    """One dict a dtype, in the order of the table, ready for json.
+    """One group per dtype, in the order of the table, ready for JSON.
 
-    Each has dtype, n_events (checked), n_changed (not stable), gap_median and gap_max of those (None without one), the
-    same against the stored decisions as n_not_as_stored, gap_median_vs_stored and gap_max_vs_stored, and not_packable.
+    Each has ``dtype``, ``n_events`` (checked) and ``n_prompts``; ``changed`` and ``not_as_stored``, the shares of
+    events that are not stable and not as stored, with intervals; ``n_changed``, ``gap_median`` and ``gap_max`` of the first
+    (None without one), ``n_not_as_stored``, ``gap_median_vs_stored`` and ``gap_max_vs_stored`` of the second; and
+    ``not_packable``.
     """
     summaries = []
     for dtype in dict.fromkeys(table["dtype"].to_pylist()):
         rows = table.filter(pc.equal(table["dtype"], dtype))
         gap, vs_stored = (rows[name].drop_null().to_numpy() for name in ("gap", "gap_vs_stored"))
+        differ = [pc.invert(rows[name]).cast(pa.float64()).to_numpy() for name in ("stable", "as_stored")]
+        sums = prompt_sums(ranks(rows["prompt_id"]), differ)
+        (drawn,) = resample([sums])
+        shares = [
+            number(float(of.mean()), None if drawn is None else drawn[:, column] / drawn[:, -1])
+            for column, of in enumerate(differ)
+        ]
         summaries.append(
             {
                 "dtype": dtype,
                 "n_events": rows.num_rows,
+                "n_prompts": len(sums),
+                "changed": shares[0],
+                "not_as_stored": shares[1],
                 "n_changed": len(gap),
                 "gap_median": float(np.median(gap)) if len(gap) else None,
                 "gap_max": float(gap.max()) if len(gap) else None,
@@ -284,7 +303,7 @@ def summarise(table: pa.Table) -> list[dict[str, Any]]:
     return summaries
 
 
-def describe(summaries: Sequence[Mapping[str, Any]], stored_dtype: str) -> list[str]:
+def describe(summaries: Sequence[Mapping[str, Any]]) -> list[str]:
     """What :func:`summarise` returned, as two lines for people; none where nothing was checked."""
     if not summaries:
         return []
@@ -301,7 +320,139 @@ def describe(summaries: Sequence[Mapping[str, Any]], stored_dtype: str) -> list[
     between = counted("n_changed", "", "change between strict and packed")
     if all(summary["not_packable"] for summary in summaries):
         between = "packed is strict here, one sequence per forward: no event can change between them"
-    return [between, counted("n_not_as_stored", "_vs_stored", f"differ from the stored {stored_dtype} decision")]
+    return [between, counted("n_not_as_stored", "_vs_stored", "differ from the stored decision")]
+
+
+@dataclass(frozen=True)
+class StabilityOptions:
+    """What to decide anew."""
+
+    dtype: str = option(",".join(DTYPES), "dtypes to decide in: a list of float32, bfloat16 (default: both)")
+    sample: str = option(
+        "all",
+        "number of events to decide anew, evenly spread, or all; float32=100,bfloat16=all has one for each dtype "
+        "(default %(default)s)",
+    )
+    max_tokens: int | None = option(None, "tokens per pack (default: as captured)", type=int)
+
+    @property
+    def samples(self) -> dict[str, int | None]:
+        """How many events in each dtype; None for all.
+
+        Raises:
+            InputError: an unknown dtype, or a sample of less than one event.
+        """
+        asked = dict.fromkeys((name.strip() for name in self.dtype.split(",")), self.sample)
+        if "=" in self.sample:
+            asked = dict(part.split("=", 1) for part in self.sample.split(",") if "=" in part)
+        for dtype, sample in asked.items():
+            _check_dtype(dtype)
+            if sample != "all" and not (sample.isdecimal() and int(sample) > 0):
+                raise InputError(f"a sample of {sample} events: give at least 1, or all")
+        return {dtype: None if sample == "all" else int(sample) for dtype, sample in asked.items()}
+
+
+class Stability(Analysis[StabilityOptions]):
+    """Which events other rounding would change."""
+
+    name = "stability"
+    options = StabilityOptions
+    needs_less = "a lower --max-tokens needs less"
+
+    def check(self, store: Store, options: StabilityOptions) -> None:
+        """Dtypes, samples and tokens per pack."""
+        _ = options.samples
+        if options.max_tokens is not None and options.max_tokens < 1:
+            raise InputError(f"{options.max_tokens} tokens per pack: give at least 1")
+
+    def answer(
+        self,
+        run: Run,
+        options: StabilityOptions,
+        *,
+        on_progress: OnProgress = untold,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> dict[str, Any]:
+        """See :meth:`Analysis.answer`."""
+        store = run.folder.open_store()
+        self.check(store, options)
+        if not chosen_events(store) and len(store):
+            say("the tokens of all events were given: nothing decides them, so rounding cannot change them")
+        table = run_stability(
+            store,
+            run.load_backbone,
+            run.folder.stability,
+            options.samples,
+            max_tokens=options.max_tokens or store.fingerprint.max_tokens,
+            device=run.device,
+            on_progress=on_progress,
+            say=say,
+        )
+        return self.write(run.folder, options, summarise(table), self.made_from(run.folder, store))
+
+    def read(self, folder: RunFolder, store: Store) -> list[dict[str, Any]] | None:
+        """Of the table: it may have grown since."""
+        if not self.table_path(folder).is_file():
+            return None
+        return summarise(read_stability(store, folder.stability))
+
+    def lines(self, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+        """Counts in two sentences."""
+        return describe(groups)
+
+    def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
+        """Counts and gaps of each dtype."""
+
+        def gap(group: Mapping[str, Any], name: str) -> str | dict[str, float | None]:
+            return "-" if group[name] is None else {"mean": group[name], "low": None, "high": None}
+
+        largest = max((group["gap_max"] for group in groups if group["n_changed"]), default=None)
+        reasons = [group["not_packable"] for group in groups]
+        if largest is not None:
+            found = (
+                "A choice that changes was made by rounding, not by the checkpoint; here that happened at gaps up to "
+                f"{largest:.2g} logits. 'actcache effects --stable-only' leaves such events out."
+            )
+        elif all(reasons):
+            found = f"Packs of these checkpoints are not exact ({reasons[0]}): sequences always run one at a time."
+        else:
+            found = "None of the events checked hangs on the shape of its batch."
+        return Section(
+            title="Events that rounding would change",
+            figures=[],
+            columns=[
+                "dtype",
+                "events checked",
+                "change between strict and packed",
+                "largest gap",
+                "median gap",
+                "strict differs from the stored event",
+                "largest gap there",
+                "median gap there",
+            ],
+            rows=[
+                [
+                    group["dtype"],
+                    f"{group['n_events']:,}",
+                    "never packed" if group["not_packable"] else f"{group['n_changed']:,}",
+                    gap(group, "gap_max"),
+                    gap(group, "gap_median"),
+                    f"{group['n_not_as_stored']:,}",
+                    gap(group, "gap_max_vs_stored"),
+                    gap(group, "gap_median_vs_stored"),
+                ]
+                for group in groups
+            ],
+            shows=(
+                "Which logit is the highest may depend on the shape of the batch that computed it. Events were decided "
+                "anew from their token ids: strict, one sequence per forward, and packed, many in one. "
+                f"{found}"
+            ),
+            does_not_show=(
+                "The stored events are those of this run's dtype. The other dtype's row says how many it would have "
+                "decided otherwise; it does not say which of the two is right."
+            ),
+        )
 
 
 @dataclass(frozen=True)
@@ -417,3 +568,6 @@ def _where_parted(
 def _check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+
+
+ANALYSIS = Stability()

@@ -25,7 +25,7 @@ from actcache.cli.arguments import (
 )
 from actcache.cli.captured import add_captured_arguments, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
-from actcache.cli.stability import add_run_arguments, check_run, summaries_of
+from actcache.cli.stability import add_run_arguments, check_run
 from actcache.cli.tables import read_cells
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
@@ -432,7 +432,6 @@ def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False,
         _settings_shown(folder.record(), store),
         checkpoints=store.checkpoints,
         default_boundary=round(0.6 * store.fingerprint.n_blocks),
-        stability=summaries_of(folder),
         sections=sections_of(folder, store),
     )
     write_atomically(folder.report, html_bytes(page, {**identity(store), **made_from, "effects": effects.seal}))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from actcache.study.run_folder import RunFolder
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from actcache.models.backbone import Backbone
     from actcache.models.lineup import Lineup
     from actcache.store import Store
+    from actcache.study.analysis import Analysis
 
 
 class _Clock:
@@ -66,18 +67,20 @@ class CaptureClock(_Clock):
         folder.record_timing("capture", times | counter.record() if whole else None)
 
 
-class StabilityClock(_Clock):
-    """Times a check of stability: put its loads under :meth:`loading`."""
+class AnalysisClock(_Clock):
+    """Times an analysis: put its loads under :meth:`loading`."""
 
-    def __init__(self, folder: RunFolder) -> None:
+    def __init__(self, folder: RunFolder, analysis: Analysis[Any]) -> None:
         super().__init__()
-        self._folder, self._from_nothing = folder, not folder.stability.exists()
+        self._folder, self._name = folder, analysis.name
+        self._from_nothing = not analysis.table_path(folder).exists()
 
-    def write(self, n_events: Sequence[int]) -> None:
-        """Record a check of so many events in each dtype; one of which something was there before is taken off."""
+    def write(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Record an answer of so many events in each group; one before which something was there is taken off the
+        record."""
         if (times := self._times()) is not None:
-            checked = {"n_events": list(n_events)}
-            self._folder.record_timing("stability", times | checked if self._from_nothing else None)
+            events = {"n_events": [group["n_events"] for group in groups]}
+            self._folder.record_timing(self._name, times | events if self._from_nothing else None)
 
 
 class GridClock(_Clock):

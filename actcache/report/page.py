@@ -53,7 +53,6 @@ def build_report(
     *,
     checkpoints: Sequence[str] = (),
     default_boundary: int | None = None,
-    stability: Sequence[Mapping[str, Any]] = (),
     sections: Mapping[str, Section] = MappingProxyType({}),
 ) -> str:
     """Render a run as one HTML page that needs nothing else: no scripts, fonts, images or network.
@@ -74,7 +73,6 @@ def build_report(
         checkpoints: labels in the order of the lineup; the order of the map where there are more than two.
         default_boundary: the boundary to lead with; the nearest one that was run is taken. Without it: 0.6 of the
             largest boundary plus one, which is the default boundary where all boundaries were run.
-        stability: what :func:`actcache.analyses.stability.summarise` returned; empty where nothing was checked.
         sections: what analyses show, by their names.
 
     Returns:
@@ -112,9 +110,6 @@ def build_report(
         "n_excluded": excluded.num_rows,
         "reasons": _reasons(excluded),
         "left_out": _left_out(effects),
-        "stability": stability,
-        "stability_gap": max((row["gap_max"] for row in stability if row["n_changed"]), default=None),
-        "never_packed": _never_packed(stability),
         "main": None,
         "sections": [_section(name, section) for name, section in sections.items()],
     }
@@ -174,6 +169,7 @@ def _section(name: str, section: Section) -> dict[str, Any]:
     return {
         "name": name,
         "section": section,
+        "notes": visible.plain(f"{section.shows} {section.does_not_show}"),
         "figures": [figures.lines(figure, f"{name}{number}") for number, figure in enumerate(section.figures)],
         "rows": [[visible.plain(cell) if isinstance(cell, str) else cell for cell in row] for row in section.rows],
         "places": visible.decimals(number["mean"] for number in numbers),
@@ -412,12 +408,6 @@ def _chip(token: str | None) -> Sequence[visible.Piece]:
     """A token with its white space visible; one that decodes to nothing is said to be empty."""
     text = visible.head(token or "", TOKEN_CHARACTERS)
     return visible.pieces(text, spaces=True) or [visible.Piece("empty", mark=True)]
-
-
-def _never_packed(stability: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why every dtype that was checked runs one sequence at a time, or None where one does not."""
-    reasons = [row["not_packable"] for row in stability]
-    return visible.plain(reasons[0]) if reasons and all(reasons) else None
 
 
 def _left_out(effects: dict[str, Any]) -> dict[str, Any] | None:

@@ -1,8 +1,9 @@
 """Analysis: one question of the study, as one file gives it; and how any of them is answered.
 
-An analysis says which jobs it needs, which numbers it makes of the cells, and what its section of the report shows. It
-is a value of :class:`Analysis`, named once in ``analyses.ANALYSES``. Verb, files, section and tests follow from there.
-Knows jobs, the runner and files; knows no command line and draws nothing.
+An analysis is a value of :class:`Analysis`, named once in ``analyses.ANALYSES``. Verb, files, section and tests follow
+from there. Most are of cells, :class:`CellAnalysis`: they say which jobs they need, which numbers they make of the
+cells, and what their section of the report shows. Knows jobs, the runner and files; knows no command line and draws
+nothing.
 """
 
 from __future__ import annotations
@@ -11,14 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import pyarrow as pa
 
 from actcache.errors import InputError
 from actcache.files import write_atomically
 from actcache.progress import OnProgress, Tally, untold
-from actcache.replay.late_stack import LateStack
 from actcache.sealed import json_bytes, parquet_bytes, read_json, read_parquet
 from actcache.store import Store
 from actcache.study.cells import Finished, finished_cells, gather_cells, identity, publish_cells
@@ -27,8 +27,10 @@ from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
 from actcache.study.runner import run_replays
 
+if TYPE_CHECKING:
+    from actcache.study.run import Run
+
 Options = TypeVar("Options")
-LoadLate = Callable[[str, int], LateStack]
 
 
 def option(default: Any, help: str, *, flag: str | None = None, type: Callable[[str], Any] = str) -> Any:
@@ -104,29 +106,76 @@ class Analysis(ABC, Generic[Options]):
     Attributes:
         name: of the verb, of ``RUN/<name>.parquet`` and ``RUN/<name>.json``, of the section.
         options: a frozen dataclass of :func:`option` fields.
-        version: of its numbers: raised where the same cells give others.
+        version: of its numbers: raised where the same run gives others.
+        opt_in: whether ``actcache study`` leaves it out unless it is named, as it costs more than the rest.
+        needs_less: what a person may do where its memory is not enough.
     """
 
     name: ClassVar[str]
     options: type[Options]
     version: ClassVar[int] = 1
+    opt_in: ClassVar[bool] = False
+    needs_less: ClassVar[str] = "a run captured with --dtype bfloat16 needs less"
 
     @abstractmethod
     def check(self, store: Store, options: Options) -> None:
-        """Raise InputError for options that the store cannot serve."""
+        """Raise InputError for options that the store cannot serve; it says what to capture."""
 
     @abstractmethod
-    def jobs(self, store: Store, finished: Finished, options: Options, exactness: Mapping[str, Any]) -> list[ReplayJob]:
-        """What is not finished of the cells that it needs, to be replayed as ``exactness`` says: ``strict`` and
-        ``max_tokens``."""
+    def answer(
+        self,
+        run: Run,
+        options: Options,
+        *,
+        on_progress: OnProgress = untold,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> dict[str, Any]:
+        """Run what is missing, and write its files.
 
-    @abstractmethod
-    def numbers(self, cells: pa.Table, store: Store, options: Options) -> Numbers:
-        """Its numbers, of the cells of a run, among which are all that it needs."""
+        Args:
+            run: a captured one; it loads what is asked for.
+            options: of the analysis.
+            on_progress: told of what is run.
+            say: told, in one line, what a person should know.
+
+        Returns:
+            What its JSON file holds: ``analysis``, ``version``, ``options``, ``groups``. A group has names,
+            ``n_events``, ``n_prompts``, and ``{"mean", "low", "high"}`` for each quantity.
+
+        Raises:
+            InputError: the store cannot serve these options.
+        """
 
     @abstractmethod
     def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
         """Its section, of the groups of its numbers, at least one."""
+
+    def lines(self, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What a terminal shows of the groups of its numbers, at least one; by default the table of its section."""
+        section = self.section(groups)
+        rows: list[Sequence[str]] = [list(section.columns)]
+        rows += [[cell if isinstance(cell, str) else in_words(cell) for cell in row] for row in section.rows]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+        lines = []
+        for row in rows:
+            cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+            lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
+        return [*lines, "", section.shows]
+
+    def read(self, folder: RunFolder, store: Store) -> list[dict[str, Any]] | None:
+        """The groups that :meth:`answer` left; None where there is nothing, or it is of other events, of cells that
+        were replayed otherwise, or of another version.
+
+        Raises:
+            CorruptFileError, NoSealError: the file is damaged, or not one of ours.
+        """
+        again = f"'actcache {self.name} {folder.path}' makes it again"
+        try:
+            content, made_from, _ = read_json(self.path(folder), f"the numbers of {self.name}", again)
+        except FileNotFoundError:
+            return None
+        groups: list[dict[str, Any]] = content["groups"]
+        return groups if made_from == self.made_from(folder, store) else None
 
     def options_of(self, given: Mapping[str, Any]) -> Options:
         """Options from names and values; those left out are the defaults.
@@ -147,76 +196,80 @@ class Analysis(ABC, Generic[Options]):
         """Where its numbers lie."""
         return folder.path / f"{self.name}.json"
 
+    def made_from(self, folder: RunFolder, store: Store) -> dict[str, Any]:
+        """What its numbers depend on beside its options: they are shown as long as this is the same."""
+        return {**identity(store), "version": self.version}
 
-def answer(
-    analysis: Analysis[Options],
-    folder: RunFolder,
-    options: Options,
-    load_late: LoadLate,
-    *,
-    on_progress: OnProgress = untold,
-) -> dict[str, Any]:
-    """Run what is missing, and write ``RUN/<name>.parquet`` and ``RUN/<name>.json``; ``RUN/cells.parquet`` gains the
-    cells that were missing.
-
-    Args:
-        analysis: which.
-        folder: of a captured run.
-        options: of the analysis.
-        load_late: gives the late stack of a checkpoint, by label, from a boundary on.
-        on_progress: told of replays.
-
-    Returns:
-        What the JSON file holds: ``analysis``, ``version``, ``options``, ``groups``.
-
-    Raises:
-        InputError: the store cannot serve these options.
-        CheckError, CorruptFileError, NotFiniteError: see :meth:`actcache.study.replay_job.ReplayJob.run`.
-    """
-    store = folder.open_store()
-    finished = finished_cells(folder.cell_groups, store)
-    analysis.check(store, options)
-    exactness = exactness_of(folder)
-    jobs = analysis.jobs(store, finished, options, exactness)
-    if jobs:
-        folder.cell_groups.mkdir(parents=True, exist_ok=True)
-        tally = Tally(sum(job.n_units for job in jobs), "replays", on_progress)
-        run_replays(jobs, LocalEngine(store, load_late, finished), folder.cell_groups, tally.add)
-        cells = publish_cells(folder.cells, folder.cell_groups, store, **exactness)
-    else:
-        cells = gather_cells(folder.cell_groups, store, **exactness)
-    numbers = analysis.numbers(cells, store, options)
-    made_from = _made_from(analysis, folder, store)
-    content = {
-        "analysis": analysis.name,
-        "version": analysis.version,
-        "options": asdict(options),  # type: ignore[call-overload]
-        "groups": numbers.groups,
-    }
-    notes = made_from | {"options": content["options"]}
-    write_atomically(analysis.table_path(folder), parquet_bytes(numbers.table, notes))
-    write_atomically(analysis.path(folder), json_bytes(content, made_from))
-    return content
+    def write(
+        self, folder: RunFolder, options: Options, groups: list[dict[str, Any]], made_from: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write its JSON file, and return what it holds."""
+        content = {
+            "analysis": self.name,
+            "version": self.version,
+            "options": asdict(options),  # type: ignore[call-overload]
+            "groups": groups,
+        }
+        write_atomically(self.path(folder), json_bytes(content, made_from))
+        return content
 
 
-def read_answer(analysis: Analysis[Any], folder: RunFolder, store: Store) -> dict[str, Any] | None:
-    """What :func:`answer` left; None where there is nothing, or it is of other events, of cells that were
-    replayed otherwise, or of another version.
+class CellAnalysis(Analysis[Options]):
+    """One question to cells: of replays, and of what is made of their table."""
 
-    Raises:
-        CorruptFileError, NoSealError: the file is damaged, or not one of ours.
-    """
-    path = analysis.path(folder)
-    again = f"'actcache {analysis.name} {folder.path}' makes it again"
-    try:
-        content, made_from, _ = read_json(path, f"the numbers of {analysis.name}", again)
-    except FileNotFoundError:
-        return None
-    return content if made_from == _made_from(analysis, folder, store) else None
+    @abstractmethod
+    def jobs(self, store: Store, finished: Finished, options: Options, exactness: Mapping[str, Any]) -> list[ReplayJob]:
+        """What is not finished of the cells that it needs, to be replayed as ``exactness`` says: ``strict`` and
+        ``max_tokens``."""
+
+    @abstractmethod
+    def numbers(self, cells: pa.Table, run: Run, options: Options) -> Numbers:
+        """Its numbers, of the cells of a run, among which are all that it needs."""
+
+    def made_from(self, folder: RunFolder, store: Store) -> dict[str, Any]:
+        """As of every analysis, and how the cells were replayed."""
+        return super().made_from(folder, store) | exactness_of(folder)
+
+    def answer(
+        self,
+        run: Run,
+        options: Options,
+        *,
+        on_progress: OnProgress = untold,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> dict[str, Any]:
+        """See :meth:`Analysis.answer`; ``RUN/cells.parquet`` gains the cells that were missing.
+
+        Raises:
+            InputError: the store cannot serve these options.
+            CheckError, CorruptFileError, NotFiniteError: see :meth:`actcache.study.replay_job.ReplayJob.run`.
+        """
+        folder = run.folder
+        store = folder.open_store()
+        finished = finished_cells(folder.cell_groups, store)
+        self.check(store, options)
+        exactness = exactness_of(folder)
+        jobs = self.jobs(store, finished, options, exactness)
+        if jobs:
+            folder.cell_groups.mkdir(parents=True, exist_ok=True)
+            tally = Tally(sum(job.n_units for job in jobs), "replays", on_progress)
+            run_replays(jobs, LocalEngine(store, run.load_late, finished), folder.cell_groups, tally.add)
+            cells = publish_cells(folder.cells, folder.cell_groups, store, **exactness)
+        else:
+            cells = gather_cells(folder.cell_groups, store, **exactness)
+        numbers = self.numbers(cells, run, options)
+        made_from = self.made_from(folder, store)
+        notes = made_from | {"options": asdict(options)}  # type: ignore[call-overload]
+        write_atomically(self.table_path(folder), parquet_bytes(numbers.table, notes))
+        return self.write(folder, options, numbers.groups, made_from)
 
 
-def _made_from(analysis: Analysis[Any], folder: RunFolder, store: Store) -> dict[str, Any]:
-    return {**identity(store), **exactness_of(folder), "version": analysis.version}
+def in_words(value: Mapping[str, float | None], decimals: int = 3) -> str:
+    """A number with its interval."""
+    if value["mean"] is None:
+        return "none"
+    shown = f"{value['mean']:+.{decimals}f}"
+    return shown if value["low"] is None else f"{shown} [{value['low']:+.{decimals}f}, {value['high']:+.{decimals}f}]"
 
 
 def exactness_of(folder: RunFolder) -> dict[str, Any]:

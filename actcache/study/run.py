@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
+    from actcache.models.backbone import Backbone
     from actcache.models.lineup import Lineup
     from actcache.models.readout import Readout
     from actcache.replay.late_stack import LateStack
@@ -39,14 +40,22 @@ class Run:
     Attributes:
         path: its folder.
         folder: names of its files.
+        device: on which models are loaded.
     """
 
-    def __init__(self, path: str | Path, *, checkpoints: Mapping[str, str | Path] | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        checkpoints: Mapping[str, str | Path] | None = None,
+        device: str | None = None,
+    ) -> None:
         """Open the run in a folder.
 
         Args:
             path: the folder.
             checkpoints: label -> where a checkpoint is now, of those that moved since capture.
+            device: to load models on; None for the one of the capture.
 
         Raises:
             InputError: the folder holds no run.
@@ -56,6 +65,7 @@ class Run:
         self.path = self.folder.path
         self._record = self.folder.record()
         self._moved = {label: str(place) for label, place in (checkpoints or {}).items()}
+        self.device = device or self._record.device
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {len(self.store)} events of {', '.join(self.store.checkpoints)}>"
@@ -138,9 +148,22 @@ class Run:
 
         self._check_label(label)
         path = self.lineup.checkpoints[label].path
-        late = LateStack.load(path, boundary, dtype=self.store.dtype, device=device or self._record.device)
+        late = LateStack.load(path, boundary, dtype=self.store.dtype, device=device or self.device)
         check_same_checkpoints(self.store, self.lineup)  # what was loaded lies between two looks at the files
         return late
+
+    def load_backbone(self, label: str, dtype: torch.dtype | None = None) -> Backbone:
+        """All blocks of a checkpoint, and its readout, in a dtype; None for the store's (errors as
+        :meth:`load_late`)."""
+        from actcache.models.backbone import Backbone
+
+        self._check_label(label)
+        checkpoint = self.lineup.checkpoints[label]
+        model = checkpoint.load(dtype or self.store.dtype, self.device)
+        with checkpoint.named():
+            backbone = Backbone(model)
+        check_same_checkpoints(self.store, self.lineup)
+        return backbone
 
     def load_readout(self, label: str, device: str | None = None) -> Readout:
         """The final norm and head of a checkpoint, in the store's dtype; of its blocks no more than the last is loaded,
@@ -255,15 +278,15 @@ class Run:
         name: str,
         *,
         on_progress: OnProgress = untold,
-        load_late: Callable[[str, int], LateStack] | None = None,
+        say: Callable[[str], None] = lambda line: None,
         **options: Any,
     ) -> dict[str, Any]:
-        """Answer one question, replaying what is missing for it, and write ``RUN/<name>.json`` and its table.
+        """Answer one question, running what is missing for it, and write ``RUN/<name>.json`` and its table.
 
         Args:
             name: of one of ``actcache.analyses.ANALYSES``.
-            on_progress: told of replays.
-            load_late: loads a late stack; by default :meth:`load_late`.
+            on_progress: told of replays, or of what else is run.
+            say: told, in one line, what a person should know.
             options: of the analysis, by the names of its options.
 
         Returns:
@@ -274,12 +297,10 @@ class Run:
             CheckError: a replay is not what it should be.
         """
         from actcache.analyses import find_analysis
-        from actcache.study.analysis import answer
 
         analysis = find_analysis(name)
         check_complete(self.store)
-        given = analysis.options_of(options)
-        return answer(analysis, self.folder, given, load_late or self.load_late, on_progress=on_progress)
+        return analysis.answer(self, analysis.options_of(options), on_progress=on_progress, say=say)
 
 
 def read_run_cells(folder: RunFolder, store: Store) -> Sealed:
