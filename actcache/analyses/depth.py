@@ -12,20 +12,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actcache.analyses.effects import check_draws, contrasts
+from actcache.analyses.effects import contrasts
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left
 from actcache.capture.settings import parse_boundaries
 from actcache.replay.edits import PLAIN
-from actcache.schema import GRID
 from actcache.store import Store
 from actcache.study.analysis import CellAnalysis, Lines, Numbers, Section, option
 from actcache.study.cells import Finished
 from actcache.study.replay_job import ReplayJob
-from actcache.study.statistics import DRAWS, LEVEL, SEED, number, prompt_sums, ranks, ratio, resample
+from actcache.study.statistics import DRAWS, SEED, Sample, check_draws
 
 if TYPE_CHECKING:
     from actcache.study.run import Run
@@ -59,7 +57,7 @@ class Depth(CellAnalysis[DepthOptions]):
 
     def check(self, store: Store, options: DepthOptions) -> None:
         """Draws, boundaries, scope and readout."""
-        check_draws(options.draws, options.seed, LEVEL)
+        check_draws(options.draws, options.seed)
         check_settings(store, _settings(store, options))
 
     def jobs(
@@ -150,25 +148,17 @@ def _groups(
     names: dict[str, Any], table: pa.Table, boundaries: Sequence[int], options: DepthOptions
 ) -> list[dict[str, Any]]:
     """Of one kind; every number of every boundary is of the same draws."""
-    of_boundary = [table.filter(pc.equal(table["boundary"], boundary)) for boundary in boundaries]
-    values = [one[name].to_numpy() for one in of_boundary for name in _MEANS]
-    sums = prompt_sums(ranks(of_boundary[0]["prompt_id"]), values)
-    (drawn,) = resample([sums], options.draws, options.seed)
-    n_events = sums[:, -1].sum()
-    means = sums[:, :-1].sum(axis=0) / n_events
-    spread = None if drawn is None else drawn[:, :-1] / drawn[:, -1:]
-    at_main = _MEANS.index("interaction")
-    scale = max(np.abs(of_boundary[0][f"y_{cell}"].to_numpy()).max() for cell in GRID)
+    values = {}
+    for boundary in boundaries:
+        at = table.filter(pc.equal(table["boundary"], boundary))
+        values |= {f"{name} {boundary}": at[name].to_numpy() for name in _MEANS}
+    sample = Sample.of(at["prompt_id"], values, weights="event", draws=options.draws, seed=options.seed)
     groups = []
-    for index, boundary in enumerate(boundaries):
-        columns = [index * len(_MEANS) + offset for offset in range(len(_MEANS))]
-        at = columns[at_main]
+    for boundary in boundaries:
         group = names | {"boundary": boundary, "main_boundary": boundaries[0]}
-        group |= {"n_events": int(n_events), "n_prompts": len(sums)}
-        for name, column in zip(_MEANS, columns, strict=True):
-            group[name] = number(float(means[column]), None if spread is None else spread[:, column])
-        pairs = None if spread is None else (spread[:, at], spread[:, at_main])
-        group["retention"] = ratio(float(means[at]), float(means[at_main]), pairs, scale=float(scale))
+        group |= {"n_events": sample.n_events, "n_prompts": sample.n_prompts}
+        group |= {name: sample.mean(f"{name} {boundary}") for name in _MEANS}
+        group["retention"] = sample.ratio(f"interaction {boundary}", f"interaction {boundaries[0]}")
         groups.append(group)
     return groups
 

@@ -25,8 +25,7 @@ The two shares are the ratios that arXiv 2605.07284 reports (A +0.76, B +2.44: p
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,12 +41,10 @@ from actcache.study.statistics import (
     SEED,
     Floats,
     Ints,
-    check_bootstrap,
-    number,
-    prompt_sums,
+    Sample,
+    check_draws,
+    draw_together,
     ranks,
-    ratio,
-    resample,
 )
 
 _LARGEST = float(np.finfo(np.float32).max)
@@ -167,15 +164,16 @@ def effects(
     """
     check_draws(draws, seed, level)
     table = contrasts(cells, pair)
+    parts = _groups(table)
+    samples = [_sample(events, CELLS, draws, seed, level) for events in parts]
+    draw_together(samples)
     groups: list[dict[str, Any]] = []
-    sums: list[Floats] = []
-    for events in _groups(table):
-        sums.append(prompt_sums(ranks(events["prompt_id"]), [events[f"y_{name}"].to_numpy() for name in CELLS]))
+    for events, sample in zip(parts, samples, strict=True):
         group = {name: events[name][0].as_py() for name in GROUP_COLUMNS}
         labels = dict(zip(schema.ROLES, pair or contrasted(group["pair"]), strict=True))
-        groups.append(group | labels | {"n_events": events.num_rows, "n_prompts": len(sums[-1])})
-    for group, of_prompts, drawn in zip(groups, sums, resample(sums, draws, seed), strict=True):
-        group.update(_estimates(of_prompts.sum(axis=0), drawn, level))
+        groups.append(
+            group | labels | {"n_events": sample.n_events, "n_prompts": sample.n_prompts} | _estimates(sample)
+        )
     choices, kl = _cell_means(cells, pair)
     margins = _lineup_margins(cells, pair, draws, seed, level)
     for group in groups:
@@ -184,17 +182,6 @@ def effects(
             {name: of[key] for name, of in (("margins", margins), ("choices", choices), ("kl", kl)) if key in of}
         )
     return {"draws": draws, "seed": seed, "level": level, "groups": groups}
-
-
-def check_draws(draws: int, seed: int, level: float) -> None:
-    """Raise InputError for settings that make no interval: with fewer than one draw beyond each end there is none."""
-    check_bootstrap(draws, seed, level)
-    fewest = math.ceil(round(2 / (1 - level), 6))
-    if draws < fewest:
-        raise InputError(
-            f"draws={draws}: an interval of {level:.6g} needs at least {fewest} draws, one beyond each end; the "
-            f"default is {DRAWS}"
-        )
 
 
 def select_events(
@@ -482,13 +469,12 @@ def _lineup_margins(
     for i, values in enumerate(margin[rows].T):
         events = events.append_column(f"y_{i}", pa.array(values))
     parts = _groups(events)
-    names = [f"y_{i}" for i in range(n_cells)]
-    sums = [prompt_sums(ranks(part["prompt_id"]), [part[name].to_numpy() for name in names]) for part in parts]
+    names = [str(i) for i in range(n_cells)]
+    samples = [_sample(part, names, draws, seed, level) for part in parts]
+    draw_together(samples)
     found = {}
-    for of_group, of_prompts, drawn in zip(parts, sums, resample(sums, draws, seed), strict=True):
-        mean = of_prompts[:, :-1].sum(axis=0) / of_prompts[:, -1].sum()
-        spread = [None] * n_cells if drawn is None else list((drawn[:, :-1] / drawn[:, -1:]).T)
-        numbers = iter([number(float(one), of_one, level) for one, of_one in zip(mean, spread, strict=True)])
+    for of_group, sample in zip(parts, samples, strict=True):
+        numbers = iter([sample.mean(name) for name in names])
         key = tuple(of_group[name][0].as_py() for name in GROUP_COLUMNS)
         found[key] = {up: {to: next(numbers) for to in labels.to_pylist()} for up in labels.to_pylist()}
     return found
@@ -503,13 +489,6 @@ def _groups(table: pa.Table) -> list[pa.Table]:
     return [table.slice(start, end - start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
 
 
-def _quantities(totals: Floats) -> dict[str, Floats]:
-    """Every linear quantity from totals [..., 5]: four sums of margins and the number of events."""
-    y = totals[..., :4] / totals[..., 4:]
-    cells = {name: y[..., i] for i, name in enumerate(CELLS)}
-    return cells | {column.name: _contrast(column.name, y) for column in schema.CONTRASTS}
-
-
 _SHARES = {
     "portable_share": ("late_from_pt", "late_from_it"),
     "interaction_share": ("interaction", "native_shift"),
@@ -517,13 +496,21 @@ _SHARES = {
 }
 
 
-def _estimates(total: Floats, drawn: Floats | None, level: float) -> dict[str, Any]:
-    """The quantities of one group; ``drawn`` [draws, 5] is None below ``FEWEST_PROMPTS``."""
-    point = {name: float(value) for name, value in _quantities(total).items()}
-    spread = _quantities(drawn) if drawn is not None else {}
-    numbers: dict[str, Any] = {name: number(mean, spread.get(name), level) for name, mean in point.items()}
-    scale = max(abs(point[name]) for name in CELLS)
+def _sample(events: pa.Table, cells: Sequence[str], draws: int, seed: int, level: float) -> Sample:
+    """The margins of some cells, by their names, of one group's events."""
+    values = {name: events[f"y_{name}"].to_numpy() for name in cells}
+    return Sample.of(events["prompt_id"], values, weights="event", draws=draws, seed=seed, level=level)
+
+
+def _of_means(name: str) -> Callable[[Mapping[str, Floats]], Floats]:
+    """A contrast as a function of the means of the four cells."""
+    return lambda means: _contrast(name, np.stack([means[cell] for cell in CELLS], axis=-1))
+
+
+def _estimates(sample: Sample) -> dict[str, Any]:
+    """The quantities of one group."""
+    numbers: dict[str, Any] = {"cells": {name: sample.mean(name) for name in CELLS}}
+    numbers |= {column.name: sample.number(_of_means(column.name)) for column in schema.CONTRASTS}
     for share, (numerator, denominator) in _SHARES.items():
-        pairs = (spread[numerator], spread[denominator]) if spread else None
-        numbers[share] = ratio(point[numerator], point[denominator], pairs, scale=scale, level=level)
-    return {"cells": {name: numbers.pop(name) for name in CELLS}} | numbers
+        numbers[share] = sample.ratio(_of_means(numerator), _of_means(denominator))
+    return numbers

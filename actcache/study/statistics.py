@@ -1,15 +1,17 @@
-"""Statistics: means with percentile bootstrap intervals over prompts, and ratios of such means.
+"""Statistics: means with percentile bootstrap intervals over prompts, what is made of them, and tests beside them.
 
 Events of one prompt share a text and are not independent. So a draw takes *prompts* with replacement, and every event
-of a drawn prompt comes along. What is compared is drawn together: all quantities of a group share its draws, and groups
-with equally many prompts share theirs, so that their differences are not blurred by separate noise. Knows arrays and
-columns only.
+of a drawn prompt comes along. What is compared is drawn together: all numbers of a :class:`Sample` share its draws, and
+samples of equally many prompts share theirs, so that their differences are not blurred by separate noise. Knows arrays
+and columns only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TypeAlias
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,23 +26,210 @@ FEWEST_PROMPTS = 10
 DRAWS = 2000
 SEED = 0
 LEVEL = 0.95
+NULL_DRAWS = 20_000
+NULL_SEED = 23
+
+WEIGHTS = ("event", "prompt")
+"""Every event weighs the same, or every prompt does, whatever its number of events."""
 
 # One pass of the bootstrap holds this many drawn prompts (three arrays of 8 bytes each: 48 MiB), so that a million
 # prompts cost time and not memory.
 _DRAWN_PER_PASS = 1 << 21
 # Groups with equally many prompts share their draws; more at once only costs memory for the drawn totals.
 _GROUPS_PER_PASS = 64
+# What float64 leaves of an exact zero, relative to the numbers that it is a difference of.
+_ROUNDING = 16 * float(np.finfo(np.float64).eps)
+# A column of a regression that is this near to a combination of others tells nothing of its own; and how near to 1 the
+# diagonal of the projection on what the columns span must be where they tell a coefficient.
+_DEPENDENT, _TOLD = 1e-10, 1e-6
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
 Number: TypeAlias = dict[str, float | None]
 """``{"mean", "low", "high"}``; low and high are None where there is no interval, all three where there is no value."""
+Ids: TypeAlias = "pa.ChunkedArray | pa.Array | Sequence[Any] | npt.NDArray[Any]"
+Quantity: TypeAlias = str | Callable[[Mapping[str, Floats]], Floats]
+"""The name of a mean, or a function of all means by name, each an array ``[n]``, that gives an array ``[n]``."""
 
 
-def check_bootstrap(draws: int, seed: int, level: float) -> None:
-    """Raise InputError for settings that make no interval."""
+def check_draws(draws: int, seed: int, level: float = LEVEL) -> None:
+    """Raise InputError for settings that make no interval: with fewer than one draw beyond each end there is none."""
     if draws < 1 or seed < 0 or not 0 < level < 1:
         raise InputError(f"draws={draws}, seed={seed}, level={level}: expected draws >= 1, seed >= 0 and 0 < level < 1")
+    fewest = math.ceil(round(2 / (1 - level), 6))
+    if draws < fewest:
+        raise InputError(
+            f"draws={draws}: an interval of {level:.6g} needs at least {fewest} draws, one beyond each end; the "
+            f"default is {DRAWS}"
+        )
+
+
+def check_weights(weights: str) -> None:
+    """Raise InputError for weights that are none of ``WEIGHTS``."""
+    if weights not in WEIGHTS:
+        raise InputError(f"weights {weights!r} are unknown; choose {' or '.join(WEIGHTS)}")
+
+
+class Sample:
+    """Events of one group with values, and the bootstrap draws of prompts that all numbers of the group share.
+
+    Attributes:
+        n_events: how many events.
+        n_prompts: how many prompts they come from. Below ``FEWEST_PROMPTS``, numbers have no interval.
+        level: of the intervals.
+    """
+
+    def __init__(
+        self,
+        sums: Floats,
+        columns: Mapping[str, tuple[int, int]],
+        n_events: int,
+        scale: float,
+        *,
+        draws: int,
+        seed: int,
+        level: float,
+    ) -> None:
+        """Made by :meth:`of` and :meth:`paired`: ``sums`` ``[P, q]`` of each prompt, ``columns`` by name that of a sum
+        and that of its divisor, ``scale`` the largest absolute value."""
+        self.n_events, self.n_prompts, self.level = n_events, len(sums), level
+        self._sums, self._columns, self._scale = sums, columns, scale
+        self._draws, self._seed = draws, seed
+        self._drawn: Floats | None = None
+
+    @classmethod
+    def of(
+        cls,
+        prompt_ids: Ids,
+        values: Mapping[str, npt.ArrayLike],
+        *,
+        weights: str = "prompt",
+        draws: int = DRAWS,
+        seed: int = SEED,
+        level: float = LEVEL,
+    ) -> Sample:
+        """A sample of events.
+
+        Args:
+            prompt_ids: of each event, ``[E]``: a column, or a sequence of texts or whole numbers.
+            values: by name an array ``[E]`` of finite numbers.
+            weights: ``prompt``: a mean is the mean of each prompt's mean. ``event``: it is over all events.
+            draws: of the bootstrap, as :func:`check_draws` allows.
+            seed: of the draws.
+            level: of the intervals.
+
+        Raises:
+            InputError: weights, draws, seed or level are none; a value is not finite, or an array of another length.
+        """
+        return cls.paired({"": (prompt_ids, values)}, weights=weights, draws=draws, seed=seed, level=level)
+
+    @classmethod
+    def paired(
+        cls,
+        sides: Mapping[str, tuple[Ids, Mapping[str, npt.ArrayLike]]],
+        *,
+        weights: str = "prompt",
+        draws: int = DRAWS,
+        seed: int = SEED,
+        level: float = LEVEL,
+    ) -> Sample:
+        """A sample of the prompts that several sides have, each side with events of its own.
+
+        Args:
+            sides: by name the prompt ids and the values of the events of a side, as for :meth:`of`. Value ``v`` of side
+                ``s`` is called ``s.v``. Events of a prompt that one of the sides lacks are left out.
+            weights, draws, seed, level: as there.
+
+        Raises:
+            InputError: as there.
+        """
+        check_weights(weights)
+        check_draws(draws, seed, level)
+        ids = {side: _column(prompt_ids) for side, (prompt_ids, _) in sides.items()}
+        (first, *others) = ids.values()
+        shared = pc.unique(first)
+        for other in others:
+            shared = shared.filter(pc.is_in(shared, value_set=pc.unique(other)))
+        shared = shared.take(pc.sort_indices(shared))  # the order of the events given has no part in the draws
+        parts: list[Floats] = []
+        columns: dict[str, tuple[int, int]] = {}
+        n_events, n_columns, scale = 0, 0, 0.0
+        for side, (_, values) in sides.items():
+            prompt = pc.index_in(ids[side], value_set=shared)
+            known = prompt.is_valid().to_numpy(zero_copy_only=False)
+            prompt = prompt.drop_null().to_numpy().astype(np.int64)
+            arrays = {name: _finite(name, of, len(known))[known] for name, of in values.items()}
+            sums = prompt_sums(prompt, list(arrays.values()), len(shared))
+            if weights == "prompt":
+                sums /= sums[:, -1:]
+            n_events += len(prompt)
+            scale = max([scale, *(float(np.abs(of).max(initial=0.0)) for of in arrays.values())])
+            for column, name in enumerate(arrays, n_columns):
+                columns[f"{side}.{name}" if side else name] = (column, n_columns + len(arrays))
+            n_columns += len(arrays) + 1
+            parts.append(sums)
+        sums = np.concatenate(parts, axis=1)
+        return cls(sums, columns, n_events, scale, draws=draws, seed=seed, level=level)
+
+    def mean(self, name: str) -> Number:
+        """The mean of a value."""
+        return self.number(name)
+
+    def number(self, quantity: Quantity) -> Number:
+        """A mean, or a function of means, with the percentile interval of its draws.
+
+        Nothing at all where it is not finite; without an interval where it is not finite in every draw.
+        """
+        return _spread(self._values(quantity), self.level)
+
+    def ratio(self, numerator: Quantity, denominator: Quantity) -> Number:
+        """A ratio of two means, or of functions of means; see :func:`ratio`."""
+        above, below = self._values(numerator), self._values(denominator)
+        if above is None or below is None:
+            return number(None, None)
+        drawn = (above[1:], below[1:]) if len(above) > 1 else None
+        return ratio(float(above[0]), float(below[0]), drawn, scale=self._scale, level=self.level)
+
+    def opposed(self, numerator: Quantity, denominator: Quantity) -> bool:
+        """Whether the two differ in sign, so that their ratio is no share of anything."""
+        above, below = self._values(numerator), self._values(denominator)
+        return above is not None and below is not None and bool(above[0] * below[0] < 0)
+
+    def draws_of(self, quantity: Quantity) -> Floats | None:
+        """The quantity in each draw, ``[draws]``; None below ``FEWEST_PROMPTS``."""
+        values = self._values(quantity)
+        return None if values is None or len(values) == 1 else values[1:]
+
+    def of_prompts(self, name: str) -> Floats:
+        """What each prompt adds to a mean, ``[P]`` in the order of the sorted ids: their plain mean is the mean."""
+        column, count = self._columns[name]
+        return self._sums[:, column] * (self.n_prompts / self._sums[:, count].sum())
+
+    def _values(self, quantity: Quantity) -> Floats | None:
+        """The quantity over all events, then in each draw: ``[1 + draws]``, or ``[1]``; None without an event."""
+        if not self.n_events:
+            return None
+        if isinstance(quantity, str):
+            return self._means[quantity]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return quantity(self._means)
+
+    @cached_property
+    def _means(self) -> dict[str, Floats]:
+        if self._drawn is None:
+            draw_together([self])
+        totals = self._sums.sum(axis=0, keepdims=True)
+        totals = totals if self._drawn is None else np.concatenate([totals, self._drawn])
+        return {name: totals[:, column] / totals[:, count] for name, (column, count) in self._columns.items()}
+
+
+def draw_together(samples: Sequence[Sample]) -> None:
+    """Draw for several samples of the same draws and seed at once: equal numbers, and those of equally many prompts
+    cost one set of draws."""
+    if samples:
+        drawn = resample([sample._sums for sample in samples], samples[0]._draws, samples[0]._seed)
+        for sample, of_sample in zip(samples, drawn, strict=True):
+            sample._drawn = of_sample
 
 
 def ranks(column: pa.ChunkedArray) -> Ints:
@@ -53,18 +242,19 @@ def ranks(column: pa.ChunkedArray) -> Ints:
     return rank[encoded.indices.to_numpy()]
 
 
-def prompt_sums(prompt: Ints, values: Sequence[Floats]) -> Floats:
+def prompt_sums(prompt: Ints, values: Sequence[Floats], n_prompts: int) -> Floats:
     """Sums over each prompt's events.
 
     Args:
-        prompt: ``[E]``, which prompt each event is of, from 0 on without a gap.
+        prompt: ``[E]``, which prompt each event is of, from 0 on.
         values: arrays ``[E]``.
+        n_prompts: P.
 
     Returns:
         ``[P, len(values) + 1]``: the sums of each of ``values``, then the number of events.
     """
-    columns = [np.bincount(prompt, weights=of) for of in values]
-    return np.stack([*columns, np.bincount(prompt).astype(np.float64)], axis=1)
+    columns = [np.bincount(prompt, weights=of, minlength=n_prompts) for of in values]
+    return np.stack([*columns, np.bincount(prompt, minlength=n_prompts).astype(np.float64)], axis=1)
 
 
 def resample(sums: Sequence[Floats], draws: int = DRAWS, seed: int = SEED) -> list[Floats | None]:
@@ -113,6 +303,13 @@ def number(mean: float | None, drawn: Floats | None, level: float = LEVEL) -> Nu
     return {"mean": mean, "low": low, "high": high}
 
 
+def _spread(values: Floats | None, level: float) -> Number:
+    """A value and its draws, ``[1 + draws]`` or ``[1]``, as a number."""
+    if values is None or not np.isfinite(values[0]):
+        return number(None, None)
+    return number(float(values[0]), values[1:] if len(values) > 1 and np.isfinite(values).all() else None, level)
+
+
 def ratio(
     numerator: float,
     denominator: float,
@@ -134,8 +331,8 @@ def ratio(
         Nothing at all where the denominator is 0 to rounding. Without an interval where the denominator's own reaches
         0: the ratio then has no bounded one.
     """
-    # A difference of means below this is what float64 leaves of an exact zero: dividing by it would print noise.
-    if abs(denominator) <= 16 * np.finfo(np.float64).eps * scale:
+    # Dividing by what rounding leaves of a zero would print noise.
+    if abs(denominator) <= _ROUNDING * scale:
         return number(None, None)
     values = None
     if drawn is not None:
@@ -145,3 +342,214 @@ def ratio(
         if not own["low"] <= 0 <= own["high"] and drawn[1].all():
             values = drawn[0] / drawn[1]
     return number(numerator / denominator, values, level)
+
+
+def regress(
+    prompt_ids: Ids,
+    y: npt.ArrayLike,
+    controls: Mapping[str, npt.ArrayLike],
+    *,
+    weights: str = "prompt",
+    draws: int = DRAWS,
+    seed: int = SEED,
+    level: float = LEVEL,
+) -> dict[str, Number]:
+    """Coefficients of a least-squares regression, with intervals of the bootstrap over prompts.
+
+    Args:
+        prompt_ids: of each event, as for :meth:`Sample.of`.
+        y: ``[E]``.
+        controls: as for :func:`ols`.
+        weights, draws, seed, level: as for :meth:`Sample.of`; with ``prompt``, an event of a prompt that has n weighs
+            1/n.
+
+    Returns:
+        By the names of :func:`ols`: nothing where the events do not tell the coefficient; without an interval where
+        those of a draw do not, as for a level that few prompts have.
+
+    Raises:
+        InputError: as there, and as :meth:`Sample.of`.
+    """
+    y = np.asarray(y, np.float64)
+    names, x, length = _design(controls, len(y))
+    k = len(names)
+    columns = [*(x / length).T, y]
+    products = {f"{i} {j}": columns[i] * columns[j] for i in range(k) for j in range(i, k + 1)}
+    sample = Sample.of(prompt_ids, products, weights=weights, draws=draws, seed=seed, level=level)
+
+    def solved(means: Mapping[str, Floats]) -> Floats:
+        """The coefficients of each draw, ``[n, k]``, by the normal equations; NaN where its events do not tell one."""
+        gram = np.stack([np.stack([means[f"{min(i, j)} {max(i, j)}"] for j in range(k)], -1) for i in range(k)], -2)
+        inverse = np.linalg.pinv(gram, rcond=_DEPENDENT, hermitian=True)
+        found = (inverse @ np.stack([means[f"{i} {k}"] for i in range(k)], -1)[..., None])[..., 0]
+        told = np.abs(np.diagonal(inverse @ gram, axis1=-2, axis2=-1) - 1) < _TOLD
+        return np.where(told, found / length, np.nan)
+
+    found = sample._values(solved)
+    return {name: _spread(None if found is None else found[:, at], level) for at, name in enumerate(names)}
+
+
+def ols(y: npt.ArrayLike, controls: Mapping[str, npt.ArrayLike]) -> dict[str, float | None]:
+    """Coefficients of an ordinary least-squares regression with an intercept.
+
+    Args:
+        y: ``[E]``.
+        controls: by name an array ``[E]``. Numbers and truth values have one coefficient. Texts are levels of a
+            category: each but the first in sorted order has one, called ``name=level``.
+
+    Returns:
+        By name, ``intercept`` first. None where the events do not tell it from others.
+
+    Raises:
+        InputError: a control is not finite, or of another length.
+    """
+    y = np.asarray(y, np.float64)
+    names, x, length = _design(controls, len(y))
+    inverse = np.linalg.pinv(x / length, rcond=_DEPENDENT)
+    told = np.abs(np.diagonal(inverse @ (x / length)) - 1) < _TOLD
+    found = inverse @ y / length
+    return {name: float(value) if known else None for name, value, known in zip(names, found, told, strict=True)}
+
+
+def _design(controls: Mapping[str, npt.ArrayLike], n_events: int) -> tuple[list[str], Floats, Floats]:
+    """Names, columns ``[E, k]`` and their lengths (1 of a column of zeros) of a regression, the intercept first."""
+    names, columns = ["intercept"], [np.ones(n_events)]
+    for name, given in controls.items():
+        values = np.asarray(given)
+        if values.shape != (n_events,):
+            raise InputError(f"control {name} has shape {values.shape}; expected {n_events} values, one per event")
+        if values.dtype.kind in "biuf":
+            names.append(name)
+            columns.append(_finite(name, values))
+        else:
+            levels = sorted(set(values.tolist()))
+            names += [f"{name}={level}" for level in levels[1:]]
+            columns += [(values == level).astype(np.float64) for level in levels[1:]]
+    x = np.stack(columns, axis=1)
+    length = np.linalg.norm(x, axis=0)
+    return names, x, np.where(length > 0, length, 1.0)
+
+
+def sign_flip_null(
+    prompt_means: npt.ArrayLike | Mapping[str, npt.ArrayLike], draws: int = NULL_DRAWS, seed: int = NULL_SEED
+) -> dict[str, float]:
+    """How a mean is spread where the sign of each prompt's part is random: the label-swap null of an interaction.
+
+    Swapping the two late labels of a prompt turns the sign of its interaction. Each draw turns each prompt's with
+    probability 1/2, for every prompt of every family on its own.
+
+    Args:
+        prompt_means: ``[P]``, of each prompt; or that of each family by name, whose means then weigh equally.
+        draws: how many.
+        seed: of the signs.
+
+    Returns:
+        ``observed``; ``p``, one-sided: (1 + draws that reach it) / (draws + 1); and ``null_mean``, ``null_sd``,
+        ``null_q99.9`` and ``null_max`` of the draws.
+
+    Raises:
+        InputError: there is no prompt, or a value is not finite.
+    """
+    families = prompt_means if isinstance(prompt_means, Mapping) else {"": prompt_means}
+    rng = np.random.default_rng(seed)
+    parts = {family: _finite(family or "prompt means", values) for family, values in sorted(families.items())}
+    if not parts or not all(len(values) for values in parts.values()):
+        raise InputError("a null needs at least one prompt per family")
+    null = sum((_flipped(values, draws, rng) for values in parts.values()), np.zeros(draws)) / len(parts)
+    observed = float(np.mean([values.mean() for values in parts.values()]))
+    # The draw that turns no sign is the observed mean but for the order of additions: it reaches it.
+    slack = 1e-12 * float(np.mean([np.abs(values).mean() for values in parts.values()]))
+    return {
+        "observed": observed,
+        "p": (1 + int((null >= observed - slack).sum())) / (draws + 1),
+        "null_mean": float(null.mean()),
+        "null_sd": float(null.std()),
+        "null_q99.9": float(np.quantile(null, 0.999)),
+        "null_max": float(null.max()),
+    }
+
+
+def _flipped(values: Floats, draws: int, rng: np.random.Generator) -> Floats:
+    """Means ``[draws]`` of values ``[P]`` under random signs: bit p of draw d is set where value p keeps its sign. Each
+    draw takes its own 64-bit words, so that passes of any size give the same."""
+    n_prompts = len(values)
+    found = np.empty(draws)
+    per_pass = max(1, _DRAWN_PER_PASS // n_prompts)
+    for first in range(0, draws, per_pass):
+        n = min(per_pass, draws - first)
+        words = rng.integers(0, 2**64, size=(n, -(-n_prompts // 64)), dtype=np.uint64)
+        keeps = np.unpackbits(words.astype("<u8").view(np.uint8), axis=1, count=n_prompts)
+        found[first : first + n] = keeps.astype(np.float64) @ (2 * values) - values.sum()
+    return found / n_prompts
+
+
+# ---- over families ---------------------------------------------------------------------------------------------------
+
+
+def balanced(numbers: Sequence[Number]) -> Number:
+    """The mean of independent means, each of the same weight, with the interval that follows from theirs.
+
+    Each interval stands for a normal distribution: its standard error is its width over twice the normal quantile, and
+    that of the mean is the root of the sum of their squares over how many there are. The quantile cancels, so that any
+    level will do that all share.
+
+    Returns:
+        Without an interval where one of the numbers has none; nothing where one has no value.
+    """
+    means = [one["mean"] for one in numbers]
+    if not means or None in means:
+        return number(None, None)
+    mean = float(np.mean(means))  # type: ignore[arg-type]
+    halves = [half_width(one) for one in numbers]
+    if None in halves:
+        return number(mean, None)
+    half = math.sqrt(sum(half**2 for half in halves if half is not None)) / len(halves)
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
+def balanced_draws(draws: Sequence[Floats | None]) -> Floats | None:
+    """The mean over families in each draw, ``[draws]``, of what each family has in its own draws, which must be drawn
+    independently: with another seed each. None where a family has none."""
+    given = [one for one in draws if one is not None]
+    return np.mean(given, axis=0) if given and len(given) == len(draws) else None
+
+
+def half_width(of: Number) -> float | None:
+    """Half of what an interval spans; None without one."""
+    low, high = of["low"], of["high"]
+    return None if low is None or high is None else (high - low) / 2
+
+
+def trimmed_mean(values: Sequence[float]) -> float | None:
+    """The mean without one lowest and one highest value; None of fewer than three."""
+    return float(np.mean(sorted(values)[1:-1])) if len(values) > 2 else None
+
+
+def leave_one_out(values: Mapping[str, float]) -> dict[str, float]:
+    """By name the mean of all other values; empty of fewer than two."""
+    if len(values) < 2:
+        return {}
+    return {name: float(np.mean([of for other, of in values.items() if other != name])) for name in values}
+
+
+def _column(ids: Ids) -> pa.ChunkedArray:
+    """Ids as one column of plain values."""
+    if not isinstance(ids, pa.ChunkedArray):
+        ids = pa.chunked_array([ids if isinstance(ids, pa.Array) else pa.array(ids)])
+    if pa.types.is_dictionary(ids.type):
+        ids = ids.cast(ids.type.value_type)
+    if ids.null_count:
+        raise InputError(f"{ids.null_count} of {len(ids)} prompt ids are null; every event needs one")
+    return ids.cast(pa.string()) if pa.types.is_null(ids.type) else ids  # of no event
+
+
+def _finite(name: str, given: npt.ArrayLike, n_events: int | None = None) -> Floats:
+    """Values as float64 ``[E]``; InputError for one that is not finite."""
+    values = np.asarray(given, np.float64)
+    if values.ndim != 1 or n_events not in (None, len(values)):
+        expected = "a list of numbers" if n_events is None else f"{n_events} numbers, one per event"
+        raise InputError(f"{name} has shape {values.shape}; expected {expected}")
+    if not np.isfinite(values).all():
+        bad = int(np.flatnonzero(~np.isfinite(values))[0])
+        raise InputError(f"value {bad} of {name} is {values[bad]}; leave out the events that have none")
+    return values
