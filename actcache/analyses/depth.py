@@ -23,7 +23,7 @@ from actcache.store import Store
 from actcache.study.analysis import CellAnalysis, Lines, Numbers, Section, option
 from actcache.study.cells import Finished
 from actcache.study.replay_job import ReplayJob
-from actcache.study.statistics import DRAWS, SEED, Sample, check_draws
+from actcache.study.statistics import DRAWS, SEED, Floats, Sample, check_draws
 
 if TYPE_CHECKING:
     from actcache.study.run import Run
@@ -148,7 +148,7 @@ def _groups(
     names: dict[str, Any], table: pa.Table, boundaries: Sequence[int], options: DepthOptions
 ) -> list[dict[str, Any]]:
     """Of one kind; every number of every boundary is of the same draws."""
-    values = {}
+    values: dict[str, Floats] = {}
     for boundary in boundaries:
         at = table.filter(pc.equal(table["boundary"], boundary))
         values |= {f"{name} {boundary}": at[name].to_numpy() for name in _MEANS}

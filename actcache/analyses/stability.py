@@ -41,7 +41,7 @@ from actcache.study.forward_job import ForwardJob
 from actcache.study.jobs import Result
 from actcache.study.run_folder import RunFolder
 from actcache.study.runner import run_jobs
-from actcache.study.statistics import number, prompt_sums, ranks, resample
+from actcache.study.statistics import Sample
 
 if TYPE_CHECKING:
     from actcache.study.run import Run
@@ -269,28 +269,23 @@ def summarise(table: pa.Table) -> list[dict[str, Any]]:
     """One group per dtype, in the order of the table, ready for JSON.
 
     Each has ``dtype``, ``n_events`` (checked) and ``n_prompts``; ``changed`` and ``not_as_stored``, the shares of
-    events that are not stable and not as stored, with intervals; ``n_changed``, ``gap_median`` and ``gap_max`` of the first
-    (None without one), ``n_not_as_stored``, ``gap_median_vs_stored`` and ``gap_max_vs_stored`` of the second; and
+    events that are not stable and not as stored, with intervals; ``n_changed``, ``gap_median`` and ``gap_max`` of the
+    first (None without one), ``n_not_as_stored``, ``gap_median_vs_stored`` and ``gap_max_vs_stored`` of the second; and
     ``not_packable``.
     """
     summaries = []
     for dtype in dict.fromkeys(table["dtype"].to_pylist()):
         rows = table.filter(pc.equal(table["dtype"], dtype))
         gap, vs_stored = (rows[name].drop_null().to_numpy() for name in ("gap", "gap_vs_stored"))
-        differ = [pc.invert(rows[name]).cast(pa.float64()).to_numpy() for name in ("stable", "as_stored")]
-        sums = prompt_sums(ranks(rows["prompt_id"]), differ)
-        (drawn,) = resample([sums])
-        shares = [
-            number(float(of.mean()), None if drawn is None else drawn[:, column] / drawn[:, -1])
-            for column, of in enumerate(differ)
-        ]
+        differ = {name: pc.invert(rows[name]).cast(pa.float64()).to_numpy() for name in ("stable", "as_stored")}
+        sample = Sample.of(rows["prompt_id"], differ, weights="event")
         summaries.append(
             {
                 "dtype": dtype,
-                "n_events": rows.num_rows,
-                "n_prompts": len(sums),
-                "changed": shares[0],
-                "not_as_stored": shares[1],
+                "n_events": sample.n_events,
+                "n_prompts": sample.n_prompts,
+                "changed": sample.mean("stable"),
+                "not_as_stored": sample.mean("as_stored"),
                 "n_changed": len(gap),
                 "gap_median": float(np.median(gap)) if len(gap) else None,
                 "gap_max": float(gap.max()) if len(gap) else None,
