@@ -41,12 +41,12 @@ FLOW = {
     ),
     "study": (
         *("statistics", "results", "scores", "work", "cells", "jobs", "replay_job", "forward_job", "decode_job"),
-        *("capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "analysis", "lens", "run"),
+        *("capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens", "run", "analysis"),
     ),
     "analyses": ("stability", "effects", "grid", "depth"),
     "report": ("visible", "figures", "page"),
     "cli": (
-        *("terminal", "memory", "parser", "arguments", "tables", "answer", "captured", "timing", "analyses"),
+        *("terminal", "memory", "parser", "arguments", "tables", "answer", "captured", "timing", "watched", "analyses"),
         *("stability", "stages", "stores", "bench", "plan", "run"),
     ),
 }
