@@ -1,4 +1,5 @@
 # make demo       the whole flow on the pair that the package ships
+# make lineage    four tiny checkpoints of one base, and prompts, into LINEAGE: a minute
 # make test-fast  the tests that are not marked slow
 # make test       all tests
 # make test-deep  and all random schedules and families, of which 'make test' takes some
@@ -14,13 +15,14 @@ PYTHON ?= python3
 VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 RUN    ?= runs/demo
+LINEAGE ?= pairs/lineage
 # More of pytest's arguments. Tests run side by side, one process per CPU.
 PYTEST ?=
 
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 
-.PHONY: demo test-fast test test-deep check docs clean
+.PHONY: demo lineage test-fast test test-deep check docs clean
 
 # One thread for each test process: two of them on two cores, each with two threads, are slower than with one. Tests of
 # threads ask for theirs. A file's tests stay in one process, which makes what they share once. Bytecode is kept, whatever
@@ -30,6 +32,11 @@ RUN_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE 
 
 demo: $(VENV)/installed
 	$(BIN)/actcache demo --out $(RUN)
+
+lineage: $(LINEAGE)/prompts.jsonl
+
+$(LINEAGE)/prompts.jsonl: | $(VENV)/installed
+	$(BIN)/python scripts/train_demo_lineage.py --out $(LINEAGE)
 
 test-fast: $(VENV)/installed-test
 	$(RUN_TESTS) -m "not slow and not deep" $(PYTEST)

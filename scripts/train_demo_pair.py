@@ -448,9 +448,9 @@ def make_pair(out: Path, seed: int, size: Size) -> dict[str, Any]:
         train(model, answer_rows(world, tokenizer, f"{seed} answers"), size.it_steps, size.rows, IT_PEAK_LR, "it")
         save(model, tokenizer, pair / "it")
         measure("it")
-        prompts = make_prompts(world, seed)
-        (pair / "prompts.jsonl").write_text("".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
-        divergence = count_divergences(pair, prompts)
+        prompts = make_prompts(world, f"{seed} prompts", PROMPTS_PER_CATEGORY)
+        write_prompts(pair / "prompts.jsonl", prompts)
+        divergence = count_divergences(pair / "pt", pair / "it", prompts)
         pair.rename(out)
     n_bytes = {name: sum(file.stat().st_size for file in (out / name).iterdir()) for name in ("pt", "it")}
     return {
@@ -581,7 +581,19 @@ def one_batch(rows: Iterator[Row], n_rows: int) -> Batch:
 
 
 def train(model: LlamaForCausalLM, rows: Iterator[Row], n_steps: int, n_rows: int, peak_lr: float, name: str) -> None:
-    """AdamW in place, ``n_rows`` rows per step: linear warm-up over a twentieth of the steps, then a cosine to zero."""
+    """Lower the loss of ``n_rows`` rows per step, in place."""
+
+    def loss() -> torch.Tensor:
+        batch = one_batch(rows, n_rows)
+        return model(input_ids=batch.ids, labels=batch.labels, use_cache=False).loss
+
+    optimise(model, loss, n_steps, peak_lr, name)
+
+
+def optimise(
+    model: LlamaForCausalLM, next_loss: Callable[[], torch.Tensor], n_steps: int, peak_lr: float, name: str
+) -> None:
+    """AdamW in place, one loss per step: linear warm-up over a twentieth of the steps, then a cosine to zero."""
     n_warmup = max(1, n_steps // 20)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_lr, betas=(0.9, 0.95), weight_decay=0.05)
     model.train()
@@ -590,19 +602,16 @@ def train(model: LlamaForCausalLM, rows: Iterator[Row], n_steps: int, n_rows: in
         done = max(0, step - n_warmup) / max(1, n_steps - n_warmup)
         lr = peak_lr * min(step / n_warmup, 0.5 + 0.5 * math.cos(math.pi * done))
         optimizer.param_groups[0]["lr"] = lr
-        batch = one_batch(rows, n_rows)
-        loss = model(input_ids=batch.ids, labels=batch.labels, use_cache=False).loss
+        loss = next_loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0 or step == n_steps:
-            elapsed_s = time.perf_counter() - start
-            rate = step * batch.ids.numel() / elapsed_s
-            eta_s = elapsed_s / step * (n_steps - step)
+            per_step_s = (time.perf_counter() - start) / step
             print(
-                f"{name} step {step}/{n_steps}  loss {loss.item():.3f}  lr {lr:.1e}  {rate:.0f} tokens/s  "
-                f"ETA {eta_s:.0f} s",
+                f"{name} step {step}/{n_steps}  loss {loss.item():.3f}  lr {lr:.1e}  {per_step_s:.2f} s per step  "
+                f"ETA {per_step_s * (n_steps - step):.0f} s",
                 file=sys.stderr,
             )
     model.eval()
@@ -625,26 +634,31 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Pa
     model.load_state_dict(rounded.state_dict())
 
 
-def make_prompts(world: World, seed: int) -> list[dict[str, str]]:
-    """PROMPTS_PER_CATEGORY different prompts of every category."""
-    rng = random.Random(f"{seed} prompts")
+def make_prompts(world: World, seed: str, per_category: int) -> list[dict[str, str]]:
+    """As many different prompts of every category."""
+    rng = random.Random(seed)
     prompts: list[dict[str, str]] = []
     for category, draw in world.categories.items():
         texts: dict[str, None] = {}  # a set that keeps the order
-        while len(texts) < PROMPTS_PER_CATEGORY:
+        while len(texts) < per_category:
             texts[draw(rng).prompt] = None
         for index, text in enumerate(texts):
             prompts.append({"id": f"{category}-{index:02d}", "prompt": text, "category": category})
     return prompts
 
 
-def count_divergences(pair: Path, prompts: Sequence[dict[str, str]]) -> dict[str, Any]:
-    """Search every prompt for its first divergence with the saved folders in float32, as the demo does.
+def write_prompts(path: Path, prompts: Sequence[dict[str, str]]) -> None:
+    """One JSON object per line."""
+    path.write_text("".join(f"{json.dumps(prompt)}\n" for prompt in prompts))
+
+
+def count_divergences(pt: Path, it: Path, prompts: Sequence[dict[str, str]]) -> dict[str, Any]:
+    """Search every prompt for its first divergence with two saved folders in float32, as a capture does.
 
     Returns:
         Counts by category, the histogram of the steps at which the continuations part, and of the reasons where not.
     """
-    lineup = Lineup.open({label: pair / label for label in ("pt", "it")})
+    lineup = Lineup.open({"pt": pt, "it": it})
     backbones = [Backbone(checkpoint.load(torch.float32)) for checkpoint in lineup.checkpoints.values()]
     ids = lineup.encode([Prompt(prompt["id"], prompt["prompt"]) for prompt in prompts])
     limits = SearchLimits(MAX_NEW, lineup.end_ids, lineup.max_positions)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from actcache.cli import main
 pytestmark = pytest.mark.slow
 
 DEMO = Path(str(files("actcache") / "demo"))
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_demo_pair.py"
+SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +53,32 @@ def test_the_demo_ends_in_words(run, capsys):
         assert words in said
 
 
+def smoked(script, out):
+    """What a script of the demo makes in a few steps, and what it says of it."""
+    made = subprocess.run([sys.executable, SCRIPTS / script, "--smoke", "--out", out], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    return json.loads(made.stdout.splitlines()[-1])
+
+
 def test_the_training_script_makes_loadable_folders(tmp_path):
     out = tmp_path / "demo"
-    made = subprocess.run([sys.executable, SCRIPT, "--smoke", "--out", out], capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    json.loads(made.stdout.splitlines()[-1])
+    smoked("train_demo_pair.py", out)
     words = ["--pt", out / "pt", "--it", out / "it", "--prompts", out / "prompts.jsonl", "--limit", 4, "--max-new", 8]
     assert main([str(word) for word in ["run", *words, "--out", tmp_path / "run"]]) == 0
+
+
+def test_the_lineage_is_of_the_shipped_base(tmp_path):
+    out = tmp_path / "lineage"
+    said = smoked("train_demo_lineage.py", out)
+    weights = {path.parent.name: path.read_bytes() for path in out.glob("*/model.safetensors")}
+    assert list(said["held_out_loss"]) == ["base", "sft", "dpo", "math"]
+    assert weights.keys() == said["held_out_loss"].keys()
+    assert len(set(weights.values())) == 4
+    assert weights["base"] == (DEMO / "pt" / "model.safetensors").read_bytes()
+    prompts = [json.loads(line) for line in (out / "prompts.jsonl").read_text().splitlines()]
+    counted = Counter(prompt["category"] for prompt in prompts)
+    assert counted == dict.fromkeys(("question", "arithmetic", "instruction", "story"), 32)
+    words = [word for label in weights for word in ("--checkpoint", f"{label}={out / label}")]
+    words += ["--pair", "base,dpo", "--prompts", out / "prompts.jsonl", "--limit", 4, "--max-new", 8]
+    assert main([str(word) for word in ["run", *words, "--out", tmp_path / "run"]]) == 0
+    assert {"base", "sft", "dpo", "math"} == set(actcache.Run(tmp_path / "run").cells["late"].to_pylist())
