@@ -202,7 +202,7 @@ def prefer(model: LlamaForCausalLM, rows: Iterator[Row], n_steps: int, n_pairs: 
     reference = copy.deepcopy(model).eval()
 
     def loss() -> torch.Tensor:
-        batch = padded(list(itertools.islice(rows, 2 * n_pairs)), model.config.pad_token_id)
+        batch = padded(list(itertools.islice(rows, 2 * n_pairs)))
         with torch.no_grad():
             before = answer_log_probs(reference, batch)
         now = answer_log_probs(model, batch)
@@ -215,10 +215,10 @@ def prefer(model: LlamaForCausalLM, rows: Iterator[Row], n_steps: int, n_pairs: 
     optimise(model, loss, n_steps, DPO_PEAK_LR, "dpo")
 
 
-def padded(rows: Sequence[Row], pad: int) -> Batch:
+def padded(rows: Sequence[Row]) -> Batch:
     """Rows of different lengths, filled at the end, where nothing that counts reads."""
     longest = max(len(ids) for ids, _ in rows)
-    ids = [[*ids, *[pad] * (longest - len(ids))] for ids, _ in rows]
+    ids = [[*ids, *[0] * (longest - len(ids))] for ids, _ in rows]
     labels = [[*labels, *[MASKED] * (longest - len(labels))] for _, labels in rows]
     return Batch(torch.tensor(ids), torch.tensor(labels))
 
