@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
+import json
 import tempfile
 from pathlib import Path
 
@@ -150,6 +152,30 @@ def test_signed_permutation_keeps_lengths_and_angles_and_is_one_for_all_rows(giv
     assert permuted.dtype == x.dtype
 
 
+def test_a_signed_permutation_per_prompt_is_one_for_all_rows_of_a_prompt(given_rows):
+    """By the matrices that it makes: of each prompt another, in every seed another, in any batch the same."""
+    x, donor, _ = given_rows
+    eyes = rows_of([WIDTH, WIDTH, WIDTH])
+    at = dataclasses.replace(eyes, prompts=["a", "b", "a"])
+    matrix_of = {}
+    for seed in (0, 1):
+        alone = SignedPermutation(seed, per="prompt")
+        first, second, third = alone(torch.eye(WIDTH).repeat(3, 1), at).split(WIDTH)
+        assert torch.equal(first.abs().sum(0), torch.ones(WIDTH))
+        assert torch.equal(first.abs(), first.square())
+        assert torch.equal(first, third)
+        assert torch.equal(alone(torch.eye(WIDTH), dataclasses.replace(rows_of([WIDTH]), prompts=["b"])), second)
+        matrix_of |= {(seed, "a"): first, (seed, "b"): second, (seed, None): SignedPermutation(seed)(first, eyes)}
+    for one, other in itertools.combinations(matrix_of.values(), 2):
+        assert not torch.equal(one, other)
+    at = dataclasses.replace(rows_of([4, 5], {"it": donor.float()}), prompts=["b", "a"])
+    moved = SignedPermutation(1, "it", "prompt")(x.float(), at) - x.float()
+    difference = (donor.float() - x.float()).split([4, 5])
+    expected = torch.cat([difference[0] @ matrix_of[1, "b"], difference[1] @ matrix_of[1, "a"]])
+    torch.testing.assert_close(moved, expected, atol=2e-6, rtol=0)
+    assert SignedPermutation(1, "it", "prompt")(x, dataclasses.replace(at, donors={"it": donor})).dtype == x.dtype
+
+
 def test_matched_norm_is_as_long_as_what_it_stands_for(given_rows):
     x, donor, at = given_rows
     moved = MatchedNorm(4, "it")(x, at)
@@ -189,7 +215,8 @@ def test_random_rows_do_not_depend_on_batch_or_order(chosen, width):
     lengths, donor = [4, 1, 7], draw(12, width, seed=1)
     x, at = draw(12, width, seed=2), rows_of(lengths, {"it": donor}, ["a", "b", "c"])
     index = torch.tensor(chosen)
-    for operation in (MatchedNorm(5, "it"), MatchedNorm(5), SignedPermutation(5, "it")):
+    permutations = SignedPermutation(5, "it"), SignedPermutation(5, "it", "prompt")
+    for operation in (MatchedNorm(5, "it"), MatchedNorm(5), *permutations):
         assert torch.equal(operation(x[index], at.chosen(index)), operation(x, at)[index])
     # The same events in another order, among others.
     at = rows_of([7, 4], {"it": torch.cat([donor[5:], donor[:4]])}, ["c", "a"])
@@ -270,6 +297,7 @@ def test_edits_compose_in_their_order():
         (lambda: Project(2 * torch.eye(3)), "not orthonormal"),
         (lambda: Project(torch.tensor([[1.0, 0.0], [0.6, 0.8]])), "not orthonormal"),
         (lambda: Project(torch.full((2, 2), torch.nan)), "the basis holds values that are not finite"),
+        (lambda: SignedPermutation(1, per="event"), "per is 'event'; leave it out, or choose 'prompt'"),
         (lambda: Edit(Interpolate("it", 0.5), site="mlp", layers=(3,)), "inside the late stack names the donor 'it'"),
     ],
 )
@@ -324,6 +352,7 @@ def test_a_digest_tells_everything_that_results_depend_on_and_nothing_else():
         Edit(Project(basis, "swap", donor="it")),
         Edit(Project(torch.eye(6)[2:4], "keep")),
         *(Edit(SignedPermutation(seed, donor)) for seed in (0, 1) for donor in (None, "it")),
+        *(Edit(SignedPermutation(seed, per="prompt")) for seed in (0, 1)),
         *(Edit(MatchedNorm(seed, donor)) for seed in (0, 1) for donor in (None, "it")),
         *(Edit(Call(lambda rows, _: rows, key)) for key in ("a", "b")),
     ]
@@ -343,6 +372,9 @@ def test_a_digest_tells_everything_that_results_depend_on_and_nothing_else():
     for one, other in twins:
         assert Variant("v", (one,)).digest == Variant("of another name", [other]).digest
     assert Variant("none").digest == PLAIN.digest
+    before = [["SignedPermutation", ["seed", 1], ["donor", "it"]], "last", "state", []]  # as earlier versions wrote it
+    digest = hashlib.sha256(json.dumps([before]).encode()).hexdigest()
+    assert Variant("v", (Edit(SignedPermutation(1, "it")),)).digest == digest
 
 
 # ---- variants, against a full forward of the late model under hooks ----
@@ -517,6 +549,36 @@ def test_random_edits_are_the_same_in_every_mode_and_pack():
         torch.testing.assert_close(alone[0], strict[number], rtol=0, atol=1e-5)
     other = late.run_variants(study.rows, study.offsets, variants, donors=study.given["donors"])
     assert (other[:, :3] - packed[:, :3]).abs().amax(dim=(0, 2)).min() > 1e-3, "keys name the draws"
+
+
+@pytest.mark.usefixtures("workers")
+@pytest.mark.parametrize("positions", ["all", "last", (0, -1)])
+def test_one_permutation_per_prompt_in_any_pack_order_and_subset(positions):
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    prompts = ["p", "q", "p", "r", "s", "q"]
+    edit = Edit(SignedPermutation(3, "it", "prompt"), positions)
+    of = [[Changes(late.width).permuted(3, positions, prompt)] for prompt in prompts]
+    expected = torch.stack([hooked(study, number, changes) for number, changes in enumerate(of)])
+    for chosen in (range(6), [4, 0, 2], [5, 4, 3, 2, 1, 0], [1]):
+        rows, donor = (torch.cat([of_study[i] for i in chosen]) for of_study in (study.states, study.donor))
+        given = rows, [0, *itertools.accumulate(LENGTHS[i] for i in chosen)], [Variant("v", [edit]), PLAIN]
+        more = {"donors": {"it": donor}, "prompts": [prompts[i] for i in chosen]}
+        assert torch.equal(late.run_variants(*given, strict=True, **more)[:, 0], expected[list(chosen)])
+        for max_tokens in (None, 9):
+            found = late.run_variants(*given, max_tokens=max_tokens, **more)[:, 0]
+            torch.testing.assert_close(found, expected[list(chosen)], rtol=0, atol=1e-4)
+    unnamed = late.run_variants(study.rows, study.offsets, [Variant("v", [edit])], donors=study.given["donors"])
+    numbered = [hooked(study, i, [Changes(late.width).permuted(3, positions, str(i))]) for i in range(6)]
+    torch.testing.assert_close(unnamed[:, 0], torch.stack(numbered), rtol=0, atol=1e-4)
+
+
+def test_prompts_that_do_not_fit_the_events_are_refused():
+    study, late = study_of("llama", FLOAT32), late_of("llama", FLOAT32)
+    with pytest.raises(InputError, match="2 prompts are given for 6 sequences"):
+        late.run_variants(study.rows, study.offsets, [PLAIN], prompts=["a", "b"])
+    positions = [(2, 3), (0, 1), (2, 4)]
+    with pytest.raises(InputError, match="sequence 2 has events of the prompts 'a' and 'b'; a sequence is of one"):
+        late.run_variants(study.rows, study.offsets, [PLAIN], positions=positions, prompts=["a", "a", "b"])
 
 
 @pytest.mark.usefixtures("workers")

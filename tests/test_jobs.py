@@ -22,7 +22,7 @@ from actcache.analyses.grid import GridSettings, jobs_left, run_grid
 from actcache.capture.given import given_by
 from actcache.capture.settings import CaptureSettings
 from actcache.cli import main
-from actcache.errors import CorruptFileError, IncompatibleError
+from actcache.errors import CheckError, CorruptFileError, IncompatibleError
 from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
 from actcache.prompts import read_prompts
@@ -37,6 +37,8 @@ from actcache.study.engine import LocalEngine
 from actcache.study.finished import truth
 from actcache.study.forward_job import ForwardJob
 from actcache.study.plan import Study
+from actcache.study.runner import run_replays
+from actcache.study.size_job import read_sizes, size_jobs
 from actcache.study.work import Expected, total
 
 pytestmark = pytest.mark.slow
@@ -88,7 +90,9 @@ def jobs(captured):
     replays = {
         f"replay, {'strict' if strict else 'packed'}": replay_job(run, strict=strict) for strict in (True, False)
     }
-    return replays | {"forward": forward_job(run), "decode": decode_job(run)} | capture_jobs(run, checkpoints)
+    sizes = size_jobs(run.store, {}, 3, ("pt", "it"), strict=True, max_tokens=None)[1]
+    of_models = {"forward": forward_job(run), "decode": decode_job(run)}
+    return replays | {"sizes": sizes} | of_models | capture_jobs(run, checkpoints)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +123,46 @@ def test_a_replay_job_in_a_fresh_process_gives_the_same_table(captured, jobs, th
     else:
         assert there.drop_columns(["margin", "noop_delta"]).equals(here.drop_columns(["margin", "noop_delta"]))
         assert max(abs(a - b) for a, b in zip(*(t["margin"].to_pylist() for t in (here, there)), strict=True)) < 1e-4
+
+
+def test_a_size_job_in_a_fresh_process_gives_the_same_table_as_hooks(captured, jobs, there):
+    run, checkpoints = captured
+    job, engine = jobs["sizes"], LocalEngine.of(run.store, checkpoints)
+    assert (job.boundary, job.late, job.n_units) == (3, "it", 2 * len(job.lengths))
+    table = job.run(engine, job.read(engine)).table
+    assert there["sizes"].table.equals(table)
+    model, rows = reference.load(run.it, torch.float32), table.to_pylist()
+    first = run.store.events["event_id"].to_pylist().index(rows[0]["event_id"])
+    assert [row["upstream"] for row in rows] == ["pt", "it"] * len(job.lengths)
+    for number, row in enumerate(rows):
+        event = first + number // 2
+        ids, states = run.store.token_ids([event])[0].tolist(), run.store.states(row["upstream"], 3, [event])[0]
+        outputs = reference.overwritten(model, ids, 3, states).double().numpy()
+        assert row["event_id"] == run.store.events["event_id"][event].as_py()
+        assert row["rms"] == pytest.approx(np.sqrt(np.mean(outputs**2)), rel=1e-12)
+        assert row["std_p"] == pytest.approx(np.std(outputs[-1]), rel=1e-12)
+
+
+def test_sizes_that_are_there_are_not_replayed_again(captured, tmp_path):
+    run, checkpoints = captured
+    given = run.store, {}, 3, ("pt", "it")
+    how = {"strict": False, "max_tokens": None}
+    jobs, engine = size_jobs(*given, **how), LocalEngine.of(run.store, checkpoints)
+    assert {(job.late, job.upstreams) for job in jobs} == {("pt", ("pt", "it")), ("it", ("pt", "it"))}
+    run_replays(jobs[:3], engine, tmp_path)
+    with pytest.raises(CheckError, match="lacks sizes of some events"):
+        read_sizes(tmp_path, run.store, 3, ("pt", "it"), **how)
+    finished = finished_cells(tmp_path, run.store)
+    left = size_jobs(run.store, finished, 3, ("pt", "it"), **how)
+    assert [job.key for job in left] == [job.key for job in jobs[3:]]
+    assert len(size_jobs(run.store, finished, 2, ("pt", "it"), **how)) == len(jobs)
+    assert len(size_jobs(run.store, finished, 3, ("pt", "it"), strict=True, max_tokens=None)) == len(jobs)
+    run_replays(left, engine, tmp_path)
+    found = read_sizes(tmp_path, run.store, 3, ("pt", "it"), **how)
+    for (upstream, late), sizes in found.items():
+        rows, offsets = run.store.states(upstream, 3)
+        expected = engine.late(late, 3).sizes(rows, offsets, strict=True)
+        assert np.allclose(sizes, expected, rtol=1e-4, atol=0)
 
 
 # ---- jobs over full models ----

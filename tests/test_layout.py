@@ -36,12 +36,13 @@ FLOW = {
     ),
     "capture": ("settings", "growth", "given", "events", "search", "counter", "forward", "rerun", "decide"),
     "replay": (
-        *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "passes"),
-        *("late_stack", "sweep"),
+        *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "sizes"),
+        *("passes", "late_stack", "sweep"),
     ),
     "study": (
-        *("statistics", "results", "scores", "work", "cells", "jobs", "replay_job", "forward_job", "decode_job"),
-        *("capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens", "run", "analysis"),
+        *("statistics", "results", "scores", "work", "cells", "jobs", "replay_job", "size_job", "forward_job"),
+        *("decode_job", "capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens"),
+        *("run", "analysis"),
     ),
     "analyses": ("stability", "effects", "grid", "depth"),
     "report": ("visible", "figures", "page"),

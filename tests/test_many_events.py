@@ -12,7 +12,7 @@ import torch
 from actcache.analyses.grid import GridSettings, jobs_left, run_grid
 from actcache.cli import main
 from actcache.errors import InputError
-from actcache.replay.edits import Add, Edit, Interpolate, MatchedNorm, Replace, Variant
+from actcache.replay.edits import Add, Edit, Interpolate, MatchedNorm, Replace, SignedPermutation, Variant
 from actcache.replay.late_stack import LateStack
 from actcache.store import open_store
 from actcache.study.engine import LocalEngine
@@ -62,7 +62,7 @@ class EventByEvent(LocalEngine):
         _, offsets = rows["pt"]
         last = offsets[1:] - offsets[:-1] - 1
         return States(
-            self.events(job.segment)["event_id"].to_pylist(),
+            *(self.events(job.segment)[name].to_pylist() for name in ("event_id", "prompt_id")),
             {label: one for label, (one, _) in rows.items()},
             offsets,
             torch.stack([torch.arange(len(last)), last], dim=1),
@@ -79,6 +79,7 @@ def settings(**more: Any) -> GridSettings:
         Variant("first", (Edit(Add(shift), (0,)),)),
         Variant("inside", (Edit(Replace(vector=shift), "last", "mlp", (-1,)),)),
         Variant("all, drawn", (Edit(MatchedNorm(2), "all"),)),
+        Variant("all, of the prompt", (Edit(SignedPermutation(2, "it", "prompt"), "all"),), placebo=True),
     )
     given = {
         "boundaries": (BOUNDARY,),
@@ -101,7 +102,7 @@ def test_cells_are_those_of_separate_replays(captured, strict):
     how = settings(strict=strict)
     found = tables(LocalEngine.of(store, checkpoints), how)
     expected = tables(EventByEvent.of(store, checkpoints), how)
-    assert sum(table.num_rows for table in found) == N_EVENTS * 2 * 4 * 7 * 3
+    assert sum(table.num_rows for table in found) == N_EVENTS * 2 * 4 * 8 * 3
     rounded = ["margin", "noop_delta", "kl"]
     for table, twin in zip(found, expected, strict=True):
         if strict:

@@ -90,6 +90,7 @@ def edits_of(kind, width, ids):
         "last, inside": [Edit(Add(shift), site="mlp", layers=(-2, -1)), Edit(Add(shift, 0.5))],
         "all": [Edit(Interpolate("other", 0.5), "all")],
         "all, permuted": [Edit(SignedPermutation(2, "other"), "all"), Edit(Add(shift), (0,))],
+        "all, permuted per prompt": [Edit(SignedPermutation(2, "other", "prompt"), "all")],
         "all, inside": [Edit(Replace(vector=shift), "all", "mlp", ("-2..-1",))],
         "all, drawn": [Edit(MatchedNorm(3), "all", "attention", (-2,))],
         "all, of the event": [Edit(Add(vectors, per="event"), "all")],
@@ -100,7 +101,15 @@ def edits_of(kind, width, ids):
 
 KINDS = [
     *("plain", "last", "last, of a donor", "last, drawn", "last, of the event", "last, inside", "all"),
-    *("all, permuted", "all, inside", "all, drawn", "all, of the event", "first and last", "called"),
+    *(
+        "all, permuted",
+        "all, permuted per prompt",
+        "all, inside",
+        "all, drawn",
+        "all, of the event",
+        "first and last",
+        "called",
+    ),
 ]
 # What BLOOM's parts return includes the residual stream, and Mamba's blocks have no attention.
 OUTSIDE = [kind for kind in KINDS if kind not in ("last, inside", "all, inside", "all, drawn")]
@@ -187,7 +196,7 @@ def test_plain_events_are_what_hooks_give_of_the_cut_sequence(name):
 def divided(spans, variants, mode="packed", regimes=ONE_REGIME):
     """``(rows and events of each pass, whole variants, branches)`` of each part of the work."""
     keys = [str(number) for number in range(len(spans))]
-    works = divide(Batch(torch.zeros(20, WIDTH), spans, keys, {}, variants, Moves(), mode, 1024), regimes)
+    works = divide(Batch(torch.zeros(20, WIDTH), spans, keys, keys, {}, variants, Moves(), mode, 1024), regimes)
     return [([(one.rows, one.events) for one in work.passes], work.whole, work.branches) for work in works]
 
 

@@ -47,6 +47,9 @@ def test_every_kind_of_edit_is_what_it_says(written):
     name = "swapped"
     edits = [{ edit = "project", basis = { file = "x.safetensors", tensor = "basis2" }, how = "swap", donor = "it" }]
     [[variants]]
+    name = "permuted"
+    edits = [{ edit = "signed_permutation", seed = 3, donor = "it", per = "prompt", positions = "all" }]
+    [[variants]]
     name = "controls"
     [[variants.edits]]
     edit = "signed_permutation"
@@ -68,6 +71,7 @@ def test_every_kind_of_edit_is_what_it_says(written):
         Variant("towards", [Edit(Interpolate("it", 0.5))]),
         Variant("kept", [Edit(Project(basis, "keep", d))]),
         Variant("swapped", [Edit(Project(basis, "swap", donor="it"))]),
+        Variant("permuted", [Edit(SignedPermutation(3, "it", "prompt"), "all")]),
         Variant("controls", [Edit(SignedPermutation(3, "pt")), Edit(MatchedNorm(4), site="attention", layers=(2,))]),
     ]
     for boundary in (1, 2):
@@ -253,6 +257,9 @@ FILE = 'file = "x.safetensors"'
         (one_edit(f'edit = "project"\nbasis = {{ {FILE}, tensor = "basis2" }}\nhow = "drop"'), "how is 'drop'; choose"),
         (one_edit(f'edit = "project"\nbasis = {{ {FILE}, tensor = "basis2" }}\nhow = "swap"'), "a donor goes with"),
         (one_edit('edit = "signed_permutation"'), "edit 'signed_permutation' needs 'seed'"),
+        (one_edit('edit = "signed_permutation"\nseed = 1\nper = "event"'), "'v': signed_permutation: per is 'event'"),
+        (one_edit('edit = "signed_permutation"\nseed = 1\nper = 1'), "edit 'signed_permutation': per is 1, expected a"),
+        (one_edit('edit = "matched_norm"\nseed = 1\nper = "prompt"'), "edit 'matched_norm' has a key 'per'"),
         (one_edit('edit = "matched_norm"\nseed = 0.5'), "edit 'matched_norm': seed is 0.5"),
         (one_edit('edit = "signed_permutation"\nseed = 123456789123456789123'), "seed is 123456789123456789123"),
         (one_edit('edit = "replace"\ndonor = "it"\npositions = 3'), "positions 3: expected 'last', 'all' or numbers"),

@@ -30,21 +30,25 @@ class Batch:
         rows: ``[N, D]`` states.
         spans: of each event, the rows from its sequence's first position to its own.
         keys: what names each event.
+        prompts: what names each event's prompt.
         donors: label -> rows of another checkpoint beside ``rows``.
         variants: what to change; layers are block indices.
         moves: is told which edits moved something.
         mode: how sequences share a forward.
         budget: tokens of one forward.
+        sizes: whether how large the outputs at every position are is wanted, in place of the output at p.
     """
 
     rows: torch.Tensor
     spans: Sequence[range]
     keys: Sequence[str]
+    prompts: Sequence[str]
     donors: Mapping[str, torch.Tensor]
     variants: Sequence[Variant]
     moves: Moves
     mode: Mode
     budget: int
+    sizes: bool = False
 
     @classmethod
     def of(
@@ -58,7 +62,10 @@ class Batch:
         positions: Positions | None,
         donors: Mapping[str, torch.Tensor] | None,
         keys: Sequence[str] | None,
+        prompts: Sequence[str] | None,
         moves: Moves | None,
+        *,
+        sizes: bool = False,
     ) -> Batch:
         """What a call of :meth:`LateStack.iterate_variants` is given, checked (see there)."""
         backbone = forwards.backbone
@@ -72,10 +79,12 @@ class Batch:
                 raise InputError(f"donor {label!r} is {other.dtype}, the rows are {rows.dtype}")
             if other is not rows:
                 _check_finite(f"donor {label!r}", other, bounds)
-        if keys is not None and len(keys) != len(spans):
-            of_what = "sequences" if positions is None else "positions"
-            raise InputError(f"{len(keys)} keys are given for {len(spans)} {of_what}")
+        for what, names in (("keys", keys), ("prompts", prompts)):
+            if names is not None and len(names) != len(spans):
+                of_what = "sequences" if positions is None else "positions"
+                raise InputError(f"{len(names)} {what} are given for {len(spans)} {of_what}")
         keys = [str(number) for number in range(len(spans))] if keys is None else list(keys)
+        prompts = _prompts(spans, bounds, prompts)
         lengths = [len(span) for span in spans]
         for variant in variants:
             for edit in variant.edits:
@@ -85,7 +94,8 @@ class Batch:
         variants = [variant.of_depth(backbone.n_blocks) for variant in variants]
         moves = moves or Moves()
         moves.begin(variants, keys, lengths)
-        return cls(rows, spans, keys, donors, variants, moves, mode, tokens_of_pack(backbone.device, max_tokens))
+        budget = tokens_of_pack(backbone.device, max_tokens)
+        return cls(rows, spans, keys, prompts, donors, variants, moves, mode, budget, sizes)
 
     @cached_property
     def lengths(self) -> torch.Tensor:
@@ -147,3 +157,18 @@ def _spans(bounds: Sequence[int], positions: Positions | None) -> list[range]:
             )
         spans.append(range(start, start + position + 1))
     return spans
+
+
+def _prompts(spans: Sequence[range], bounds: Sequence[int], given: Sequence[str] | None) -> list[str]:
+    """What names each event's prompt: that of its sequence."""
+    sequences = [bisect_right(bounds, span.start) - 1 for span in spans]
+    if given is None:
+        return [str(sequence) for sequence in sequences]
+    of_sequence: dict[int, str] = {}
+    for sequence, prompt in zip(sequences, given, strict=True):
+        if of_sequence.setdefault(sequence, prompt) != prompt:
+            raise InputError(
+                f"sequence {sequence} has events of the prompts {of_sequence[sequence]!r} and {prompt!r}; a sequence "
+                "is of one prompt"
+            )
+    return list(given)

@@ -226,6 +226,8 @@ def _described(operation: Operation) -> Any:
     values: list[Any] = [type(operation).__name__]
     for entry in fields(operation):  # type: ignore[arg-type]
         value = getattr(operation, entry.name)
+        if "later" in entry.metadata and value == entry.default:
+            continue
         if isinstance(value, torch.Tensor):
             value = [str(value.dtype), list(value.shape), hashlib.sha256(bytes_of(value)).hexdigest()]
         elif isinstance(value, EventVectors):

@@ -37,6 +37,7 @@ from actcache.replay.forwards import Forwards, Mode
 from actcache.replay.modes import find_mode, plan, share_work, tokens_of_pack
 from actcache.replay.moves import Moves
 from actcache.replay.passes import Result, Work, divide, run_pack
+from actcache.replay.sizes import SIZES
 from actcache.replay.workers import side_by_side
 
 
@@ -209,6 +210,30 @@ class LateStack:
         return self.run_variants(rows, offsets, [PLAIN], **given)[:, 0]  # type: ignore[arg-type]
 
     @torch.no_grad()
+    def sizes(
+        self,
+        rows: torch.Tensor,
+        offsets: torch.Tensor | Sequence[int],
+        *,
+        positions: Positions | None = None,
+        strict: bool = False,
+        max_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """How large the last block's outputs are when sequences are replayed: over all positions up to each event's,
+        and there (arguments and errors as :meth:`run`).
+
+        Returns:
+            ``[m, 4]`` float64: root mean square over the sequence, at the event's position, then the standard
+            deviation over both (see :data:`actcache.replay.sizes.SIZES`), before the final norm.
+        """
+        given = rows, offsets, [PLAIN], positions, None, None, None, None
+        batch = Batch.of(self._forwards, self._mode(strict), max_tokens, *given, sizes=True)
+        out = torch.empty(len(batch.spans), len(SIZES), dtype=torch.float64)
+        for events, _, sizes in self._iterate(batch):
+            out[events] = sizes
+        return out
+
+    @torch.no_grad()
     def run_variants(
         self,
         rows: torch.Tensor,
@@ -218,12 +243,13 @@ class LateStack:
         positions: Positions | None = None,
         donors: Mapping[str, torch.Tensor] | None = None,
         keys: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
         strict: bool = False,
         max_tokens: int | None = None,
         moves: Moves | None = None,
     ) -> torch.Tensor:
         """Replay sequences once for each variant (see :meth:`iterate_variants`): ``[m, n_variants, D]``."""
-        given = rows, offsets, variants, positions, donors, keys, moves
+        given = rows, offsets, variants, positions, donors, keys, prompts, moves
         batch = Batch.of(self._forwards, self._mode(strict), max_tokens, *given)
         out = torch.empty(len(batch.spans), len(variants), self.width, dtype=self.dtype)
         for events, numbers, hidden in self._iterate(batch):
@@ -240,6 +266,7 @@ class LateStack:
         positions: Positions | None = None,
         donors: Mapping[str, torch.Tensor] | None = None,
         keys: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
         strict: bool = False,
         max_tokens: int | None = None,
         moves: Moves | None = None,
@@ -260,6 +287,8 @@ class LateStack:
             donors: label -> rows of other checkpoints beside ``rows``, ``[N, D]``, for edits that name one.
             keys: what names each event, for random edits and vectors per event: the event ids, or by default its
                 number here.
+            prompts: what names each event's prompt, ``[m]``, for edits that are drawn once per prompt: the prompt ids,
+                or by default the number of its sequence. Events of one sequence are of one prompt.
             moves: is told which edits moved something.
 
         Yields:
@@ -267,14 +296,14 @@ class LateStack:
             the CPU, each pair once, in no fixed order.
 
         Raises:
-            InputError: as :meth:`run`; donors that do not match ``rows``; an edit of a layer or position that does
-                not exist; a vector that does not fit, or is missing for a key; an edit that moves nothing (see
-                :class:`actcache.replay.moves.Moves`).
+            InputError: as :meth:`run`; donors that do not match ``rows``; a sequence of two prompts; an edit of a layer
+                or position that does not exist; a vector that does not fit, or is missing for a key; an edit that moves
+                nothing (see :class:`actcache.replay.moves.Moves`).
             UnsupportedModelError: an edit inside the stack of an architecture that has no such site.
             NotFiniteError: finite rows become NaN or infinity, or their squares do, in a block, which it names;
                 InputError, where the edits of a variant do that.
         """
-        given = rows, offsets, variants, positions, donors, keys, moves
+        given = rows, offsets, variants, positions, donors, keys, prompts, moves
         batch = Batch.of(self._forwards, self._mode(strict), max_tokens, *given)
         yield from self._iterate(batch)
 

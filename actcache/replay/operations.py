@@ -19,6 +19,9 @@ import torch
 from actcache.errors import InputError
 from actcache.replay.vectors import EventVectors, InOneLine, as_number, as_tensor, as_vector, take_vector
 
+LATER = {"later": True}
+"""Of a field that operations of earlier versions had not: at its default it is no part of their digests."""
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -34,6 +37,7 @@ class Rows:
         donors: label -> rows of another checkpoint, beside the states.
         layer: index of the block whose site this is; None at the state.
         watch: told of every edit that is applied: the edit, the rows that it concerns, and what they were and became.
+        prompts: what names the prompt of each, for what is drawn once per prompt; None: each is its own.
     """
 
     sequence: torch.Tensor
@@ -44,6 +48,7 @@ class Rows:
     donors: Mapping[str, torch.Tensor] = field(default_factory=dict)
     layer: int | None = None
     watch: Callable[[Any, Rows, torch.Tensor, torch.Tensor], None] | None = None
+    prompts: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -74,10 +79,17 @@ class Rows:
         """``[m, width]`` float32 standard normal: each row depends on seed, sequence key, position and layer alone."""
         out = torch.empty(len(self), width)
         for row, (sequence, position) in enumerate(zip(self.sequence.tolist(), self.position.tolist(), strict=True)):
-            name = json.dumps([seed, self.keys[sequence], position, self.layer])
-            number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "big")
-            torch.randn(width, generator=torch.Generator().manual_seed(number), out=out[row])
+            generator = _generator(seed, self.keys[sequence], position, self.layer)
+            torch.randn(width, generator=generator, out=out[row])
         return out
+
+    def by_prompt(self) -> dict[str, torch.Tensor]:
+        """The rows of each prompt, as indices ``[k]``."""
+        names = self.keys if self.prompts is None else self.prompts
+        found: dict[str, list[int]] = {}
+        for row, sequence in enumerate(self.sequence.tolist()):
+            found.setdefault(names[sequence], []).append(row)
+        return {name: torch.tensor(rows) for name, rows in found.items()}
 
 
 class Operation(Protocol):
@@ -240,27 +252,34 @@ class Project(InOneLine):
 class SignedPermutation(InOneLine):
     """A control: the difference to the donor with its coordinates permuted and their signs flipped at random.
 
-    ``x + S (donor - x)`` for one signed permutation S per seed, the same for all rows: lengths, and angles between the
-    differences of different rows, are kept; the direction means nothing. Without a donor it is ``S x``.
+    ``x + S (donor - x)`` for one signed permutation S per seed, the same for all rows, or with ``per="prompt"`` for one
+    per seed and prompt, the same at all of its positions: lengths, and angles between the differences of different
+    rows, are kept; the direction means nothing. Without a donor it is ``S x``.
     """
 
     seed: int
     donor: str | None = None
+    per: str | None = field(default=None, metadata=LATER)
 
-    depends_on_event: ClassVar[bool] = False
+    depends_on_event: ClassVar[bool] = False  # events of one sequence are of one prompt
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "seed", _seed(self.seed, "signed_permutation"))
+        if self.per not in (None, "prompt"):
+            raise InputError(f"signed_permutation: per is {self.per!r}; leave it out, or choose 'prompt'")
 
     def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
         """Permute and flip every row's difference."""
-        generator = torch.Generator().manual_seed(self.seed)
-        order = torch.randperm(rows.shape[1], generator=generator).to(rows.device)
-        signs = (torch.randint(2, (rows.shape[1],), generator=generator) * 2 - 1).to(rows.device)
         x = rows.float()
-        if self.donor is None:
-            return (x[:, order] * signs).to(rows.dtype)
-        return (x + (at.donor(self.donor, rows).float() - x)[:, order] * signs).to(rows.dtype)
+        given = x if self.donor is None else at.donor(self.donor, rows).float() - x
+        if self.per is None:
+            permuted = _permuted(given, torch.Generator().manual_seed(self.seed))
+        else:
+            permuted = torch.empty_like(given)
+            for prompt, of_prompt in at.by_prompt().items():
+                index = of_prompt.to(rows.device)
+                permuted[index] = _permuted(given[index], _generator(self.seed, prompt))
+        return (permuted if self.donor is None else x + permuted).to(rows.dtype)
 
     def may_stay(self, rows: torch.Tensor, at: Rows) -> torch.Tensor | bool:
         """Rows without a difference to permute."""
@@ -343,6 +362,19 @@ def _fitting(
     if tensor.shape[-1] != rows.shape[-1]:
         raise InputError(f"{what}: {unfitting(tensor, rows.shape[-1])}")
     return tensor.to(rows.device, dtype or rows.dtype)
+
+
+def _permuted(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Rows ``[m, D]`` with their coordinates permuted, and the signs of these flipped, in one way for all."""
+    order = torch.randperm(rows.shape[1], generator=generator).to(rows.device)
+    signs = (torch.randint(2, (rows.shape[1],), generator=generator) * 2 - 1).to(rows.device)
+    return rows[:, order] * signs
+
+
+def _generator(*names: Any) -> torch.Generator:
+    """Random numbers that depend on these names alone."""
+    digest = hashlib.sha256(json.dumps(names).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _same(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:

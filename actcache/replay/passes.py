@@ -28,6 +28,7 @@ from actcache.models.regimes import Regimes
 from actcache.replay.batch import Batch
 from actcache.replay.edits import Edit, Rows, Variant
 from actcache.replay.forwards import Forwards, Inside
+from actcache.replay.sizes import sizes_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Work:
     branches: Sequence[int]
 
 
-# Indices of events and variants, [m] each, and [m, D] on the CPU.
+# Indices of events and variants, [m] each, and [m, D] on the CPU; or [m, 4] float64, where sizes are wanted.
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -102,7 +103,7 @@ class _Pack:
     Attributes:
         state: ``[T, D]`` of all passes, which are cut at ``bounds``; ``at`` says where they stand, as rows of each
             pass's last event.
-        events: ``[n]``; event i is scored at row ``ends[i]`` of ``state``.
+        events: ``[n]``; event i is scored at row ``ends[i]`` of ``state``, and its sequence begins at ``begins[i]``.
     """
 
     def __init__(self, forwards: Forwards, batch: Batch, passes: Sequence[Pass]) -> None:
@@ -121,20 +122,28 @@ class _Pack:
             source=source,
             lengths=batch.lengths,
             keys=batch.keys,
+            prompts=batch.prompts,
             donors=batch.donors,
         )
         self.events = torch.tensor([event for one in passes for event in one.events])
-        begins = torch.tensor(self.bounds[:-1]).repeat_interleave(torch.tensor([len(one.events) for one in passes]))
-        self.ends = begins + self.at.lengths[self.events] - 1
+        n_events = torch.tensor([len(one.events) for one in passes])
+        self.begins = torch.tensor(self.bounds[:-1]).repeat_interleave(n_events)
+        self.ends = self.begins + self.at.lengths[self.events] - 1
 
     def whole(self, number: int) -> Result:
         """Run all passes with one variant."""
         variant = self.batch.variants[number]
         at = replace(self.at, watch=self.batch.moves.watch(number, self.events, self.at.sequence[self.ends]))
-        distinct, of_event = self.ends.unique_consecutive(return_inverse=True)
+        numbers = torch.full_like(self.events, number)
         state = variant.edit_states(self.state, at)
-        hidden = self.forwards.final(state, self.bounds, distinct, self.batch.mode, self._inside(variant, at))
-        return self.events, torch.full_like(self.events, number), hidden[of_event.to(hidden.device)].cpu()
+        inside, mode = self._inside(variant, at), self.batch.mode
+        if self.batch.sizes:
+            outputs = self.forwards.final(state, self.bounds, torch.arange(len(state)), mode, inside)
+            spans = zip(self.begins.tolist(), (self.ends + 1).tolist(), strict=True)
+            return self.events, numbers, torch.stack([sizes_of(outputs[begin:end]) for begin, end in spans]).cpu()
+        distinct, of_event = self.ends.unique_consecutive(return_inverse=True)
+        hidden = self.forwards.final(state, self.bounds, distinct, mode, inside)
+        return self.events, numbers, hidden[of_event.to(hidden.device)].cpu()
 
     def _inside(self, variant: Variant, at: Rows) -> Inside:
         return lambda rows, index: self._editing([(variant, index, at.chosen(rows))])

@@ -16,6 +16,15 @@
     positions = "all"                      # "last" by default
 
     [[variants]]
+    name = "permuted"
+    [[variants.edits]]
+    edit = "signed_permutation"
+    donor = "it"
+    positions = "all"
+    per = "prompt"                         # one permutation per prompt; by default one for all
+    sweep = { seed = [0, 1, 2] }
+
+    [[variants]]
     name = "no-mlp"
     [[variants.edits]]
     edit = "replace"
@@ -163,7 +172,7 @@ _OPERATION_KEYS = {
     "add": {"vector", "scale", "per"},
     "interpolate": {"donor", "weight"},
     "project": {"basis", "how", "mean", "donor"},
-    "signed_permutation": {"seed", "donor"},
+    "signed_permutation": {"seed", "donor", "per"},
     "matched_norm": {"seed", "donor"},
 }
 _NEEDED_KEYS = {
@@ -178,7 +187,7 @@ _NUMBER = (int, float)
 _KINDS: dict[str, tuple[Any, str]] = {
     "donor": (str, "a text"),
     "how": (str, "a text"),
-    "per": (str, "'event'"),
+    "per": (str, "a text"),
     "seed": (int, "a whole number of 63 bits"),
     "scale": (_NUMBER, "a number"),
     "weight": (_NUMBER, "a number"),
@@ -298,7 +307,7 @@ class _Description:
             basis, mean = (self._tensor(key, given.get(key), boundary) for key in ("basis", "mean"))
             return Project(basis, given.get("how", "keep"), mean, donor)
         if kind == "signed_permutation":
-            return SignedPermutation(given["seed"], donor)
+            return SignedPermutation(given["seed"], donor, given.get("per"))
         return MatchedNorm(given["seed"], donor)
 
     def _vector(self, given: dict[str, Any], boundary: int | None) -> torch.Tensor | EventVectors | None:

@@ -25,7 +25,9 @@ from actcache.store import Segment, Store
 from actcache.study.cells import Finished, Scored
 from actcache.study.replay_job import ReplayJob, States
 from actcache.study.scores import Scores, score
+from actcache.study.size_job import SizeJob
 
+LateJob = ReplayJob | SizeJob
 LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone]
 
@@ -83,10 +85,10 @@ class LocalEngine:
 
         return cls(store, load_late, load_backbone=load_backbone)
 
-    def expect(self, jobs: Iterable[ReplayJob]) -> None:
+    def expect(self, jobs: Iterable[LateJob]) -> None:
         """Hear of jobs before they are run: each late stack is loaded once, from the first boundary that replays it."""
         for job in jobs:
-            if not self.has_kept(job):
+            if not (isinstance(job, ReplayJob) and self.has_kept(job)):
                 self._first[job.late] = min(job.boundary, self._first.get(job.late, job.boundary))
 
     @property
@@ -114,27 +116,32 @@ class LocalEngine:
         return self.store.events.slice(of.events.start, of.n_events)
 
     def states(self, job: ReplayJob) -> States:
-        """What a job reads; several jobs in a row share what is read once. May be called from a thread.
+        """What a job reads (errors as :meth:`rows`).
 
         Raises:
             CorruptFileError: final states that were kept are damaged.
         """
-        indices = self.segment(job.segment).events
         kept = self._kept(job) if self.has_kept(job) else None
-        place = job.segment, job.boundary if kept is None else None
+        return replace(self.rows(job.segment, job.boundary if kept is None else None), kept=kept)
+
+    def rows(self, segment: str, boundary: int | None) -> States:
+        """Of a segment the states at a boundary, or none of them; several jobs in a row share what is read once. May be
+        called from a thread."""
+        place = segment, boundary
         found = self._states.get(place)
         if found is None:
-            store, labels = self.store, self.store.checkpoints
-            read = {label: store.sequence_states(label, job.boundary, indices) for label in labels if kept is None}
+            store, labels, indices = self.store, self.store.checkpoints, self.segment(segment).events
+            read = {label: store.sequence_states(label, boundary, indices) for label in labels if boundary is not None}
             rows = {label: rows for label, (rows, *_) in read.items()}
             nowhere = torch.empty(0, dtype=torch.int64), torch.empty(0, 2, dtype=torch.int64)
             offsets, positions = next((places for _, *places in read.values()), nowhere)
             final = {label: store.final(label, indices) for label in labels}
-            found = States(self.events(job.segment)["event_id"].to_pylist(), rows, offsets, positions, final)
+            ids, prompts = (self.events(segment)[name].to_pylist() for name in ("event_id", "prompt_id"))
+            found = States(ids, prompts, rows, offsets, positions, final)
             while len(self._states) >= _STATES_KEPT:
                 self._states.pop(next(iter(self._states)))
             self._states[place] = found
-        return replace(found, kept=kept)
+        return found
 
     def late(self, label: str, boundary: int) -> LateStack:
         """The late stack of a checkpoint from a boundary on."""

@@ -39,6 +39,7 @@ class States:
 
     Attributes:
         keys: event ids.
+        prompts: prompt ids.
         rows: of each checkpoint, ``[N, D]``, those of each distinct sequence once; none where nothing is replayed.
         offsets: ``[s + 1]``, where each sequence's rows begin.
         positions: ``[n, 2]``, the sequence and the position in it of each event.
@@ -47,6 +48,7 @@ class States:
     """
 
     keys: list[str]
+    prompts: list[str]
     rows: dict[str, torch.Tensor]
     offsets: torch.Tensor
     positions: torch.Tensor
@@ -66,6 +68,9 @@ class ReplayEngine(Protocol):
 
     def states(self, job: ReplayJob) -> States:
         """What a job reads."""
+
+    def rows(self, segment: str, boundary: int | None) -> States:
+        """The states of a segment at a boundary."""
 
     def late(self, label: str, boundary: int) -> LateStack:
         """The late stack of a checkpoint from a boundary on."""
@@ -257,6 +262,7 @@ class ReplayJob:
                 positions=read.positions,
                 donors=read.rows,
                 keys=read.keys,
+                prompts=read.prompts,
                 strict=self.strict,
                 max_tokens=self.max_tokens,
                 moves=moves,

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actcache.progress import Told, nobody_told
-from actcache.study.engine import LocalEngine
+from actcache.study.engine import LateJob, LocalEngine
 from actcache.study.jobs import Job, Result
-from actcache.study.replay_job import ReplayJob
 from actcache.study.results import write_result
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any, Any, Any])
@@ -36,11 +35,11 @@ def run_jobs(
         publish(job, job.run(engine, read, told))
 
 
-def run_replays(jobs: Sequence[ReplayJob], engine: LocalEngine, folder: Path, told: Told = nobody_told) -> None:
+def run_replays(jobs: Sequence[LateJob], engine: LocalEngine, folder: Path, told: Told = nobody_told) -> None:
     """Run replays; the result of each is a file in ``folder``, which exists."""
     engine.expect(jobs)
 
-    def keep(job: ReplayJob, result: Result) -> None:
+    def keep(job: LateJob, result: Result) -> None:
         write_result(folder, job.key | result.notes, result.table, result.final)
 
     run_jobs(jobs, engine, keep, told)

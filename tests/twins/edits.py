@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -127,12 +129,16 @@ class Changes:
             positions,
         )
 
-    def permuted(self, seed, positions="last"):
-        generator = torch.Generator().manual_seed(seed)
+    def permuted(self, seed, positions="last", prompt=None):
+        """By one permutation of all rows, or by that of this prompt."""
+        number = seed
+        if prompt is not None:
+            number = int.from_bytes(hashlib.sha256(json.dumps([seed, prompt]).encode()).digest()[:7], "big")
+        generator = torch.Generator().manual_seed(number)
         order = torch.randperm(self.width, generator=generator)
         signs = torch.randint(2, (self.width,), generator=generator) * 2 - 1
         return Change(
-            Edit(SignedPermutation(seed, "it"), positions),
+            Edit(SignedPermutation(seed, "it", None if prompt is None else "prompt"), positions),
             lambda x, donor: (x.float() + signs * (donor.float() - x.float())[order]).to(x.dtype),
             positions,
         )

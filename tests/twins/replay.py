@@ -93,12 +93,13 @@ class Sequences:
 SHIFT = torch.linspace(-1, 1, WIDTH)
 
 
-def separate(late, rows, offsets, positions, variants, *, donors=None, keys=None, **how):
+def separate(late, rows, offsets, positions, variants, *, donors=None, keys=None, prompts=None, **how):
     """``[m, n_variants, D]``: each event by a replay of its sequence alone, cut after its position."""
     found = []
     for event, (sequence, position) in enumerate(positions):
         span = slice(offsets[sequence], offsets[sequence] + position + 1)
         cut = {label: other[span] for label, other in (donors or {}).items()}
         key = [str(event) if keys is None else keys[event]]
-        found.append(late.run_variants(rows[span], [0, position + 1], variants, donors=cut, keys=key, **how)[0])
+        names = {"keys": key, "prompts": [str(sequence) if prompts is None else prompts[event]]}
+        found.append(late.run_variants(rows[span], [0, position + 1], variants, donors=cut, **names, **how)[0])
     return torch.stack(found)
