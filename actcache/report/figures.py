@@ -19,11 +19,12 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from actcache.report.visible import MINUS, signed
+from actcache.report.visible import MINUS, percent, signed
 from actcache.schema import ROLES
-from actcache.study.analysis import Lines
+from actcache.study.analysis import Bars, Forest, Heat, Lines
+from actcache.study.analysis import Figure as Described
 
 NEAR_TIE = 0.125
 """Top-1 minus top-2 gap, in logits, below which an event counts as a near tie: one bfloat16 step of logits that lie
@@ -36,11 +37,24 @@ _VARIABLES = {_INK: "--ink", _MUTED: "--muted", _RULE: "--rule", _PT: "--pt", _I
     colour: f"--s{i}" for i, colour in enumerate(_SERIES, 1)
 }
 _MARKERS = "osD^v*"
+_MARKED_POINTS = 30  # of a line at most; a longer one is a curve
+_LEGIBLE = 0.36  # of a cell's full width: numbers are written into it from here on
 # From PT's colour through near-white to IT's: the side of zero that a cell is on is the token that it prefers.
 _DIVERGING = LinearSegmentedColormap.from_list("pt_it", ["#8a4200", "#e9a35c", "#f7f4ef", "#7fb2ea", "#0b4a9e"])
 
-Number = dict[str, Any]
+Number = Mapping[str, Any]
 Floats = npt.NDArray[np.float64]
+
+
+def draw(figure: Described, name: str, places: int) -> Markup:
+    """A figure of an analysis; ``name`` is its own on the page, ``places`` the decimals of what is no share."""
+    if isinstance(figure, Lines):
+        return _lines(figure, name)
+    if isinstance(figure, Heat):
+        return _heat(figure, name, places)
+    if isinstance(figure, Bars):
+        return _bars(figure, name, places)
+    return _forest(figure, name, places)
 
 
 def grid(cells: dict[str, Number], effects: dict[str, Number], labels: tuple[str, str], places: int) -> Markup:
@@ -48,7 +62,7 @@ def grid(cells: dict[str, Number], effects: dict[str, Number], labels: tuple[str
     numbers = [[cells[f"{upstream}_{late}"] for late in ROLES] for upstream in ROLES]
     figure = Figure(figsize=(5.2, 3.5))
     axes = figure.add_axes((0.22, 0.03, 0.53, 0.80))
-    alt = _heat_map(axes, numbers, labels, places)
+    alt, _ = _heat_map(axes, _crossed(numbers, labels), places)
     for row, (name, key) in enumerate((("A", "late_from_pt"), ("B", "late_from_it"))):
         text = f"{name} = {signed(effects[key]['mean'], places)}"
         axes.text(2.08, row + 0.44, text, color=_INK, fontsize=11.5, fontweight="bold", va="center")
@@ -58,53 +72,87 @@ def grid(cells: dict[str, Number], effects: dict[str, Number], labels: tuple[str
 
 def lineup(numbers: Sequence[Sequence[Number]], labels: Sequence[str], places: int) -> Markup:
     """The grid of K checkpoints as a heat map ``[K][K]``: upstream in rows, late in columns."""
-    width, height = 2.0 + 1.4 * len(labels), 0.7 + 1.2 * len(labels)
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((1.5 / width, 0.1 / height, 1.4 * len(labels) / width, 1 - 0.7 / height))
-    alt = _heat_map(axes, numbers, labels, places)
-    return _svg(figure, "lineup", f"Mean margin in each of the {len(labels) ** 2} cells. {alt}.")
+    said = f"Mean margin in each of the {len(labels) ** 2} cells."
+    return _heat(_crossed(numbers, labels, said), "lineup", places)
 
 
-def _heat_map(axes: Axes, numbers: Sequence[Sequence[Number]], labels: Sequence[str], places: int) -> str:
-    """Draw mean margins with their intervals, in colours that part at 0; the same in words."""
-    mean = np.array([[number["mean"] for number in row] for row in numbers])
-    places_of = [(row, column) for row in range(len(labels)) for column in range(len(labels))]
-    reach = float(np.abs(mean).max()) or 1.0
+def _crossed(numbers: Sequence[Sequence[Number]], labels: Sequence[str], alt: str = "") -> Heat:
+    return Heat("", "upstream", "late", labels, labels, numbers, alt)
+
+
+def _heat(figure: Heat, name: str, places: int) -> Markup:
+    """Numbers as a map."""
+    n_columns = len(figure.columns)
+    wide = min(1.4, 8.2 / max(1, n_columns))
+    tall = min(1.2, 0.86 * wide) if wide > 0.3 else max(0.18, wide)
+    above, left = 0.7 + 0.3 * bool(figure.title), 1.5
+    width, height = left + 0.6 + wide * n_columns, above + 0.1 + tall * len(figure.rows)
+    drawn = Figure(figsize=(width, height))
+    axes = drawn.add_axes((left / width, 0.1 / height, wide * n_columns / width, tall * len(figure.rows) / height))
+    if figure.title:
+        drawn.text(left / width, 1 - 0.2 / height, _short(figure.title, 28), color=_INK, fontsize=11, fontweight="bold")
+    said, reach = _heat_map(axes, figure, places, scale=wide / 1.4)
+    if wide / 1.4 < _LEGIBLE:
+        beside = drawn.add_axes((1 - 0.42 / width, axes.get_position().y0, 0.1 / width, min(1.5 / height, 0.8)))
+        shades = np.linspace(-reach, reach, 21)
+        beside.pcolormesh([0, 1], shades, shades[:-1, None], cmap=_DIVERGING, norm=TwoSlopeNorm(0.0, -reach, reach))
+        beside.set_xticks([])
+        beside.set_yticks([-reach, 0, reach], [_text(end, places, figure.shares) for end in (-reach, 0.0, reach)])
+        beside.yaxis.tick_right()
+        beside.tick_params(labelsize=8, labelcolor=_INK, length=0)
+        beside.spines[:].set_visible(False)
+    return _svg(drawn, name, " ".join(filter(None, (figure.title, figure.alt, f"{said}."))))
+
+
+def _heat_map(axes: Axes, figure: Heat, places: int, scale: float = 1.0) -> tuple[str, float]:
+    """Draw numbers with their intervals, in colours that part at 0; the same in words, and the largest size."""
+    mean = _floats([number["mean"] for row in figure.numbers for number in row])
+    mean = mean.reshape(len(figure.rows), len(figure.columns))
+    reach = float(np.nanmax(np.abs(mean), initial=0.0)) or 1.0
     norm = TwoSlopeNorm(0.0, -reach, reach)
-    axes.pcolormesh(mean, cmap=_DIVERGING, norm=norm, edgecolor=_PAPER, linewidth=3)
+    axes.pcolormesh(np.ma.masked_invalid(mean), cmap=_DIVERGING, norm=norm, edgecolor=_PAPER, linewidth=3 * scale)
     axes.invert_yaxis()
-    for row, column in places_of:
-        red, green, blue, _ = _DIVERGING(norm(mean[row, column]))
-        ink = "#16181d" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
-        at = (column + 0.5, row + 0.5)
-        interval = _interval(numbers[row][column], places)
-        axes.annotate(
-            signed(mean[row, column], places),
-            at,
-            (0, 5 if interval else 0),
-            textcoords="offset points",
-            color=ink,
-            ha="center",
-            va="center",
-            fontsize=17,
-            fontweight="bold",
-        )
-        axes.annotate(
-            interval, at, (0, -13), textcoords="offset points", color=ink, ha="center", va="center", fontsize=9
-        )
-    axes.set_xticks(np.arange(len(labels)) + 0.5, [f"late {_short(label)}" for label in labels])
+    said = []
+    for row, column in np.ndindex(mean.shape):
+        number = figure.numbers[row][column]
+        text, interval = _text(number["mean"], places, figure.shares), _interval(number, places, figure.shares)
+        cell = f"{figure.row_label} {figure.rows[row]}, {figure.column_label} {figure.columns[column]}"
+        said.append(f"{cell}: {text} {interval}".rstrip())
+        if scale < _LEGIBLE:
+            continue
+        ink = _INK
+        if number["mean"] is not None:
+            red, green, blue, _ = _DIVERGING(norm(mean[row, column]))
+            ink = "#16181d" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"
+        at, show = (column + 0.5, row + 0.5), interval and scale > 0.7
+        large: dict[str, Any] = {"color": ink, "ha": "center", "va": "center", "textcoords": "offset points"}
+        axes.annotate(text, at, (0, 5 if show else 0), fontsize=max(8, 17 * scale), fontweight="bold", **large)
+        if show:
+            axes.annotate(interval, at, (0, -13), fontsize=9, **large)
+    small = 10 if scale > 0.5 else 8
+    heads = [f"{figure.column_label} {_short(label)}" for label in figure.columns]
+    if scale <= 0.7:  # no room for the word in every head
+        heads = [_short(label) for label in figure.columns]
+    turned = scale < 0.5 and max(map(len, heads)) > 3
+    axes.set_xticks(np.arange(len(heads)) + 0.5, heads, rotation=90 if turned else 0)
     axes.set_yticks([])
-    for row, label in enumerate(labels):
-        axes.text(-0.07, row + 0.45, "upstream", color=_INK, fontsize=10, ha="right", va="center")
-        axes.text(-0.07, row + 0.60, _short(label), color=_INK, fontsize=10, ha="right", va="center")
+    for row, label in enumerate(figure.rows):
+        if scale > 0.7:
+            axes.text(-0.07, row + 0.45, figure.row_label, color=_INK, fontsize=10, ha="right", va="center")
+            axes.text(-0.07, row + 0.60, _short(label), color=_INK, fontsize=10, ha="right", va="center")
+        else:
+            axes.text(-0.15, row + 0.5, f"{figure.row_label} {_short(label)}", color=_INK, fontsize=small)
+            axes.texts[-1].set(ha="right", va="center")
     axes.xaxis.tick_top()
-    axes.tick_params(length=0, labelsize=10, labelcolor=_INK, pad=6)
+    if scale <= 0.7:
+        axes.xaxis.set_label_position("top")
+        axes.set_xlabel(figure.column_label, color=_MUTED, fontsize=9)
+    axes.tick_params(length=0, labelsize=small, labelcolor=_INK, pad=6)
     axes.spines[:].set_visible(False)
-    return "; ".join(
-        f"upstream {labels[row]}, late {labels[column]}: {signed(mean[row, column], places)} "
-        f"{_interval(numbers[row][column], places)}".rstrip()
-        for row, column in places_of
-    )
+    if scale < _LEGIBLE:
+        said = [_text(float(of(mean)), places, figure.shares) for of in (np.nanmin, np.nanmax)]
+        return f"from {' to '.join(said)}", reach
+    return "; ".join(said), reach
 
 
 def late_effects(groups: Sequence[dict[str, Any]], it: str, places: int) -> Markup:
@@ -170,35 +218,124 @@ def over_boundaries(
     return _svg(figure, "boundaries", f"Interaction at each boundary. {'; '.join(said)}.")
 
 
-def lines(figure: Lines, name: str) -> Markup:
-    """Numbers with their intervals over whole numbers, a line with its band for each name."""
+def _lines(figure: Lines, name: str) -> Markup:
+    """Numbers with their intervals over numbers, a line with its band for each name."""
     drawn = Figure(figsize=(10.4, 3.3), layout="constrained")
     axes = drawn.subplots()
     axes.axhline(0, color=_MUTED, linewidth=1)
     if figure.marked is not None:
         axes.axvline(figure.marked, color=_RULE, linewidth=6, zorder=0)
-    for i, (label, points) in enumerate(list(figure.lines.items())[: len(_SERIES)]):
-        x, numbers = [x for x, _ in points], [number for _, number in points]
-        _line(axes, i, label, x, numbers)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    shown = list(figure.lines.items())[: len(_SERIES)]
+    for i, (label, points) in enumerate(shown):
+        _line(axes, i, label, [x for x, _ in points], [number for _, number in points])
+    at = sorted({x for _, points in shown for x, _ in points})
+    if all(float(x).is_integer() for x in at):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+    elif len(at) <= 9 and np.diff(at).min() > 0.06 * (at[-1] - at[0]):
+        axes.set_xticks(at, [f"{x:g}" for x in at])
+    if figure.shares:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel(figure.x_label, color=_MUTED, fontsize=9)
     axes.set_ylabel(figure.y_label, color=_MUTED, fontsize=9)
     _plain_axes(axes, grid="y", spines=("bottom",))
-    _legend(axes, len(figure.lines))
+    _say_hidden(axes, len(figure.lines) - len(shown))
+    if any(figure.lines):
+        _legend(axes, 4)
     return _svg(drawn, name, figure.alt)
 
 
-def _line(axes: Axes, i: int, label: str, x: Sequence[int], numbers: Sequence[Mapping[str, Any]]) -> None:
+def _line(axes: Axes, i: int, label: str, x: Sequence[float], numbers: Sequence[Mapping[str, Any]]) -> None:
     """The i-th line of some axes, with its band where it has intervals."""
     colour = _SERIES[i]
-    if all(number["low"] is not None for number in numbers):
-        low, high = ([number[end] for number in numbers] for end in ("low", "high"))
+    mean, low, high = (_floats([number[end] for number in numbers]) for end in ("mean", "low", "high"))
+    if not np.isnan(low).all():
         axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
     # Narrower and dashed from line to line: one that lies upon another leaves both to be seen.
     dashes = (0, (1 + 2 * i, i)) if i else "-"
-    mean = [number["mean"] for number in numbers]
-    axes.plot(x, mean, color=colour, linewidth=4 / (i + 1), linestyle=dashes)
-    axes.plot(x, mean, _MARKERS[i], color=colour, markersize=8 - i, label=label)
+    few = len(x) <= _MARKED_POINTS
+    axes.plot(x, mean, color=colour, linewidth=4 / (i + 1), linestyle=dashes, label=None if few else _short(label, 40))
+    if few:
+        axes.plot(x, mean, _MARKERS[i], color=colour, markersize=8 - i, label=_short(label, 40))
+
+
+def _bars(figure: Bars, name: str, places: int) -> Markup:
+    """Named bars with their intervals and numbers, those of several series below each other."""
+    shown = list(figure.bars.items())[: len(_SERIES)]
+    names = list(dict.fromkeys(bar for _, bars in shown for bar, _ in bars))
+    numbers = [dict(bars) for _, bars in shown]
+    thick = 0.8 / max(1, len(shown))
+    drawn, axes = _rows(len(names) * max(1.0, 0.72 * len(shown)), names, range(len(names)), figure.marked)
+    for i, ((label, _), of) in enumerate(zip(shown, numbers, strict=True)):
+        for row, bar in enumerate(names):
+            if bar not in of:
+                continue
+            y = row + (i - (len(shown) - 1) / 2) * thick
+            if (mean := of[bar]["mean"]) is not None:
+                axes.barh([y], [mean], 0.86 * thick, color=_SERIES[i], alpha=0.45)
+            _whisker(axes, y, of[bar], _SERIES[i], places, figure.shares, dot=False)
+        axes.barh([np.nan], [0.0], color=_SERIES[i], alpha=0.45, label=_short(label, 40))
+    _finish_rows(axes, len(names), figure.label, figure.shares)
+    _say_hidden(axes, len(figure.bars) - len(shown))
+    if any(figure.bars):
+        _legend(axes, 3)
+    return _svg(drawn, name, figure.alt)
+
+
+def _forest(figure: Forest, name: str, places: int) -> Markup:
+    """A dot and its interval for each row, those of the totals below a rule."""
+    at = [*range(len(figure.rows)), *(len(figure.rows) + 0.4 + i for i in range(len(figure.totals)))]
+    rows = [*figure.rows, *figure.totals]
+    drawn, axes = _rows(len(rows) + 0.4, [row for row, _ in rows], at, None)
+    for number, (y, (_, of)) in enumerate(zip(at, rows, strict=True)):
+        total = number >= len(figure.rows)
+        _whisker(axes, y, of, _SERIES[1] if total else _SERIES[0], places, figure.shares, total=total)
+    if figure.rows and figure.totals:
+        axes.axhline(len(figure.rows) - 0.3, color=_RULE, linewidth=1)
+    for tick in axes.get_yticklabels()[len(figure.rows) :]:
+        tick.set_fontweight("bold")
+    _finish_rows(axes, at[-1] + 1 if at else 1, figure.label, figure.shares)
+    return _svg(drawn, name, figure.alt)
+
+
+def _rows(height: float, names: Sequence[str], at: Sequence[float], marked: float | None) -> tuple[Figure, Axes]:
+    """Axes of named rows."""
+    drawn = Figure(figsize=(8.6, 0.75 + 0.31 * height), layout="constrained")
+    axes = drawn.subplots()
+    axes.axvline(0, color=_MUTED, linewidth=1)
+    if marked is not None:
+        axes.axvline(marked, color=_RULE, linewidth=6, zorder=0)
+    axes.set_yticks(list(at), [_short(row, 34) for row in names])
+    return drawn, axes
+
+
+def _whisker(
+    axes: Axes, y: float, number: Mapping[str, Any], colour: str, places: int, shares: bool, *, dot: bool = True,
+    total: bool = False,
+) -> None:  # fmt: skip
+    """An interval at a height, with a dot at its mean, and the same as text at the right."""
+    if number["low"] is not None:
+        axes.plot([number["low"], number["high"]], [y, y], color=colour, linewidth=3 if total else 2.2)
+    if number["mean"] is not None and dot:
+        axes.plot([number["mean"]], [y], "D" if total else "o", color=colour, markersize=7 if total else 6.5)
+    text = f"{_text(number['mean'], places, shares)}  {_interval(number, places, shares)}".rstrip()
+    axes.text(1.02, y, text, transform=axes.get_yaxis_transform(), color=_INK, fontsize=9, va="center")
+    axes.texts[-1].set_fontweight("bold" if total else "normal")
+
+
+def _finish_rows(axes: Axes, height: float, label: str, shares: bool) -> None:
+    axes.set_ylim(height - 0.4, -0.6)
+    axes.set_xlabel(label, color=_MUTED, fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
+    if shares:
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    _plain_axes(axes, grid="x", spines=("bottom",))
+    axes.tick_params(axis="y", labelcolor=_INK)
+
+
+def _say_hidden(axes: Axes, n_hidden: int) -> None:
+    """Name in the legend how many series have no colour left."""
+    if n_hidden > 0:
+        axes.plot([], [], " ", label=f"and {n_hidden} more, in the table")
 
 
 def steps(step: npt.NDArray[np.int64]) -> Markup:
@@ -275,15 +412,27 @@ def interactions(interaction: Floats, places: int) -> Markup:
     )
 
 
-def _interval(number: Number, places: int) -> str:
+def _floats(values: Sequence[float | None]) -> Floats:
+    """NaN where there is none."""
+    return np.array(values, np.float64)
+
+
+def _text(value: float | None, places: int, shares: bool = False) -> str:
+    return percent(value) if shares else signed(value, places)
+
+
+def _interval(number: Mapping[str, Any], places: int, shares: bool = False) -> str:
     if number["low"] is None:
         return ""
-    return f"[{signed(number['low'], places)}, {signed(number['high'], places)}]"
+    return f"[{_text(number['low'], places, shares)}, {_text(number['high'], places, shares)}]"
 
 
-def _short(label: str) -> str:
-    """At most 13 characters, cut in the middle: labels of one lineup tend to differ at their end."""
-    return label if len(label) <= 13 else f"{label[:5]}\u2026{label[-7:]}"
+def _short(label: str, most: int = 13) -> str:
+    """At most so many characters, cut in the middle: labels of one lineup tend to differ at their end."""
+    if len(label) <= most:
+        return label
+    before = 2 * most // 5
+    return f"{label[:before]}\u2026{label[before + 1 - most :]}"
 
 
 def _small() -> tuple[Figure, Axes]:

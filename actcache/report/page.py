@@ -165,14 +165,15 @@ def _findings(
 
 def _section(name: str, section: Section) -> dict[str, Any]:
     """A section of an analysis, drawn, with its texts made fit to show."""
-    numbers = [cell for row in section.rows for cell in row if not isinstance(cell, str)]
+    numbers = [cell for row in section.rows for cell in row if not isinstance(cell, str | int | float)]
+    places = visible.decimals(number["mean"] for number in numbers)
     return {
         "name": name,
         "section": section,
         "notes": visible.plain(f"{section.shows} {section.does_not_show}"),
-        "figures": [figures.lines(figure, f"{name}{number}") for number, figure in enumerate(section.figures)],
+        "figures": [figures.draw(figure, f"{name}{number}", places) for number, figure in enumerate(section.figures)],
         "rows": [[visible.plain(cell) if isinstance(cell, str) else cell for cell in row] for row in section.rows],
-        "places": visible.decimals(number["mean"] for number in numbers),
+        "places": places,
     }
 
 
