@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from actcache.errors import InputError
@@ -443,6 +444,12 @@ def _is_text(value: Any) -> bool:
 def is_count(value: Any) -> bool:
     """Whether a value is a whole number from 0 on, below 2**48 as sums of such stay within 64 bits."""
     return type(value) is int and 0 <= value < 2**48
+
+
+def check_whole(value: Any, what: str) -> None:
+    """Raise InputError for what is no whole number, as True and 2.0 are none; ``what`` names it."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise InputError(f"{what} is {_short(value)}, expected a whole number")
 
 
 def _is_flag(value: Any) -> bool:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from safetensors.torch import load_file, save_file
+from transformers.utils import logging
 
 from actcache.errors import ActcacheError, InputError, NotFiniteError
 from actcache.models.checkpoint import Checkpoint
@@ -35,6 +38,38 @@ def pristine(tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(pristine, tmp_path) -> Path:
     return shutil.copytree(pristine, tmp_path / "model")
+
+
+@pytest.fixture
+def bars():
+    """transformers' switch for bars, put back afterwards."""
+    was = logging.is_progress_bar_enabled(), are_progress_bars_disabled()
+    yield logging
+    (logging.enable_progress_bar if was[0] else logging.disable_progress_bar)()
+    (disable_progress_bars if was[1] else enable_progress_bars)()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("of_hub", [True, False])
+def test_a_load_draws_no_bar_and_leaves_the_switch(folder, bars, capfd, shown, of_hub):
+    """Both from one thread and from two at once."""
+    (bars.enable_progress_bar if shown else bars.disable_progress_bar)()
+    (enable_progress_bars if of_hub else disable_progress_bars)()
+    with ThreadPoolExecutor(2) as pool:
+        for late in pool.map(lambda _: LateStack.load(folder, BOUNDARY), range(4)):
+            assert late.boundary == BOUNDARY
+            assert "Loading" not in capfd.readouterr().err
+    Checkpoint.open("it", folder).load(torch.float32)
+    assert capfd.readouterr().err == ""
+    assert (bars.is_progress_bar_enabled(), not are_progress_bars_disabled()) == (shown, of_hub)
+
+
+def test_a_load_that_fails_leaves_the_switch(folder, bars):
+    bars.enable_progress_bar()
+    change_tensors(lambda tensors: tensors.pop("model.norm.weight"))(folder)
+    with pytest.raises(InputError, match="parameters of the model have no weights"):
+        Checkpoint.open("it", folder).load(torch.float32)
+    assert bars.is_progress_bar_enabled()
 
 
 def change_json(name: str, **entries: Any) -> Change:

@@ -90,7 +90,10 @@ def test_what_was_found_done_says_nothing_of_the_rate(tty, clock):
         tally.add(8)
         clock.now_s += 5
     over, lives = tty.shown()
-    assert over[-1:] == ["capture: 40 of 40 prompts (30 of them before), 400 tokens, 16 tokens a second, took 0:30"]
+    assert over[-1:] == [
+        "capture: 40 of 40 prompts (30 of them before), 400 tokens, 16 tokens a second, took 0:30, "
+        "0:05 of it loading, which the rate leaves out"
+    ]
     assert lives == ""
 
 
@@ -141,6 +144,23 @@ def test_plain_lines_are_few(capsys, clock):
         "capture: 100 of 100",
     ]
     assert lines[-1].endswith("took 0:25")
+
+
+def test_the_last_plain_line_is_not_said_twice(capsys, clock):
+    """All is done at the very moment when a line is due; what is left to do then takes long, and that is said."""
+    with LiveLine("capture") as line:
+        tally = Tally(40, "prompts", line)
+        for _ in range(40):
+            clock.now_s += 0.25
+            tally.add(1)
+    assert [line for line in capsys.readouterr().err.splitlines() if "40 of 40" in line] == [
+        "capture: 40 of 40 prompts, 4 prompts a second, took 0:10"
+    ]
+    with LiveLine("capture") as line:
+        Tally(0, "prompts", line)
+        clock.now_s += 11
+        line._update()
+    assert "capture: 0 of 0 prompts, 0:11" in capsys.readouterr().err
 
 
 def test_a_stage_that_fails_leaves_no_line_that_says_it_ended(capsys, clock):

@@ -271,6 +271,7 @@ def test_final_states_that_nobody_kept(made, tmp_path):
     [
         ({"late": "sft"}, "the run has no checkpoint 'sft'; it has pt, it"),
         ({"boundary": 1}, "boundary 1 is not in the store; it has 2, 3"),
+        ({"boundary": True}, "boundary is True, expected a whole number"),
         ({"scope": "all"}, "scope 'all' is unknown; choose prefix or position"),
         ({"events": ["nobody"]}, "event 'nobody' is not in the store"),
     ],
@@ -322,6 +323,17 @@ def test_a_lens_by_its_own_head_ends_in_its_own_choice(run):
         run.lens("pt", boundaries=[1])
     with pytest.raises(InputError, match="the lens has no boundary to read at"):
         run.lens("pt", boundaries=[])
+    for wrong in (True, 2, "2"):
+        with pytest.raises(InputError, match=f"boundaries are {wrong!r}, expected a list of whole numbers"):
+            run.lens("pt", boundaries=wrong)
+    for wrong in (True, 2.0, "2"):
+        with pytest.raises(InputError, match=f"boundary is {wrong!r}, expected a whole number"):
+            run.lens("pt", boundaries=[wrong])
+    for wrong in (2.5, True, "5", None):
+        with pytest.raises(InputError, match=f"k is {wrong!r}, expected a whole number"):
+            run.lens("pt", k=wrong)
+    with pytest.raises(InputError, match="k is 0, expected 1 to"):
+        run.lens("pt", k=0)
 
 
 def test_a_lens_loads_no_more_than_the_last_block(run, monkeypatch):

@@ -99,6 +99,14 @@ def test_a_mask_made_of_the_events(store):
         ([True, 2], "events mix numbers and truth values"),
         (["a-0", 2], "events mix ids and numbers"),
         ([0.5], "events are float64, expected integers"),
+        ({0, 1}, r"events are a set, expected a list of numbers or ids; sorted\(...\) gives their order"),
+        (
+            (number for number in (0, 1)),
+            r"events are a generator, expected a list of numbers or ids; list\(.*\) makes",
+        ),
+        ({"a-0": 1}, "events are a dict, expected a list of numbers or ids; list"),
+        (3, r"events are the number 3, expected a list: \[3\]"),
+        (True, "events are the number True, expected a list"),
         (np.array([0, 1, 1, 0, 1], np.uint8), "events are uint8, all 0 or 1, one per event: give a mask as bool"),
         (np.array([[0, 1], [2, 3]]), r"events have the shape \[2, 2\], expected one value after another"),
         (torch.tensor([1.0], dtype=torch.bfloat16), "events cannot be read as numbers, ids or a mask"),
@@ -123,6 +131,23 @@ def test_a_key_of_the_prompts_is_no_number(tmp_path):
         tmp_path / "store", FINGERPRINT, {"a": make_segment(FINGERPRINT, [3], [(0, 1)], carried=carried)}
     )
     assert open_store(path).numbers(pc.field("number of the event") == 7).tolist() == [0]
+
+
+def test_what_a_store_has_is_said_by_site(store):
+    with pytest.raises(
+        InputError, match="boundary 3 is not in the store; it has boundaries 1, 2; attention of block 4; mlp of"
+    ):
+        store.states("pt", 3)
+
+
+@pytest.mark.parametrize("block", [True, 2.0, "2", None])
+def test_a_block_is_a_whole_number(store, block):
+    """True is 1 and 2.0 is 2, where such a block is looked up."""
+    with pytest.raises(InputError, match=r"boundary is .*, expected a whole number"):
+        store.states("pt", block)
+    with pytest.raises(InputError, match=r"boundary .* is not in the store; it has 1, 2"):
+        RowFeed(store, boundaries=[block])
+    assert store.states("pt", np.int64(2))[0].equal(store.states("pt", 2)[0])
 
 
 @pytest.mark.parametrize("selection", ["prefix", "divergence"])
@@ -206,6 +231,7 @@ def test_where_a_feed_of_a_site_stood_is_no_place_in_another(store):
     [
         ({"site": "mpl"}, "site is 'mpl', expected one of state, attention, mlp"),
         ({"site": "mlp", "boundaries": [1]}, "mlp of block 1 is not in the store; it has .*4, 0"),
+        ({"site": "mlp", "boundaries": [True]}, "mlp of block (is )?True"),
     ],
 )
 def test_sites_that_are_not_there(store, changes, said):

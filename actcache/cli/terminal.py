@@ -80,6 +80,8 @@ class LiveLine:
         """Take in how far the stage is."""
         with self._lock:
             self._now = progress
+            if not self._lives and progress.done >= progress.total:
+                self._written_s = time.monotonic()  # the line of the end comes soon, and says the same
             self._update()
 
     @contextmanager
@@ -131,7 +133,10 @@ class LiveLine:
         return f"{self._stage}: {', '.join([*said, *counts[1:]])}"
 
     def _ended(self) -> str:
-        return f"{self._stage}: {', '.join([*self._counts(), f'took {_clock(time.monotonic() - self._began_s)}'])}"
+        took = f"took {_clock(time.monotonic() - self._began_s)}"
+        if round(self._aside_s):  # else the rate and the time do not seem to agree
+            took += f", {_clock(self._aside_s)} of it loading" + (", which the rate leaves out" if self._rate() else "")
+        return f"{self._stage}: {', '.join([*self._counts(), took])}"
 
     def _counts(self) -> list[str]:
         now = self._now
@@ -144,10 +149,15 @@ class LiveLine:
             said.append(now.doing)
         if now.tokens:
             said.append(f"{now.tokens:,} tokens")
+        return [*said, *self._rate()]
+
+    def _rate(self) -> list[str]:
+        """What is done per second of work; nothing where too little was done to tell."""
+        now, worked_s = self._now, self._worked_s()
+        if now is None or worked_s <= _TRUST_S:
+            return []
         n, what = (now.tokens, "tokens") if now.tokens else (now.done - now.found, now.unit)
-        if n and (worked_s := self._worked_s()) > _TRUST_S:
-            said.append(f"{_rounded(n / worked_s)} {what} a second")
-        return said
+        return [f"{_rounded(n / worked_s)} {what} a second"] if n else []
 
     def _worked_s(self) -> float:
         return time.monotonic() - self._began_s - self._aside_s

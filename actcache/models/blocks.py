@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import InputError, UnsupportedModelError
+from actcache.schema import check_whole
 
 # The names that transformers' decoders give to the norm after the last block, beside their list of blocks.
 FINAL_NORM_NAMES = (
@@ -123,6 +124,7 @@ def _final_norm(model: PreTrainedModel, decoder: str, blocks: str) -> str | None
 
 def check_boundary(boundary: int, n_blocks: int) -> None:
     """Raise InputError unless ``1 <= boundary <= n_blocks - 1``."""
+    check_whole(boundary, "boundary")
     if not 1 <= boundary <= n_blocks - 1:
         raise InputError(f"boundary {boundary} is outside 1..{n_blocks - 1} (the model has {n_blocks} blocks)")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +30,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
+from transformers.utils import logging
 
 from actcache.errors import InputError, UnsupportedModelError
 from actcache.models import checkpoint_files as files
@@ -224,15 +227,16 @@ def load_weights(
     tensors = files.open_tensors(files.weight_files(path))
     load: Any = model_class.from_pretrained  # typed without the report that output_loading_info adds
     try:
-        model, info = load(
-            None,
-            config=checkpoint.config,
-            state_dict=tensors,
-            dtype=dtype or _dtype_of(checkpoint, tensors),
-            ignore_mismatched_sizes=True,  # to name them
-            output_loading_info=True,
-            local_files_only=True,
-        )
+        with _without_bars():
+            model, info = load(
+                None,
+                config=checkpoint.config,
+                state_dict=tensors,
+                dtype=dtype or _dtype_of(checkpoint, tensors),
+                ignore_mismatched_sizes=True,  # to name them
+                output_loading_info=True,
+                local_files_only=True,
+            )
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: its weights make no {model_class.__name__}: {files.one_line(error)}") from error
     missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
@@ -248,6 +252,34 @@ def load_weights(
     if files.stamp(path) != checkpoint._stamp:
         raise InputError(f"{path}: its files have changed since they were opened; start again")
     return model.eval().requires_grad_(False)
+
+
+class _Bars:
+    """How many loads are under way, and what their bars were set to before the first of them."""
+
+    lock = threading.Lock()
+    n_loads = 0
+    shown = of_hub_shown = False
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws a bar for each load, unless one switch of the process is off; afterwards it is as it was."""
+    with _Bars.lock:
+        if _Bars.n_loads == 0:
+            _Bars.shown, _Bars.of_hub_shown = logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+            if _Bars.shown:
+                logging.disable_progress_bar()
+        _Bars.n_loads += 1
+    try:
+        yield
+    finally:
+        with _Bars.lock:
+            _Bars.n_loads -= 1
+            if _Bars.n_loads == 0 and _Bars.shown:
+                logging.enable_progress_bar()  # the Hub's, too
+                if not _Bars.of_hub_shown:
+                    disable_progress_bars()
 
 
 def _check_stored(path: Path, model: PreTrainedModel, tensors: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from actcache.errors import InputError, NotFiniteError, UnsupportedModelError
 from actcache.finite import first_no_state, is_finite
 from actcache.models.blocks import find_anatomy, replace, shallow_clone
+from actcache.schema import check_whole
 
 # Whole-vocabulary logits are made at most this many at a time: 64 MiB of float32.
 MAX_LOGITS_AT_ONCE = 1 << 24
@@ -158,6 +159,7 @@ class Readout:
         n = len(final_hidden)
         asked = torch.empty(n, 0, dtype=torch.int64) if token_ids is None else token_ids
         self._check_tokens(asked, n)
+        check_whole(k, "k")
         if not 1 <= k <= self.vocab_size:
             raise InputError(f"k is {k}, expected 1 to {self.vocab_size}, the tokens of the vocabulary")
         out = Reading(torch.empty(n, k, dtype=torch.int64), torch.empty(n, k), torch.empty_like(asked), torch.empty(n))

@@ -226,7 +226,7 @@ def _arrays(
 def _chosen(given: Sequence[Any] | None, known: list[Any], what: str) -> list[Any]:
     """What is asked for, each once, or all that is known; InputError for anything else."""
     for value in given or ():
-        if value not in known:
+        if isinstance(value, bool | float) or value not in known:  # True is 1, and 2.0 is 2
             raise InputError(f"{what} {value!r} is not in the store; it has {', '.join(map(str, known))}")
     return known if given is None else list(dict.fromkeys(given))
 

@@ -425,7 +425,7 @@ def _position(epoch: int, following: int = 0, workers: int = 1, worker: int | No
 def _known(what: str, known: list[Any], asked: Sequence[Any] | None) -> list[Any]:
     given = known if asked is None else list(asked)
     for one in given:
-        if one not in known:
+        if isinstance(one, bool | float) or one not in known:  # True is 1, and 2.0 is 2
             raise InputError(f"{what} {one!r} is not in the store; it has {', '.join(map(str, known))}")
     if not given:
         raise InputError(f"no {what} is chosen; the store has {', '.join(map(str, known)) or 'none'}")

@@ -20,7 +20,7 @@ import torch
 
 from actcache.carried import as_columns
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
-from actcache.schema import PAIR, Fingerprint, digest_of
+from actcache.schema import PAIR, Fingerprint, check_whole, digest_of
 from actcache.store import layout, shard
 from actcache.store.records import (
     additions_to,
@@ -322,17 +322,21 @@ class Store:
             raise InputError(f"checkpoint {label!r} is not in the store; it has {', '.join(self.checkpoints)}")
 
     def _check_block(self, site: str, block: int) -> None:
-        stored = self._sites
+        stored, what = self._sites, layout.block_of(layout.check_site(site))
+        check_whole(block, what)
         if block in stored.get(site, ()):
             return
-        what = layout.block_of(layout.check_site(site))
         n = sum(block in segment.sites.get(site, ()) for segment in self.segments)
         some = f" in {n} of {len(self.segments)} segments only: give the command again that adds it" if n else ""
-        has = "; ".join(
-            ("" if name == layout.STATE else f"{name} of ") + ", ".join(map(str, blocks))
-            for name, blocks in stored.items()
-        )
-        raise InputError(f"{what} {block} is {'' if n else 'not '}in the store{some}; it has {has}")
+        ordered = sorted(stored.items(), key=lambda item: item[0] != layout.STATE)
+        has = []
+        for name, blocks in ordered:
+            words = layout.block_of(name)
+            if len(blocks) > 1:
+                words = "boundaries" if name == layout.STATE else f"{words}s"
+            has += [f"{words} {', '.join(map(str, blocks))}"] if blocks else []
+        said = "; ".join(has) if len(has) > 1 else ", ".join(map(str, self.boundaries))
+        raise InputError(f"{what} {block} is {'' if n else 'not '}in the store{some}; it has {said}")
 
     def _rows(self, array: str, events: Events, *, at_p: bool = False) -> tuple[npt.NDArray[Any], torch.Tensor]:
         """Rows of events, in the order asked, or the last of each; each chunk that they lie in is decoded once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from numbers import Number
 from typing import Any, TypeAlias
 
@@ -51,6 +51,11 @@ def numbers_of(asked: Events, n_events: int, table: Callable[[], pa.Table]) -> n
         return _matching(asked, table())
     if isinstance(asked, str):
         raise InputError(f"events are the text {asked!r}, expected a list: of ids, [{asked!r}], or of numbers")
+    if isinstance(asked, Set | Mapping | Iterator):
+        hint = "sorted(...) gives their order" if isinstance(asked, Set) else "list(...) makes one"
+        raise InputError(f"events are a {type(asked).__name__}, expected a list of numbers or ids; {hint}")
+    if isinstance(asked, Number):
+        raise InputError(f"events are the number {asked}, expected a list: [{asked}]")
     if isinstance(asked, list | tuple):
         asked = [one.as_py() if isinstance(one, pa.Scalar) else one for one in asked]
     kinds = _kinds(asked) if isinstance(asked, list) else set()

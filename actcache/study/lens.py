@@ -10,7 +10,7 @@ import torch
 
 from actcache.errors import InputError, NotFiniteError
 from actcache.models.readout import Readout
-from actcache.schema import ROLES
+from actcache.schema import ROLES, check_whole
 from actcache.store import Store
 from actcache.store.selection import Events
 
@@ -36,6 +36,8 @@ def lens(
         k: how many of the best tokens to name.
         events: see :class:`Store`.
     """
+    if isinstance(boundaries, str) or not isinstance(boundaries, Iterable):
+        raise InputError(f"boundaries are {boundaries!r}, expected a list of whole numbers, such as [18]")
     boundaries = list(boundaries)
     if not boundaries:
         raise InputError("the lens has no boundary to read at; give one, or None for all that are stored")
@@ -45,6 +47,7 @@ def lens(
     text_of = cache(lambda token: decode([token]))
     parts = []
     for boundary in boundaries:
+        check_whole(boundary, "boundary")
         if boundary == store.fingerprint.n_blocks:
             rows = store.final(label, numbers)
         else:

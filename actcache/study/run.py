@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.errors import IncompatibleError, InputError
 from actcache.progress import OnProgress, untold
+from actcache.schema import check_whole
 from actcache.sealed import Sealed, read_json, read_parquet
 from actcache.study.run_folder import RunFolder
 
@@ -204,6 +205,7 @@ class Run:
         for label in (upstream, late):
             self._check_label(label)
         boundary = store.boundaries[0] if boundary is None else boundary
+        check_whole(boundary, "boundary")
         if boundary not in store.boundaries:
             raise InputError(f"boundary {boundary} is not in the store; it has {', '.join(map(str, store.boundaries))}")
         if scope not in SCOPES:
@@ -263,6 +265,7 @@ class Run:
         from actcache.study.lens import lens
 
         self._check_label(label)
+        check_whole(k, "k")  # before anything is loaded
         if readout is None or isinstance(readout, str):
             readout = self.load_readout(readout or label)
         n_blocks = self.store.fingerprint.n_blocks
