@@ -8,6 +8,7 @@ from dataclasses import fields, is_dataclass
 
 import pyarrow.parquet as pq
 import pytest
+import tiny
 import torch
 
 import actcache
@@ -26,8 +27,10 @@ BOUNDARIES = ("--boundary", "2,3", "--stability", "0")
 
 
 @pytest.fixture(scope="module")
-def run(tiny_run):
-    return tiny_run("llama", torch.float32, *BOUNDARIES, "--strict")
+def run(tiny_run, tmp_path_factory):
+    """A pair, and a third checkpoint between the two: every analysis meets more than it asks for."""
+    between = tiny.make_pair(tmp_path_factory.mktemp("between"), "llama", eps=tiny.EPS / 2)[1]
+    return tiny_run("llama", torch.float32, *BOUNDARIES, "--strict", "--checkpoint", f"between={between}")
 
 
 @every_analysis
@@ -91,10 +94,10 @@ def test_killed_and_resumed_gives_the_same_bytes(named, run, tmp_path, monkeypat
 
 
 @every_analysis
-def test_identical_checkpoints_give_nothing(named, tiny_run, tmp_path, capfd):
+def test_identical_checkpoints_give_nothing(named, run, tmp_path, capfd):
     """No event, so no number and no section; and it is said."""
-    like = tiny_run("llama", torch.float32, *BOUNDARIES, "--strict")
-    words = ["run", "--pt", like.pt, "--it", like.pt, "--prompts", like.prompts, "--out", tmp_path / "run"]
+    words = ["run", "--pt", run.pt, "--it", run.pt, "--prompts", run.prompts, "--out", tmp_path / "run"]
+    words += ["--checkpoint", f"between={run.pt}"]
     assert main([str(word) for word in [*words, "--max-new", 4, *BOUNDARIES]]) == 0
     assert main([named.name, str(tmp_path / "run")]) == 0
     assert "no event" in capfd.readouterr().out

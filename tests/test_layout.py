@@ -42,9 +42,9 @@ FLOW = {
     "study": (
         *("statistics", "results", "scores", "work", "cells", "jobs", "replay_job", "size_job", "forward_job"),
         *("decode_job", "capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens"),
-        *("run", "analysis"),
+        *("run", "analysis", "further"),
     ),
-    "analyses": ("stability", "effects", "grid", "depth"),
+    "analyses": ("stability", "effects", "grid", "depth", "lineage"),
     "report": ("visible", "figures", "page"),
     "cli": (
         *("terminal", "memory", "parser", "arguments", "tables", "answer", "captured", "timing", "watched", "analyses"),

@@ -29,6 +29,7 @@ class Named(NamedTuple):
 
 ANALYSES = (
     Named("depth", "how much of the interaction is left where only the last blocks are late"),
+    Named("lineage", "how much of the final checkpoint's interaction the earlier stages of its training have"),
     Named("stability", "how many events other rounding would change: another shape of the batch, or another dtype"),
 )
 
