@@ -25,8 +25,16 @@ ROLES = PT, IT = "pt", "it"
 """The two roles of a pair, in its order. They end the names of columns that each of the two checkpoints has."""
 
 
-CHOSEN_KINDS = ("first_divergence",)
-"""Kinds of events whose two tokens the pair itself chooses: an event never contradicts its own diagonal."""
+FIRST_DIVERGENCE, PRE_DIVERGENCE = "first_divergence", "pre_divergence"
+HISTORIES = {
+    FIRST_DIVERGENCE: ROLES,
+    **dict.fromkeys(("pt_rollout", "native_pt", "first_nonformat", "first_marker"), (PT,)),
+    **dict.fromkeys(("it_rollout", "native_it"), (IT,)),
+}
+"""Kinds whose two tokens the pair itself chooses at the event, and who chose every token from the prompt to there."""
+
+CHOSEN_KINDS = tuple(HISTORIES)
+"""Those kinds: such an event never contradicts its own diagonal."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ EVENT_KEY = (
     Column("event_id", "string", "name of the event"),
     Column("prompt_id", "string", "name of the prompt"),
     Column("kind", "string", "how the event was chosen"),
-    Column("step", "int32", "tokens that the pair shares after the prompt", "tokens"),
+    Column("step", "int32", "tokens between the prompt and the event", "tokens"),
     Column("position", "int64", "index in the sequence whose next token is compared", "tokens"),
     *of_roles("y", "int64", "token that the checkpoint in this role chose", "token id"),
 )
@@ -83,7 +91,7 @@ EVENTS = (
 
 EXCLUDED = (
     EVENT_KEY[1],
-    Column("reason", "string", "why the prompt has no event"),
+    Column("reason", "string", "why the prompt has no event, or one less"),
     Column("carried", "string", "further keys of the prompt line, as a JSON object"),
 )
 """One row per prompt without an event."""
@@ -215,6 +223,9 @@ def digest_of(value: Any) -> str:
 
 # ---- fingerprint -----------------------------------------------------------------------------------------------------
 
+ANY_CHECKPOINT, REAL_TOKENS = "of any checkpoint", "real tokens"
+"""What ``vocabulary`` of a fingerprint may say."""
+
 # A field of a fingerprint that this store does not record: an earlier version wrote it, or a tool that is no capture.
 # Typed as nothing in particular, so that what a capture records has its own type everywhere.
 _NOT_RECORDED: Any = None
@@ -287,8 +298,8 @@ class CheckpointFingerprint(_AsJson):
 class Fingerprint(_AsJson):
     """Everything that the bytes of a store depend on. Two equal fingerprints name the same work.
 
-    The layout needs the first five fields. A capture records all but ``vocabulary``, ``support`` and ``lineup``, which
-    stand only where they say something; ``check_captured`` names what a store of another origin lacks.
+    The layout needs the first five fields. A capture records all but ``vocabulary``, ``support``, ``lineup`` and
+    ``pairs``, which stand only where they say something; ``check_captured`` names what a store of another origin lacks.
 
     Attributes:
         checkpoints: what identifies each checkpoint, by label.
@@ -296,14 +307,17 @@ class Fingerprint(_AsJson):
         boundaries: whose states are stored.
         row_selection: ``prefix`` (rows of every position) or ``divergence`` (rows of the events' positions).
         width: D.
-        pair: the labels in the roles pt and it, whose choices define events.
+        pair: the labels in the roles pt and it, whose choices define events; the first of several pairs.
+        pairs: all pairs, each as ``base,dpo``, where there are several.
         lineup: labels in the order in which they were given, where that is not the pair alone.
-        support: ``fixed`` where the events are given; a search for first divergences finds them elsewhere.
-        vocabulary: ``of any checkpoint`` where a token that only one tokenizer has may be an event's.
+        support: ``fixed`` where the events are given, ``rollouts`` where they lie on rollouts; elsewhere they are first
+            divergences.
+        vocabulary: ``of any checkpoint`` where a token that only one tokenizer has may be an event's; ``real tokens``
+            where ids that stand for none are never chosen.
         prompts: digest of the prompts, as they were when the store was created.
         n_prompts: how many prompts were asked for.
         n_blocks: L.
-        max_new: how many choices were compared per prompt at most.
+        max_new: how many choices were compared per prompt, or per rollout, at most.
         strict: whether each forward ran one sequence.
         max_tokens: tokens of one pack.
         shard_prompts: prompts per segment.
@@ -320,6 +334,7 @@ class Fingerprint(_AsJson):
     row_selection: str
     width: int
     pair: tuple[str, ...] = _NOT_RECORDED
+    pairs: tuple[str, ...] | None = None
     lineup: tuple[str, ...] | None = None
     vocabulary: str | None = None
     support: str | None = None
@@ -356,10 +371,25 @@ class Fingerprint(_AsJson):
         parts = {label: CheckpointFingerprint.from_json(label, part) for label, part in known["checkpoints"].items()}
         lists = {name: tuple(value) for name, value in known.items() if isinstance(value, list)}
         found = cls(**known | lists | {"checkpoints": parts}, further=further)
-        for name in ("pair", "lineup"):
-            if not set(getattr(found, name) or ()) <= parts.keys():
+        of_pairs = {label for pair in found.event_pairs for label in pair}
+        for name, labels in {
+            "pair": set(found.pair or ()),
+            "lineup": set(found.lineup or ()),
+            "pairs": of_pairs,
+        }.items():
+            if not labels <= parts.keys():
                 raise InputError(f"the fingerprint's {name} is {known[name]}, expected labels of {', '.join(parts)}")
         return found
+
+    @property
+    def masks_ids(self) -> bool:
+        """Whether ids that stand for no token were never chosen, so that no readout may choose them."""
+        return REAL_TOKENS in (self.vocabulary or "")
+
+    @property
+    def event_pairs(self) -> list[tuple[str, ...]]:
+        """The pairs whose choices define events, each two labels in the roles pt and it."""
+        return [tuple(one.split(",")) for one in self.pairs] if self.pairs else [tuple(self.pair or ())]
 
     @cached_property
     def digest(self) -> str:
@@ -464,6 +494,10 @@ def _is_labels(value: Any) -> bool:
     return isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value)
 
 
+def _is_pairs(value: Any) -> bool:
+    return _is_labels(value) and all(len(set(pair.split(","))) == pair.count(",") + 1 == 2 for pair in value)
+
+
 def _is_boundaries(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_count, value)) and len(set(value)) == len(value)
 
@@ -475,6 +509,7 @@ _EXPECTED = {
     "boundaries": (_is_boundaries, "a list of distinct block indices"),
     "width": (lambda value: is_count(value) and value > 0, "a positive integer"),
     "pair": (_is_labels, "distinct labels"),
+    "pairs": (_is_pairs, "distinct pairs such as base,dpo"),
     "lineup": (_is_labels, "distinct labels"),
     "strict": (_is_flag, "true or false"),
     "versions": (_is_object, "an object"),

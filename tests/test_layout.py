@@ -34,7 +34,10 @@ FLOW = {
         *("tokens", "checkpoint_files", "checkpoint", "lineup", "blocks", "probe", "packing", "linear", "readout"),
         *("regimes", "cost", "backbone", "gather"),
     ),
-    "capture": ("settings", "growth", "given", "events", "search", "counter", "forward", "rerun", "decide"),
+    "capture": (
+        *("settings", "token_class", "supports", "growth", "given", "events", "search", "counter", "forward", "rerun"),
+        *("decide", "rollouts"),
+    ),
     "replay": (
         *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "sizes"),
         *("passes", "late_stack", "sweep"),

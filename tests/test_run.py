@@ -79,14 +79,14 @@ def test_every_option_of_the_verb_is_an_argument():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("pair", "options"),
     [
-        {"sites": {"mlp": [3, 4], "attention": "all"}},
-        {"sites": ["mlp:3,4", "attention:all"]},
-        {"site": "mlp:3,4", "sites": "attention:all"},
+        (("pt", "dpo"), {"sites": {"mlp": [3, 4], "attention": "all"}}),
+        ("pt,dpo", {"sites": ["mlp:3,4", "attention:all"]}),
+        (["pt,dpo", ("sft", "dpo")], {"site": "mlp:3,4", "sites": "attention:all"}),
     ],
 )
-def test_options_become_those_of_the_verb(made, tmp_path, monkeypatch, options):
+def test_options_become_those_of_the_verb(made, tmp_path, monkeypatch, pair, options):
     """Each at another value than its default."""
     seen, threads = [], []
 
@@ -102,7 +102,10 @@ def test_options_become_those_of_the_verb(made, tmp_path, monkeypatch, options):
         pt=made.pt,
         checkpoints={"dpo": made.it, "sft": made.pt},
         it=made.it,
-        pair=("pt", "dpo"),
+        pair=pair,
+        support="rollouts",
+        rollout_tokens=5,
+        events=made.out,
         store="s3://bucket/store",
         boundary=[0.6, -3],
         dtype="bfloat16",
@@ -131,7 +134,10 @@ def test_options_become_those_of_the_verb(made, tmp_path, monkeypatch, options):
         "pt": made.pt,
         "it": made.it,
         "checkpoint": [("dpo", made.it), ("sft", made.pt)],
-        "pair": ("pt", "dpo"),
+        "pair": [("pt", "dpo"), ("sft", "dpo")] if isinstance(pair, list) else [("pt", "dpo")],
+        "support": "rollouts",
+        "rollout_tokens": 5,
+        "events": made.out,
         "store": "s3://bucket/store",
         "boundary": "0.6,-3",
         "dtype": "bfloat16",

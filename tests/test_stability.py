@@ -145,7 +145,8 @@ def test_any_two_choices_are_compared_as_the_twin_compares_them():
     steps, prompts = rng.integers(0, 5, 3000), rng.integers(1, 4, 3000)
     sequences = [rng.integers(0, 2, step + prompt).tolist() for step, prompt in zip(steps, prompts, strict=True)]
     offsets = offsets_of([len(ids) for ids in sequences]).numpy()
-    compared = stability._Compared(torch.tensor(list(itertools.chain(*sequences))), offsets, steps)
+    ids = torch.tensor(list(itertools.chain(*sequences)))
+    compared = stability._Compared(ids, offsets, steps, [LABELS] * len(steps), [LABELS] * len(steps))
     n_compared = int(compared.starts[-1])
 
     def any_choices():

@@ -31,7 +31,7 @@ from actcache.files import locked, write_atomically
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import DTYPES
 from actcache.progress import OnProgress, Tally, untold
-from actcache.schema import CHOSEN_KINDS, ROLES, digest_of
+from actcache.schema import CHOSEN_KINDS, HISTORIES, ROLES, digest_of
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
 from actcache.store import Store
 from actcache.study.analysis import Analysis, Section, option
@@ -85,7 +85,9 @@ def check_stability(
     """Decide events anew under strict and under packed numerics, and compare.
 
     A decision is what the capture would decide on the event's sequence: the first position, from the last prompt token
-    on, at which the two checkpoints do not both choose the token that follows there, and their choices at it.
+    on, at which the two checkpoints do not both choose the token that follows there, and their choices at it. Of an
+    event on one checkpoint's rollout, the choices of that one alone count before the event. Which of several
+    disagreements was drawn is not decided anew. Events of one sequence share a forward over it, up to the last of them.
 
     Args:
         store: whose events are checked; their states are not read.
@@ -120,18 +122,16 @@ def check_stability(
     if not indices:
         return _SCHEMA.empty_table()
     table = store.events.take(pa.array(indices))
-    compared = _Compared(ids, offsets.numpy(), table["step"].to_numpy().astype(np.int64))
-    pair = store.fingerprint.pair
-    chosen = {label: table[f"y_{role}"].to_numpy() for role, label in zip(ROLES, pair, strict=True)}
-    stored = _Choices({label: compared.following(tokens) for label, tokens in chosen.items()}, {})
+    pairs = [tuple(pair.split(",")) for pair in table["pair"].to_pylist()]
+    histories = [HISTORIES.get(kind, ROLES) for kind in table["kind"].to_pylist()]
+    compared = _Compared(ids, offsets.numpy(), table["step"].to_numpy().astype(np.int64), pairs, histories)
+    stored = _Choices({role: compared.following(table[f"y_{role}"].to_numpy()) for role in ROLES}, {})
     tally = tally or Tally(len(dtypes) * n_decisions(len(indices)), UNIT, untold)
     engine = LocalEngine(store, load_backbone=load)
-    names = table["event_id"].to_pylist()
+    sequences = _Sequences(store, table, compared)
     parts = []
     for dtype in dtypes:
-        strict, packed, reasons = _choose(
-            engine, [_job(store, compared, names, one, dtype) for one in pair], max_tokens, tally
-        )
+        strict, packed, reasons = _choose(engine, sequences, dtype, max_tokens, tally)
         if reasons:
             packed = strict
             say(f"{dtype}: one sequence per forward: {reasons[0]}")
@@ -452,29 +452,27 @@ class Stability(Analysis[StabilityOptions]):
 
 @dataclass(frozen=True)
 class _Choices:
-    """What each checkpoint chose at every compared position, and how far its logit lay above the second."""
+    """What the checkpoint in each role chose at every compared position, and how far its logit lay above the second."""
 
-    tokens: dict[str, Ints]  # label -> [C]
-    gaps: dict[str, Floats]  # label -> [C]; none for choices that were not made here
+    tokens: dict[str, Ints]  # role -> [C]
+    gaps: dict[str, Floats]  # role -> [C]; none for choices that were not made here
 
 
 @dataclass(frozen=True)
 class _Compared:
-    """The compared positions of n sequences, one after another: C of them, ``step + 1`` a sequence, its last ones."""
+    """The compared positions of n events, one after another: C of them, ``step + 1`` an event, the last ones of the
+    sequence up to it."""
 
     ids: torch.Tensor  # [T]
-    offsets: Ints  # [n + 1], where each sequence begins in ids
+    offsets: Ints  # [n + 1], where the sequence of each event begins in ids
     step: Ints  # [n]
+    pairs: Sequence[tuple[str, ...]]  # [n], labels in the roles
+    histories: Sequence[tuple[str, ...]]  # [n], the roles whose choices count before the event, too
 
     @cached_property
     def starts(self) -> Ints:
         """``[n + 1]``, where each sequence's compared positions begin among all C."""
         return np.concatenate([[0], np.cumsum(self.step + 1)])
-
-    @property
-    def sequences(self) -> tuple[tuple[int, ...], ...]:
-        """Token ids of each."""
-        return tuple(tuple(self.ids[start:stop].tolist()) for start, stop in itertools.pairwise(self.offsets.tolist()))
 
     @cached_property
     def rows(self) -> Ints:
@@ -498,59 +496,113 @@ class _Compared:
         n_compared = len(mask)
         return np.minimum.reduceat(np.where(mask, np.arange(n_compared), n_compared), self.starts[:-1])
 
+    def counts(self, role: str) -> Bools:
+        """``[C]``, whether the choices of this role decide anything there: at an event they always do."""
+        before = np.repeat([role in history for history in self.histories], self.step + 1)
+        before[self.starts[1:] - 1] = True
+        return before
+
     def decided(self, choices: _Choices) -> Ints:
         """``[n]``, among all C the one at which the choices decide each event."""
         nothing = np.full(len(self.step), -1)  # no choice is what follows the last one: it always decides
         following = self.following(nothing)
-        return self.first(np.logical_or(*(tokens != following for tokens in choices.tokens.values())))
+        return self.first(np.logical_or(*((choices.tokens[r] != following) & self.counts(r) for r in ROLES)))
 
 
-def _job(store: Store, compared: _Compared, events: Sequence[str], label: str, dtype: str) -> ForwardJob:
-    """What a checkpoint chooses at every compared position, strictly."""
-    return ForwardJob(
-        checkpoint=digest_of(store.fingerprint.checkpoints[label].to_json()),
-        label=label,
-        dtype=dtype,
-        sequences=compared.sequences,
-        first=tuple((np.diff(compared.offsets) - compared.step - 1).tolist()),
-        strict=True,
-        max_tokens=0,
-        names=tuple(f"event {event}" for event in events),
-    )
+class _Sequences:
+    """The sequences that some events lie on, each up to the last of them: what is run.
+
+    Attributes:
+        labels: of the checkpoints whose choices the events are.
+        n_events: of each sequence.
+    """
+
+    def __init__(self, store: Store, table: pa.Table, compared: _Compared) -> None:
+        self._store, self._compared = store, compared
+        self.labels = list(dict.fromkeys(label for pair in compared.pairs for label in pair))
+        places = list(zip(table["segment"].to_pylist(), table["sequence"].to_pylist(), strict=True))
+        numbers = {place: number for number, place in enumerate(dict.fromkeys(places))}
+        number = np.array([numbers[place] for place in places])
+        lengths = np.diff(compared.offsets)
+        order = np.lexsort((lengths, number))
+        begins = np.searchsorted(number[order], np.arange(len(numbers)))
+        longest = order[np.append(begins[1:], len(order)) - 1]
+        firsts = np.minimum.reduceat((lengths - compared.step - 1)[order], begins)
+        self.n_events = np.bincount(number).tolist()
+        self._ids = tuple(
+            tuple(compared.ids[start:stop].tolist())
+            for start, stop in zip(compared.offsets[longest], compared.offsets[longest + 1], strict=True)
+        )
+        self._first = tuple(firsts.tolist())
+        self._names = tuple(f"event {table['event_id'][int(event)]}" for event in longest)
+        starts = np.concatenate([[0], np.cumsum(lengths[longest] - firsts)])
+        # Where each event's compared positions lie among those of the sequences.
+        self._at = np.repeat(starts[number] - firsts[number], compared.step + 1) + compared.positions
+
+    def job(self, label: str, dtype: str) -> ForwardJob:
+        """What a checkpoint chooses along every sequence, strictly."""
+        return ForwardJob(
+            checkpoint=digest_of(self._store.fingerprint.checkpoints[label].to_json()),
+            label=label,
+            dtype=dtype,
+            sequences=self._ids,
+            first=self._first,
+            strict=True,
+            max_tokens=0,
+            names=self._names,
+        )
+
+    def choices(self, found: Mapping[str, Result]) -> _Choices:
+        """By role at every compared position, of what each checkpoint chose."""
+        columns = {
+            name: np.stack([found[label].table[name].to_numpy()[self._at] for label in self.labels])
+            for name in ("top1_id", "gap")
+        }
+        places = np.arange(len(self._at))
+        of_role = {
+            role: np.repeat([self.labels.index(pair[at]) for pair in self._compared.pairs], self._compared.step + 1)
+            for at, role in enumerate(ROLES)
+        }
+        tokens, gaps = ({r: column[label, places] for r, label in of_role.items()} for column in columns.values())
+        return _Choices(tokens, gaps)
 
 
 def _choose(
-    engine: LocalEngine, strictly: Sequence[ForwardJob], max_tokens: int, tally: Tally
+    engine: LocalEngine, sequences: _Sequences, dtype: str, max_tokens: int, tally: Tally
 ) -> tuple[_Choices, _Choices, list[str]]:
-    """The choices of some jobs, of the same ones in packs, and why packs are not exact, where they are not."""
-    strict, packed = _Choices({}, {}), _Choices({}, {})
-    reasons: list[str] = []
+    """The choices along sequences, alone and in packs, and why packs are not exact, where they are not."""
+    strict: dict[str, Result] = {}
+    packed: dict[str, Result] = {}
+    n_events = itertools.cycle(sequences.n_events)  # every job goes through all sequences in their order
 
     def keep(job: ForwardJob, result: Result) -> None:
-        choices = strict if job.strict else packed
-        choices.tokens[job.label] = result.table["top1_id"].to_numpy()
-        choices.gaps[job.label] = result.table["gap"].to_numpy()
-        if (reason := result.notes["not_packable"]) is not None:
-            reasons.append(reason)
+        (strict if job.strict else packed)[job.label] = result
 
-    in_packs = (replace(job, strict=False, max_tokens=max_tokens) for job in strictly)
-    run_jobs(itertools.chain.from_iterable(zip(strictly, in_packs, strict=True)), engine, keep, tally.add)
-    return strict, packed, reasons
+    def told(n: int = 0, *, tokens: int = 0, doing: str = "") -> None:
+        tally.add(sum(itertools.islice(n_events, n)), tokens=tokens, doing=doing)
+
+    jobs = (sequences.job(label, dtype) for label in sequences.labels)
+    both = itertools.chain.from_iterable((job, replace(job, strict=False, max_tokens=max_tokens)) for job in jobs)
+    run_jobs(both, engine, keep, told)
+    reasons = [reason for result in packed.values() if (reason := result.notes["not_packable"]) is not None]
+    return sequences.choices(strict), sequences.choices(packed), reasons
 
 
 def _where_parted(
     compared: _Compared, choices: _Choices, others: _Choices, names: tuple[str, str, str, str]
 ) -> dict[str, Any]:
     """Whether two decisions of each event are the same, and where they part; gaps are those of ``choices``."""
-    pair = list(choices.tokens)
-    differ = {label: choices.tokens[label] != others.tokens[label] for label in pair}
+    differ = {role: (choices.tokens[role] != others.tokens[role]) & compared.counts(role) for role in ROLES}
     at = compared.first(np.logical_or(*differ.values()))
     # What is chosen after the decision does not count. Where choices differ before it, the two decisions are not one.
     same = at > compared.decided(choices)
     at = np.where(same, 0, at)
-    changed = {label: differ[label][at] for label in pair}
-    gap = np.max([np.where(changed[label], choices.gaps[label][at], -np.inf) for label in pair], axis=0)
-    whose = [",".join(label for label in pair if changed[label][event]) for event in range(len(at))]
+    changed = {role: differ[role][at] for role in ROLES}
+    gap = np.max([np.where(changed[role], choices.gaps[role][at], -np.inf) for role in ROLES], axis=0)
+    whose = [
+        ",".join(label for role, label in zip(ROLES, pair, strict=True) if changed[role][event])
+        for event, pair in enumerate(compared.pairs)
+    ]
     columns = (
         pa.array(same),
         pa.array(compared.positions[at], pa.int64(), mask=same),

@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from actcache.capture.events import Captured, Event, segment_of
+from actcache.capture.events import Captured, Event, Excluded, segment_of
 from actcache.capture.forward import first_wrong, forward_and_gather, said_of_site
 from actcache.capture.given import GivenEvent, GivenPrompt
 from actcache.capture.rerun import rows_to_add
@@ -34,12 +34,11 @@ from actcache.models.packing import offsets_of
 from actcache.models.regimes import Regimes
 from actcache.progress import Told, nobody_told
 from actcache.prompts import Prompt
-from actcache.schema import CHOSEN_KINDS
+from actcache.schema import CHOSEN_KINDS, FIRST_DIVERGENCE
 from actcache.store import Segment, SegmentData
 from actcache.store.layout import Sites
 from actcache.store.segment_data import SiteRows
 
-KIND = "first_divergence"
 MAX_ROUNDS = 4  # a search that the capture forward contradicts this often in a row hangs on rounding alone
 
 
@@ -74,14 +73,16 @@ class _Given:
     events: list[GivenEvent]
 
 
-class _Run(Protocol):
+class Run(Protocol):
     """A sequence of a pack, and whose it is."""
 
     @property
-    def prompt(self) -> Prompt | GivenPrompt: ...
+    def prompt(self) -> Prompt | GivenPrompt:
+        """Whose it is."""
 
     @property
-    def sequence(self) -> list[int]: ...
+    def sequence(self) -> list[int]:
+        """Its token ids."""
 
 
 class Decider:
@@ -104,12 +105,11 @@ class Decider:
             say: told, in one line, what a person should know (packing not possible, for example).
             between: called before each forward; may raise.
         """
-        self.backbones, self.pair = backbones, lineup.pair
+        self.backbones, self.pair, self.pairs, self.paired = backbones, lineup.pair, lineup.pairs, lineup.paired
         self.told: Told = nobody_told
         self.between = between
         self.settings = settings
         self.decode = lineup.decode
-        self.vocabulary = lineup.vocabulary
         self.special = lineup.special_ids
         self.limits = SearchLimits(settings.max_new, lineup.end_ids, lineup.max_positions)
         self.regimes = Regimes.joined(backbone.regimes for backbone in backbones.values())
@@ -126,14 +126,14 @@ class Decider:
     @functools.cached_property
     def decoding(self) -> Decoding:
         """How searches decode; found by forwards, where there is something to search."""
-        return _common_decoding([self.backbones[label] for label in self.pair], self._say)
+        return _common_decoding([self.backbones[label] for label in self.paired], self._say)
 
     def rerun(self, segment: Segment, sites: Sites, told: Told) -> SiteRows:
         """Rows of further sites of a stored segment."""
         return rows_to_add(segment, sites, self.backbones, self.regimes, self.pack_tokens, told, self.between)
 
     def searched(self, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]], told: Told) -> SegmentData:
-        """Everything that one segment holds, its events found by a search."""
+        """Everything that one segment holds, its events found by a search: the first divergences of one pair."""
         self.told = told
         searches = [_Search(i, p, list(ids), []) for i, (p, ids) in enumerate(zip(prompts, prompt_ids, strict=True))]
         captured: list[Captured] = []
@@ -157,7 +157,8 @@ class Decider:
                 )
                 n_decided = len(captured) + len(excluded)
         self.told(len(prompts) - n_decided)
-        return self._segment(captured, [(prompts[index], reason) for index, reason in sorted(excluded.items())])
+        left_out = [Excluded(prompts[index], reason, self.pair) for index, reason in sorted(excluded.items())]
+        return self.segment(captured, left_out)
 
     def _propose(self, searches: list[_Search], excluded: dict[int, str]) -> list[_Search]:
         """Search from where each prompt stands; those that end without divergence are excluded, the others are what the
@@ -204,10 +205,10 @@ class Decider:
         ]
         prefix = self.settings.row_selection == "prefix"
         kept = [range(start, stop) if prefix else range(stop - 1, stop) for start, stop in itertools.pairwise(bounds)]
-        states, final = self._forward(pack, bounds, kept, compared)
-        best = [self._best(label, final[label], pack, compared) for label in self.pair]
-        rows_of = _consecutive([len(rows) for rows in kept])
-        compared_of = _consecutive([len(rows) for rows in compared])
+        states, final = self.forward(pack, bounds, kept, compared)
+        best = [self.best(label, final[label], pack, compared) for label in self.pair]
+        rows_of = consecutive([len(rows) for rows in kept])
+        compared_of = consecutive([len(rows) for rows in compared])
         for search, rows, choices in zip(pack, rows_of, compared_of, strict=True):
             decided = self._decide(search, *(ids[choices.start : choices.stop, 0].tolist() for ids, _ in best))
             if decided is not None:
@@ -216,11 +217,9 @@ class Decider:
             last = choices.stop - 1
             tokens = tuple(int(ids[last, 0]) for ids, _ in best)
             of_event = {label: hidden[last : last + 1] for label, hidden in final.items()}
-            (margins,) = self._margins(of_event, [tokens], [search], [choices])
+            (margins,) = self.margins(of_event, [tokens], [search], [choices])
             if not margins[self.pair[0]] < 0 < margins[self.pair[1]]:
                 yield search, "tie"
-            elif not self.vocabulary.issuperset(tokens):
-                yield search, "token_outside_vocabulary"
             else:
                 gaps = tuple(float(logits[last, 0] - logits[last, 1]) for _, logits in best)
                 own_states = {key: kept_rows[rows.start : rows.stop] for key, kept_rows in states.items()}
@@ -228,7 +227,8 @@ class Decider:
                 step = len(search.shared)
                 proposed = step if search.first_step is None else search.first_step  # a capture forward may be first
                 position = len(search.sequence) - 1
-                event = Event(position, KIND, tokens, gaps, margins, own_final, step, proposed, search.prompt.carried)
+                of_choice = (position, FIRST_DIVERGENCE, self.pair, tokens, gaps, margins, own_final)
+                event = Event(*of_choice, step, proposed, search.prompt.carried)
                 yield search, Captured(search.index, search.prompt.id, search.sequence, [event], own_states)
 
     def given(self, prompts: Sequence[GivenPrompt], told: Told) -> SegmentData:
@@ -244,29 +244,29 @@ class Decider:
                 runs += [_Given(order, prompt, ids[: own[-1].position + 1], own) for own in of_regime.values()]
         runs.sort(key=lambda run: self.regimes.of(len(run.sequence)))
         captured: list[Captured] = []
-        excluded: list[tuple[Prompt, str]] = []
+        excluded: list[Excluded] = []
         for pack in self.regimes.packs([len(run.sequence) for run in runs], self.pack_tokens):
             self.between()
             packed = [runs[i] for i in pack]
             captured += self._given_pack(packed, excluded)
             self.told(tokens=sum(len(run.sequence) for run in packed))
         self.told(len(prompts))
-        return self._segment(captured, excluded)
+        return self.segment(captured, excluded)
 
     @torch.no_grad()
-    def _given_pack(self, pack: list[_Given], excluded: list[tuple[Prompt, str]]) -> Iterable[Captured]:
+    def _given_pack(self, pack: list[_Given], excluded: list[Excluded]) -> Iterable[Captured]:
         """One forward of every checkpoint over these sequences, and what each of their events is; those that contradict
         their kind are excluded."""
         bounds = offsets_of([len(run.sequence) for run in pack]).tolist()
         compared = [[start + one.position for one in run.events] for run, start in zip(pack, bounds, strict=False)]
         prefix = self.settings.row_selection == "prefix"
         kept: list[Sequence[int]] = [range(*span) for span in itertools.pairwise(bounds)] if prefix else [*compared]
-        states, final = self._forward(pack, bounds, kept, compared)
-        best = [self._best(label, final[label], pack, compared) for label in self.pair]
+        states, final = self.forward(pack, bounds, kept, compared)
+        best = [self.best(label, final[label], pack, compared) for label in self.pair]
         given = [one for run in pack for one in run.events]
-        margins = self._margins(final, [one.tokens for one in given], pack, compared)
-        rows_of = _consecutive([len(rows) for rows in kept])
-        for run, rows, at in zip(pack, rows_of, _consecutive([len(rows) for rows in compared]), strict=True):
+        margins = self.margins(final, [one.tokens for one in given], pack, compared)
+        rows_of = consecutive([len(rows) for rows in kept])
+        for run, rows, at in zip(pack, rows_of, consecutive([len(rows) for rows in compared]), strict=True):
             events: list[Event] = []
             own_rows: list[int] = []
             for one, row in zip(run.events, at, strict=True):
@@ -274,13 +274,14 @@ class Decider:
                 if one.kind in CHOSEN_KINDS and not (
                     first < 0 < second and one.tokens == tuple(int(ids[row, 0]) for ids, _ in best)
                 ):
-                    excluded.append((Prompt(run.prompt.id, "", one.carried), "contradicts_its_kind"))
+                    prompt = Prompt(run.prompt.id, "", one.carried)
+                    excluded.append(Excluded(prompt, "contradicts_its_kind", self.pair))
                     continue
                 gaps = tuple(float(logits[row, 0] - logits[row, 1]) for _, logits in best)
                 own_final = {label: hidden[row].cpu() for label, hidden in final.items()}
                 events.append(
                     Event(
-                        *(one.position, one.kind, one.tokens, gaps, margins[row], own_final),
+                        *(one.position, one.kind, self.pair, one.tokens, gaps, margins[row], own_final),
                         *(one.step, one.step, one.carried),
                     )
                 )
@@ -290,8 +291,8 @@ class Decider:
                 own_states = {key: values[chosen] for key, values in states.items()}
                 yield Captured(run.order, run.prompt.id, run.sequence, events, own_states)
 
-    def _forward(
-        self, pack: Sequence[_Run], bounds: list[int], kept: Sequence[Sequence[int]], compared: Sequence[Sequence[int]]
+    def forward(
+        self, pack: Sequence[Run], bounds: list[int], kept: Sequence[Sequence[int]], compared: Sequence[Sequence[int]]
     ) -> tuple[SiteRows, dict[str, torch.Tensor]]:
         """One forward of every checkpoint: the rows that are kept, and final states where choices are compared."""
         ids = torch.tensor([token for run in pack for token in run.sequence])[None]
@@ -306,7 +307,7 @@ class Decider:
 
     def _check_finite(
         self,
-        pack: Sequence[_Run],
+        pack: Sequence[Run],
         states: SiteRows,
         kept: Sequence[Sequence[int]],
         final: dict[str, torch.Tensor],
@@ -319,16 +320,17 @@ class Decider:
             if (row := first_no_state(rows)) is not None:
                 raise self._not_finite(label, "the final state", pack, compared, row)
 
-    def _best(
-        self, label: str, final: torch.Tensor, pack: Sequence[_Run], compared: Sequence[Sequence[int]]
+    def best(
+        self, label: str, final: torch.Tensor, pack: Sequence[Run], compared: Sequence[Sequence[int]]
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a checkpoint chooses where choices are compared: the two best tokens and their logits, ``[n, 2]``."""
         try:
             return self.backbones[label].readout.top2(final)
         except NotFiniteError as error:
             raise self._not_finite(label, "a logit", pack, compared, error.row or 0) from error
 
     def _not_finite(
-        self, label: str, what: str, pack: Sequence[_Run], rows: Sequence[Sequence[int]], row: int
+        self, label: str, what: str, pack: Sequence[Run], rows: Sequence[Sequence[int]], row: int
     ) -> NotFiniteError:
         """``row`` counts in ``rows`` of the pack's sequences, one after another."""
         run = pack[bisect_right(list(itertools.accumulate(map(len, rows))), row)]
@@ -355,11 +357,11 @@ class Decider:
             return search.go_on([*search.shared[:step], a], proposed=False)
         raise AssertionError("the choice after the last shared token always decides")
 
-    def _margins(
+    def margins(
         self,
         final: dict[str, torch.Tensor],
         tokens: Sequence[tuple[int, ...]],
-        pack: Sequence[_Run],
+        pack: Sequence[Run],
         compared: Sequence[Sequence[int]],
     ) -> list[dict[str, float]]:
         """What each checkpoint makes of each pair of tokens, by label; ``final`` has a row per pair."""
@@ -372,13 +374,14 @@ class Decider:
                 margins[row][label] = margin
         return margins
 
-    def _segment(self, captured: list[Captured], excluded: Sequence[tuple[Prompt, str]]) -> SegmentData:
+    def segment(self, captured: list[Captured], excluded: Sequence[Excluded]) -> SegmentData:
+        """These sequences, and what was left out, as a segment of the store."""
         width, dtype = next(iter(self.backbones.values())).width, DTYPES[self.settings.dtype]
         return segment_of(
             sorted(captured, key=lambda one: one.order),
             excluded,
-            pair=self.pair,
             labels=list(self.backbones),
+            of_pairs=len(self.pairs) > 1,
             sites=self.settings.places,
             empty=torch.empty(0, width, dtype=dtype),
             decode=self.decode,
@@ -401,7 +404,7 @@ def _concatenated(rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.tensor([row for part in rows for row in part], dtype=torch.int64)
 
 
-def _consecutive(lengths: Sequence[int]) -> list[range]:
+def consecutive(lengths: Sequence[int]) -> list[range]:
     """Where parts of these lengths lie when they are put one after another."""
     bounds = offsets_of(lengths).tolist()
     return [range(start, stop) for start, stop in itertools.pairwise(bounds)]

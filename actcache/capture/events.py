@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,7 @@ class Event:
     Attributes:
         position: in the sequence.
         kind: how it was chosen.
+        pair: labels of the checkpoints in the roles pt and it.
         tokens: of the pair, by role.
         gaps: of the pair: the best logit less the next one.
         margins: of every checkpoint, by label.
@@ -43,6 +44,7 @@ class Event:
 
     position: int
     kind: str
+    pair: tuple[str, str]
     tokens: tuple[int, ...]
     gaps: tuple[float, ...]
     margins: dict[str, float]
@@ -50,6 +52,14 @@ class Event:
     step: int
     proposed_step: int
     carried: dict[str, Any] = field(default_factory=dict)
+
+
+class Excluded(NamedTuple):
+    """A prompt that has no event of a pair, or one event less, and why."""
+
+    prompt: Prompt
+    reason: str
+    pair: tuple[str, str]
 
 
 @dataclass(frozen=True)
@@ -66,10 +76,10 @@ class Captured:
 
 def segment_of(
     captured: Sequence[Captured],
-    excluded: Sequence[tuple[Prompt, str]],
+    excluded: Sequence[Excluded],
     *,
-    pair: Sequence[str],
     labels: Sequence[str],
+    of_pairs: bool,
     sites: Sequence[tuple[str, int]],
     empty: torch.Tensor,
     decode: Callable[[Sequence[int]], str],
@@ -79,9 +89,9 @@ def segment_of(
 
     Args:
         captured: in the order wanted.
-        excluded: prompts, or their events, that were left out, each with the reason.
-        pair: labels of the checkpoints in the roles pt and it.
-        labels: of all.
+        excluded: prompts, or their events, that were left out.
+        labels: of all checkpoints.
+        of_pairs: whether events may be of several pairs, so that their names and what is excluded tell it.
         sites: a site and a block each, that there are rows of.
         empty: ``[0, D]`` in the store's dtype.
         decode: gives the text of tokens.
@@ -93,46 +103,49 @@ def segment_of(
         label: torch.cat([empty, *(event.final[label][None] for one in captured for event in one.events)])
         for label in labels
     }
+    left_out = {
+        "prompt_id": [one.prompt.id for one in excluded],
+        "reason": [one.reason for one in excluded],
+        "carried": [carried.encode(one.prompt.carried) for one in excluded],
+    }
+    if of_pairs:
+        left_out["pair"] = [",".join(one.pair) for one in excluded]
     return SegmentData(
         token_ids=np.array([token for one in captured for token in one.token_ids], dtype=np.int32),
         sequence_offsets=offsets_of([len(one.token_ids) for one in captured]).numpy(),
         states={(label, block): rows.pop((site, label, block)) for site, label, block in keys if site == STATE},
         sites=rows,
         final=final,
-        events=_table(captured, pair, labels, decode, special),
-        excluded=pa.table(
-            {
-                "prompt_id": pa.array([prompt.id for prompt, _ in excluded], pa.string()),
-                "reason": pa.array([reason for _, reason in excluded], pa.string()),
-                "carried": pa.array([carried.encode(prompt.carried) for prompt, _ in excluded], pa.string()),
-            }
-        ),
+        events=_table(captured, labels, of_pairs, decode, special),
+        excluded=pa.table({name: pa.array(values, pa.string()) for name, values in left_out.items()}),
     )
 
 
 def _table(
     captured: Sequence[Captured],
-    pair: Sequence[str],
     labels: Sequence[str],
+    of_pairs: bool,
     decode: Callable[[Sequence[int]], str],
     special: Collection[int],
 ) -> pa.Table:
     owned = [(number, one, event) for number, one in enumerate(captured) for event in one.events]
     events = [event for _, _, event in owned]
-    margins = {margin_column(role): label for role, label in zip(ROLES, pair, strict=True)}
-    margins |= {margin_column(label): label for label in labels}
+    margins = {
+        margin_column(role): [event.margins[event.pair[at]] for event in events] for at, role in enumerate(ROLES)
+    }
+    margins |= {margin_column(label): [event.margins[label] for event in events] for label in labels}
     values: dict[str, Iterable[Any]] = {
-        "event_id": _distinct([f"{one.prompt_id}@{event.position}:{event.kind}" for _, one, event in owned]),
+        "event_id": _distinct([_name(one.prompt_id, event, of_pairs) for _, one, event in owned]),
         "prompt_id": (one.prompt_id for _, one, _ in owned),
         "kind": (event.kind for event in events),
-        "pair": (",".join(pair) for _ in events),
+        "pair": (",".join(event.pair) for event in events),
         "step": (event.step for event in events),
         "proposed_step": (event.proposed_step for event in events),
         "sequence": (number for number, _, _ in owned),
         "position": (event.position for event in events),
         "context": (decode(_tail(one.token_ids, event.position)) for _, one, event in owned),
         "carried": (carried.encode(event.carried) for event in events),
-        **{name: [event.margins[label] for event in events] for name, label in margins.items()},
+        **margins,
     }
     for at, role in enumerate(ROLES):
         tokens = [event.tokens[at] for event in events]
@@ -147,6 +160,11 @@ def _table(
 
 def _tail(token_ids: Sequence[int], position: int) -> Sequence[int]:
     return token_ids[max(0, position + 1 - CONTEXT_TOKENS) : position + 1]
+
+
+def _name(prompt_id: str, event: Event, of_pairs: bool) -> str:
+    name = f"{prompt_id}@{event.position}:{event.kind}"
+    return f"{name}:{','.join(event.pair)}" if of_pairs else name
 
 
 def _distinct(ids: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
-"""Divergence: propose, by cached lockstep greedy decoding, where two checkpoints choose different tokens.
+"""Divergence: propose, by cached lockstep greedy decoding, where checkpoints choose different tokens.
 
-Both checkpoints read the same tokens, step by step, as long as they choose the same next one. What comes out is only a
-proposal: a cached, padded decode rounds differently from the capture forward, which sees every position and decides.
+All read the same tokens, step by step, which the first one chooses. What comes out is only a proposal: a cached,
+padded decode rounds differently from the capture forward, which sees every position and decides.
 Knows tokens; knows no text, no files and no rows.
 """
 
@@ -47,12 +47,14 @@ class Decoding(StrEnum):
 
 @dataclass
 class Proposal:
-    """Tokens that both checkpoints chose after the given ids, up to where the search ended, and the one that both chose
-    there; ``last`` is None where they diverged."""
+    """Tokens that the first checkpoint chose after the given ids, up to where the search ended, and the one that it
+    chose there; ``last`` is None where all others had diverged. ``parted`` says, for each of the others, after how many
+    of these tokens it first chose another one."""
 
     outcome: Outcome
     shared: list[int] = field(default_factory=list)
     last: int | None = None
+    parted: list[int | None] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -95,10 +97,12 @@ def propose(
     names: Sequence[str] = (),
     labels: Sequence[str] = (),
 ) -> list[Proposal]:
-    """Search every sequence for the first token at which the two checkpoints differ, as far as its regime goes.
+    """Continue every sequence as the first checkpoint does, until all others have once chosen another token, as far as
+    its regime goes.
 
     Args:
-        backbones: the two checkpoints of the pair; or one alone, which never differs: its own continuation.
+        backbones: the two checkpoints of a pair; or further ones, which read the first one's continuation too; or one
+            alone, which nobody differs from: its own continuation.
         sequences: token ids to continue, of any lengths >= 1.
         n_compared: how many choices of each sequence were compared before (0 for a bare prompt).
         limits: when to give up.
@@ -121,7 +125,7 @@ def propose(
     labels = labels or [str(number) for number in range(len(backbones))]
     search = _Search(backbones, labels, limits, regimes or Regimes.joined(one.regimes for one in backbones), on_step)
     walks = [
-        _Walk(name, list(ids), n, Proposal(Outcome.DIVERGED))
+        _Walk(name, list(ids), n, Proposal(Outcome.DIVERGED, parted=[None] * (len(backbones) - 1)))
         for name, ids, n in zip(names, sequences, n_compared, strict=True)
     ]
     in_order = sorted(walks, key=lambda walk: len(walk.ids))  # like lengths together: little padding
@@ -172,7 +176,10 @@ class _Search:
     def goes_on(self, walk: _Walk, choices: Sequence[int]) -> bool:
         """Take what each checkpoint chose after a walk's sequence; False where its search ends with it."""
         token, proposal = choices[0], walk.proposal
-        if any(choice != token for choice in choices[1:]):
+        for other, choice in enumerate(choices[1:]):
+            if choice != token and proposal.parted[other] is None:
+                proposal.parted[other] = len(proposal.shared)
+        if proposal.parted and None not in proposal.parted:
             return False
         length = len(walk.ids) + len(proposal.shared)
         ended = self.limits.after_agreeing(token, length, walk.n_compared + len(proposal.shared) + 1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from actcache.errors import InputError
 from actcache.models.blocks import block_of, check_boundary
+from actcache.schema import FIRST_DIVERGENCE
 from actcache.store.layout import SITES, STATE, Sites
 
 
@@ -18,12 +19,13 @@ class CaptureSettings:
         boundaries: b of every state to keep, each in 1..L-1.
         dtype: ``float32`` or ``bfloat16``, of weights and states.
         device: ``cpu`` or ``cuda``.
-        max_new: compare at most this many choices per prompt.
+        max_new: compare at most this many choices per prompt; of a rollout, whose tokens are one fewer at most.
         row_selection: ``prefix`` keeps every position's rows (the grid needs them), ``divergence`` the event's alone.
         strict: one sequence per forward, with the model's own attention.
         max_tokens: tokens per pack.
         shard_prompts: prompts of one segment, the unit that a killed run loses at most.
         codec: of the stored states: ``blosc``, which any Zarr reader has, or ``actcache.bf16_planes`` for bfloat16.
+        support: how events are chosen: ``first_divergence``, or ``rollouts`` (see supports.py).
         sites: further rows to keep, each a site (``attention`` or ``mlp``) and a block: what that part of it gives.
     """
 
@@ -36,6 +38,7 @@ class CaptureSettings:
     max_tokens: int = 4096
     shard_prompts: int = 64
     codec: str = "blosc"
+    support: str = FIRST_DIVERGENCE
     sites: tuple[tuple[str, int], ...] = ()
 
     @property

@@ -43,26 +43,33 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_capture_arguments(parser: argparse.ArgumentParser, *, prompts_required: bool = True) -> None:
-    """What a capture needs: the checkpoints, the prompts, where to, and what to compute."""
-    add_lineup_arguments(parser, required=prompts_required)
+def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a capture needs: the checkpoints, the prompts or events, where to, and what to compute."""
+    add_lineup_arguments(parser)
+    parser.add_argument(
+        "--events",
+        type=Path,
+        metavar="FILE.jsonl|RUN",
+        help="events of --support fixed: per line prompt_id, prompt or token_ids, position, y_pt and y_it; "
+        "or those of another run",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--store", metavar="URL", help="place of the store, as s3://bucket/prefix (default RUN/store)")
-    add_capture_settings(parser)
+    add_capture_settings(parser, fixed=True)
 
 
-def add_lineup_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """The checkpoints, which two of them define events, and the prompts."""
+def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:
+    """The checkpoints, which pairs of them define events, and the prompts."""
     add_checkpoint_arguments(parser, "model folder of a checkpoint, under a label; repeat for each, in their order")
     parser.add_argument(
         "--pair",
         type=pair,
+        action="append",
         metavar="A,B",
-        help="labels of the two checkpoints whose choices define events (default: the first and the last)",
+        help="labels of the two checkpoints whose choices define events (default: the first and the last); repeat for "
+        "the events of several pairs",
     )
-    parser.add_argument(
-        "--prompts", type=Path, required=required, metavar="P.jsonl", help="prompts, one JSON object per line"
-    )
+    parser.add_argument("--prompts", type=Path, metavar="P.jsonl", help="prompts, one JSON object per line")
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, summary: str) -> None:
@@ -124,8 +131,25 @@ def pair(text: str) -> tuple[str, str]:
     return first.strip(), second.strip()
 
 
-def add_capture_settings(parser: argparse.ArgumentParser) -> None:
-    """What a capture computes; :func:`capture_settings` reads it, with ``--strict`` and ``--max-tokens``."""
+def add_capture_settings(parser: argparse.ArgumentParser, *, fixed: bool = False) -> None:
+    """What a capture computes; :func:`capture_settings` reads it, with ``--strict`` and ``--max-tokens``.
+
+    ``fixed`` says whether events may be given.
+    """
+    others = ", or fixed by --events" if fixed else ""
+    parser.add_argument(
+        "--support",
+        choices=["first_divergence", "rollouts", *(["fixed"] if fixed else [])],
+        default="first_divergence",
+        help="way to choose events: where a pair first diverges, along the greedy rollouts of both of its checkpoints"
+        f"{others} (default %(default)s)",
+    )
+    parser.add_argument(
+        "--rollout-tokens",
+        type=positive,
+        metavar="N",
+        help="tokens of each rollout of --support rollouts, at most (default 64)",
+    )
     parser.add_argument(
         "--boundary",
         default="0.6",
@@ -151,9 +175,8 @@ def add_capture_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-new",
         type=positive,
-        default=128,
         metavar="N",
-        help="number of choices to compare per prompt, at most (default %(default)s)",
+        help="number of choices to compare per prompt, at most (default 128)",
     )
     parser.add_argument("--limit", type=positive, metavar="N", help="use the first N prompts only")
     parser.add_argument(
@@ -182,20 +205,29 @@ def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings
     """What the arguments ask of a capture.
 
     Raises:
-        InputError: a boundary is not one of a model of so many blocks.
+        InputError: a boundary is not one of a model of so many blocks; or lengths are given of another support.
     """
     from actcache.capture.settings import CaptureSettings, parse_boundaries, parse_sites
+    from actcache.capture.supports import ROLLOUT_TOKENS, ROLLOUTS
 
+    max_new = CaptureSettings.max_new if args.max_new is None else args.max_new
+    if args.support == ROLLOUTS:
+        if args.max_new is not None:
+            raise InputError("--max-new is how far first divergences are searched: give --rollout-tokens instead")
+        max_new = 1 + (ROLLOUT_TOKENS if args.rollout_tokens is None else args.rollout_tokens)
+    elif args.rollout_tokens is not None:
+        raise InputError("--rollout-tokens belongs to --support rollouts: give both, or neither")
     return CaptureSettings(
         boundaries=parse_boundaries(args.boundary, n_blocks),
         dtype=args.dtype,
         device=args.device,
-        max_new=args.max_new,
+        max_new=max_new,
         row_selection=args.rows,
         strict=args.strict,
         max_tokens=CaptureSettings.max_tokens if args.max_tokens is None else args.max_tokens,
         shard_prompts=args.shard_prompts,
         codec=args.codec,
+        support=args.support,
         sites=parse_sites(args.site, n_blocks),
     )
 

@@ -76,7 +76,7 @@ def add_verbs(verbs: Verbs) -> None:
         "actcache plan --pt base --it tuned --prompts prompts.jsonl --pilot PILOT",
     )
     parser.add_argument("run", nargs="?", type=Path, metavar="RUN", help="a finished run, instead of a pair")
-    add_lineup_arguments(parser, required=False)
+    add_lineup_arguments(parser)
     add_capture_settings(parser)
     add_grid_arguments(parser)
     add_run_arguments(parser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 def run(
     *,
-    prompts: str | Path,
+    prompts: str | Path | None = None,
     out: str | Path,
     pt: str | Path | None = None,
     it: str | Path | None = None,
     checkpoints: Mapping[str, str | Path] = MappingProxyType({}),
-    pair: str | tuple[str, str] | None = None,
+    pair: str | Sequence[str] | Sequence[tuple[str, str]] | None = None,
+    support: str | None = None,
+    rollout_tokens: int | None = None,
+    events: str | Path | None = None,
     store: str | None = None,
     boundary: str | float | Iterable[float] | None = None,
     sites: str | Mapping[str, str | int | Iterable[int]] | Iterable[str] = (),
@@ -57,7 +60,10 @@ def run(
         out: folder of the run.
         pt, it: folders of the checkpoints of a pair: short for ``checkpoints={"pt": ..., "it": ...}``.
         checkpoints: folders by label, in the order of the lineup.
-        pair: the two labels whose choices define events.
+        pair: the two labels whose choices define events: ``("base", "dpo")``; or several pairs, as a list of these.
+        support: how events are chosen: ``first_divergence``, ``rollouts`` or ``fixed``.
+        rollout_tokens: tokens of each rollout, at most.
+        events: file of events, or folder of another run, of ``fixed``.
         store: place of the store, as ``s3://bucket/prefix``.
         boundary: first late block: ``18``, ``0.6`` of the depth, ``[0.6, -3]`` or ``"all"``.
         sites: further rows to keep: ``{"mlp": [29, 30], "attention": "all"}``, or texts as ``--site`` takes them.
@@ -85,7 +91,8 @@ def run(
     Raises:
         InputError: an option that is none, or a value that it does not take; and as ``actcache run`` does.
     """
-    named = {name: value for name, value in locals().items() if name not in ("checkpoints", "sites", "options")}
+    apart = ("checkpoints", "pair", "sites", "options")
+    named = {name: value for name, value in locals().items() if name not in ("apart", *apart)}
     words = []
     for name, value in (named | options).items():
         flag = f"--{name.replace('_', '-')}"
@@ -94,6 +101,7 @@ def run(
         elif value is not False and value is not None:
             words.append(f"{flag}={_text(value)}")
     words += [f"--checkpoint={label}={path}" for label, path in checkpoints.items()]
+    words += [f"--pair={_text(one)}" for one in _pairs(pair)]
     words += [f"--site={site}" for site in _sites(sites)]
     parser = Parser(prog="actcache.run")
     parser.raises = True
@@ -115,6 +123,13 @@ def _sites(sites: str | Mapping[str, Any] | Iterable[str]) -> list[str]:
     if isinstance(sites, str):
         return [sites]
     return [f"{site}:{_text(blocks)}" for site, blocks in sites.items()] if isinstance(sites, Mapping) else [*sites]
+
+
+def _pairs(pair: str | Sequence[str] | Sequence[tuple[str, str]] | None) -> Sequence[Any]:
+    """Each as ``--pair`` takes it: one, or several."""
+    if pair is None:
+        return []
+    return [pair] if isinstance(pair, str) or all(isinstance(one, str) and "," not in one for one in pair) else pair
 
 
 def _text(value: Any) -> str:

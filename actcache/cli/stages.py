@@ -73,21 +73,8 @@ def add_verbs(verbs: Verbs) -> None:
         "find the events of a pair, and store the states that their replay needs",
         "actcache capture --pt base --it tuned --prompts prompts.jsonl --out RUN --boundary 0.6,-3,-1",
     )
-    add_capture_arguments(capture, prompts_required=False)
+    add_capture_arguments(capture)
     add_strict_and_pack(capture)
-    capture.add_argument(
-        "--support",
-        choices=["first_divergence", "fixed"],
-        default="first_divergence",
-        help="way to choose events: where the pair first diverges, or fixed by --events (default %(default)s)",
-    )
-    capture.add_argument(
-        "--events",
-        type=Path,
-        metavar="FILE.jsonl|RUN",
-        help="events of --support fixed: per line prompt_id, prompt or token_ids, position, y_pt and y_it; "
-        "or those of another run",
-    )
     capture.add_argument(
         "--part",
         type=_part,
@@ -197,8 +184,8 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
     from actcache.prompts import read_prompts
 
     checkpoints_given(args, fewest=2)
-    events = getattr(args, "events", None)
-    if (getattr(args, "support", None) == "fixed") != (events is not None):
+    events = args.events
+    if (args.support == "fixed") != (events is not None):
         raise InputError("--support fixed and --events belong together: give both, or neither")
     if args.prompts is None and events is None:
         raise InputError("the following arguments are required: --prompts")
@@ -211,7 +198,7 @@ def _read_events(args: argparse.Namespace, lineup: Lineup, prompts: Sequence[Pro
     """The events that the command names; None where a search finds them."""
     from actcache.capture.given import given_by, read_given
 
-    events = getattr(args, "events", None)
+    events = args.events
     if events is None:
         return None
     if events.is_dir():
@@ -305,6 +292,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
             what = f"loading {label} from block {boundary} on"
             with enough_memory(what, fewer), clock.loading(), line.during(what):
                 late = LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
+                late.readout.mask(lineup.masked_ids if captured.masks_ids else [])
             check_same_checkpoints(store, lineup)  # what was loaded lies between two looks at the files
             return late
 

@@ -54,7 +54,7 @@ class CaptureClock(_Clock):
 
         with self.loading():
             backbone = load_backbone(self._lineup, label, self._settings)
-            if label not in self._lineup.pair:  # others are not searched
+            if label not in self._lineup.paired:  # others are not searched
                 return backbone
             return self._counter.watch(backbone, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,26 +16,38 @@ from actcache.prompts import Prompt
 _ALIGNED_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
 
 
+# Names of tokens that stand for no text: they wait for a use that no training has given them.
+_RESERVED = re.compile(r"[<\[]\|?(unused|reserved(_special)?(_token)?)_?[0-9]+\|?[>\]]", re.IGNORECASE)
+
+
 class Lineup:
     """One or more checkpoints of one architecture and tokenizer, in a fixed order, by label.
 
     Attributes:
         checkpoints: by label.
-        pair: the labels in the roles pt and it, whose choices define events; the first and the last by default.
+        pairs: each the labels in the roles pt and it, whose choices define events; by default one, of the first and the
+            last checkpoint.
     """
 
-    def __init__(self, checkpoints: Sequence[Checkpoint], pair: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, checkpoints: Sequence[Checkpoint], pair: Sequence[str] | Sequence[Sequence[str]] | None = None
+    ) -> None:
         self.checkpoints = {checkpoint.label: checkpoint for checkpoint in checkpoints}
-        self.pair = check_pair(pair or (checkpoints[0].label, checkpoints[-1].label), self.labels)
+        self.pairs = check_pairs(pair or (checkpoints[0].label, checkpoints[-1].label), self.labels)
 
     @classmethod
     def open(
-        cls, paths: Mapping[str, str | Path], pair: Sequence[str] | None = None, *, with_weights: bool = True
+        cls,
+        paths: Mapping[str, str | Path],
+        pair: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        *,
+        with_weights: bool = True,
     ) -> Lineup:
         """Open every folder (whether it holds weights or not, if told so) and check that they belong together.
 
         Raises:
-            InputError: a folder is unusable (see :class:`Checkpoint`), or ``pair`` is not two of the labels.
+            InputError: a folder is unusable (see :class:`Checkpoint`), or ``pair`` is neither two of the labels nor
+                several such pairs.
             IncompatibleError: architecture, width, depth, vocabulary or tokenizer differ; names the field.
         """
         opened = [Checkpoint.open(label, path, with_weights=with_weights) for label, path in paths.items()]
@@ -57,6 +71,16 @@ class Lineup:
         return list(self.checkpoints)
 
     @property
+    def pair(self) -> tuple[str, str]:
+        """The first of the pairs."""
+        return self.pairs[0]
+
+    @property
+    def paired(self) -> list[str]:
+        """Labels of the checkpoints that are in a pair, in order."""
+        return [label for label in self.labels if any(label in pair for pair in self.pairs)]
+
+    @property
     def n_blocks(self) -> int:
         """L."""
         return self._first.decoder_config.num_hidden_layers
@@ -76,6 +100,14 @@ class Lineup:
         """Ids of the tokens that a tokenizer of the lineup has and every model can read and emit."""
         known = frozenset().union(*(checkpoint.encoder.token_of for checkpoint in self.checkpoints.values()))
         return frozenset(index for index in known if index < self.vocab_size)
+
+    @cached_property
+    def masked_ids(self) -> list[int]:
+        """Ids that are never chosen, in order: those without a token, and those of tokens that are named as reserved
+        (``<unused7>``, ``<|reserved_special_token_7|>``). An id that ends a generation is not among them."""
+        names = [checkpoint.encoder.token_of for checkpoint in self.checkpoints.values()]
+        real = {index for index in self.vocabulary if not any(_RESERVED.fullmatch(of.get(index, "")) for of in names)}
+        return sorted(set(range(self.vocab_size)) - real - self.end_ids)
 
     @property
     def has_one_vocabulary(self) -> bool:
@@ -174,6 +206,15 @@ class Lineup:
             f"{at} on: {here} and {there}; leave out what only one of them knows, or give both folders one tokenizer",
             field="tokenizer",
         )
+
+
+def check_pairs(pairs: Sequence[str] | Sequence[Sequence[str]], labels: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """One pair, or several; InputError where one is none, or is there twice."""
+    several = [pair for pair in pairs if not isinstance(pair, str)] or [[one for one in pairs if isinstance(one, str)]]
+    found = [check_pair(pair, labels) for pair in several]
+    if twice := [pair for pair, n in Counter(found).items() if n > 1]:
+        raise InputError(f"the pair {','.join(twice[0])} is given twice; leave one of them out")
+    return tuple(found)
 
 
 def check_pair(pair: Sequence[str], labels: Sequence[str]) -> tuple[str, str]:

@@ -8,7 +8,7 @@ that hands over the normed state, and the head by one that multiplies in float32
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,12 +81,25 @@ class Readout:
         replace(self._shell, head_path, self._head)
         self.vocab_size: int = head.weight.shape[0]
         self.width = anatomy.width
+        self._never = torch.empty(0, dtype=torch.int64)
         self._probe(type(model).__name__, head)
 
     @property
     def device(self) -> torch.device:
         """Where norm and head are."""
         return self._head.weight.device
+
+    def mask(self, token_ids: Sequence[int]) -> None:
+        """Never choose these tokens from here on: their logits are -inf, but in :meth:`scores`, which chooses none.
+
+        Raises:
+            InputError: one is not in the vocabulary, or no other one is left.
+        """
+        ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
+        self._check_tokens(ids[None], 1)
+        if len(ids) >= self.vocab_size:
+            raise InputError(f"all {self.vocab_size} tokens of the vocabulary would be masked")
+        self._never = ids.to(self.device)
 
     @torch.no_grad()
     def scores(self, final_hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
@@ -256,7 +269,10 @@ class Readout:
         """``[1, n, D]`` normed states -> ``[n, k or V]`` logits, through the model's own forward."""
         self._given.state, self._given.token_ids = normed, token_ids
         dummy = torch.zeros(1, normed.shape[1], dtype=torch.int64, device=normed.device)
-        return self._shell(input_ids=dummy, use_cache=False).logits[0]
+        logits = self._shell(input_ids=dummy, use_cache=False).logits[0]
+        if token_ids is None and len(self._never):
+            logits.index_fill_(-1, self._never, -torch.inf)
+        return logits
 
     @torch.no_grad()
     def _probe(self, name: str, head: nn.Module) -> None:

@@ -35,7 +35,7 @@ from actcache.models.lineup import Lineup
 from actcache.models.probe import check_replayable
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
-from actcache.schema import Fingerprint, order_of_labels
+from actcache.schema import ANY_CHECKPOINT, FIRST_DIVERGENCE, REAL_TOKENS, Fingerprint, order_of_labels
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
 from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob
@@ -123,7 +123,8 @@ def capture(
         raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
     prompt_ids = lineup.encode(prompts, say) if given is None else []
     prompts = prompts if given is None else [one.as_prompt() for one in given]
-    found = replace(fingerprint(lineup, prompts, settings), support=None if given is None else FIXED)
+    settings = settings if given is None else replace(settings, support=FIXED)
+    found = fingerprint(lineup, prompts, settings)
     before = existing(store)
     captured = before.prompts if before else {}
     segments = segments_of(prompts, settings.shard_prompts, captured)
@@ -213,6 +214,7 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Back
             for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
                 check_replayable(model, boundary)
         backbone = Backbone(model)
+        backbone.readout.mask(lineup.masked_ids)
         for site, block in settings.sites:
             find_site(backbone.blocks[block], site)
         return backbone
@@ -220,12 +222,15 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Back
 
 def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> Fingerprint:
     """Everything that the bytes of the store depend on; two equal fingerprints name the same work."""
+    vocabulary = {ANY_CHECKPOINT: not lineup.has_one_vocabulary, REAL_TOKENS: bool(lineup.masked_ids)}
     return Fingerprint(
         checkpoints={label: checkpoint.fingerprint for label, checkpoint in lineup.checkpoints.items()},
         pair=lineup.pair,
+        pairs=None if len(lineup.pairs) == 1 else tuple(",".join(pair) for pair in lineup.pairs),
         lineup=order_of_labels(lineup.labels, lineup.pair),
         # Only where the store would differ from one of an earlier version, which resumes otherwise.
-        vocabulary=None if lineup.has_one_vocabulary else "of any checkpoint",
+        vocabulary=", ".join(word for word, holds in vocabulary.items() if holds) or None,
+        support=None if settings.support == FIRST_DIVERGENCE else settings.support,
         prompts=prompts_module.digest(prompts),
         n_prompts=len(prompts),
         dtype=settings.dtype,

@@ -14,7 +14,9 @@ import numpy as np
 
 from actcache.capture.decide import Decider
 from actcache.capture.given import GivenPrompt
+from actcache.capture.rollouts import Rollouts
 from actcache.capture.settings import CaptureSettings
+from actcache.capture.supports import ROLLOUTS
 from actcache.models.cost import ModelShape
 from actcache.progress import Told, nobody_told
 from actcache.prompts import Prompt, digest
@@ -85,6 +87,8 @@ class CaptureJob:
         """
         if self.given:
             return engine.decider.given(self.given, told)
+        if self.settings.support == ROLLOUTS or len(engine.decider.pairs) > 1:
+            return Rollouts(engine.decider).run(self.prompts, self.ids, told)
         return engine.decider.searched(self.prompts, self.ids, told)
 
 

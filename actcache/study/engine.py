@@ -19,6 +19,7 @@ import torch
 from actcache.errors import IncompatibleError
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import DTYPES, Checkpoint
+from actcache.models.lineup import Lineup
 from actcache.models.readout import Readout
 from actcache.replay.late_stack import LateStack
 from actcache.store import Segment, Store
@@ -76,12 +77,18 @@ class LocalEngine:
         """One that loads models from the folders of the checkpoints, by label, as a worker does that has no more than a
         job and these places."""
 
+        masked_ids = Lineup.open(checkpoints).masked_ids if store.fingerprint.masks_ids else []
+
         def load_late(label: str, boundary: int) -> LateStack:
-            return LateStack.load(checkpoints[label], boundary, dtype=store.dtype, device=device)
+            late = LateStack.load(checkpoints[label], boundary, dtype=store.dtype, device=device)
+            late.readout.mask(masked_ids)
+            return late
 
         def load_backbone(label: str, dtype: torch.dtype) -> Backbone:
             checkpoint = Checkpoint.open(label, checkpoints[label])
-            return Backbone(checkpoint.load(dtype, device))
+            backbone = Backbone(checkpoint.load(dtype, device))
+            backbone.readout.mask(masked_ids)
+            return backbone
 
         return cls(store, load_late, load_backbone=load_backbone)
 

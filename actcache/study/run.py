@@ -138,6 +138,11 @@ class Run:
         check_same_checkpoints(self.store, lineup)
         return lineup
 
+    @property
+    def masked_ids(self) -> list[int]:
+        """Ids that no readout of this run chooses; none in one of an earlier version."""
+        return self.lineup.masked_ids if self.store.fingerprint.masks_ids else []
+
     def load_late(self, label: str, boundary: int, device: str | None = None) -> LateStack:
         """The late stack of a checkpoint, in the store's dtype.
 
@@ -150,6 +155,7 @@ class Run:
         self._check_label(label)
         path = self.lineup.checkpoints[label].path
         late = LateStack.load(path, boundary, dtype=self.store.dtype, device=device or self.device)
+        late.readout.mask(self.masked_ids)
         check_same_checkpoints(self.store, self.lineup)  # what was loaded lies between two looks at the files
         return late
 
@@ -163,6 +169,7 @@ class Run:
         model = checkpoint.load(dtype or self.store.dtype, self.device)
         with checkpoint.named():
             backbone = Backbone(model)
+        backbone.readout.mask(self.masked_ids)
         check_same_checkpoints(self.store, self.lineup)
         return backbone
 

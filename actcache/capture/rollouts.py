@@ -1,0 +1,382 @@
+"""Rollouts: what checkpoints write after prompts, forwarded through all of them, and the events that lie on it.
+
+A checkpoint of a pair writes; a capture forward of every checkpoint over what it wrote decides. Where the writer's own
+choices in that forward are others than the tokens proposed, it goes on from what it chose there. So one sequence per
+prompt and writer serves all events on it:
+
+- of the support ``rollouts`` (supports.py), where pt and it each write a fixed number of tokens;
+- of first divergences of several pairs, where the pt of each pair writes until all of its partners have diverged: a
+  base that is common to all pairs runs once per prompt.
+
+Sequences of one prompt have their beginning in common, up to where the writers part. It is stored with each of them: a
+reader, a replay or a compaction takes a sequence as one run of rows, and packs round the two beginnings differently.
+Where a model computes longer sequences otherwise (models/regimes.py), each regime has a sequence of its own.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from actcache.capture.decide import MAX_ROUNDS, Decider, consecutive
+from actcache.capture.events import Captured, Event, Excluded
+from actcache.capture.search import Outcome, propose
+from actcache.capture.supports import ROLLOUTS, Chosen, choose, first_disagreement
+from actcache.capture.token_class import FORMAT, TokenClasses, is_marker
+from actcache.models.packing import offsets_of
+from actcache.progress import Told
+from actcache.prompts import Prompt
+from actcache.schema import CHOSEN_KINDS, FIRST_DIVERGENCE, ROLES
+from actcache.store import SegmentData
+from actcache.store.segment_data import SiteRows
+
+_DIVERGED, _UNDECIDED = Outcome.DIVERGED.value, "undecided"
+
+
+@dataclass(frozen=True, eq=False)
+class _Leg:
+    """A capture forward over a rollout, or the beginning of one, which decides its last steps: those of one regime.
+
+    Attributes:
+        sequence: token ids.
+        first: the first of these steps.
+        choices: of the checkpoints in pairs, by label: a token for each step.
+        gaps: by which its logit leads.
+        final: of every checkpoint, by label: ``[n, D]``, the last block's output at each step.
+        rows: of the sequence, or of these steps alone where no others are kept.
+    """
+
+    sequence: list[int]
+    first: int
+    choices: dict[str, list[int]]
+    gaps: dict[str, list[float]]
+    final: dict[str, torch.Tensor]
+    rows: SiteRows
+
+
+@dataclass(frozen=True, eq=False)
+class _Rollout:
+    """What one checkpoint writes after one prompt, on its way.
+
+    Attributes:
+        index: of the prompt.
+        written: the writer's tokens so far.
+        legs: forwards that decided for good, one for each regime.
+        parted: the writer's partners that have chosen otherwise once, in these legs.
+        is_open: whether the writer goes on before the next forward.
+        expected: partners that the next forward should see part from the writer.
+        limit: why the search goes no further, where it said so.
+        n_rounds: how often in a row the forward has contradicted what was proposed.
+        ended: why it ended; None until then.
+    """
+
+    index: int
+    prompt: Prompt
+    ids: list[int]
+    writer: str
+    written: list[int] = field(default_factory=list)
+    legs: tuple[_Leg, ...] = ()
+    parted: frozenset[str] = frozenset()
+    is_open: bool = True
+    expected: frozenset[str] = frozenset()
+    limit: str | None = None
+    n_rounds: int = 0
+    ended: str | None = None
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.ids + self.written
+
+    @property
+    def decided(self) -> int:
+        """How many steps the legs have decided."""
+        return sum(len(leg.choices[self.writer]) for leg in self.legs)
+
+    def choices(self, label: str) -> list[int]:
+        """A checkpoint's at every step that is decided."""
+        return [token for leg in self.legs for token in leg.choices[label]]
+
+    def leg_of(self, step: int) -> _Leg:
+        return next(leg for leg in reversed(self.legs) if leg.first <= step)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """An event to be, where it is."""
+
+    rollout: _Rollout
+    pair: tuple[str, str]
+    chosen: Chosen
+
+    @property
+    def leg(self) -> _Leg:
+        return self.rollout.leg_of(self.chosen.step)
+
+    @property
+    def row(self) -> int:
+        """Of its leg's steps."""
+        return self.chosen.step - self.leg.first
+
+    # What an error names it by.
+
+    @property
+    def prompt(self) -> Prompt:
+        return self.rollout.prompt
+
+    @property
+    def sequence(self) -> list[int]:
+        return self.leg.sequence
+
+
+class Rollouts:
+    """The rollouts of the prompts of a segment, by a capture's models."""
+
+    def __init__(self, decider: Decider) -> None:
+        """With these models; its settings tell which support."""
+        self._decider, self._limits, self._regimes = decider, decider.limits, decider.regimes
+        self._of_both = decider.settings.support == ROLLOUTS
+        writers = (label for pair in decider.pairs for label in (pair if self._of_both else pair[:1]))
+        self._writers = list(dict.fromkeys(writers))
+        # Whom a writer writes until they have parted from it; nobody's choice ends the rollouts of a fixed length.
+        self._partners = {
+            writer: () if self._of_both else tuple(pair[1] for pair in decider.pairs if pair[0] == writer)
+            for writer in self._writers
+        }
+        self._classes = TokenClasses()
+        self._text = functools.cache(lambda token: decider.decode([token]))
+
+    def run(self, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]], told: Told) -> SegmentData:
+        """Everything that one segment holds."""
+        self._decider.told = told
+        going = [
+            _Rollout(index, prompt, list(ids), writer)
+            for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
+            for writer in self._writers
+        ]
+        done: list[_Rollout] = []
+        n_left = [len(self._writers)] * len(prompts)
+        while going:
+            proposed = self._propose(going)
+            decided = [rollout for rollout in proposed if rollout.ended is not None]
+            proposed = [rollout for rollout in proposed if rollout.ended is None]
+            for pack in self._regimes.packs([len(one.sequence) for one in proposed], self._decider.pack_tokens):
+                self._decider.between()
+                packed = [proposed[i] for i in pack]
+                decided += self._run_pack(packed)
+                told(tokens=sum(len(one.sequence) for one in packed))
+            going = [rollout for rollout in decided if rollout.ended is None]
+            for rollout in decided:
+                if rollout.ended is not None:
+                    done.append(rollout)
+                    n_left[rollout.index] -= 1
+                    told(int(n_left[rollout.index] == 0))
+        return self._segment(sorted(done, key=lambda one: (one.index, self._writers.index(one.writer))))
+
+    # ---- what is written ----
+
+    def _propose(self, rollouts: Iterable[_Rollout]) -> list[_Rollout]:
+        """Have the writers of open rollouts go on; all of them, those of one regime together."""
+        found: list[_Rollout] = []
+        together: dict[tuple[str, ...], list[_Rollout]] = {}
+        for rollout in rollouts:
+            if rollout.is_open:
+                partners = [label for label in self._partners[rollout.writer] if label not in rollout.parted]
+                together.setdefault((rollout.writer, *partners), []).append(rollout)
+            else:
+                found.append(rollout)
+        for labels, own in together.items():
+            found += self._written(labels, own)
+        return sorted(
+            found,
+            key=lambda one: (self._regimes.of(len(one.sequence)), one.index, self._writers.index(one.writer)),
+        )
+
+    def _written(self, labels: tuple[str, ...], rollouts: list[_Rollout]) -> Iterator[_Rollout]:
+        writer, *partners = labels
+        decider = self._decider
+        proposals = propose(
+            [decider.backbones[label] for label in labels],
+            [rollout.sequence for rollout in rollouts],
+            [len(rollout.written) for rollout in rollouts],
+            self._limits,
+            max_tokens=decider.settings.max_tokens,
+            on_step=lambda tokens, step, n_open: decider.told(
+                tokens=tokens,
+                doing=f"{writer} writes: step {step} of at most {self._limits.max_new}, {n_open} go on",
+            ),
+            decoding=decider.decoding,
+            pack_tokens=decider.pack_tokens,
+            regimes=self._regimes,
+            names=[f"prompt {rollout.prompt.id!r}" for rollout in rollouts],
+            labels=labels,
+        )
+        for rollout, proposal in zip(rollouts, proposals, strict=True):
+            shared, parted = proposal.shared, [n for n in proposal.parted if n is not None]
+            expected = frozenset(label for label, n in zip(partners, proposal.parted, strict=True) if n is not None)
+            if not partners or proposal.outcome in (Outcome.DIVERGED, Outcome.OPEN):
+                limit = None
+            elif not parted:
+                yield replace(rollout, ended=proposal.outcome.value)
+                continue
+            else:  # what follows the last divergence serves no event
+                shared, limit = shared[: max(parted)], proposal.outcome.value
+            yield replace(rollout, written=[*rollout.written, *shared], is_open=False, expected=expected, limit=limit)
+
+    # ---- what the capture forward decides ----
+
+    @torch.no_grad()
+    def _run_pack(self, pack: list[_Rollout]) -> list[_Rollout]:
+        """One forward of every checkpoint over these sequences, and how each rollout goes on."""
+        decider = self._decider
+        bounds = offsets_of([len(rollout.sequence) for rollout in pack]).tolist()
+        spans = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
+        # Positions whose next token is compared: from the last prompt token, or the first one of this regime, on.
+        compared = [span[len(rollout.ids) + rollout.decided - 1 :] for rollout, span in zip(pack, spans, strict=True)]
+        kept = spans if decider.settings.row_selection == "prefix" else compared
+        states, final = decider.forward(pack, bounds, kept, compared)
+        best = {label: decider.best(label, final[label], pack, compared) for label in decider.paired}
+        final = {label: hidden.cpu() for label, hidden in final.items()}
+        found = []
+        parts = zip(
+            pack, consecutive([len(rows) for rows in kept]), consecutive([len(rows) for rows in compared]), strict=True
+        )
+        for rollout, rows, steps in parts:
+            own = slice(steps.start, steps.stop)
+            gaps = {label: logits[own, 0] - logits[own, 1] for label, (_, logits) in best.items()}
+            leg = _Leg(
+                rollout.sequence,
+                rollout.decided,
+                {label: ids[own, 0].tolist() for label, (ids, _) in best.items()},
+                {label: gap.tolist() for label, gap in gaps.items()},
+                {label: hidden[own] for label, hidden in final.items()},
+                {key: values[rows.start : rows.stop] for key, values in states.items()},
+            )
+            found.append(self._decide(rollout, leg))
+        return found
+
+    def _decide(self, rollout: _Rollout, leg: _Leg) -> _Rollout:
+        """The rollout with this leg, ended or to be gone on with in the next regime; or without it, where the forward
+        contradicts what was proposed."""
+        own, n = leg.choices[rollout.writer], len(rollout.written)
+        outcome = None
+        for step, token in enumerate(own, start=rollout.decided):
+            if step < n and token == rollout.written[step]:
+                continue
+            outcome = self._limits.after_agreeing(token, len(rollout.ids) + step, step + 1)
+            if step < n:
+                return self._again(rollout, rollout.written[:step], token if outcome is None else None)
+        partners = self._partners[rollout.writer]
+        parted = rollout.parted | {label for label in partners if leg.choices[label] != own}
+        confirmed = replace(rollout, legs=(*rollout.legs, leg), parted=parted)
+        if partners and parted.issuperset(partners):
+            return replace(confirmed, ended=_DIVERGED)
+        if outcome is not None:
+            return replace(confirmed, ended=outcome.value)
+        if rollout.n_rounds >= MAX_ROUNDS:
+            return replace(confirmed, ended=_UNDECIDED)
+        if rollout.limit is not None and rollout.expected <= parted:
+            return replace(confirmed, ended=rollout.limit)
+        length = len(leg.sequence)
+        if length == self._regimes.last(length):
+            return replace(confirmed, written=[*rollout.written, own[-1]], is_open=True, limit=None, n_rounds=0)
+        return self._again(rollout, rollout.written, own[-1])
+
+    def _again(self, rollout: _Rollout, written: list[int], token: int | None) -> _Rollout:
+        """Another round: from what the forward chose; or over what it confirmed, where that is the end, or where
+        rounding has contradicted it so often that it would go on for ever."""
+        n_rounds = rollout.n_rounds + 1
+        goes_on = token is not None and n_rounds < MAX_ROUNDS
+        more = [token] if goes_on and token is not None else []
+        return replace(rollout, written=[*written, *more], is_open=goes_on, limit=None, n_rounds=n_rounds)
+
+    # ---- which events there are ----
+
+    def _segment(self, rollouts: list[_Rollout]) -> SegmentData:
+        placed = [
+            _Placed(rollout, pair, chosen)
+            for rollout in rollouts
+            for pair in self._decider.pairs
+            if rollout.legs
+            for chosen in self._chosen(rollout, pair)
+        ]
+        margins = self._margins(placed)
+        excluded: dict[int, list[Excluded]] = {}
+        events: dict[int, list[tuple[_Placed, Event]]] = {}
+        for one, margin in zip(placed, margins, strict=True):
+            rollout, pair = one.rollout, one.pair
+            if one.chosen.kind in CHOSEN_KINDS and not margin[pair[0]] < 0 < margin[pair[1]]:
+                excluded.setdefault(rollout.index, []).append(Excluded(rollout.prompt, "tie", pair))
+            else:
+                events.setdefault(rollout.index, []).append((one, self._event(one, margin)))
+        for rollout in rollouts:
+            found = {one.pair for one, _ in events.get(rollout.index, ())}
+            found |= {one.pair for one in excluded.get(rollout.index, ())}
+            for pair in self._decider.pairs:
+                if pair[0] == rollout.writer and pair not in found:
+                    left_out = Excluded(rollout.prompt, rollout.ended or _UNDECIDED, pair)
+                    excluded.setdefault(rollout.index, []).append(left_out)
+        captured = [
+            self._captured(rollout, leg, [event for one, event in events.get(rollout.index, ()) if one.leg is leg])
+            for rollout in rollouts
+            for leg in rollout.legs
+        ]
+        with_events = [one for one in captured if one.events]
+        return self._decider.segment(with_events, [one for _, of in sorted(excluded.items()) for one in of])
+
+    def _chosen(self, rollout: _Rollout, pair: tuple[str, str]) -> list[Chosen]:
+        """The events of a pair on a rollout, which another pair may own."""
+        if rollout.writer not in (pair if self._of_both else pair[:1]):
+            return []
+        first, second = (rollout.choices(label) for label in pair)
+        if not self._of_both:
+            at = first_disagreement(first, second)
+            return [] if at is None else [Chosen(FIRST_DIVERGENCE, at, (first[at], second[at]))]
+        return choose(
+            ROLES[pair.index(rollout.writer)],
+            rollout.prompt.id,
+            first,
+            second,
+            n_history=len(rollout.written) + (rollout.ended == Outcome.ENDED.value),
+            is_format=lambda token: self._classes.of(self._text(token), special=self._is_special(token)) == FORMAT,
+            is_marker=lambda token: is_marker(self._text(token)),
+        )
+
+    def _is_special(self, token: int) -> bool:
+        return token in self._decider.special
+
+    def _margins(self, placed: list[_Placed]) -> list[dict[str, float]]:
+        """What every checkpoint makes of each event's two tokens."""
+        if not placed:
+            return []
+        final = {
+            label: torch.stack([one.leg.final[label][one.row] for one in placed]) for label in self._decider.backbones
+        }
+        return self._decider.margins(final, [one.chosen.tokens for one in placed], placed, [[0]] * len(placed))
+
+    @staticmethod
+    def _event(one: _Placed, margins: dict[str, float]) -> Event:
+        rollout, chosen, leg = one.rollout, one.chosen, one.leg
+        return Event(
+            position=len(rollout.ids) - 1 + chosen.step,
+            kind=chosen.kind,
+            pair=one.pair,
+            tokens=chosen.tokens,
+            gaps=tuple(leg.gaps[label][one.row] for label in one.pair),
+            margins=margins,
+            final={label: final[one.row] for label, final in leg.final.items()},
+            step=chosen.step,
+            proposed_step=chosen.step,
+            carried=rollout.prompt.carried,
+        )
+
+    def _captured(self, rollout: _Rollout, leg: _Leg, events: list[Event]) -> Captured:
+        events.sort(key=lambda event: event.position)
+        rows = leg.rows
+        if self._decider.settings.row_selection != "prefix":
+            own = [event.step - leg.first for event in events]
+            rows = {key: values[own] for key, values in rows.items()}
+        return Captured(rollout.index, rollout.prompt.id, leg.sequence, events, rows)
