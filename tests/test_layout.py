@@ -48,7 +48,7 @@ FLOW = {
         *("run", "analysis", "further"),
     ),
     "analyses": ("stability", "effects", "grid", "depth", "lineage"),
-    "report": ("visible", "figures", "page"),
+    "report": ("visible", "figures", "variants", "sections", "page"),
     "cli": (
         *("terminal", "memory", "parser", "arguments", "tables", "answer", "captured", "timing", "watched", "analyses"),
         *("stability", "stages", "stores", "bench", "plan", "run"),

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -385,11 +385,12 @@ class Stability(Analysis[StabilityOptions]):
         )
         return self.write(run.folder, options, summarise(table), self.made_from(run.folder, store))
 
-    def read(self, folder: RunFolder, store: Store) -> list[dict[str, Any]] | None:
-        """Of the table: it may have grown since."""
+    def read(self, folder: RunFolder, store: Store) -> dict[str, Any] | None:
+        """Of the table: it may have grown since, and an earlier version left no more."""
         if not self.table_path(folder).is_file():
             return None
-        return summarise(read_stability(store, folder.stability))
+        content = super().read(folder, store) or {"options": asdict(StabilityOptions())}
+        return content | {"groups": summarise(read_stability(store, folder.stability))}
 
     def lines(self, groups: Sequence[Mapping[str, Any]]) -> list[str]:
         """Counts in two sentences."""

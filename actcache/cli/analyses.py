@@ -21,7 +21,7 @@ from actcache.study.run_folder import RunFolder
 if TYPE_CHECKING:
     from actcache.models.lineup import Lineup
     from actcache.store import Store
-    from actcache.study.analysis import Analysis, Section
+    from actcache.study.analysis import Analysis, Answered
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -33,32 +33,32 @@ def add_verbs(verbs: Verbs) -> None:
         parser.add_argument("--json", action="store_true", help="print JSON, as in the file")
 
 
-def sections_of(folder: RunFolder, store: Store) -> dict[str, Section]:
+def answers_of(folder: RunFolder, store: Store) -> dict[str, Answered]:
     """What the report shows of the analyses that a run has answered; one of other cells is named and left out."""
-    sections = {}
+    answers = {}
     for named in ANALYSES:
         if any(path.is_file() for path in (folder.path / f"{named.name}.json", folder.path / f"{named.name}.parquet")):
             analysis = named.load()
-            groups = analysis.read(folder, store)
-            if groups is None:
+            content = analysis.read(folder, store)
+            if content is None:
                 say(f"{analysis.path(folder)} is of other cells than the run's; 'actcache {named.name}' makes it again")
-            elif groups:
-                sections[named.name] = analysis.section(groups)
-    return sections
+            elif content["groups"]:
+                answers[named.name] = analysis.answered(content, folder.path.name)
+    return answers
 
 
 def _add_options(named: Named, parser: Parser) -> None:
     quiet_libraries()
+    from actcache.study.analysis import flag_of
+
     for entry in fields(named.load().options):
-        flag = entry.metadata["flag"] or f"--{entry.name.replace('_', '-')}"
-        parser.add_argument(
-            flag,
-            dest=entry.name,
-            type=entry.metadata["type"],
-            default=entry.default,
-            help=entry.metadata["help"],
-            metavar=flag.lstrip("-").upper(),
-        )
+        flag = flag_of(entry)
+        how: dict[str, Any] = {"dest": entry.name, "default": entry.default, "help": entry.metadata["help"]}
+        if entry.default is False:
+            how |= {"action": "store_true"}
+        else:
+            how |= {"type": entry.metadata["type"], "metavar": flag.lstrip("-").upper()}
+        parser.add_argument(flag, **how)
 
 
 def _answer(named: Named, args: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.cli.analyses import sections_of
+from actcache.cli.analyses import answers_of
 from actcache.cli.answer import answer, described, reasons_of, said_of_left_out
 from actcache.cli.arguments import (
     Verbs,
@@ -420,7 +420,7 @@ def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False,
         _settings_shown(folder.record(), store),
         checkpoints=store.checkpoints,
         default_boundary=round(0.6 * store.fingerprint.n_blocks),
-        sections=sections_of(folder, store),
+        answers=answers_of(folder, store),
     )
     write_atomically(folder.report, html_bytes(page, {**identity(store), **made_from, "effects": effects.seal}))
 

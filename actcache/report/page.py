@@ -5,6 +5,8 @@ Knows the tables of a run and the effects; draws nothing and holds no HTML.
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,12 +20,14 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 from actcache.analyses.effects import GROUP_COLUMNS, contrasts
 from actcache.errors import InputError
-from actcache.report import figures, visible
+from actcache.report import figures, sections, variants, visible
+from actcache.report.sections import CAUTION_PROMPTS, OPEN_ROWS
 from actcache.schema import CONTRASTS, GRID_MARGINS, IT, NATIVE, PT, ROLES, common_readout, names
-from actcache.study.analysis import Section
+from actcache.study.analysis import Answered
 from actcache.study.statistics import FEWEST_PROMPTS
 
 EXAMPLES_PER_PART = 8
@@ -33,9 +37,6 @@ TOKEN_CHARACTERS = 32
 MAX_GROUPS = 300
 """Rows of the table of groups; more than these are in effects.json only."""
 MAX_REASONS = 30
-CAUTION_PROMPTS = 30
-"""Below as many prompts an interval gets a word of caution: a percentile bootstrap is then still too narrow."""
-
 _LOGIT_QUANTITIES = names(CONTRASTS)
 _CELLS_COLUMNS = (*GROUP_COLUMNS, "noop_delta")
 _EVENTS_COLUMNS = ("event_id", "prompt_id", "kind", "gap_pt", "gap_it", "context", "token_pt", "token_it")
@@ -53,9 +54,10 @@ def build_report(
     *,
     checkpoints: Sequence[str] = (),
     default_boundary: int | None = None,
-    sections: Mapping[str, Section] = MappingProxyType({}),
+    answers: Mapping[str, Answered] = MappingProxyType({}),
 ) -> str:
-    """Render a run as one HTML page that needs nothing else: no scripts, fonts, images or network.
+    """Render a run as one HTML page that needs nothing else: no fonts, images, network or scripts, but for one in the
+    page that sorts its tables.
 
     The page leads with the main group: kind ``first_divergence``, scope ``prefix``, the readout of the checkpoint in
     the role it (else ``native``), variant ``none`` where the run has them, and the boundary nearest to
@@ -73,7 +75,7 @@ def build_report(
         checkpoints: labels in the order of the lineup; the order of the map where there are more than two.
         default_boundary: the boundary to lead with; the nearest one that was run is taken. Without it: 0.6 of the
             largest boundary plus one, which is the default boundary where all boundaries were run.
-        sections: what analyses show, by their names.
+        answers: what analyses show, by their names.
 
     Returns:
         The page. The same arguments give the same text, for any order of the rows of ``cells`` and ``events``; it can
@@ -98,6 +100,7 @@ def build_report(
     if cells.num_rows and not groups:
         raise InputError(f"{cells.num_rows} cells but effects without groups: compute the effects of these cells first")
 
+    script = _text_of("sort.js")
     n_prompts = len(events["prompt_id"].unique()) + len(excluded["prompt_id"].unique())
     page: dict[str, Any] = {
         "settings": [
@@ -111,7 +114,10 @@ def build_report(
         "reasons": _reasons(excluded),
         "left_out": _left_out(effects),
         "main": None,
-        "sections": [_section(name, section) for name, section in sections.items()],
+        "fewest_prompts": FEWEST_PROMPTS,
+        "sections": [sections.shown(name, answered) for name, answered in answers.items()],
+        "script": Markup(script),
+        "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
     if groups:
         page |= _findings(cells, effects, groups, events, checkpoints, default_boundary)
@@ -142,13 +148,14 @@ def _findings(
         "places": places,
         "verdict": _verdict(main),
         "caution": FEWEST_PROMPTS <= main["n_prompts"] < CAUTION_PROMPTS,
-        "fewest_prompts": FEWEST_PROMPTS,
         "unpatched": _unpatched(effects["groups"], raw),
         "whose_readout": None if raw["readout"] == NATIVE else main["readout"].partition(" = ")[0],
         "grid_figure": figures.grid(main["cells"], main, labels, places),
         "lineup_figure": _lineup_figure(raw, checkpoints, places),
         "effects_figure": figures.late_effects(_other_readouts(groups, main), labels[1], places),
         "boundary_figure": _boundary_figure(groups, main, places),
+        "variant_figures": _variant_figures(effects["groups"], raw, places),
+        "effects_files": sections.downloads("effects", effects["groups"]),
         "steps_figure": figures.steps(per_event["step"].to_numpy()),
         "step_median": float(np.median(per_event["step"].to_numpy())),
         "gaps_figure": figures.gaps(gap_pt, gap_it, labels) if gap_pt.size and gap_it.size else None,
@@ -163,24 +170,14 @@ def _findings(
     }
 
 
-def _section(name: str, section: Section) -> dict[str, Any]:
-    """A section of an analysis, drawn, with its texts made fit to show."""
-    numbers = [cell for row in section.rows for cell in row if not isinstance(cell, str | int | float)]
-    places = visible.decimals(number["mean"] for number in numbers)
-    return {
-        "name": name,
-        "section": section,
-        "notes": visible.plain(f"{section.shows} {section.does_not_show}"),
-        "figures": [figures.draw(figure, f"{name}{number}", places) for number, figure in enumerate(section.figures)],
-        "rows": [[visible.plain(cell) if isinstance(cell, str) else cell for cell in row] for row in section.rows],
-        "places": places,
-    }
+def _text_of(name: str) -> str:
+    return files("actcache.report").joinpath(name).read_text(encoding="utf-8")
 
 
 @cache
 def _template() -> Template:
     environment = Environment(
-        loader=FunctionLoader(lambda name: files("actcache.report").joinpath(name).read_text(encoding="utf-8")),
+        loader=FunctionLoader(_text_of),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -306,6 +303,15 @@ def _boundary_figure(groups: list[Group], main: Group, places: int) -> Any:
     return figures.over_boundaries(panels, main["boundary"], places)
 
 
+def _variant_figures(groups: list[Group], main: Group, places: int) -> list[Any]:
+    """What edits change of the interaction; none where nothing was edited."""
+    alike = [group for group in groups if _same(group, main, *(name for name in GROUP_COLUMNS if name != "variant"))]
+    interactions = {group["variant"]: group["interaction"] for group in alike}
+    unedited = interactions.pop("none", None)
+    found = variants.figures_of(interactions, unedited, places)
+    return [figures.draw(figure, f"variants{number}", places) for number, figure in enumerate(found)]
+
+
 def _verdict(main: Group) -> str:
     """What the interval of the interaction says, as a key of the template's sentences."""
     low, high = main["interaction"]["low"], main["interaction"]["high"]
@@ -346,16 +352,19 @@ def _group_table(groups: list[Group], main: Group) -> dict[str, Any]:
         """Position on the little axis, 0..100, that all rows share."""
         return None if value is None else round(100 * (value - low + room) / (high - low + 2 * room), 2)
 
+    n_alike = sum(_same(group, main, "kind", "pair", "scope", "variant") for group in rows)
+    n_open = len(rows) if len(rows) <= OPEN_ROWS else min(n_alike, OPEN_ROWS)
+    shown = [
+        group | {"is_main": group is main, "x": {end: x(group["interaction"][end]) for end in ("mean", "low", "high")}}
+        for group in rows
+    ]
     return {
         "varying": varying,
         "constant": [(name, main[name]) for name in ("kind", "scope", "variant") if name not in varying],
         "places": visible.decimals(group[name]["mean"] for group in rows for name in _LOGIT_QUANTITIES),
         "zero": x(0.0),
-        "rows": [
-            group
-            | {"is_main": group is main, "x": {end: x(group["interaction"][end]) for end in ("mean", "low", "high")}}
-            for group in rows
-        ],
+        "rows": shown[:n_open],
+        "more": shown[n_open:],
         "n_hidden": len(groups) - len(rows),
     }
 

@@ -8,9 +8,11 @@ nothing.
 
 from __future__ import annotations
 
+import shlex
 from abc import ABC, abstractmethod
+from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
@@ -51,6 +53,11 @@ Interval: TypeAlias = Mapping[str, float | None]
 
 Cell: TypeAlias = str | int | float | Interval
 """What a table of a section shows: a text, a count, a number without a sign of its own (a p-value), or an interval."""
+
+
+def flag_of(entry: Field[Any]) -> str:
+    """The flag of an option."""
+    return entry.metadata["flag"] or f"--{entry.name.replace('_', '-')}"
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,21 @@ class Section:
 
 
 @dataclass(frozen=True)
+class Answered:
+    """A section, and what it was made of.
+
+    Attributes:
+        section: itself.
+        groups: of numbers.
+        command: that gives them.
+    """
+
+    section: Section
+    groups: Sequence[Mapping[str, Any]]
+    command: str
+
+
+@dataclass(frozen=True)
 class Numbers:
     """What an analysis makes of cells.
 
@@ -240,9 +262,24 @@ class Analysis(ABC, Generic[Options]):
             lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
         return [*lines, "", section.shows]
 
-    def read(self, folder: RunFolder, store: Store) -> list[dict[str, Any]] | None:
-        """The groups that :meth:`answer` left; None where there is nothing, or it is of other events, of cells that
-        were replayed otherwise, or of another version.
+    def answered(self, content: Mapping[str, Any], run: str) -> Answered:
+        """The section of what :meth:`answer` gave, of at least one group; ``run`` is what the command calls the run."""
+        return Answered(self.section(content["groups"]), content["groups"], self.command(run, content["options"]))
+
+    def command(self, run: str, options: Mapping[str, Any]) -> str:
+        """The command that answers with these options, those that are the defaults left out."""
+        words = ["actcache", self.name, run]
+        for entry in fields(self.options):  # type: ignore[arg-type]
+            value, default = options.get(entry.name, entry.default), entry.default
+            if value is True and default is False:
+                words.append(flag_of(entry))
+            elif value != (list(default) if isinstance(default, tuple) else default):
+                words.append(f"{flag_of(entry)}={','.join(map(str, value)) if isinstance(value, list) else value}")
+        return shlex.join(words)
+
+    def read(self, folder: RunFolder, store: Store) -> dict[str, Any] | None:
+        """What :meth:`answer` left; None where there is nothing, or it is of other events, of cells that were replayed
+        otherwise, or of another version.
 
         Raises:
             CorruptFileError, NoSealError: the file is damaged, or not one of ours.
@@ -252,19 +289,31 @@ class Analysis(ABC, Generic[Options]):
             content, made_from, _ = read_json(self.path(folder), f"the numbers of {self.name}", again)
         except FileNotFoundError:
             return None
-        groups: list[dict[str, Any]] = content["groups"]
-        return groups if made_from == self.made_from(folder, store) else None
+        return content if made_from == self.made_from(folder, store) else None
 
     def options_of(self, given: Mapping[str, Any]) -> Options:
         """Options from names and values; those left out are the defaults.
 
         Raises:
-            InputError: a name is none of them.
+            InputError: a name is none of them, or a value is not what the command line would take.
         """
-        known = [entry.name for entry in fields(self.options)]  # type: ignore[arg-type]
-        if unknown := sorted(given.keys() - set(known)):
+        known = {entry.name: entry for entry in fields(self.options)}  # type: ignore[arg-type]
+        if unknown := sorted(given.keys() - known.keys()):
             raise InputError(f"{self.name} has no option {unknown[0]!r}; it has {', '.join(known)}")
-        return self.options(**given)
+        return self.options(**{name: self._value_of(known[name], value) for name, value in given.items()})
+
+    def _value_of(self, entry: Field[Any], given: Any) -> Any:
+        """The value of an option, read as the command line reads it; a list is its values with commas between."""
+        default, read = entry.default, entry.metadata["type"]
+        if type(given) is type(default) and (given == default or isinstance(given, bool)):
+            return given
+        text = ",".join(map(str, given)) if isinstance(given, list | tuple) else str(given)
+        try:
+            if given is None or isinstance(given, bool) or isinstance(default, bool):
+                raise ValueError
+            return read(text)
+        except (ValueError, ArgumentTypeError) as error:
+            raise InputError(f"{self.name}: {entry.name} is {given!r}, which {flag_of(entry)} does not take") from error
 
     def table_path(self, folder: RunFolder) -> Path:
         """Where its table lies."""

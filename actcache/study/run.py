@@ -122,7 +122,7 @@ class Run:
             groups = read_json(path, "effects", again).content["groups"]
         except FileNotFoundError as error:
             raise InputError(f"{path}: no such file; {again}") from error
-        return pa.Table.from_pylist([_flat(group) for group in groups])
+        return pa.Table.from_pylist([flat(group) for group in groups])
 
     @cached_property
     def lineup(self) -> Lineup:
@@ -364,14 +364,14 @@ def check_same_checkpoints(store: Store, lineup: Lineup) -> None:
             )
 
 
-def _flat(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group with its numbers side by side."""
-    flat: dict[str, Any] = {}
+def flat(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group with its numbers side by side: of each its mean, under its name, ``<name>_low`` and ``<name>_high``."""
+    found: dict[str, Any] = {}
     for name, value in group.items():
         if isinstance(value, Mapping) and value.keys() == {"mean", "low", "high"}:
-            flat |= {name: value["mean"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+            found |= {name: value["mean"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
         elif name == "cells":
-            flat |= _flat({f"y_{cell}": of for cell, of in value.items()})
+            found |= flat({f"y_{cell}": of for cell, of in value.items()})
         elif not isinstance(value, Mapping):
-            flat[name] = value
-    return flat
+            found[name] = value
+    return found
