@@ -4,8 +4,8 @@ for (const table of document.querySelectorAll("table.sorts")) {
   const body = table.tBodies[0], given = [...body.rows], heads = [...table.tHead.rows[0].cells];
   const key = (row, column) => {
     const data = row.cells[column].querySelector("data");
-    const text = data ? data.value : row.cells[column].textContent.trim();
-    return text === "" || isNaN(text) ? text : Number(text);
+    const text = data ? data.value : row.cells[column].textContent.trim(), bare = text.replaceAll(",", "");
+    return bare === "" || isNaN(bare) ? text : Number(bare);
   };
   const compare = (a, b, sign) => {
     const numbers = [a, b].map((one) => typeof one === "number");
