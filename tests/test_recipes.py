@@ -42,7 +42,7 @@ def planted(events):
                     kept = {name: row[name] for name in ("event_id", "prompt_id", "kind", "pair", "step")}
                     cells.append(kept | cell | {"variant": "none", "margin": margin, "top1_id": 1})
     table = pa.Table.from_pylist(rows)
-    fingerprint = SimpleNamespace(n_blocks=8, pair=("base", "sft"), has_prefix_rows=True)
+    fingerprint = SimpleNamespace(n_blocks=8, pair=("base", "sft"), event_pairs=[], has_prefix_rows=True)
     known = {"checkpoints": list(LABELS), "boundaries": [5], "path": "S", "width": 8, "dtype": "float32"}
     store = Store(fingerprint=fingerprint, events=table, **known)
     return SimpleNamespace(store=store), pa.Table.from_pylist(cells)

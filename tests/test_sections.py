@@ -59,9 +59,7 @@ def test_a_section_has_all_its_parts():
     assert text.startswith(" A question 60 events of 30 prompts ")
     assert "name events slope share p row 0 1,000 0.00[\u22120.10, +0.10] 0.0%[\u22121.0%, 1.0%] 5e-05" in text
     assert "Shows. What it shows." in text
-    assert (
-        "Does not show. What it does not." in text
-    )
+    assert "Does not show. What it does not." in text
     assert "Made by actcache question RUN --scope=position; its numbers: CSV, JSON." in text
     assert {"1001", "0.14285714285714285", "5e-05"} <= set(page.data_values)
 

@@ -86,7 +86,7 @@ class Lineage(CellAnalysis[LineageOptions]):
         check_weights(options.weights)
         asked = _asked(store, options)
         check_settings(store, _settings(asked))
-        pairs = {",".join(store.fingerprint.pair), *pc.unique(store.events["pair"]).to_pylist()}
+        pairs = {*map(",".join, store.fingerprint.event_pairs), *pc.unique(store.events["pair"]).to_pylist()}
         if not any(_is_support(pair, asked) for pair in pairs):
             raise InputError(
                 f"{store.path} has events of {'; '.join(sorted(pairs))}, and none of {asked.base} and a stage of it; "
@@ -141,11 +141,11 @@ class Lineage(CellAnalysis[LineageOptions]):
             rows=[
                 [
                     f"{_support(one)}, {one['subset']}, {one['stage']}",
-                    f"{one['n_events']:,}",
-                    f"{one['n_prompts']:,}",
+                    one["n_events"],
+                    one["n_prompts"],
                     *(one[name] for name in ("late_from_pt", "late_from_it", "interaction", "fraction")),
                     *(one[name] for name in ("chooses_y_it", "native_interaction")),
-                    *(f"{one[name]:.2g}" for name in ("null_q99.9", "p")),
+                    *(one[name] for name in ("null_q99.9", "p")),
                 ]
                 for one in stages
             ],
@@ -157,11 +157,10 @@ class Lineage(CellAnalysis[LineageOptions]):
                 f"Events of {base} and {final} have tokens that these two chose, so that {final} is favoured by "
                 "construction. "
                 + (
-                    f"Events of {base} and {', '.join(missing)} are not among those shown; they would be a check. "
+                    f"Events of {base} and {', '.join(missing)} are not among those shown; they would be a check."
                     if missing
-                    else "The events of earlier stages are the check. "
+                    else "The events of earlier stages are the check."
                 )
-                + "Intervals depend on these prompts and these checkpoints."
             ),
             shares=("fraction", "top-1 is y_it"),
         )

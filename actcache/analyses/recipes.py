@@ -170,11 +170,10 @@ class Recipes(CellAnalysis[RecipesOptions]):
             rows=[
                 [
                     f"{_name(one)}, {one['slice']}",
-                    f"{one['n_events']:,}",
-                    f"{one['n_prompts']:,}",
+                    one["n_events"],
+                    one["n_prompts"],
                     *(one.get(name, "") for name in (*_SCORES, "portable_share", "conditional_share")),
-                    one.get("interaction_adjusted", ""),
-                    *(f"{one[name]:.2g}" if name in one else "" for name in ("null_q99.9", "p")),
+                    *(one.get(name, "") for name in ("interaction_adjusted", "null_q99.9", "p")),
                 ]
                 for one in groups
             ],
@@ -184,8 +183,7 @@ class Recipes(CellAnalysis[RecipesOptions]):
             ),
             does_not_show=(
                 "Descendants are compared at other events of the same prompts, never at the same events. The controls "
-                "take out what category, position and class of token explain linearly, and nothing else. Intervals "
-                "depend on these prompts and these checkpoints."
+                "take out what category, position and class of token explain linearly, and nothing else."
             ),
             shares=("P/M", "C/M"),
         )
@@ -198,7 +196,7 @@ def _asked(store: Store, options: RecipesOptions) -> _Asked:
         raise InputError(f"there is no checkpoint {base!r} in {store.path}; it has {', '.join(store.checkpoints)}")
     if options.readout not in (_OWN, _BASE, NATIVE):
         raise InputError(f"readout {options.readout!r} is unknown; choose {_OWN}, {_BASE} or {NATIVE}")
-    pairs = {",".join(store.fingerprint.pair), *pc.unique(store.events["pair"]).to_pylist()}
+    pairs = {*map(",".join, store.fingerprint.event_pairs), *pc.unique(store.events["pair"]).to_pylist()}
     own = tuple(label for label in store.checkpoints if f"{base},{label}" in pairs and label != base)
     if not own:
         raise InputError(
