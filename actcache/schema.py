@@ -192,12 +192,22 @@ def common_readout(label: str) -> str:
     return f"common_{label}"
 
 
-def readouts_of(names: Iterable[str], labels: Sequence[str], pair: Sequence[str]) -> tuple[str, ...]:
-    """Readouts by label, each once, where a name may be a role's: ``common_it`` is the pair's second checkpoint, unless
-    a checkpoint is called ``it``."""
-    roles = zip(ROLES, pair, strict=True)
-    of_role = {common_readout(role): common_readout(label) for role, label in roles if role not in labels}
-    return tuple(dict.fromkeys(of_role.get(name, name) for name in names))
+def readouts_of(
+    names: Iterable[str], labels: Sequence[str], pair: Sequence[str] | Sequence[Sequence[str]]
+) -> tuple[str, ...]:
+    """Readouts by label, each once, where a name may be a role's: ``common_it`` is the second checkpoint of the pair,
+    or of each of several pairs, unless a checkpoint is called ``it``."""
+    of_role: dict[str, list[str]] = {}
+    for one in several_pairs(pair):
+        for role, label in zip(ROLES, one, strict=True):
+            if role not in labels:
+                of_role.setdefault(common_readout(role), []).append(common_readout(label))
+    return tuple(dict.fromkeys(readout for name in names for readout in of_role.get(name, [name])))
+
+
+def several_pairs(pair: Sequence[str] | Sequence[Sequence[str]]) -> list[Sequence[str]]:
+    """One pair of labels, or several, as several."""
+    return [one for one in pair if not isinstance(one, str)] or [[one for one in pair if isinstance(one, str)]]
 
 
 # A key of a prompt line becomes a column of these tables, so that it may have no name of theirs.

@@ -22,7 +22,7 @@ GRID = [("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")]
 
 def store_of(n_blocks=30, boundaries=(18, 27, 29)):
     return SimpleNamespace(
-        fingerprint=SimpleNamespace(n_blocks=n_blocks, pair=("pt", "it")),
+        fingerprint=SimpleNamespace(n_blocks=n_blocks, event_pairs=[("pt", "it")]),
         boundaries=list(boundaries),
         checkpoints=["pt", "it"],
     )

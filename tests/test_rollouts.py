@@ -328,6 +328,146 @@ def test_regimes_have_sequences_of_their_own(tmp_path):
     assert main(["grid", str(tmp_path / "run")]) == 0
 
 
+# ---- several pairs ----
+
+LABELS = ("base", "sft", "dpo", "far")
+PAIRS = ("base,sft", "base,dpo")
+
+
+@pytest.fixture(scope="module")
+def lineup(tmp_path_factory) -> dict[str, Path]:
+    return tiny.make_lineup(tmp_path_factory.mktemp("lineup"), "llama", LABELS)
+
+
+def of_pairs(lineup, prompts: Path, out: Path, *pairs: str, more: Any = ("--strict",)) -> actcache.Store:
+    given = ["capture", *(f"--checkpoint={label}={folder}" for label, folder in lineup.items()), "--out", out]
+    given += [*(f"--pair={pair}" for pair in pairs), "--prompts", prompts, "--boundary", 3, "--max-new", 24, *more]
+    assert main([str(word) for word in given]) == 0
+    return open_store(out / "store")
+
+
+@pytest.fixture(scope="module")
+def several(lineup, prompts, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("several") / "run"
+    of_pairs(lineup, prompts, out, *PAIRS, more=("--strict", "--shard-prompts", 4))
+    return out
+
+
+PLACE = ("prompt_id", "kind", "pair", "step", "position", "y_pt", "y_it", "category")
+
+
+def rows_of(store, *pairs: str) -> list[tuple[Any, ...]]:
+    rows = [tuple(row[name] for name in PLACE) for row in store.events.to_pylist() if not pairs or row["pair"] in pairs]
+    return sorted(rows)
+
+
+@pytest.mark.slow
+def test_events_of_several_pairs_are_those_of_each(several, lineup, prompts, tmp_path):
+    store = open_store(several / "store")
+    for number, pair in enumerate(PAIRS):
+        alone = of_pairs(lineup, prompts, tmp_path / str(number), pair)
+        assert rows_of(alone) == rows_of(store, pair)
+        reasons = [(row["prompt_id"], row["reason"]) for row in alone.excluded.to_pylist()]
+        excluded = store.excluded.to_pylist()
+        assert reasons == [(row["prompt_id"], row["reason"]) for row in excluded if row["pair"] == pair]
+        margins = {row["prompt_id"]: row for row in alone.events.to_pylist()}
+        for row in store.events.to_pylist():
+            if row["pair"] == pair:
+                for name in ("margin_pt", "margin_it", "gap_pt", "gap_it", "margin_far"):
+                    assert row[name] == pytest.approx(margins[row["prompt_id"]][name], abs=1e-4)
+    assert {row["event_id"].rpartition(":")[2] for row in store.events.to_pylist()} == set(PAIRS)
+    assert len(set(store.events["event_id"].to_pylist())) == len(store)
+
+
+def test_a_base_runs_once_for_all_its_pairs(several, lineup):
+    """One sequence per prompt, the base's own continuation, up to the last of its partners' divergences."""
+    store, (base,) = open_store(several / "store"), [reference.load(lineup["base"], torch.float32)]
+    sequences = sequences_of(store)
+    last: dict[str, int] = {}
+    first: dict[str, int] = {}
+    for row in store.events.to_pylist():
+        last[row["prompt_id"]] = max(last.get(row["prompt_id"], 0), row["position"])
+        first[row["prompt_id"]] = row["position"] - row["step"]
+    assert {name: [len(one) - 1 for one in several] for name, several in sequences.items()} == {
+        name: [position] for name, position in last.items()
+    }
+    for name, (sequence,) in sequences.items():
+        assert choices(base, sequence, first[name] + 1)[:-1] == sequence[first[name] + 1 :]
+    assert len(store) > len(sequences)
+
+
+@pytest.mark.slow
+def test_cells_and_analyses_of_several_pairs(several, lineup, tmp_path):
+    out = shutil.copytree(several, tmp_path / "run")
+    assert main(["grid", str(out), "--strict"]) == 0
+    run = actcache.Run(out)
+    cells = run.cells.to_pylist()
+    assert {row["readout"] for row in cells} == {"native", "common_base", "common_sft", "common_dpo"}
+    for row in cells:
+        if row["readout"] == "native" and row["upstream"] == row["late"] and row["late"] in row["pair"].split(","):
+            role = ("pt", "it")[row["pair"].split(",").index(row["late"])]
+            assert (row["margin"] < 0) == (role == "pt")
+            assert row["top1_id"] == row[f"y_{role}"]
+    groups = run.analyse("depth")["groups"]
+    assert [(one["pair"], one["readout"]) for one in groups] == [("base,dpo", "common_dpo"), ("base,sft", "common_sft")]
+    table = run.analyse("stability", dtype="float32")
+    assert [one["n_changed"] for one in table["groups"]] == [0]
+    assert pq.read_table(out / "stability.parquet").num_rows == len(run.store)
+    assert main(["effects", str(out)]) == 0
+    assert main(["report", str(out)]) == 0
+
+
+@pytest.mark.slow
+def test_several_pairs_resume_pack_and_are_given_again(several, lineup, prompts, tmp_path):
+    store = open_store(several / "store")
+    packed = of_pairs(lineup, prompts, tmp_path / "packed", *PAIRS, more=())
+    assert rows_of(packed) == rows_of(store)
+    grown = of_pairs(lineup, prompts, tmp_path / "run", *PAIRS, more=("--strict", "--shard-prompts", 4, "--limit", 4))
+    grown = of_pairs(lineup, prompts, tmp_path / "run", *PAIRS, more=("--strict", "--shard-prompts", 4))
+    assert (
+        read_tree(tmp_path / "run/store").items()
+        >= {
+            name: data for name, data in read_tree(several / "store").items() if name.startswith("segments/shard")
+        }.items()
+    )
+    again = of_pairs(
+        lineup, prompts, tmp_path / "again", *PAIRS, more=("--strict", "--support=fixed", f"--events={several}")
+    )
+    assert rows_of(again) == rows_of(store)
+    assert again.excluded.num_rows == 0
+    assert bits(again.states("far", 3)[0]) == bits(grown.states("far", 3)[0])
+
+
+@pytest.mark.slow
+def test_rollouts_of_several_pairs(lineup, prompts, tmp_path):
+    """Base, SFT and DPO each write once; what is on base's rollout is of both pairs."""
+    more = ("--strict", "--support=rollouts", "--rollout-tokens=12")
+    given = ["capture", *(f"--checkpoint={label}={folder}" for label, folder in lineup.items()), "--prompts", prompts]
+    stores = []
+    for name, pairs in (("both", PAIRS), ("sft", PAIRS[:1]), ("dpo", PAIRS[1:])):
+        words = [*given, *(f"--pair={pair}" for pair in pairs), "--boundary", 3, "--out", tmp_path / name, *more]
+        assert main([str(word) for word in words]) == 0
+        stores.append(open_store(tmp_path / name / "store"))
+    both, *alone = stores
+    assert rows_of(both) == sorted(row for one in alone for row in rows_of(one))
+    n_sequences = [sum(map(len, sequences_of(one).values())) for one in stores]
+    assert n_sequences[0] < n_sequences[1] + n_sequences[2]
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"),
+    [
+        (("base,sft", "base,sft"), "the pair base,sft is given twice"),
+        (("base,sft", "base,none"), "the pair is base,none, expected two different labels of base, sft, dpo, far"),
+    ],
+)
+def test_pairs_that_are_none(lineup, prompts, tmp_path, capfd, pairs, said):
+    given = ["capture", *(f"--checkpoint={label}={folder}" for label, folder in lineup.items()), "--prompts", prompts]
+    given += [*(f"--pair={pair}" for pair in pairs), "--out", tmp_path / "run"]
+    assert main([str(word) for word in given]) == 2
+    assert said in capfd.readouterr().err
+
+
 # ---- planted ----
 
 VOCAB = tiny.VOCAB_SIZE

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actcache.analyses.effects import contrasts
+from actcache.analyses.effects import contrasts, read_by
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left
 from actcache.capture.settings import parse_boundaries
 from actcache.replay.edits import PLAIN
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from actcache.study.run import Run
 
 _ALIKE = ("kind", "pair", "scope", "readout")  # events of one group, at every boundary
+_NAMES = ("kind", "pair", "readout")  # of a group, beside what is asked for
 _MEANS = ("late_from_pt", "late_from_it", "interaction")
 
 
@@ -43,7 +44,7 @@ class DepthOptions:
     scope: str = option("prefix", "scope of the cells: prefix or position (default %(default)s)")
     readout: str = option(
         "common_it",
-        "readout of the cells: native, common_LABEL, or common_pt and common_it of the pair (default common_it)",
+        "readout of the cells: native, common_LABEL, or common_pt and common_it of each pair (default common_it)",
     )
     draws: int = option(DRAWS, "bootstrap draws over prompts (default %(default)s)", type=int)
     seed: int = option(SEED, "seed of the bootstrap (default %(default)s)", type=int)
@@ -70,28 +71,33 @@ class Depth(CellAnalysis[DepthOptions]):
         """One row per event and boundary; one group per kind, pair and boundary."""
         store = run.store
         boundaries = _boundaries(store, options)
-        (readout,) = _settings(store, options).readouts
-        of = {"scope": options.scope, "readout": readout, "variant": PLAIN.name}
+        of = {"scope": options.scope, "variant": PLAIN.name}
         chosen = pc.is_in(cells["boundary"], value_set=pa.array(boundaries, pa.int32()))
         for name, value in of.items():
             chosen = pc.and_(chosen, pc.equal(cells[name], value))
-        table = contrasts(cells.filter(chosen)).drop_columns(["variant"])
+        cells = cells.filter(pc.and_(chosen, read_by(cells, options.readout, store.checkpoints)))
+        table = contrasts(cells).drop_columns(["variant"])
         table = table.filter(_at_every(table, len(boundaries)))
         groups = []
-        for kind, pair in sorted(set(zip(table["kind"].to_pylist(), table["pair"].to_pylist(), strict=True))):
-            alike = pc.and_(pc.equal(table["kind"], kind), pc.equal(table["pair"], pair))
+        for names in sorted({tuple(row.values()) for row in table.select(_NAMES).to_pylist()}):
+            alike = pc.and_(*(pc.equal(table[name], value) for name, value in zip(_NAMES[:2], names, strict=False)))
             of_kind = table.filter(alike).sort_by("event_id")
-            groups += _groups({"kind": kind, "pair": pair, **of}, of_kind, boundaries, options)
+            groups += _groups(dict(zip(_NAMES, names, strict=True)) | of, of_kind, boundaries, options)
         return Numbers(table, groups)
 
     def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
         """Interaction and retention over boundaries."""
         main = groups[0]["main_boundary"]
-        ordered = sorted(groups, key=lambda group: (group["kind"], group["boundary"]))
-        kinds = list(dict.fromkeys(group["kind"] for group in ordered))
+        has_one_pair = len({group["pair"] for group in groups}) == 1
+
+        def kind_of(group: Mapping[str, Any]) -> str:
+            return group["kind"] if has_one_pair else f"{group['kind']} of {group['pair']}"
+
+        ordered = sorted(groups, key=lambda group: (kind_of(group), group["boundary"]))
+        kinds = list(dict.fromkeys(map(kind_of, ordered)))
 
         def lines(quantity: str) -> dict[str, list[tuple[int, Mapping[str, float | None]]]]:
-            of_kind = {kind: [group for group in ordered if group["kind"] == kind] for kind in kinds}
+            of_kind = {kind: [group for group in ordered if kind_of(group) == kind] for kind in kinds}
             return {kind: [(one["boundary"], one[quantity]) for one in of] for kind, of in of_kind.items()}
 
         said = ", ".join(f"boundary {one['boundary']} {_percent(one['retention']['mean'])}" for one in ordered)
@@ -103,7 +109,7 @@ class Depth(CellAnalysis[DepthOptions]):
             columns=["kind, boundary", "events", "prompts", "A", "B", "interaction", "retention"],
             rows=[
                 [
-                    f"{one['kind']}, {one['boundary']}" + (" (main)" if one["boundary"] == main else ""),
+                    f"{kind_of(one)}, {one['boundary']}" + (" (main)" if one["boundary"] == main else ""),
                     f"{one['n_events']:,}",
                     f"{one['n_prompts']:,}",
                     *(one[name] for name in _MEANS),
@@ -124,7 +130,7 @@ class Depth(CellAnalysis[DepthOptions]):
 
 def _settings(store: Store, options: DepthOptions) -> GridSettings:
     settings = GridSettings(tuple(_boundaries(store, options)), (options.scope,), (options.readout,))
-    return settings.of_pair(store.checkpoints, store.fingerprint.pair)
+    return settings.of_pair(store.checkpoints, store.fingerprint.event_pairs)
 
 
 def _boundaries(store: Store, options: DepthOptions) -> list[int]:

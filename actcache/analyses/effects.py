@@ -254,6 +254,26 @@ def select_events(
     return cells.filter(pc.is_in(cells["event_id"].cast(pa.string()), value_set=staying)), notes
 
 
+def read_by(cells: pa.Table, readout: str, labels: Sequence[str]) -> pa.Array:
+    """Which cells are scored by a readout, of those that it names: ``common_it`` is that of each event's own pair.
+
+    Args:
+        cells: as for :func:`contrasts`.
+        readout: ``native``, ``common_<label>``, or ``common_pt`` and ``common_it`` where no checkpoint is called so.
+        labels: of the checkpoints.
+    """
+    pairs = (
+        cells["pair"]
+        if "pair" in cells.column_names
+        else pa.chunked_array([pa.repeat(",".join(schema.ROLES), cells.num_rows)])
+    )
+    chosen = np.zeros(cells.num_rows, bool)
+    for pair in pc.unique(pairs).to_pylist():
+        (of_pair,) = schema.readouts_of((readout,), labels, contrasted(pair))
+        chosen |= pc.and_(pc.equal(pairs, pair), pc.equal(cells["readout"], of_pair)).to_numpy()
+    return pa.array(chosen)
+
+
 def _chosen(cells: pa.Table, ids: pa.Array) -> Bools:
     """Of which events the pair chose the tokens: others are of kinds that no rounding decides."""
     of_kinds = cells.filter(pc.is_in(cells["kind"].cast(pa.string()), value_set=pa.array(schema.CHOSEN_KINDS)))

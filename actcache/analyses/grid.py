@@ -49,8 +49,8 @@ class GridSettings:
     Attributes:
         boundaries: a subset of the store's.
         scopes: of ``prefix`` (every position's state comes from U) and ``position`` (only position p's does).
-        readouts: ``native``, ``common_<label>``; ``common_pt`` and ``common_it`` also name the roles of the pair, where
-            no checkpoint is called so.
+        readouts: ``native``, ``common_<label>``; ``common_pt`` and ``common_it`` also name the roles of the pair, or of
+            every pair, where no checkpoint is called so.
         variants: scored beside the plain grid; the same at every boundary, or a function of the boundary. Their edits
             change the rows that the cell replays, and name checkpoints of the store as donors.
         top1: whether variants get ``top1_id``, which takes the whole vocabulary, too; plain cells always do.
@@ -78,8 +78,8 @@ class GridSettings:
         """Everything to score at a boundary, the plain grid first."""
         return (PLAIN, *(self.variants(boundary) if callable(self.variants) else self.variants))
 
-    def of_pair(self, labels: Sequence[str], pair: Sequence[str]) -> GridSettings:
-        """The same settings with every readout by its label."""
+    def of_pair(self, labels: Sequence[str], pair: Sequence[str] | Sequence[Sequence[str]]) -> GridSettings:
+        """The same settings with every readout by its label; ``pair`` is one pair, or several."""
         return replace(self, readouts=readouts_of(self.readouts, labels, pair))
 
     def of_depth(self, n_blocks: int) -> GridSettings:
@@ -124,7 +124,7 @@ def run_grid(
             capture stored; a cell asked for is missing at the end, as files of finished jobs went away meanwhile.
         CorruptFileError: the file of a finished job is damaged, and not one that is scored again here.
     """
-    settings = settings.of_pair(store.checkpoints, store.fingerprint.pair)
+    settings = settings.of_pair(store.checkpoints, store.fingerprint.event_pairs)
     check_settings(store, settings)
     settings = settings.of_depth(store.fingerprint.n_blocks)
     folder = Path(folder)

@@ -262,7 +262,7 @@ class Decider:
         prefix = self.settings.row_selection == "prefix"
         kept: list[Sequence[int]] = [range(*span) for span in itertools.pairwise(bounds)] if prefix else [*compared]
         states, final = self.forward(pack, bounds, kept, compared)
-        best = [self.best(label, final[label], pack, compared) for label in self.pair]
+        best = {label: self.best(label, final[label], pack, compared) for label in self.paired}
         given = [one for run in pack for one in run.events]
         margins = self.margins(final, [one.tokens for one in given], pack, compared)
         rows_of = consecutive([len(rows) for rows in kept])
@@ -270,18 +270,20 @@ class Decider:
             events: list[Event] = []
             own_rows: list[int] = []
             for one, row in zip(run.events, at, strict=True):
-                first, second = (margins[row][label] for label in self.pair)
+                pair = one.pair or self.pair
+                first, second = (margins[row][label] for label in pair)
+                ids, logits = zip(*(best[label] for label in pair), strict=True)
                 if one.kind in CHOSEN_KINDS and not (
-                    first < 0 < second and one.tokens == tuple(int(ids[row, 0]) for ids, _ in best)
+                    first < 0 < second and one.tokens == tuple(int(of[row, 0]) for of in ids)
                 ):
                     prompt = Prompt(run.prompt.id, "", one.carried)
-                    excluded.append(Excluded(prompt, "contradicts_its_kind", self.pair))
+                    excluded.append(Excluded(prompt, "contradicts_its_kind", pair))
                     continue
-                gaps = tuple(float(logits[row, 0] - logits[row, 1]) for _, logits in best)
+                gaps = tuple(float(of[row, 0] - of[row, 1]) for of in logits)
                 own_final = {label: hidden[row].cpu() for label, hidden in final.items()}
                 events.append(
                     Event(
-                        *(one.position, one.kind, self.pair, one.tokens, gaps, margins[row], own_final),
+                        *(one.position, one.kind, pair, one.tokens, gaps, margins[row], own_final),
                         *(one.step, one.step, one.carried),
                     )
                 )

@@ -6,8 +6,9 @@ What a file's line says:
     {"id": "ioi-3", "prompt": "When Mary and John ...", "y_pt": 5, "y_it": 9}     a text of its own
     {"id": "x", "token_ids": [3, 1, 4], "position": 1, "y_pt": 5, "y_it": 9}      ids, whatever chose them
 
-``position`` is the place whose next token is compared, by default the last one. ``kind`` (by default ``fixed``) and
-``step`` may be given; further keys are carried to the event. The tokens are given: they need not be what a checkpoint
+``position`` is the place whose next token is compared, by default the last one. ``kind`` (by default ``fixed``),
+``step`` and, where the lineup has several pairs, ``pair`` (``"base,dpo"``, by default the first one) may be given;
+further keys are carried to the event. The tokens are given: they need not be what a checkpoint
 chooses, and ``kind`` says so. Of ``schema.CHOSEN_KINDS`` a capture checks that the pair itself chooses them. Knows
 tokens and files; knows no forwards.
 """
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,26 @@ FIXED = "fixed"
 """The kinds whose tokens the two checkpoints of the pair choose at the event's position."""
 
 _KIND = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,99}")
-_KEYS = ("id", "prompt_id", "prompt", "token_ids", "position", "y_pt", "y_it", "kind", "step")
+_KEYS = ("id", "prompt_id", "prompt", "token_ids", "position", "y_pt", "y_it", "kind", "step", "pair")
 
 
 @dataclass(frozen=True)
 class GivenEvent:
-    """One event: the place in its sequence, the two tokens by role, its kind, and what its line carries."""
+    """One event: the place in its sequence, the two tokens by role, its kind, and what its line carries; ``pair`` says
+    whose roles these are, where it is not the first pair's."""
 
     position: int
     tokens: tuple[int, int]
     kind: str = FIXED
     step: int = 0
     carried: dict[str, Any] = field(default_factory=dict)
+    pair: tuple[str, str] | None = None
+
+    @property
+    def said(self) -> list[Any]:
+        """As JSON."""
+        said = [self.position, self.tokens, self.kind, self.step, self.carried]
+        return said if self.pair is None else [*said, self.pair]
 
 
 @dataclass
@@ -65,10 +74,7 @@ class GivenPrompt:
 
     def as_prompt(self) -> Prompt:
         """What stands for it where a store tells whether it was captured from the same."""
-        said = [
-            [ids, [[one.position, one.tokens, one.kind, one.step, one.carried] for one in events]]
-            for ids, events in self.sequences
-        ]
+        said = [[ids, [one.said for one in events]] for ids, events in self.sequences]
         return Prompt(self.id, canonical(said).decode())
 
 
@@ -120,9 +126,11 @@ def given_by(
 def _records_of(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
     ids, offsets = store.token_ids()
     columns = store.events.column_names
+    # The roles of a run's only pair are those of whichever pair it is given to.
+    named = ["position", "y_pt", "y_it", "kind", "step", *(["pair"] if store.fingerprint.pairs else [])]
     carried = columns[columns.index("segment") + 1 :]
     for row, start, stop in zip(store.events.to_pylist(), offsets[:-1], offsets[1:], strict=True):
-        of_event = {name: row[name] for name in ("position", "y_pt", "y_it", "kind", "step")}
+        of_event = {name: row[name] for name in named}
         further = {name: row[name] for name in carried if row[name] is not None}
         sequence = ids[int(start) : int(stop)].tolist()
         yield f"event {row['event_id']!r}", {"id": row["prompt_id"], "token_ids": sequence, **of_event, **further}
@@ -142,16 +150,14 @@ def _grouped(
     for (where, record), (prompt_id, ids) in zip(records, ids_of, strict=True):
         event = _event(record, where, ids, lineup)
         if prompt_id in prompts:
-            event = GivenEvent(
-                event.position, event.tokens, event.kind, event.step, prompts[prompt_id].carried | event.carried
-            )
+            event = replace(event, carried=prompts[prompt_id].carried | event.carried)
         keys |= event.carried.keys()
         if len(keys) > MAX_KEYS:
             raise InputError(
                 f"{where}: the events to here carry {len(keys)} distinct keys, at most {MAX_KEYS} are read"
             )
         ids = ids[: event.position + 1]
-        place = (prompt_id, tuple(ids), event.tokens, event.kind)
+        place = (prompt_id, tuple(ids), event.tokens, event.kind, event.pair)
         if (first := seen.setdefault(place, where)) != where:
             raise InputError(f"{where}: the same event as {first}; leave one of them out")
         found.setdefault(prompt_id, GivenPrompt(prompt_id)).add(ids, event)
@@ -215,9 +221,16 @@ def _event(record: dict[str, Any], where: str, ids: Sequence[int], lineup: Lineu
         raise InputError(f"{where}: kind {json.dumps(kind)[:40]} is not made of letters, digits, '-' and '_'")
     if type(step) is not int or not 0 <= step <= position:
         raise InputError(f"{where}: step {json.dumps(step)[:40]} is not a number of tokens before the event")
+    named = [pair for pair in lineup.pairs if ",".join(pair) == record.get("pair")]
+    if "pair" in record and not named:
+        raise InputError(
+            f"{where}: pair {json.dumps(record['pair'])[:40]} is none of those captured: give --pair for each, here "
+            f"{'; '.join(map(','.join, lineup.pairs))}"
+        )
     further = {key: value for key, value in record.items() if key not in _KEYS}
     check_carried(further, where)
-    return GivenEvent(position, (tokens[0], tokens[1]), kind, step, further)
+    pair = named[0] if named and named[0] != lineup.pair else None
+    return GivenEvent(position, (tokens[0], tokens[1]), kind, step, further, pair)
 
 
 def _token_ids(ids: Any, where: str, lineup: Lineup) -> list[int]:

@@ -262,7 +262,7 @@ def grid_settings(
     width: int,
     n_blocks: int,
     labels: Sequence[str],
-    pair: Sequence[str],
+    pairs: Sequence[Sequence[str]],
 ) -> GridSettings:
     """What the arguments, and the sweep that they name, ask of a grid.
 
@@ -273,7 +273,7 @@ def grid_settings(
         width: D.
         n_blocks: L.
         labels: of the checkpoints.
-        pair: those in the roles pt and it, which a readout may name by role.
+        pairs: each two of them in the roles pt and it, which a readout may name by role.
 
     Raises:
         InputError: the sweep cannot be read, says what an argument says too, or a boundary is not one of the model's.
@@ -305,7 +305,7 @@ def grid_settings(
         kl=sweep.kl,
         strict=args.strict,
         max_tokens=args.max_tokens,
-    ).of_pair(labels, pair)
+    ).of_pair(labels, pairs)
 
 
 def _names(text: str) -> tuple[str, ...]:

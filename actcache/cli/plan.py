@@ -185,7 +185,7 @@ def _work_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettin
                 f"--rows {capture.row_selection} keeps no rows to replay: leave out --sweep and --variants"
             )
         return []
-    settings = grid_settings(args, None, capture.boundaries, lineup.width, lineup.n_blocks, lineup.labels, lineup.pair)
+    settings = grid_settings(args, None, capture.boundaries, lineup.width, lineup.n_blocks, lineup.labels, lineup.pairs)
     check_servable(settings, lineup.labels, capture.boundaries, lineup.n_blocks)
     return [replace(one, n_last=one.n_last + args.variants) for one in planned_work(settings, lineup.labels)]
 
@@ -275,7 +275,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
     work = list(dict.fromkeys(one for one, _ in replays_of(finished)))
     if not work and capture.row_selection == "prefix":
         default = GridSettings(capture.boundaries, strict=capture.strict)
-        work = planned_work(default.of_pair(lineup.labels, fingerprint.pair), lineup.labels)
+        work = planned_work(default.of_pair(lineup.labels, fingerprint.event_pairs), lineup.labels)
     lengths = [len(ids) for ids in lineup.encode(prompts)]
     checked = folder.timings().get("stability", {}).get("n_events", ())
     return Study(shapes_of(lineup), lengths, capture, work, tuple(checked)), finished

@@ -213,7 +213,7 @@ def _check_grid_asked(args: argparse.Namespace) -> None:
 
     lineup = open_lineup(args)
     captured = capture_settings(args, lineup.n_blocks).boundaries
-    settings = grid_settings(args, None, captured, lineup.width, lineup.n_blocks, lineup.labels, lineup.pair)
+    settings = grid_settings(args, None, captured, lineup.width, lineup.n_blocks, lineup.labels, lineup.pairs)
     check_servable(settings, lineup.labels, captured, lineup.n_blocks)
 
 
@@ -277,7 +277,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
     check_complete(store)
     captured = store.fingerprint
     settings = grid_settings(
-        args, boundary, store.boundaries, store.width, captured.n_blocks, captured.labels, captured.pair
+        args, boundary, store.boundaries, store.width, captured.n_blocks, captured.labels, captured.event_pairs
     )
     check_settings(store, settings)
     check_same_checkpoints(store, lineup)

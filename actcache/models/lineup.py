@@ -11,6 +11,7 @@ from pathlib import Path
 from actcache.errors import IncompatibleError, InputError
 from actcache.models.checkpoint import Checkpoint
 from actcache.prompts import Prompt
+from actcache.schema import several_pairs
 
 # What must be equal for states of one checkpoint to be read by the late blocks of another.
 _ALIGNED_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
@@ -210,8 +211,7 @@ class Lineup:
 
 def check_pairs(pairs: Sequence[str] | Sequence[Sequence[str]], labels: Sequence[str]) -> tuple[tuple[str, str], ...]:
     """One pair, or several; InputError where one is none, or is there twice."""
-    several = [pair for pair in pairs if not isinstance(pair, str)] or [[one for one in pairs if isinstance(one, str)]]
-    found = [check_pair(pair, labels) for pair in several]
+    found = [check_pair(pair, labels) for pair in several_pairs(pairs)]
     if twice := [pair for pair, n in Counter(found).items() if n > 1]:
         raise InputError(f"the pair {','.join(twice[0])} is given twice; leave one of them out")
     return tuple(found)
