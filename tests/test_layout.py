@@ -47,7 +47,7 @@ FLOW = {
         *("decode_job", "capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens"),
         *("run", "analysis", "further"),
     ),
-    "analyses": ("stability", "effects", "grid", "depth", "lineage", "recipes"),
+    "analyses": ("stability", "effects", "grid", "depth", "lineage", "recipes", "controls"),
     "report": ("visible", "figures", "variants", "sections", "page"),
     "cli": (
         *("terminal", "memory", "parser", "arguments", "tables", "answer", "captured", "timing", "watched", "analyses"),

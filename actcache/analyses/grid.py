@@ -58,6 +58,8 @@ class GridSettings:
             its own states (read by the same readout): KL(own || cell) in nats. Variants then get ``top1_id`` too.
         strict: one sequence per forward; bit-identical to a hooked full forward, whatever else is scored with it.
         max_tokens: tokens of one forward otherwise; None for what suits the device.
+        upstreams: labels of the only upstreams to score; None for all.
+        lates: labels of the only late stacks to score by; None for all.
     """
 
     boundaries: tuple[int, ...]
@@ -68,6 +70,8 @@ class GridSettings:
     kl: bool = False
     strict: bool = False
     max_tokens: int | None = None
+    upstreams: tuple[str, ...] | None = None
+    lates: tuple[str, ...] | None = None
 
     @property
     def wants_top1(self) -> bool:
@@ -172,7 +176,7 @@ def jobs_left(store: Store, finished: Finished, settings: GridSettings) -> list[
     lengths = [position + 1 for position in store.events["position"].to_pylist()]
     for segment, of_segment in by_segment(finished, store):
         for boundary in settings.boundaries:
-            for late in store.checkpoints:
+            for late in settings.lates or store.checkpoints:
                 left: dict[_Left, list[str]] = {}
                 for scope in settings.scopes:
                     of_scope = _left(segment, of_segment.get((boundary, scope, late), []), settings, boundary)
@@ -194,6 +198,7 @@ def jobs_left(store: Store, finished: Finished, settings: GridSettings) -> list[
                         kl=one.kl,
                         strict=settings.strict,
                         max_tokens=settings.max_tokens,
+                        upstreams=settings.upstreams,
                     )
                     for one, scopes in left.items()
                 ]
@@ -232,6 +237,9 @@ def _left(segment: Segment, finished: Sequence[Scored], settings: GridSettings, 
 def _enough(scored: Scored, settings: GridSettings) -> frozenset[str]:
     """The variants of a finished job that have all that is asked."""
     if not set(settings.readouts) <= scored.readouts or (settings.kl and not scored.has("kl")):
+        return frozenset()
+    only = scored.key.get("upstreams")
+    if only is not None and (settings.upstreams is None or not set(settings.upstreams) <= set(only)):
         return frozenset()
     return scored.names if scored.has("top1") or not settings.wants_top1 else scored.names & {PLAIN.name}
 

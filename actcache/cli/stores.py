@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +150,9 @@ def _said_of_files(run: RunFolder, files: CheckedFiles) -> str:
     """Which files of a run are as written, and which cannot be checked, in one line."""
 
     def named(paths: list[Path]) -> str:
-        names = [path.name for path in paths if path.parent != run.cell_groups]
-        n_groups = len(paths) - len(names)
-        return ", ".join([*names, *([f"{n_groups} of cells/"] if n_groups else [])]) or "none"
+        names = [path.name for path in paths if path.parent == run.path]
+        folders = Counter(path.parent.relative_to(run.path) for path in paths if path.parent != run.path)
+        return ", ".join([*names, *(f"{n} of {folder}/" for folder, n in folders.items())]) or "none"
 
     said = f"{run.path}: as written are {named(files.whole)}"
     if files.without_seal:

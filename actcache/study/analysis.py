@@ -24,7 +24,7 @@ from actcache.progress import OnProgress, Tally, untold
 from actcache.sealed import json_bytes, parquet_bytes, read_json, read_parquet
 from actcache.store import Store
 from actcache.study.cells import Finished, finished_cells, gather_cells, identity, publish_cells
-from actcache.study.engine import LocalEngine
+from actcache.study.engine import LateJob, LocalEngine
 from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
 from actcache.study.runner import run_replays
@@ -349,6 +349,13 @@ class CellAnalysis(Analysis[Options]):
         """What is not finished of the cells that it needs, to be replayed as ``exactness`` says: ``strict`` and
         ``max_tokens``."""
 
+    def own_jobs(
+        self, folder: RunFolder, store: Store, options: Options, exactness: Mapping[str, Any]
+    ) -> Mapping[Path, Sequence[LateJob]]:
+        """What is not finished of replays whose results are no cells of the run, by the folder below ``RUN/<name>``
+        where they shall lie; by default none."""
+        return {}
+
     @abstractmethod
     def numbers(self, cells: pa.Table, run: Run, options: Options) -> Numbers:
         """Its numbers, of the cells of a run, among which are all that it needs."""
@@ -377,13 +384,18 @@ class CellAnalysis(Analysis[Options]):
         self.check(store, options)
         exactness = exactness_of(folder)
         jobs = self.jobs(store, finished, options, exactness)
+        own = {place: of for place, of in self.own_jobs(folder, store, options, exactness).items() if of}
+        tally = Tally(sum(job.n_units for of in (jobs, *own.values()) for job in of), "replays", on_progress)
+        engine = LocalEngine(store, run.load_late, finished)
         if jobs:
             folder.cell_groups.mkdir(parents=True, exist_ok=True)
-            tally = Tally(sum(job.n_units for job in jobs), "replays", on_progress)
-            run_replays(jobs, LocalEngine(store, run.load_late, finished), folder.cell_groups, tally.add)
+            run_replays(jobs, engine, folder.cell_groups, tally.add)
             cells = publish_cells(folder.cells, folder.cell_groups, store, **exactness)
         else:
             cells = gather_cells(folder.cell_groups, store, **exactness)
+        for place, of_place in own.items():
+            place.mkdir(parents=True, exist_ok=True)
+            run_replays(of_place, engine, place, tally.add)
         numbers = self.numbers(cells, run, options)
         made_from = self.made_from(folder, store)
         notes = made_from | {"options": asdict(options)}  # type: ignore[call-overload]

@@ -172,13 +172,14 @@ def gather_cells(folder: str | Path, store: Store, *, strict: bool, max_tokens: 
     }
     tables: dict[tuple[int, str], list[tuple[pa.Table, npt.NDArray[np.int64]]]] = {}
     for (boundary, scope, late), of_place in sorted(finished.items()):
-        taken = np.zeros((len(store), len(names), len(readouts)), bool)
+        taken = np.zeros((len(store), len(names), len(store.checkpoints), len(readouts)), bool)
         for scored in sorted(of_place, key=has_most, reverse=True):
             table = scored.table(scope, late)
             event = np.repeat(scored.events, table.num_rows // len(scored.events))
             code = [pc.index_in(table[name], value_set=of).to_numpy() for name, of in value_sets.items()]
-            left = ~taken[event, code[0], code[-1]]
-            taken[event, code[0], code[-1]] = True
+            cell = event, code[0], code[1], code[-1]
+            left = ~taken[cell]
+            taken[cell] = True
             kept = np.stack([event, *code])[:, left]
             tables.setdefault((boundary, scope), []).append((table.filter(pa.array(left)), kept))
     with_kl = any("kl" in table.column_names for parts in tables.values() for table, _ in parts)

@@ -111,6 +111,7 @@ class ReplayJob:
         kl: whether cells get ``kl``.
         strict: one sequence per forward.
         max_tokens: tokens per forward otherwise; None for what suits the device.
+        upstreams: the only upstreams to score, in the store's order; None for all checkpoints.
     """
 
     store: str
@@ -126,6 +127,7 @@ class ReplayJob:
     kl: bool = False
     strict: bool = False
     max_tokens: int | None = None
+    upstreams: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         """Put everything in one order: equal jobs give equal bytes."""
@@ -148,8 +150,14 @@ class ReplayJob:
             "top1": self.top1,
             "kl": self.kl,
             "whole": sorted(variant.name for variant in self.variants if not variant.at_last_only),
+            **({} if self.upstreams is None else {"upstreams": list(self.upstreams)}),
             **self.exactness,
         }
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The upstreams whose cells are scored."""
+        return self.checkpoints if self.upstreams is None else self.upstreams
 
     @property
     def exactness(self) -> dict[str, Any]:
@@ -164,7 +172,7 @@ class ReplayJob:
     @property
     def n_units(self) -> int:
         """(event, scope, upstream, variant) combinations."""
-        return self.n_events * len(self.scopes) * len(self.checkpoints) * len(self.variants)
+        return self.n_events * len(self.scopes) * len(self.scored) * len(self.variants)
 
     @property
     def is_plain(self) -> bool:
@@ -175,7 +183,7 @@ class ReplayJob:
         """What it takes where its sequences can be packed, or each alone where it is strict."""
         work = ReplayWork.of_key(self.key, self.late, "single" if self.strict else "packed")
         lengths = np.array(self.lengths, np.float64)
-        return work.cost(shapes[self.late], len(self.checkpoints), lengths, events=self.segment)
+        return work.cost(shapes[self.late], len(self.scored), lengths, events=self.segment)
 
     def read(self, engine: ReplayEngine) -> States:
         """The states of its segment, from the store; or the final states that an earlier job kept."""
@@ -289,10 +297,10 @@ class ReplayJob:
         replays: list[_Replay] = []
         for variant in self.variants:
             own = [(scope, base) for scope in self.scopes if scope == "prefix" or base == self.late]
-            if own:
+            if own and base in self.scored:
                 replays.append(_Replay(variant, variant.name, tuple(own)))
             if "position" in self.scopes and base == self.late:
-                for upstream in self.checkpoints:
+                for upstream in self.scored:
                     if upstream != self.late:
                         edits = (Edit(Replace(upstream), positions="last"), *variant.edits)
                         edited = Variant(variant.name, edits, variant.placebo)

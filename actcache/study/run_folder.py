@@ -7,6 +7,7 @@ RUN/cells/           finished cell groups
 RUN/cells.parquet    all of them as one table
 RUN/effects.json     contrasts with intervals; effects-<filter>.json where events are left out, or of another pair
 RUN/<analysis>.json  numbers of an analysis; <analysis>.parquet: the table that they are means of
+RUN/<analysis>/      what it replays for itself alone: finished jobs, in folders
 RUN/report.html      the page for people
 RUN/timings.json     what the stages took, of those that did their work in one go
 RUN/plan.json        what was assumed of the run before it
@@ -311,13 +312,17 @@ class RunFolder:
 
     def _files_and_ways_on(self, groups: list[Path], analyses: Sequence[str]) -> Iterator[tuple[Path, str]]:
         """Every file that a run may have, its record first, and what to do where it is damaged."""
-        from actcache.study.results import final_path
+        from actcache.study.results import final_path, result_files
 
         yield self.record_path, _RECORD_ADVICE
         yield self.stability, f"remove it, and 'actcache stability {self.path}' makes it again"
         for path in groups:
             yield path, "remove it, and give the 'actcache grid' command again that scored it"
             yield final_path(path), "remove it; what needs it is replayed"
+        for name in analyses:
+            for path in sorted(path for place in (self.path / name).glob("*/") for path in result_files(place)):
+                yield path, f"remove it, and 'actcache {name} {self.path}' makes it again"
+                yield final_path(path), "remove it; what needs it is replayed"
         yield self.cells, f"'actcache grid {self.path}' makes it again"
         for name, suffix in product(analyses, ("json", "parquet")):
             yield self.path / f"{name}.{suffix}", f"'actcache {name} {self.path}' makes it again"
