@@ -327,6 +327,7 @@ def test_special_tokens_are_marked(tables):
     html = page_of((cells, every, excluded))
     assert html.count('class="chip special" title="special token of it"') == 24
     assert 'title="special token of pt"' not in html
+    assert re.findall(r"([^{}\n]*) { border: 3px double; }", html) == [".chip.special"], "nothing else is framed so"
 
 
 def test_no_home_folder_is_shown(tables):

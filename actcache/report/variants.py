@@ -99,4 +99,4 @@ def _curves(
             ends = f"from {signed(low, places)} at {at_low:g} to {signed(high, places)} at {at_high:g}"
             said.append(f"{label}: {ends}")
     beside = {} if unedited is None else {_PLAIN: [(min(every), unedited), (max(every), unedited)]}
-    return Lines(axis, _Y, {**beside, **lines}, None, f"Interaction over {axis}. {'; '.join(said)}.")
+    return Lines(axis, _Y, {**lines, **beside}, None, f"Interaction over {axis}. {'; '.join(said)}.")
