@@ -36,6 +36,9 @@ HISTORIES = {
 CHOSEN_KINDS = tuple(HISTORIES)
 """Those kinds: such an event never contradicts its own diagonal."""
 
+SUPPORT_KINDS = (*(kind for kind in CHOSEN_KINDS if kind != FIRST_DIVERGENCE), PRE_DIVERGENCE)
+"""Kinds that may have several events per prompt: every prompt weighs the same in their means."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -152,6 +155,9 @@ EFFECTS = (
     *EFFECT_KEY,
     Column("pt", "string", "label of the checkpoint that is contrasted as pt"),
     Column("it", "string", "label of the checkpoint that is contrasted as it"),
+    Column("subset", "string", "all events of the group, or those of a step or of a value that prompts carry"),
+    Column("share_of_events", "float64", "events of the subset / events of the whole group", "share"),
+    Column("weights", "string", "which weigh the same in a mean: event or prompt"),
     Column("n_events", "int64", "events of the group", "events"),
     Column("n_prompts", "int64", "prompts that they come from", "prompts"),
     *CONTRASTS,

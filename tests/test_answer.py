@@ -8,14 +8,14 @@ import shutil
 import pytest
 import torch
 
+from actcache.analyses.effects_text import described
 from actcache.cli import main
-from actcache.cli.answer import described
 
 
 def group_of(**settings):
     number = {"mean": 1.25, "low": 1.0, "high": 1.5}
     group = {"kind": "first_divergence", "boundary": 3, "scope": "prefix", "readout": "common_it", "variant": "none"}
-    group |= {"pair": "pt,it", "pt": "pt", "it": "it", "n_events": 24, "n_prompts": 24}
+    group |= {"pair": "pt,it", "pt": "pt", "it": "it", "subset": "all", "n_events": 24, "n_prompts": 24}
     group |= dict.fromkeys(("late_from_pt", "late_from_it", "interaction"), number)
     return group | {"cells": dict.fromkeys(("pt_pt", "pt_it", "it_pt", "it_it"), number)} | settings
 

@@ -43,14 +43,15 @@ FLOW = {
         *("passes", "late_stack", "sweep"),
     ),
     "study": (
-        *("statistics", "results", "scores", "work", "cells", "jobs", "replay_job", "size_job", "forward_job"),
+        *("statistics", "contrasts", "subsets", "left_out", "results", "scores", "work", "cells", "jobs", "replay_job"),
+        *("size_job", "forward_job"),
         *("decode_job", "capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens"),
         *("run", "analysis", "further"),
     ),
-    "analyses": ("stability", "effects", "grid", "depth", "lineage", "recipes", "controls"),
+    "analyses": ("stability", "effects_text", "effects", "grid", "depth", "lineage", "recipes", "controls"),
     "report": ("visible", "figures", "variants", "sections", "page"),
     "cli": (
-        *("terminal", "memory", "parser", "arguments", "tables", "answer", "captured", "timing", "watched", "analyses"),
+        *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses"),
         *("stability", "stages", "stores", "bench", "plan", "run"),
     ),
 }

@@ -23,8 +23,8 @@ import torch
 from twins import reference
 
 import actcache
+from actcache.analyses.effects_text import described
 from actcache.cli import main
-from actcache.cli.answer import described
 from actcache.models.lineup import Lineup
 from actcache.schema import readouts_of
 from actcache.store.verify import verify

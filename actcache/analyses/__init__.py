@@ -16,10 +16,17 @@ if TYPE_CHECKING:
 
 
 class Named(NamedTuple):
-    """An analysis by name: module ``actcache.analyses.<name>`` has it as ``ANALYSIS``."""
+    """An analysis by name: module ``actcache.analyses.<name>`` has it as ``ANALYSIS``.
+
+    Attributes:
+        name: of the analysis and its verb.
+        question: in one sentence.
+        of_cells: whether it is answered of a table of cells alone, and loads no model.
+    """
 
     name: str
     question: str
+    of_cells: bool = False
 
     def load(self) -> Analysis[Any]:
         """The analysis itself."""
@@ -33,6 +40,7 @@ ANALYSES = (
     Named("lineage", "how much of the final checkpoint's interaction do the earlier stages of its training have"),
     Named("recipes", "what do descendants of one base differ by, each on its own first divergences"),
     Named("stability", "how many events other rounding would change: another shape of the batch, or another dtype"),
+    Named("effects", "how much the late blocks do on either state: contrasts of cells, with intervals", of_cells=True),
 )
 
 

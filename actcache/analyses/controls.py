@@ -36,7 +36,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from actcache.analyses.effects import contrasts
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left
 from actcache.capture.settings import parse_boundaries
 from actcache.errors import CheckError, InputError
@@ -54,6 +53,7 @@ from actcache.replay.sizes import SIZES
 from actcache.store import Store
 from actcache.study.analysis import Bars, CellAnalysis, Interval, Lines, Numbers, Section, exactness_of, option
 from actcache.study.cells import Finished, finished_cells, gather_cells
+from actcache.study.contrasts import contrasts
 from actcache.study.engine import LateJob
 from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actcache.analyses.effects import contrasts, read_by
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left
 from actcache.capture.settings import parse_boundaries
 from actcache.replay.edits import PLAIN
 from actcache.store import Store
 from actcache.study.analysis import CellAnalysis, Lines, Numbers, Section, option
 from actcache.study.cells import Finished
+from actcache.study.contrasts import contrasts, read_by
 from actcache.study.replay_job import ReplayJob
 from actcache.study.statistics import DRAWS, SEED, Floats, Sample, check_draws
 

@@ -1,124 +1,99 @@
-"""Contrasts and intervals: turns the table of scored cells into effects, tables in, tables out.
+"""Effects: which part of the network makes a divergence? Contrasts of cells, averaged, with intervals over prompts.
 
-For whoever asks which part of the network makes a divergence, after the cells are scored. Works on any table with the
-columns of ``cells.parquet``; knows arrays and pyarrow tables only, no files and no models.
-
-The margins of one event form a 2x2 grid ``Y(U, L)``: upstream state of PT or IT, crossed with late stack of PT or IT.
-Here ``pt_it`` always reads upstream PT, late IT. From the four cells:
+The margins of an event's four cells give its contrasts (contrasts.py): A and B, the late effects from PT's and from
+IT's state, and their interaction B - A. Here they are averaged per group, and divided:
 
 =====================  ================================  ====================================================
-``late_from_pt``       A = Y(PT, IT) - Y(PT, PT)         what IT's late stack adds to PT's state
-``late_from_it``       B = Y(IT, IT) - Y(IT, PT)         what it adds to IT's own state
-``interaction``        B - A                             the part that needs IT's own state
-``late_main``          (A + B) / 2                       what IT's late stack adds on average
-``upstream_main``      native_shift - late_main          what IT's state adds on average over both late stacks
-``native_shift``       Y(IT, IT) - Y(PT, PT)             how far the diagonal's cells are apart; under the native
-                                                         readout these are the two unpatched checkpoints
 ``portable_share``     mean(A) / mean(B)                 the part of the late effect that PT's state suffices for
 ``matched_ratio``      mean(B) / mean(A)                 how many times more IT's late stack adds to its own state
 ``interaction_share``  mean(B - A) / mean(native_shift)  the part of the native shift that is interaction
 =====================  ================================  ====================================================
 
 The two shares are the ratios that arXiv 2605.07284 reports (A +0.76, B +2.44: portable share 31.1%; the interaction
-+1.68 is 33.7% of the native shift).
++1.68 is 33.7% of the native shift). Beside them stand subsets of events, what each cell chooses, and the label-swap
+null: swapping the two late labels of a prompt turns the sign of its interaction.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from actcache import schema
-from actcache.errors import InputError
+from actcache.analyses import effects_text
+from actcache.analyses.stability import read_sealed
+from actcache.errors import CorruptFileError, InputError
+from actcache.files import write_atomically
+from actcache.progress import OnProgress, untold
+from actcache.replay.edits import PLAIN
+from actcache.sealed import NoSealError, Sealed, json_bytes, read_json, seal_of
+from actcache.study.analysis import Analysis, Section, option
+from actcache.study.contrasts import (
+    CELLS,
+    GROUP_COLUMNS,
+    Grids,
+    check_finite,
+    contrast,
+    contrasted,
+    contrasts,
+    groups_of,
+    lay_out,
+    read_by,
+    readable,
+    run_starts,
+)
+from actcache.study.left_out import select_consistent, select_events
+from actcache.study.run import read_run_cells
 from actcache.study.statistics import (
     DRAWS,
     LEVEL,
+    NULL_DRAWS,
+    NULL_SEED,
     SEED,
     Floats,
     Ints,
     Sample,
     check_draws,
+    check_weights,
     draw_together,
     ranks,
+    sign_flip_nulls,
 )
+from actcache.study.subsets import ALL, Bools, subsets_by
 
-_LARGEST = float(np.finfo(np.float32).max)
-"""Margins are float32; no sum or product of so many of them overflows in float64."""
+if TYPE_CHECKING:
+    from actcache.store import Store
+    from actcache.study.run import Run
+    from actcache.study.run_folder import RunFolder
 
-Bools = npt.NDArray[np.bool_]
+__all__ = [
+    "ANALYSIS",
+    "CELLS",
+    "GROUP_COLUMNS",
+    "Effects",
+    "EffectsOptions",
+    "contrasts",
+    "effects",
+    "read_by",
+    "select_events",
+]
 
-GROUP_COLUMNS = schema.names(schema.EFFECT_KEY)
-"""The columns whose values, taken together, name one group of events that may be averaged."""
-
-CELLS = schema.GRID
-"""The four cells in table order: upstream first, late second."""
-
-_TEXT, _WHOLE, _REAL = pa.string(), pa.int64(), pa.float64()
-# What is read, as which type (whole numbers are names, too). Other tools write the same values as dictionaries, large
-# strings, decimals, halves.
-_READ_AS = {"string": _TEXT, "int32": _WHOLE, "int64": _WHOLE, "float32": _REAL}
-_PLACE = ("event_id", "prompt_id", "step")  # what beside a group's columns names an event
-_REQUIRED = {
-    column.name: _READ_AS[column.type]
-    for column in schema.CELLS
-    if column.name in {*_PLACE, *GROUP_COLUMNS, "upstream", "late", "margin"}
+SHARES = {
+    "portable_share": ("late_from_pt", "late_from_it"),
+    "interaction_share": ("interaction", "native_shift"),
+    "matched_ratio": ("late_from_it", "late_from_pt"),
 }
+"""Ratios of two mean contrasts."""
 
-
-def contrasts(cells: pa.Table, pair: Sequence[str] | None = None) -> pa.Table:
-    """Lay the four cells of each event side by side, with their differences.
-
-    Args:
-        cells: one row per cell, columns as in ``cells.parquet``, of any Arrow type that holds the same values; rows in
-            any order. Rows whose upstream or late label is not of the pair (a lineup of more than two checkpoints) are
-            left out.
-        pair: labels of the checkpoints that stand for PT and for IT. None for each event's own, which its column
-            ``pair`` names; those of a table without it are ``pt`` and ``it``.
-
-    Returns:
-        One row per event and group: event_id, prompt_id, kind, pair, step, boundary, scope, readout, variant (text, or
-        int64 for whole numbers), then float64 logits y_pt_pt, y_pt_it, y_it_pt, y_it_it (``Y(U, L)``), late_from_pt,
-        late_from_it, interaction, late_main, upstream_main, native_shift. Sorted by the group columns, then event_id:
-        the result does not depend on the order of the rows given. No rows in, no rows out.
-
-    Raises:
-        InputError: a column is missing, there twice, of other values or has nulls; the pair is not two labels, or none
-            of the rows has them; a margin is NaN, infinite or larger than float32 holds; a cell of an event is missing
-            or there twice; the cells of an event disagree on its prompt or step.
-    """
-    cells = _readable(cells, pair)
-    if cells.num_rows == 0:
-        return _contrast_table(cells, np.empty((0, 4)))
-
-    for name in ("pair", "upstream", "late"):  # before a cell without a label is taken for one of another pair
-        _check_no_nulls(cells, name)
-    cell = _cell_index(cells, pair)
-    if not (cell >= 0).any():
-        found = {name: sorted(map(str, pc.unique(cells[name]).to_pylist())) for name in ("upstream", "late")}
-        labels = pair or contrasted(pc.unique(cells["pair"])[0].as_py())
-        raise InputError(
-            f"no cell belongs to the pair {labels[0]!r}, {labels[1]!r}: upstream labels are {found['upstream']}, late "
-            f"labels {found['late']}; pass two of these labels as the pair"
-        )
-    cells, cell = cells.filter(pa.array(cell >= 0)), cell[cell >= 0]
-
-    for name in _REQUIRED:
-        _check_no_nulls(cells, name)
-    _check_finite(cells, "margin")
-    margin = cells["margin"].to_numpy()
-    codes = [ranks(cells[name]) for name in (*GROUP_COLUMNS, "event_id")]
-    order = np.lexsort((cell, *reversed(codes)))
-    cells, cell, margin = cells.take(pa.array(order)), cell[order], margin[order]
-    starts = _run_starts([code[order] for code in codes])
-    row = np.repeat(np.arange(starts.size), np.diff(starts, append=cell.size))
-    _check_complete(cells, starts, np.bincount(4 * row + cell, minlength=4 * starts.size).reshape(-1, 4), pair)
-    _check_constant(cells, starts)
-    return _contrast_table(cells.take(pa.array(starts)), margin.reshape(-1, 4))
+_OfMeans: TypeAlias = Callable[[Mapping[str, Floats]], Floats]
+_CHOICES = ("y_pt", "y_it", "other")
+_PAIRED = ("late_from_pt", "late_from_it", "interaction")
 
 
 def effects(
@@ -128,310 +103,153 @@ def effects(
     draws: int = DRAWS,
     seed: int = SEED,
     level: float = LEVEL,
+    weights: str | None = None,
+    by: Sequence[str] = (),
+    paired: bool = False,
+    null_draws: int = NULL_DRAWS,
 ) -> dict[str, Any]:
     """Average the contrasts per group, with percentile bootstrap intervals over prompts.
 
     Events of one prompt share a text and are not independent, so the bootstrap draws *prompts* with replacement and
     every event of a drawn prompt comes along. All quantities of a group use the same draws, and so do groups with
-    equally many prompts: their differences are not blurred by separate noise. Every mean is over events, a prompt
-    with more events weighs more; a share is a ratio of such means, in each draw and in the estimate.
+    equally many prompts: their differences are not blurred by separate noise. A share is a ratio of means, in each
+    draw and in the estimate; it is neither clipped nor hidden.
 
     Args:
-        cells: as for :func:`contrasts`.
+        cells: as for :func:`actcache.study.contrasts.contrasts`.
         pair: as there.
-        draws: number of bootstrap draws, as :func:`check_draws` allows.
+        draws: number of bootstrap draws, as :func:`actcache.study.statistics.check_draws` allows.
         seed: seed of the draws, not negative.
         level: coverage of the intervals, between 0 and 1 exclusive.
+        weights: ``event``: a mean is over events, a prompt with more events weighs more. ``prompt``: every prompt
+            weighs the same. None for ``event``, but ``prompt`` for the kinds of ``schema.SUPPORT_KINDS``.
+        by: what further groups are of: ``step`` (0, and at least 1, 3, 5, 10), a column of the cells that is the same
+            for all cells of an event, or several; then also their combinations.
+        paired: whether a variant is compared with the plain grid, and a kind with first divergences, on the prompts
+            that both have.
+        null_draws: draws of the label-swap null; 0 for none.
 
     Returns:
         A dict ready for json: ``draws``, ``seed``, ``level`` and ``groups``. There is one group per (kind, pair,
-        boundary, scope, readout, variant), in sorted order. It has these six, the labels ``pt`` and ``it`` that are
-        contrasted, ``n_events``, ``n_prompts``, ``cells`` (pt_pt, pt_it, it_pt, it_it) and the quantities of this
-        module's table. Where the cells are of more than two checkpoints, ``margins`` follows: the mean margin of every
-        cell, by upstream and late label, over the events that have them all. A number is
+        boundary, scope, readout, variant), in sorted order, each followed by its subsets. It has these six, the labels
+        ``pt`` and ``it`` that are contrasted, ``subset`` (``all``, or such as ``step>=3, category=code``),
+        ``share_of_events`` of the whole group, ``weights``, ``n_events``, ``n_prompts``, ``cells`` (pt_pt, pt_it,
+        it_pt, it_it), the quantities of this module's table and of contrasts.py, and ``flags``: the shares whose
+        numerator and denominator differ in sign. Where the cells are of more than two checkpoints, ``margins`` follows:
+        the mean margin of every cell, by upstream and late label, over the events that have them all. A number is
         ``{"mean", "low", "high"}``, in logits except for the shares. ``low`` and ``high`` are None below
         ``FEWEST_PROMPTS`` prompts, and for a share whose denominator's own interval reaches 0 (the ratio then has
         no bounded interval). A share is None altogether where its denominator is 0 to rounding. ``groups`` is empty
         for a table without rows. The same for any order of the rows.
 
-        Where every cell of a group has them, two more entries follow. ``choices`` gives the shares of events whose
-        best token in a cell is y_pt, y_it or another (columns top1_id, y_pt, y_it). ``kl`` gives the mean over events
-        of column kl, in nats.
+        Where every cell of a group has them, more entries follow. ``choice_rates`` gives the shares of events whose
+        best token in a cell is y_pt, y_it or another (columns top1_id, y_pt, y_it), ``choices`` their means alone.
+        ``kl`` gives the mean over events of column kl, in nats. A plain group has ``label_swap``: what
+        :func:`actcache.study.statistics.sign_flip_null` returns of its interaction, and ``draws`` and ``seed``. A group
+        that is paired has ``paired``: ``with`` what, ``n_prompts`` that both have, and ``<quantity>_difference`` and
+        ``<quantity>_ratio`` of A, B and their interaction.
+
+        With ``by``, ``empty_subsets`` names those that no event is in.
 
     Raises:
-        InputError: as :func:`contrasts`, and the same of ``kl`` and of the margins of other checkpoints; or draws, seed
-            or level out of range.
+        InputError: as :func:`actcache.study.contrasts.contrasts`, and the same of ``kl`` and of the margins of other
+            checkpoints; draws, seed, level or weights out of range; or a column of ``by`` is not there, differs within
+            an event, or has too many values.
     """
     check_draws(draws, seed, level)
-    table = contrasts(cells, pair)
-    parts = _groups(table)
-    samples = [_sample(events, CELLS, draws, seed, level) for events in parts]
-    draw_together(samples)
-    groups: list[dict[str, Any]] = []
-    for events, sample in zip(parts, samples, strict=True):
-        group = {name: events[name][0].as_py() for name in GROUP_COLUMNS}
-        labels = dict(zip(schema.ROLES, pair or contrasted(group["pair"]), strict=True))
-        groups.append(
-            group | labels | {"n_events": sample.n_events, "n_prompts": sample.n_prompts} | _estimates(sample)
-        )
-    choices, kl = _cell_means(cells, pair)
-    margins = _lineup_margins(cells, pair, draws, seed, level)
-    for group in groups:
-        key = tuple(group[name] for name in GROUP_COLUMNS)
-        group.update(
-            {name: of[key] for name, of in (("margins", margins), ("choices", choices), ("kl", kl)) if key in of}
-        )
-    return {"draws": draws, "seed": seed, "level": level, "groups": groups}
+    if weights is not None:
+        check_weights(weights)
+    grids = lay_out(cells, pair)
+    subsets = subsets_by(cells, grids, by)
+    parts = _parts(grids, subsets, pair, weights)
+    how = {"draws": draws, "seed": seed, "level": level}
+    samples = [_sample(grids, part, how) for part in parts]
+    rates = _choice_rates(cells, grids, pair)
+    of_cells = [_cell_sample(grids, part, rates, how) for part in parts]
+    draw_together([*samples, *(one for one in of_cells if one is not None)])
+    margins = _lineup_margins(cells, pair, weights, how)
+    at = {tuple(part.names.values()): number for number, part in enumerate(parts)}
+    groups = []
+    for part, sample, of_cell in zip(parts, samples, of_cells, strict=True):
+        group = part.names | {"share_of_events": part.share, "weights": part.weights}
+        group |= {"n_events": sample.n_events, "n_prompts": sample.n_prompts} | _estimates(sample)
+        key = tuple(part.names[name] for name in GROUP_COLUMNS)
+        if part.is_whole and key in margins:
+            group["margins"] = margins[key]
+        group |= {} if of_cell is None else _of_cells(of_cell, rates)
+        reference = _reference(part.names) if paired and part.is_whole else None
+        if reference is not None and (other := at.get(tuple(reference[1].values()))) is not None:
+            group["paired"] = {"with": reference[0]} | _compared(grids, part, parts[other], how)
+        groups.append(group)
+    _add_nulls(groups, samples, null_draws)
+    empty = [name for name, mask in subsets if not mask.any()]
+    return how | ({"empty_subsets": empty} if by else {}) | {"groups": groups}
 
 
-def select_events(
-    cells: pa.Table,
-    events: pa.Table,
-    dtype: str,
-    *,
-    stability: pa.Table | None = None,
-    min_gap: float | None = None,
-) -> tuple[pa.Table, dict[str, Any]]:
-    """Leave out the events that rounding may have made, before their effects are averaged.
+@dataclass(frozen=True)
+class _Part:
+    """The events of one group or of a subset of it.
 
-    Args:
-        cells: as for :func:`contrasts`.
-        events: one row per event: event_id, and gap_pt and gap_it where ``min_gap`` is given.
-        dtype: in which the events were captured.
-        stability: rows of :func:`actcache.analyses.stability.check_stability`, among them every event of the cells in
-            ``dtype``. An event stays if its strict and its packed decision are both the stored one. None keeps
-            them all.
-        min_gap: an event stays if both its gaps are known and at least this, in logits. None keeps them all. The gaps
-            are those at the event: a near tie on the way to it does not show in them, but in ``stability``.
-
-    Returns:
-        The cells of the events that stay, and what was left out, to be put beside their effects: ``stable_only`` (True)
-        and ``n_unstable`` where ``stability`` is given; ``min_gap`` and ``n_below_min_gap`` where that is;
-        ``n_left_out``, the events left out for either reason.
-
-    Raises:
-        InputError: an event of the cells is not among ``events``, or not checked in ``dtype``; min_gap is negative or
-            no number; no event stays.
+    Attributes:
+        names: group columns, labels of the pair, and ``subset``.
+        at: numbers of the events in the grids.
+        share: of the group's events.
+        weights: ``event`` or ``prompt``.
     """
-    if min_gap is not None and not 0 <= min_gap < np.inf:
-        raise InputError(f"min_gap is {min_gap}: give a number of logits, from 0 on")
-    ids = pc.unique(cells["event_id"].cast(pa.string()))
-    left_out = np.zeros(len(ids), bool)
-    notes: dict[str, Any] = {}
-    reasons = []
-    if stability is not None:
-        checked = stability.filter(pc.equal(stability["dtype"], dtype))
-        at = _positions(ids, checked)
-        chosen = _chosen(cells, ids)
-        if (at < 0)[chosen].any():
-            raise InputError(
-                f"{int((at >= 0).sum())} of {chosen.sum()} events have been checked for stability in {dtype}: to leave "
-                f"out the others, check all; 'actcache stability RUN --dtype {dtype}' does"
-            )
-        unstable = np.zeros(len(ids), bool)
-        unstable[at >= 0] = ~pc.and_(checked["stable"], checked["as_stored"]).to_numpy()[at[at >= 0]]
-        left_out |= unstable
-        notes |= {"stable_only": True, "n_unstable": int(unstable.sum())}
-        reasons.append(f"{unstable.sum()} unstable in {dtype}")
-    if min_gap is not None:
-        at = _positions(ids, events)
-        if (at < 0).any():
-            unknown = ids[int(np.flatnonzero(at < 0)[0])].as_py()
-            raise InputError(
-                f"event {unknown!r} of the cells is not among the {events.num_rows} events; pass the run's"
-            )
-        gaps = [events[name].cast(pa.float64()).to_numpy()[at] for name in ("gap_pt", "gap_it")]
-        below = ~(np.minimum(*gaps) >= min_gap)  # an unknown gap, NaN here, is not known to be large enough
-        left_out |= below
-        notes |= {"min_gap": min_gap, "n_below_min_gap": int(below.sum())}
-        reasons.append(f"{below.sum()} with a gap below {min_gap:g}")
-    if len(ids) and left_out.all():
-        raise InputError(
-            f"no event is left of {len(ids)}: {', '.join(reasons)}; lower --min-gap, or leave --stable-only out"
-        )
-    notes["n_left_out"] = int(left_out.sum())
-    staying = ids.filter(pa.array(~left_out))
-    return cells.filter(pc.is_in(cells["event_id"].cast(pa.string()), value_set=staying)), notes
+
+    names: dict[str, Any]
+    at: Ints
+    share: float
+    weights: str
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.names["subset"] == ALL)
 
 
-def read_by(cells: pa.Table, readout: str, labels: Sequence[str]) -> pa.Array:
-    """Which cells are scored by a readout, of those that it names: ``common_it`` is that of each event's own pair.
-
-    Args:
-        cells: as for :func:`contrasts`.
-        readout: ``native``, ``common_<label>``, or ``common_pt`` and ``common_it`` where no checkpoint is called so.
-        labels: of the checkpoints.
-    """
-    pairs = (
-        cells["pair"]
-        if "pair" in cells.column_names
-        else pa.chunked_array([pa.repeat(",".join(schema.ROLES), cells.num_rows)])
-    )
-    chosen = np.zeros(cells.num_rows, bool)
-    for pair in pc.unique(pairs).to_pylist():
-        (of_pair,) = schema.readouts_of((readout,), labels, contrasted(pair))
-        chosen |= pc.and_(pc.equal(pairs, pair), pc.equal(cells["readout"], of_pair)).to_numpy()
-    return pa.array(chosen)
+def _parts(
+    grids: Grids, subsets: Sequence[tuple[str, Bools]], pair: Sequence[str] | None, weights: str | None
+) -> list[_Part]:
+    parts = []
+    for of_group in groups_of(grids.events):
+        names = {name: grids.events[name][of_group.start].as_py() for name in GROUP_COLUMNS}
+        names |= dict(zip(schema.ROLES, pair or contrasted(names["pair"]), strict=True))
+        weighed = weights or ("prompt" if names["kind"] in schema.SUPPORT_KINDS else "event")
+        whole = np.arange(of_group.start, of_group.stop)
+        parts.append(_Part(names | {"subset": ALL}, whole, 1.0, weighed))
+        for subset, mask in subsets:
+            if (at := whole[mask[of_group]]).size:
+                parts.append(_Part(names | {"subset": subset}, at, at.size / whole.size, weighed))
+    return parts
 
 
-def _chosen(cells: pa.Table, ids: pa.Array) -> Bools:
-    """Of which events the pair chose the tokens: others are of kinds that no rounding decides."""
-    of_kinds = cells.filter(pc.is_in(cells["kind"].cast(pa.string()), value_set=pa.array(schema.CHOSEN_KINDS)))
-    return pc.is_in(ids, value_set=of_kinds["event_id"].cast(pa.string()).combine_chunks()).to_numpy(False)
+def _sample(grids: Grids, part: _Part, how: Mapping[str, Any]) -> Sample:
+    """The margins of the four cells, by their names."""
+    values = dict(zip(CELLS, grids.margins[part.at].T, strict=True))
+    return Sample.of(_prompts(grids, part), values, weights=part.weights, **how)
 
 
-def _as_type(cells: pa.Table, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    """A column of the cells as the type that its values are read as."""
-    if cells.column_names.count(name) > 1:
-        raise InputError(f"the table of cells has {cells.column_names.count(name)} columns {name}; expected one")
-    column, given = cells[name], cells.schema.field(name).type
-    if pa.types.is_dictionary(given):
-        column = column.cast(given.value_type)
-    number = any(of(column.type) for of in (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal))
-    if kind == _TEXT and pa.types.is_integer(column.type):
-        kind = _WHOLE  # as which they sort
-    try:
-        if kind == _REAL and not (number or pa.types.is_null(given)):
-            raise pa.ArrowInvalid("not numbers")
-        return column.cast(kind)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise InputError(
-            f"column {name} of the cells is {given}, which cannot be read as {kind} ({str(error).splitlines()[0]}); "
-            f"write it as {kind}"
-        ) from error
+def _prompts(grids: Grids, part: _Part) -> pa.ChunkedArray:
+    return grids.events["prompt_id"].take(pa.array(part.at))
 
 
-def _check_no_nulls(cells: pa.Table, name: str) -> None:
-    if cells[name].null_count:
-        raise InputError(f"column {name} of the cells has {cells[name].null_count} nulls; every cell needs a value")
+def _mean_of(name: str, prefix: str = "") -> _OfMeans:
+    """A contrast as a function of the means of the four cells."""
+    return lambda means: contrast(name, np.stack([means[prefix + cell] for cell in CELLS], axis=-1))
 
 
-def _check_finite(cells: pa.Table, name: str) -> None:
-    """Raise InputError for a number in a column whose sums could not be told from infinity; nulls are none."""
-    values = cells[name].to_numpy()
-    wrong = ~(np.abs(values) <= _LARGEST) & cells[name].is_valid().to_numpy()
-    if wrong.any():
-        bad = int(np.flatnonzero(wrong)[0])
-        variants = sorted(map(str, pc.unique(cells["variant"].filter(pa.array(wrong))).to_pylist()))
-        upstream, late = (cells[label][bad].as_py() for label in ("upstream", "late"))
-        raise InputError(
-            f"{_describe(cells, bad)} has {name} {values[bad]} in the cell upstream {upstream}, late {late}; "
-            f"{int(wrong.sum())} of {wrong.size} values of {name} are not finite in float32, of variants "
-            f"{', '.join(variants)}: filter them out; in a run, move the files of cells that hold them away and give "
-            "'actcache grid RUN' again, which scores the rest"
-        )
+def _estimates(sample: Sample) -> dict[str, Any]:
+    """The quantities of one group."""
+    numbers: dict[str, Any] = {"cells": {name: sample.mean(name) for name in CELLS}}
+    numbers |= {column.name: sample.number(_mean_of(column.name)) for column in schema.CONTRASTS}
+    of_shares = {share: (_mean_of(above), _mean_of(below)) for share, (above, below) in SHARES.items()}
+    numbers |= {share: sample.ratio(*of_share) for share, of_share in of_shares.items()}
+    return numbers | {"flags": [share for share, of_share in of_shares.items() if sample.opposed(*of_share)]}
 
 
-def _positions(ids: pa.Array, table: pa.Table) -> Ints:
-    """In which row of the table each event is; -1 where in none."""
-    known = table["event_id"].cast(pa.string()).combine_chunks()
-    return pc.fill_null(pc.index_in(ids, value_set=known), -1).to_numpy().astype(np.int64)
-
-
-def contrasted(pair: str) -> tuple[str, str]:
-    """The labels of an event's pair, as its column has them."""
-    labels = str(pair).split(",")
-    if len(labels) != 2 or labels[0] == labels[1]:
-        raise InputError(f"a contrast needs two checkpoints, the pair is {pair!r}; pass two different labels")
-    return labels[0], labels[1]
-
-
-def _readable(cells: pa.Table, pair: Sequence[str] | None) -> pa.Table:
-    """The columns that are read, as the types that they are read as."""
-    if pair is not None and (len(pair) != 2 or pair[0] == pair[1]):
-        raise InputError(f"a contrast needs two checkpoints, the pair is {', '.join(pair)}; pass two different labels")
-    if "pair" not in cells.column_names:  # of an earlier version, or another tool's
-        own = pa.nulls(cells.num_rows, _TEXT)
-        cells = cells.append_column("pair", pc.fill_null(own, ",".join(pair or schema.ROLES)))
-    missing = [name for name in _REQUIRED if name not in cells.column_names]
-    if missing:
-        raise InputError(f"the table of cells has no column {', '.join(missing)}; its columns: {cells.column_names}")
-    return pa.table({name: _as_type(cells, name, kind) for name, kind in _REQUIRED.items()})
-
-
-def _cell_index(cells: pa.Table, pair: Sequence[str] | None) -> Ints:
-    """Which of ``CELLS`` each row is: 2 for upstream IT and 1 for late IT, summed; -1 where a label is another's."""
-    index = np.full(cells.num_rows, -1, np.int64)
-    columns = [cells[name].cast(_TEXT) for name in ("upstream", "late")]
-    for of_events in pc.unique(cells["pair"]).to_pylist():
-        labels = pa.array(pair or contrasted(of_events))
-        at = [pc.fill_null(pc.index_in(column, value_set=labels), -1).to_numpy() for column in columns]
-        rows = (at[0] >= 0) & (at[1] >= 0) & pc.equal(cells["pair"], of_events).to_numpy()
-        index[rows] = (2 * at[0] + at[1])[rows]
-    return index
-
-
-def _run_starts(codes: list[Ints]) -> Ints:
-    """First index of every run of equal tuples (one entry of each array); none for empty arrays."""
-    changed = np.zeros(codes[0].size, bool)
-    changed[:1] = True
-    for code in codes:
-        changed[1:] |= code[1:] != code[:-1]
-    return np.flatnonzero(changed)
-
-
-def _describe(cells: pa.Table, index: int) -> str:
-    group = ", ".join(f"{name} {cells[name][index].as_py()}" for name in GROUP_COLUMNS)
-    return f"event {cells['event_id'][index].as_py()!r} ({group})"
-
-
-def _cell_name(cells: pa.Table, index: int, cell: int, pair: Sequence[str] | None) -> str:
-    labels = pair or contrasted(cells["pair"][index].as_py())
-    return f"upstream {labels[cell // 2]}, late {labels[cell % 2]}"
-
-
-def _check_complete(cells: pa.Table, starts: Ints, tally: Ints, pair: Sequence[str] | None) -> None:
-    wrong = np.flatnonzero((tally != 1).any(axis=1))
-    if wrong.size == 0:
-        return
-    counts, at = tally[wrong[0]], int(starts[wrong[0]])
-    event, called = _describe(cells, at), [_cell_name(cells, at, i, pair) for i in range(4)]
-    lacking = "; ".join(called[i] for i in range(4) if counts[i] == 0)
-    repeated = "; ".join(f"{called[i]} ({counts[i]} times)" for i in range(4) if counts[i] > 1)
-    found = " and ".join(
-        part for part in (lacking and f"lacks the cell {lacking}", repeated and f"repeats the cell {repeated}") if part
-    )
-    more = f" ({wrong.size - 1} more like it)" if wrong.size > 1 else ""
-    raise InputError(
-        f"{event} {found}{more}: a contrast needs each of the four cells once; complete the grid, or filter the table"
-    )
-
-
-def _check_constant(cells: pa.Table, starts: Ints) -> None:
-    for name in ("prompt_id", "step"):
-        found = ranks(cells[name]).reshape(-1, 4)
-        wrong = np.flatnonzero((found != found[:, :1]).any(axis=1))
-        if wrong.size:
-            at = int(starts[wrong[0]])
-            values = sorted({str(value) for value in cells[name].slice(at, 4).to_pylist()})
-            raise InputError(f"{_describe(cells, at)} has cells with different {name} {values}: expected one; rescore")
-
-
-def _contrast_table(events: pa.Table, y: Floats) -> pa.Table:
-    """The result of :func:`contrasts` from one row per event and its margins, [rows, 4] in the order of ``CELLS``."""
-    table = events.select([name for name in _REQUIRED if name in (*_PLACE, *GROUP_COLUMNS)])
-    margins = zip(schema.GRID_MARGINS, y.T, strict=True)
-    for column, values in [*margins, *((column, _contrast(column.name, y)) for column in schema.CONTRASTS)]:
-        table = table.append_column(column.name, pa.array(values, schema.arrow_type(column.type)))
-    return table
-
-
-def _contrast(name: str, y: Floats) -> Floats:
-    """One of ``schema.CONTRASTS`` from margins ``[..., 4]`` in the order of ``CELLS``."""
-    pt_pt, pt_it, it_pt, it_it = (y[..., i] for i in range(4))
-    found: Floats = {
-        "late_from_pt": pt_it - pt_pt,
-        "late_from_it": it_it - it_pt,
-        "interaction": (it_it - it_pt) - (pt_it - pt_pt),
-        "late_main": ((it_it - it_pt) + (pt_it - pt_pt)) / 2,
-        "upstream_main": ((it_pt - pt_pt) + (it_it - pt_it)) / 2,
-        "native_shift": it_it - pt_pt,
-    }[name]
-    return found
-
-
-def _cell_means(cells: pa.Table, pair: Sequence[str] | None) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """Shares of choices, and mean KL, of the cells of every group in which each cell has them, by the group's key."""
+def _choice_rates(cells: pa.Table, grids: Grids, pair: Sequence[str] | None) -> dict[str, Floats]:
+    """Of each cell whether its best token is y_pt, y_it or another, and its KL: ``[E, 4]`` by name, NaN where it is
+    not known."""
     columns: dict[str, Any] = {}
     if {"top1_id", "y_pt", "y_it"} <= set(cells.column_names):
         best = cells["top1_id"]
@@ -439,38 +257,76 @@ def _cell_means(cells: pa.Table, pair: Sequence[str] | None) -> tuple[dict[Any, 
         columns["other"] = pc.subtract(pc.subtract(1.0, columns["y_pt"]), columns["y_it"])
     if "kl" in cells.column_names:
         columns["kl"] = cells["kl"].cast(pa.float64())
-    choices: dict[Any, Any] = {}
-    kl: dict[Any, Any] = {}
-    if not columns or not cells.num_rows:
-        return choices, kl
-    known_types = _readable(cells, pair)
-    keys = [known_types[name] for name in GROUP_COLUMNS]
-    of_cell = pa.array(_cell_index(known_types, pair))
-    if "kl" in columns:
-        _check_finite(known_types.append_column("kl", columns["kl"]).filter(pc.greater_equal(of_cell, 0)), "kl")
-    table = pa.table([*keys, of_cell, *columns.values()], [*GROUP_COLUMNS, "cell", *columns])
-    # A null in any row makes the mean of that cell null: such a group has no means.
-    means = (
-        table.filter(pc.greater_equal(of_cell, 0))
-        .group_by([*GROUP_COLUMNS, "cell"])
-        .aggregate([(name, "mean", pc.ScalarAggregateOptions(skip_nulls=False)) for name in columns])
-    )
-    for row in means.to_pylist():
-        key, name = tuple(row[column] for column in GROUP_COLUMNS), CELLS[row["cell"]]
-        if "y_pt" in columns:
-            choices.setdefault(key, {})[name] = {share: row[f"{share}_mean"] for share in ("y_pt", "y_it", "other")}
-        if "kl" in columns:
-            kl.setdefault(key, {})[name] = row["kl_mean"]
-    known = {key: of for key, of in choices.items() if all(cell["other"] is not None for cell in of.values())}
-    return known, {key: of for key, of in kl.items() if None not in of.values()}
+        known = readable(cells, pair).append_column("kl", columns["kl"])
+        check_finite(known.take(pa.array(grids.rows.ravel())), "kl")
+    return {name: pc.fill_null(column, np.nan).to_numpy()[grids.rows] for name, column in columns.items()}
+
+
+def _cell_sample(grids: Grids, part: _Part, rates: Mapping[str, Floats], how: Mapping[str, Any]) -> Sample | None:
+    """What is known of every cell of the part, by ``cell.name``; None without any."""
+    known = {name: of[part.at] for name, of in rates.items() if not np.isnan(of[part.at]).any()}
+    if not known:
+        return None
+    values = {f"{cell}.{name}": of[:, i] for name, of in known.items() for i, cell in enumerate(CELLS)}
+    return Sample.of(_prompts(grids, part), values, weights=part.weights, **how)
+
+
+def _of_cells(sample: Sample, rates: Mapping[str, Floats]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if sample.has(f"{CELLS[0]}.y_pt"):
+        of_cell = {cell: {name: sample.mean(f"{cell}.{name}") for name in _CHOICES} for cell in CELLS}
+        found["choices"] = {cell: {name: one["mean"] for name, one in of.items()} for cell, of in of_cell.items()}
+        found["choice_rates"] = of_cell
+    if sample.has(f"{CELLS[0]}.kl"):
+        found["kl"] = {cell: sample.mean(f"{cell}.kl")["mean"] for cell in CELLS}
+    return found
+
+
+def _reference(names: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """What a group is compared with, and the names of its group; None for what others are compared with."""
+    if names["variant"] != PLAIN.name:
+        return f"variant {PLAIN.name}", names | {"variant": PLAIN.name}
+    first = schema.FIRST_DIVERGENCE
+    return None if names["kind"] == first else (f"kind {first}", names | {"kind": first})
+
+
+def _compared(grids: Grids, part: _Part, other: _Part, how: Mapping[str, Any]) -> dict[str, Any]:
+    """Differences and ratios of two parts on the prompts that both have, each prompt with its events of each side."""
+    sides = {
+        side: (_prompts(grids, one), dict(zip(CELLS, grids.margins[one.at].T, strict=True)))
+        for side, one in (("this", part), ("other", other))
+    }
+    sample = Sample.paired(sides, weights=part.weights, **how)
+    found: dict[str, Any] = {"n_prompts": sample.n_prompts}
+    for name in _PAIRED:
+        ours, theirs = _mean_of(name, "this."), _mean_of(name, "other.")
+        found[f"{name}_difference"] = sample.number(_difference(ours, theirs))
+        found[f"{name}_ratio"] = sample.ratio(ours, theirs)
+    return found
+
+
+def _difference(one: _OfMeans, other: _OfMeans) -> _OfMeans:
+    return lambda means: one(means) - other(means)
+
+
+def _add_nulls(groups: Sequence[dict[str, Any]], samples: Sequence[Sample], draws: int) -> None:
+    """Give each whole plain group its label-swap null."""
+    if draws < 1:
+        return
+    plain = [at for at, group in enumerate(groups) if (group["variant"], group["subset"]) == (PLAIN.name, ALL)]
+    of_prompts = [
+        contrast("interaction", np.stack([samples[at].of_prompts(cell) for cell in CELLS], axis=-1)) for at in plain
+    ]
+    for at, null in zip(plain, sign_flip_nulls(of_prompts, draws, NULL_SEED), strict=True):
+        groups[at]["label_swap"] = null | {"draws": draws, "seed": NULL_SEED}
 
 
 def _lineup_margins(
-    cells: pa.Table, pair: Sequence[str] | None, draws: int, seed: int, level: float
+    cells: pa.Table, pair: Sequence[str] | None, weights: str | None, how: Mapping[str, Any]
 ) -> dict[Any, dict[str, dict[str, Any]]]:
     """Mean margins by upstream and late label, of every group whose cells are of more than two checkpoints, by its
     key; over the events that have each of these cells once."""
-    table = _readable(cells, pair)
+    table = readable(cells, pair)
     labels = pa.array(sorted({label for name in ("upstream", "late") for label in pc.unique(table[name]).to_pylist()}))
     n_cells = len(labels) ** 2
     if len(labels) < 3:
@@ -479,58 +335,269 @@ def _lineup_margins(
     cell = len(labels) * upstream.astype(np.int64) + late
     codes = [ranks(table[name]) for name in (*GROUP_COLUMNS, "event_id")]
     order = np.lexsort((cell, *reversed(codes)))
-    starts = _run_starts([code[order] for code in codes])
+    starts = run_starts([code[order] for code in codes])
     starts = starts[np.diff(starts, append=cell.size) == n_cells]
     rows = starts[:, None] + np.arange(n_cells)
     rows = rows[(cell[order][rows] == np.arange(n_cells)).all(axis=1)]
-    _check_finite(table.take(pa.array(order[rows.ravel()])), "margin")
-    margin = table["margin"].to_numpy()[order]
-    events = table.take(pa.array(order)).take(pa.array(rows[:, 0]))
-    for i, values in enumerate(margin[rows].T):
-        events = events.append_column(f"y_{i}", pa.array(values))
-    parts = _groups(events)
-    names = [str(i) for i in range(n_cells)]
-    samples = [_sample(part, names, draws, seed, level) for part in parts]
+    check_finite(table.take(pa.array(order[rows.ravel()])), "margin")
+    whole = Grids(table.take(pa.array(order[rows[:, 0]])), order[rows], table["margin"].to_numpy()[order[rows]])
+    parts = _parts(whole, (), pair, weights)
+    names = [str(number) for number in range(n_cells)]
+    samples = [
+        Sample.of(
+            _prompts(whole, part), dict(zip(names, whole.margins[part.at].T, strict=True)), weights=part.weights, **how
+        )
+        for part in parts
+    ]
     draw_together(samples)
     found = {}
-    for of_group, sample in zip(parts, samples, strict=True):
+    for part, sample in zip(parts, samples, strict=True):
         numbers = iter([sample.mean(name) for name in names])
-        key = tuple(of_group[name][0].as_py() for name in GROUP_COLUMNS)
+        key = tuple(part.names[name] for name in GROUP_COLUMNS)
         found[key] = {up: {to: next(numbers) for to in labels.to_pylist()} for up in labels.to_pylist()}
     return found
 
 
-def _groups(table: pa.Table) -> list[pa.Table]:
-    """The sorted table of contrasts cut where a group column changes."""
-    if table.num_rows == 0:
-        return []
-    starts = _run_starts([ranks(table[name]) for name in GROUP_COLUMNS])
-    ends = np.append(starts[1:], table.num_rows)
-    return [table.slice(start, end - start) for start, end in zip(starts.tolist(), ends.tolist(), strict=True)]
+# ---- the analysis ----------------------------------------------------------------------------------------------------
 
 
-_SHARES = {
-    "portable_share": ("late_from_pt", "late_from_it"),
-    "interaction_share": ("interaction", "native_shift"),
-    "matched_ratio": ("late_from_it", "late_from_pt"),
-}
+def _gap(text: str) -> float:
+    return float(text) + 0.0  # no negative zero, which would be another file's name
 
 
-def _sample(events: pa.Table, cells: Sequence[str], draws: int, seed: int, level: float) -> Sample:
-    """The margins of some cells, by their names, of one group's events."""
-    values = {name: events[f"y_{name}"].to_numpy() for name in cells}
-    return Sample.of(events["prompt_id"], values, weights="event", draws=draws, seed=seed, level=level)
+@dataclass(frozen=True)
+class EffectsOptions:
+    """Which cells to average, and how."""
+
+    pair: str | None = option(None, "labels of two checkpoints to contrast, as A,B (default: the pair of the events)")
+    weights: str | None = option(
+        None,
+        "event or prompt: which of them weigh the same in a mean (default: event; prompt for the kinds of further "
+        "supports)",
+    )
+    by: str | None = option(
+        None, "further groups: by step (0, and at least 1, 3, 5, 10), a column that prompts carry, or a list of these"
+    )
+    paired: bool = option(
+        False, "compare variants with the plain grid, and kinds with first divergences, on the prompts of both"
+    )
+    null: int = option(NULL_DRAWS, "draws of the label-swap null; 0 for none (default %(default)s)", type=int)
+    keep_ties: bool = option(
+        False, "keep the events that their own checkpoints contradict by a tie or the wrong sign, as the study does"
+    )
+    draws: int = option(DRAWS, "bootstrap draws over prompts (default %(default)s)", type=int)
+    seed: int = option(SEED, "seed of the bootstrap (default %(default)s)", type=int)
+    stable_only: bool = option(False, "leave out the events that rounding changes, as 'actcache stability' found")
+    min_gap: float | None = option(
+        None, "leave out the events whose gap_pt or gap_it is below so many logits", type=_gap
+    )
+
+    @property
+    def labels(self) -> tuple[str, str] | None:
+        """The pair as two labels; InputError where it is none."""
+        return None if self.pair is None else contrasted(self.pair)
 
 
-def _of_means(name: str) -> Callable[[Mapping[str, Floats]], Floats]:
-    """A contrast as a function of the means of the four cells."""
-    return lambda means: _contrast(name, np.stack([means[cell] for cell in CELLS], axis=-1))
+class Effects(Analysis[EffectsOptions]):
+    """Contrasts of cells, averaged."""
+
+    name = "effects"
+    options = EffectsOptions
+
+    def check(self, store: Store, options: EffectsOptions) -> None:
+        """Pair, weights and draws."""
+        _check(options)
+        for label in options.labels or ():
+            if label not in store.checkpoints:
+                raise InputError(
+                    f"checkpoint {label!r} of the pair is not in the run; it has {', '.join(store.checkpoints)}"
+                )
+
+    def answer(
+        self,
+        run: Run,
+        options: EffectsOptions,
+        *,
+        on_progress: OnProgress = untold,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> dict[str, Any]:
+        """See :meth:`Analysis.answer`; nothing is replayed. The file also has ``draws``, ``seed``, ``level`` and what
+        was left out. Effects that leave events out, or contrast another pair, go into a file of their own."""
+        return self.of_run(run.folder, run.folder.open_store(), options, say=say).content
+
+    def of_run(
+        self,
+        folder: RunFolder,
+        store: Store,
+        options: EffectsOptions,
+        *,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Sealed:
+        """Average the cells of a run, and write the file; see :meth:`answer`."""
+        self.check(store, options)
+        options = _plain(store, options)
+        cells, notes, made_from = selected_cells(folder, store, options)
+        content = self._content(cells, notes, options, say)
+        write_atomically(self.path(folder, options), json_bytes(content, made_from))
+        return _sealed(content, made_from)
+
+    def of_table(
+        self, cells: Sealed, options: EffectsOptions, *, say: Callable[[str], None] = lambda line: None
+    ) -> Sealed:
+        """Average a table of cells that is no run's; nothing is written.
+
+        Raises:
+            InputError: the options need a run, or the table has no such cells.
+        """
+        _check(options)
+        if options.stable_only or options.min_gap is not None:
+            raise InputError("a table of cells is no run: --stable-only and --min-gap need the folder of a run, RUN")
+        table, notes = select_consistent(cells.content, options.labels, keep=options.keep_ties)
+        content = self._content(table, _counted(notes), options, say)
+        return _sealed(content, {"cells": cells.seal})
+
+    def current(
+        self,
+        folder: RunFolder,
+        store: Store,
+        options: EffectsOptions,
+        *,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Sealed:
+        """The effects on file, made again with the options that they had if they were not made from what they should
+        be.
+
+        Args:
+            folder: of the run.
+            store: of the run.
+            options: of which those count that name the file.
+            say: told why they are made again.
+        """
+        path, cells = self.path(folder, options), read_run_cells(folder, store)
+        try:
+            found = read_json(path, "effects", "it is made again")
+        except FileNotFoundError:
+            return self.of_run(folder, store, options, say=say)
+        except (NoSealError, CorruptFileError) as error:
+            say(str(error))
+            return self.of_run(folder, store, options, say=say)
+        content = found.content
+        given = {name: content[name] for name in ("draws", "seed")} | content.get("options", {})
+        options = replace(options, **{one.name: given[one.name] for one in fields(options) if one.name in given})
+        # An earlier version's groups have fewer numbers, and do not say whose events they are of.
+        wanted = set(schema.names(schema.EFFECTS))
+        if (
+            found.made_from == selected_cells(folder, store, options, cells)[2]
+            and content.get("version") == self.version
+            and all(wanted <= group.keys() for group in content["groups"])
+        ):
+            return found
+        say(f"{path} is of other cells than {folder.cells} now holds; it is made again")
+        return self.of_run(folder, store, options, say=say)
+
+    def path(self, folder: RunFolder, options: EffectsOptions | None = None) -> Path:
+        """``RUN/effects.json``, or another where events are left out, or another pair is contrasted."""
+        options = options or EffectsOptions()
+        return folder.effects_of(stable_only=options.stable_only, min_gap=options.min_gap, pair=options.labels)
+
+    def what_next(self, folder: RunFolder, options: EffectsOptions) -> str:
+        """A report that leaves the same events out."""
+        flags = folder.filters_of(self.path(folder, replace(options, pair=None)))
+        return f"{super().what_next(folder, options)}{flags}"
+
+    def read(self, folder: RunFolder, store: Store) -> dict[str, Any] | None:
+        """See :meth:`Analysis.read`; None also where the file is an earlier version's."""
+        try:
+            content, made_from, _ = read_json(folder.effects, "effects", f"'actcache effects {folder.path}' makes it")
+        except FileNotFoundError:
+            return None
+        found: dict[str, Any] = content
+        current = made_from == {"cells": read_run_cells(folder, store).seal}
+        return found if current and found.get("version") == self.version else None
+
+    def notes(self, found: Mapping[str, Any]) -> list[str]:
+        """How many events were left out, or kept though they contradict their checkpoints."""
+        return effects_text.said_of_events(found)
+
+    def lines(self, found: Mapping[str, Any], store: Store | None = None) -> list[str]:
+        """One group as a 2x2 in words, several as one table."""
+        return effects_text.described(found, store)
+
+    def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
+        """Label swaps, flags and subsets of the plain groups."""
+        return effects_text.section(groups)
+
+    def _content(
+        self, cells: pa.Table, notes: dict[str, Any], options: EffectsOptions, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        found = effects(
+            cells,
+            pair=options.labels,
+            draws=options.draws,
+            seed=options.seed,
+            weights=options.weights,
+            by=_names(options.by),
+            paired=options.paired,
+            null_draws=options.null,
+        )
+        if empty := found.get("empty_subsets"):
+            say(f"no event is in {len(empty)} of the subsets, which are left out: {'; '.join(empty[:5])}")
+        return {"analysis": self.name, "version": self.version, "options": asdict(options)} | notes | found
 
 
-def _estimates(sample: Sample) -> dict[str, Any]:
-    """The quantities of one group."""
-    numbers: dict[str, Any] = {"cells": {name: sample.mean(name) for name in CELLS}}
-    numbers |= {column.name: sample.number(_of_means(column.name)) for column in schema.CONTRASTS}
-    for share, (numerator, denominator) in _SHARES.items():
-        numbers[share] = sample.ratio(_of_means(numerator), _of_means(denominator))
-    return numbers
+def selected_cells(
+    folder: RunFolder, store: Store, options: EffectsOptions, found: Sealed | None = None
+) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
+    """The cells of a run whose events are averaged, what to say of those left out, and what both were made from;
+    ``found`` are all cells of the run, where they are read already.
+
+    Raises:
+        InputError, IncompatibleError, CorruptFileError: see :func:`actcache.study.run.read_run_cells`; no event is
+            left; or stability was not checked for all.
+    """
+    found = found or read_run_cells(folder, store)
+    cells, notes = select_consistent(found.content, keep=options.keep_ties)
+    notes, made_from = _counted(notes), {"cells": found.seal}
+    if options.stable_only or options.min_gap is not None:
+        stability = read_sealed(store, folder.stability) if options.stable_only else None
+        cells, left_out = select_events(
+            cells,
+            store.events,
+            store.fingerprint.dtype,
+            stability=stability and stability.content,
+            min_gap=options.min_gap,
+        )
+        notes |= left_out | {"n_left_out": left_out["n_left_out"] + notes.get("n_left_out", 0)}
+        made_from |= {"stability": stability.seal} if stability else {}
+    return cells, notes, made_from
+
+
+def _counted(notes: dict[str, Any]) -> dict[str, Any]:
+    """What contradicts its own checkpoints, with the number of events left out where there are any."""
+    n = notes["n_ties"] + notes["n_wrong_sign"]
+    return notes | ({"n_left_out": n} if n and not notes["keep_ties"] else {})
+
+
+def _check(options: EffectsOptions) -> None:
+    check_draws(options.draws, options.seed)
+    if options.weights is not None:
+        check_weights(options.weights)
+    if options.null < 0:
+        raise InputError(f"{options.null} draws of the null: give 0 for none, or more")
+    _ = options.labels
+
+
+def _plain(store: Store, options: EffectsOptions) -> EffectsOptions:
+    """The same options; without a pair where it is that of all events."""
+    return replace(options, pair=None) if store.fingerprint.event_pairs == [options.labels] else options
+
+
+def _names(text: str | None) -> list[str]:
+    return [name.strip() for name in text.split(",")] if text else []
+
+
+def _sealed(content: dict[str, Any], made_from: dict[str, Any]) -> Sealed:
+    return Sealed(content, made_from, seal_of(json_bytes(content, made_from)))
+
+
+ANALYSIS = Effects()

@@ -22,7 +22,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actcache.analyses.effects import contrasts
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left
 from actcache.capture.settings import parse_boundaries
 from actcache.capture.token_class import TokenClasses
@@ -32,6 +31,7 @@ from actcache.schema import NATIVE, SEGMENT, common_readout
 from actcache.store import Store
 from actcache.study.analysis import Bars, CellAnalysis, Forest, Numbers, Section, option
 from actcache.study.cells import Finished
+from actcache.study.contrasts import contrasts
 from actcache.study.further import with_further
 from actcache.study.replay_job import ReplayJob
 from actcache.study.statistics import (

@@ -385,6 +385,12 @@ class Stability(Analysis[StabilityOptions]):
         )
         return self.write(run.folder, options, summarise(table), self.made_from(run.folder, store))
 
+    def what_next(self, folder: RunFolder, options: StabilityOptions) -> str:
+        """What leaves the events out that change."""
+        return (
+            f"{folder.stability} holds them; 'actcache effects {folder.path} --stable-only' leaves changed events out"
+        )
+
     def read(self, folder: RunFolder, store: Store) -> dict[str, Any] | None:
         """Of the table: it may have grown since, and an earlier version left no more."""
         if not self.table_path(folder).is_file():
@@ -392,9 +398,9 @@ class Stability(Analysis[StabilityOptions]):
         content = super().read(folder, store) or {"options": asdict(StabilityOptions())}
         return content | {"groups": summarise(read_stability(store, folder.stability))}
 
-    def lines(self, groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    def lines(self, found: Mapping[str, Any], store: Store | None = None) -> list[str]:
         """Counts in two sentences."""
-        return describe(groups)
+        return describe(found["groups"]) or super().lines(found)
 
     def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
         """Counts and gaps of each dtype."""

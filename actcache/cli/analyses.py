@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -27,19 +28,32 @@ if TYPE_CHECKING:
 def add_verbs(verbs: Verbs) -> None:
     """Add one verb per analysis."""
     for named in ANALYSES:
-        parser = add_verb(verbs, named.name, partial(_answer, named), named.question, f"actcache {named.name} RUN")
-        add_captured_arguments(parser)
+        answer = partial(_answer_of_cells if named.of_cells else _answer, named)
+        parser = add_verb(verbs, named.name, answer, named.question, f"actcache {named.name} RUN")
+        if named.of_cells:
+            words = "folder of a run, or a table of cells"
+            parser.add_argument("source", type=Path, metavar="RUN|CELLS.parquet", help=words)
+        else:
+            add_captured_arguments(parser)
         parser.later = partial(_add_options, named)
         parser.add_argument("--json", action="store_true", help="print JSON, as in the file")
 
 
-def answers_of(folder: RunFolder, store: Store) -> dict[str, Answered]:
-    """What the report shows of the analyses that a run has answered; one of other cells is named and left out."""
+def answers_of(
+    folder: RunFolder, store: Store, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
+) -> dict[str, Answered]:
+    """What the report shows of the analyses that a run has answered; one of other cells is named and left out.
+
+    Args:
+        folder: of the run.
+        store: of the run.
+        known: what the files of some hold, by name, where they were read already.
+    """
     answers = {}
     for named in ANALYSES:
         if any(path.is_file() for path in (folder.path / f"{named.name}.json", folder.path / f"{named.name}.parquet")):
             analysis = named.load()
-            content = analysis.read(folder, store)
+            content = known.get(named.name) or analysis.read(folder, store)
             if content is None:
                 say(f"{analysis.path(folder)} is of other cells than the run's; 'actcache {named.name}' makes it again")
             elif content["groups"]:
@@ -63,14 +77,54 @@ def _add_options(named: Named, parser: Parser) -> None:
 
 def _answer(named: Named, args: argparse.Namespace) -> None:
     analysis = named.load()
-    options = {entry.name: getattr(args, entry.name) for entry in fields(analysis.options)}
+    options = _options(analysis, args)
     folder = RunFolder(args.run)
     record = folder.record()
     device = args.device or record.device
     check_device(device)
     found = analyse(analysis, folder, device, checkpoints=moved(args, record), **options)
-    say(f"{analysis.path(folder)} holds them; next: actcache report {args.run}")
-    print_answer(analysis, found, as_json=args.json)
+    _print_of_run(analysis, folder, found, args)
+
+
+def _answer_of_cells(named: Named, args: argparse.Namespace) -> None:
+    """Of a run, or of a table whose answer is printed and not kept."""
+    from actcache.cli.tables import read_cells
+    from actcache.sealed import json_bytes
+
+    analysis = named.load()
+    options = _options(analysis, args)
+    if args.source.is_dir():
+        from actcache.study.run import Run
+
+        run = Run(args.source)
+        found = analysis.answer(run, analysis.options_of(options), say=say)
+        _print_of_run(analysis, run.folder, found, args)
+    else:
+        content, made_from, _ = analysis.of_table(read_cells(args.source), analysis.options_of(options), say=say)
+        _print(analysis, content, json_bytes(content, made_from).decode() if args.json else None)
+
+
+def _options(analysis: Analysis[Any], args: argparse.Namespace) -> dict[str, Any]:
+    return {entry.name: getattr(args, entry.name) for entry in fields(analysis.options)}
+
+
+def _print_of_run(
+    analysis: Analysis[Any], folder: RunFolder, found: Mapping[str, Any], args: argparse.Namespace
+) -> None:
+    options = analysis.options_of(found["options"])  # a pair that is the events' own is not named there
+    say(analysis.what_next(folder, options))
+    file = analysis.path(folder, options).read_text(encoding="utf-8") if args.json else None
+    _print(analysis, found, file, folder.open_store())
+
+
+def _print(analysis: Analysis[Any], found: Mapping[str, Any], file: str | None, store: Store | None = None) -> None:
+    """The file as it is, with its notes on stderr; or what it holds, in words."""
+    if file is None:
+        print("\n".join(analysis.lines(found, store)))
+    else:
+        for note in analysis.notes(found):
+            say(note)
+        print(file, end="")
 
 
 def analyse(
@@ -104,14 +158,3 @@ def analyse(
         found = run.analyse(analysis.name, on_progress=line, say=say, **options)
     clock.write(found["groups"])
     return found
-
-
-def print_answer(analysis: Analysis[Any], found: dict[str, Any], *, as_json: bool) -> None:
-    """What was found, as in the file or as a table."""
-    from actcache.sealed import json_bytes
-
-    if as_json:
-        print(json_bytes(found, {}).decode(), end="")
-    else:
-        groups = found["groups"]
-        print("\n".join(analysis.lines(groups) if groups else ["no event to analyse"]))

@@ -19,7 +19,7 @@ GROUPS = {
     WHAT: (),
     "exactness": (
         *("--dtype", "--strict", "--max-tokens", "--stability", "--stable-only", "--min-gap", "--sample"),
-        *("--draws", "--seed"),
+        *("--keep-ties", "--null", "--draws", "--seed"),
     ),
     "where": (
         "--out",

@@ -39,7 +39,7 @@ def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup) -> No
         asked = ",".join(f"{dtype}={'all' if n is None else n}" for dtype, n in samples.items())
         analysis = find_analysis("stability")
         found = analyse(analysis, folder, args.device, lineup=lineup, sample=asked)
-        for line in analysis.lines(found["groups"]) if found["groups"] else ():
+        for line in analysis.lines(found) if found["groups"] else ():
             say(line)
 
 

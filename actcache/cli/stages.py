@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from actcache.cli.analyses import answers_of
-from actcache.cli.answer import answer, described, reasons_of, said_of_left_out
 from actcache.cli.arguments import (
     Verbs,
     add_capture_arguments,
@@ -21,24 +21,20 @@ from actcache.cli.arguments import (
     checkpoints_given,
     grid_settings,
     open_lineup,
-    pair,
 )
 from actcache.cli.captured import add_captured_arguments, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.stability import add_run_arguments, check_run
-from actcache.cli.tables import read_cells
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
-from actcache.errors import CorruptFileError, InputError
+from actcache.errors import InputError
 from actcache.files import write_atomically
-from actcache.schema import EFFECTS, ROLES, names
-from actcache.sealed import NoSealError, Sealed, html_bytes, json_bytes, read_json, seal_of
-from actcache.study.run import check_complete, check_same_checkpoints, read_run_cells
+from actcache.schema import ROLES
+from actcache.sealed import html_bytes
+from actcache.study.run import check_complete, check_same_checkpoints
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from actcache.capture.given import GivenPrompt
     from actcache.models.backbone import Backbone
     from actcache.models.lineup import Lineup
@@ -94,25 +90,6 @@ def add_verbs(verbs: Verbs) -> None:
     grid.add_argument("--boundary", metavar="B", help="boundaries to score, of those captured (default: all of them)")
     add_grid_arguments(grid)
 
-    effects = add_verb(
-        verbs,
-        "effects",
-        _effects,
-        "average cells into contrasts with bootstrap intervals",
-        "actcache effects RUN --min-gap 0.5",
-    )
-    effects.add_argument("source", type=Path, metavar="RUN|CELLS.parquet", help="folder of a run, or a table of cells")
-    effects.add_argument(
-        "--pair", type=pair, metavar="A,B", help="two checkpoints to contrast (default: the pair of the events)"
-    )
-    effects.add_argument(
-        "--draws", type=int, default=2000, metavar="N", help="bootstrap draws over prompts (default %(default)s)"
-    )
-    effects.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the bootstrap (default %(default)s)")
-    _add_filters(effects)
-
-    effects.add_argument("--json", action="store_true", help="print JSON, as in RUN/effects.json")
-
     report = add_verb(
         verbs, "report", _report, "write one self-contained HTML page about a run", "actcache report RUN --stable-only"
     )
@@ -166,15 +143,19 @@ def run_study(args: argparse.Namespace) -> tuple[RunFolder, dict[str, Any]]:
     folder = RunFolder(args.out)
     check_run(args, folder, lineup)
     _score(folder, lineup, args, None, args.device)
+    from actcache.analyses.effects import ANALYSIS, EffectsOptions
+
     store = folder.open_store()
-    effects = _write_effects(folder, store)
+    effects = ANALYSIS.of_run(folder, store, EffectsOptions(), say=say)
     if args.stable_only:
-        effects = _write_effects(folder, store, stable_only=True)
+        effects = ANALYSIS.of_run(folder, store, EffectsOptions(stable_only=True), say=say)
     _write_report(folder, store, stable_only=args.stable_only)
     return folder, effects.content
 
 
 def _run(args: argparse.Namespace) -> None:
+    from actcache.analyses.effects_text import answer
+
     folder, effects = run_study(args)
     print("\n".join([*answer(effects, folder.open_store()), "", f"Report: {folder.report}"]))
 
@@ -256,6 +237,8 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     folder.bind_store(record, len(prompts if given is None else given))
     clock.write(folder, len(prompts if given is None else given))
     store = folder.open_store()
+    from actcache.analyses.effects_text import reasons_of
+
     say(f"{len(store)} events" + (f"; without one: {reasons_of(store)}" if store.excluded.num_rows else ""))
     return lineup
 
@@ -302,101 +285,6 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
     return publish_cells(folder.cells, folder.cell_groups, store, **how).num_rows
 
 
-def _effects(args: argparse.Namespace) -> None:
-    from actcache.analyses.effects import effects
-
-    if args.draws < 1:
-        raise InputError(f"draws is {args.draws}; it must be at least 1")
-    store = None
-    if args.source.is_dir():
-        folder = RunFolder(args.source)
-        store = folder.open_store()
-        result = _write_effects(
-            folder,
-            store,
-            draws=args.draws,
-            seed=args.seed,
-            stable_only=args.stable_only,
-            min_gap=args.min_gap,
-            pair=args.pair,
-        )
-        if args.json and (left_out := said_of_left_out(result.content)) is not None:
-            say(left_out)
-        path = folder.effects_of(stable_only=args.stable_only, min_gap=args.min_gap, pair=_other_pair(store, args.pair))
-        report = folder.effects_of(stable_only=args.stable_only, min_gap=args.min_gap)
-        say(f"{path} holds them; next: actcache report {args.source}{folder.filters_of(report)}")
-    elif args.stable_only or args.min_gap is not None:
-        raise InputError(f"{args.source} is not a run: --stable-only and --min-gap need the folder of a run, RUN")
-    else:
-        cells = read_cells(args.source)
-        result = _sealed(
-            effects(cells.content, pair=args.pair, draws=args.draws, seed=args.seed), {"cells": cells.seal}
-        )
-    if args.json:
-        print(json_bytes(result.content, result.made_from).decode(), end="")
-    else:
-        print("\n".join(described(result.content, store)))
-
-
-def _write_effects(
-    folder: RunFolder,
-    store: Store,
-    *,
-    draws: int = 2000,
-    seed: int = 0,
-    stable_only: bool = False,
-    min_gap: float | None = None,
-    pair: tuple[str, str] | None = None,
-) -> Sealed:
-    """Average the cells of a run; effects that leave events out, or contrast another pair, go into a file of their
-    own."""
-    from actcache.analyses.effects import effects
-
-    pair = _other_pair(store, pair)
-    cells, left_out, made_from = _selected(folder, store, stable_only, min_gap)
-    result = _sealed(left_out | effects(cells, pair=pair, draws=draws, seed=seed), made_from)
-    path = folder.effects_of(stable_only=stable_only, min_gap=min_gap, pair=pair)
-    write_atomically(path, json_bytes(result.content, result.made_from))
-    return result
-
-
-def _other_pair(store: Store, pair: tuple[str, str] | None) -> tuple[str, str] | None:
-    """The pair to contrast where it is not the events' own; InputError where the store lacks one of the two."""
-    if pair is None or pair == store.fingerprint.pair:
-        return None
-    for label in pair:
-        if label not in store.checkpoints:
-            raise InputError(
-                f"checkpoint {label!r} of the pair is not in the run; it has {', '.join(store.checkpoints)}"
-            )
-    return pair
-
-
-def _sealed(content: dict[str, Any], made_from: dict[str, Any]) -> Sealed:
-    return Sealed(content, made_from, seal_of(json_bytes(content, made_from)))
-
-
-def _selected(
-    folder: RunFolder, store: Store, stable_only: bool, min_gap: float | None
-) -> tuple[pa.Table, dict[str, Any], dict[str, Any]]:
-    """The cells of a run whose events are averaged, what to say of those left out, and what both were made from."""
-    from actcache.analyses.effects import select_events
-    from actcache.analyses.stability import read_sealed
-
-    cells = read_run_cells(folder, store)
-    if not stable_only and min_gap is None:
-        return cells.content, {}, {"cells": cells.seal}
-    stability = read_sealed(store, folder.stability) if stable_only else None
-    selected, left_out = select_events(
-        cells.content,
-        store.events,
-        store.fingerprint.dtype,
-        stability=stability and stability.content,
-        min_gap=min_gap,
-    )
-    return selected, left_out, {"cells": cells.seal} | ({"stability": stability.seal} if stability else {})
-
-
 def _report(args: argparse.Namespace) -> None:
     folder = RunFolder(args.run)
     _write_report(folder, folder.open_store(), stable_only=args.stable_only, min_gap=args.min_gap)
@@ -404,14 +292,14 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False, min_gap: float | None = None) -> None:
+    from actcache.analyses.effects import ANALYSIS, EffectsOptions, selected_cells
     from actcache.report import build_report
     from actcache.study.cells import identity
 
-    cells, _, made_from = _selected(folder, store, stable_only, min_gap)
-    if stable_only or min_gap is not None:
-        effects = _write_effects(folder, store, stable_only=stable_only, min_gap=min_gap)
-    else:
-        effects = _current_effects(folder, store, made_from)
+    options = EffectsOptions(stable_only=stable_only, min_gap=min_gap)
+    effects = ANALYSIS.current(folder, store, options, say=say)
+    keep_ties = effects.content["keep_ties"]
+    cells, _, made_from = selected_cells(folder, store, replace(options, keep_ties=keep_ties))
     page = build_report(
         cells,
         effects.content,
@@ -420,28 +308,9 @@ def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False,
         _settings_shown(folder.record(), store),
         checkpoints=store.checkpoints,
         default_boundary=round(0.6 * store.fingerprint.n_blocks),
-        answers=answers_of(folder, store),
+        answers=answers_of(folder, store, {ANALYSIS.name: effects.content}),
     )
     write_atomically(folder.report, html_bytes(page, {**identity(store), **made_from, "effects": effects.seal}))
-
-
-def _current_effects(folder: RunFolder, store: Store, made_from: dict[str, Any]) -> Sealed:
-    """The effects over all events; those on file are made again if they were not made from what they should be."""
-    options = {}
-    try:
-        found = read_json(folder.effects, "effects", "it is made again")
-    except FileNotFoundError:
-        pass
-    except (NoSealError, CorruptFileError) as error:
-        say(str(error))
-    else:
-        # An earlier version's groups have fewer numbers, and do not say whose events they are of.
-        wanted = set(names(EFFECTS))
-        if found.made_from == made_from and all(wanted <= group.keys() for group in found.content["groups"]):
-            return found
-        say(f"{folder.effects} is of other cells than {folder.cells} now holds; it is made again")
-        options = {name: found.content[name] for name in ("draws", "seed")}
-    return _write_effects(folder, store, **options)
 
 
 def _settings_shown(record: RunRecord, store: Store) -> dict[str, str]:

@@ -22,13 +22,14 @@ import pyarrow.compute as pc
 from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from actcache.analyses.effects import GROUP_COLUMNS, contrasts
 from actcache.errors import InputError
 from actcache.report import figures, sections, variants, visible
 from actcache.report.sections import CAUTION_PROMPTS, OPEN_ROWS
 from actcache.schema import CONTRASTS, GRID_MARGINS, IT, NATIVE, PT, ROLES, common_readout, names
 from actcache.study.analysis import Answered
-from actcache.study.statistics import FEWEST_PROMPTS
+from actcache.study.contrasts import GROUP_COLUMNS, contrasts
+from actcache.study.statistics import FEWEST_PROMPTS, Sample
+from actcache.study.subsets import ALL
 
 EXAMPLES_PER_PART = 8
 """Examples from each of the two ends and the middle of the interactions."""
@@ -66,7 +67,7 @@ def build_report(
     Args:
         cells: the scored cells, columns as in ``cells.parquet``.
         effects: what :func:`actcache.analyses.effects.effects` returned for these cells, with what
-            :func:`actcache.analyses.effects.select_events` noted if it chose them.
+            :mod:`actcache.study.left_out` noted of the events that it left out.
         events: one row per event: event_id, prompt_id, kind, gap_pt, gap_it (top-1 minus top-2, logits), context
             (the text before the divergence), token_pt, token_it (decoded; any text); special_pt, special_it (whether
             the token is a special one) where the store has them; more columns are ignored.
@@ -96,6 +97,7 @@ def build_report(
         missing = [column for column in columns if column not in table.column_names]
         if missing:
             raise InputError(f"the table of {name} has no column {', '.join(missing)}; found {table.column_names}")
+    effects = effects | {"groups": [group for group in effects["groups"] if group["subset"] == ALL]}
     groups = _folded([_shown(group) for group in effects["groups"]])
     if cells.num_rows and not groups:
         raise InputError(f"{cells.num_rows} cells but effects without groups: compute the effects of these cells first")
@@ -243,7 +245,9 @@ def _main_contrasts(cells: pa.Table, group: Group) -> pa.Table:
     for name in GROUP_COLUMNS:
         wanted &= pc.equal(cells[name], pa.scalar(group[name])).to_numpy()
     table = contrasts(cells.filter(pa.array(wanted)), (group[PT], group[IT]))
-    mean = float(table["interaction"].to_numpy().mean()) if table.num_rows else math.nan
+    values = {"interaction": table["interaction"].to_numpy()}
+    found = Sample.of(table["prompt_id"], values, weights=group["weights"]).mean("interaction")["mean"]
+    mean = math.nan if found is None else found
     expected = group["interaction"]["mean"]
     if table.num_rows != group["n_events"] or not math.isclose(mean, expected, rel_tol=1e-9, abs_tol=1e-9):
         raise InputError(
@@ -425,6 +429,8 @@ def _left_out(effects: dict[str, Any]) -> dict[str, Any] | None:
     if "n_left_out" not in effects:
         return None
     reasons = []
+    if not effects.get("keep_ties") and (n := effects.get("n_ties", 0) + effects.get("n_wrong_sign", 0)):
+        reasons.append((n, "whose own checkpoints contradict them by a tie or the wrong sign"))
     if effects.get("stable_only"):
         reasons.append((effects["n_unstable"], "not decided the same under strict and packed numerics"))
     if "min_gap" in effects:

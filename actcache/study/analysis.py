@@ -21,7 +21,7 @@ import pyarrow as pa
 from actcache.errors import InputError
 from actcache.files import write_atomically
 from actcache.progress import OnProgress, Tally, untold
-from actcache.sealed import json_bytes, parquet_bytes, read_json, read_parquet
+from actcache.sealed import Sealed, json_bytes, parquet_bytes, read_json, read_parquet
 from actcache.store import Store
 from actcache.study.cells import Finished, finished_cells, gather_cells, identity, publish_cells
 from actcache.study.engine import LateJob, LocalEngine
@@ -245,13 +245,24 @@ class Analysis(ABC, Generic[Options]):
             InputError: the store cannot serve these options.
         """
 
+    def of_table(self, cells: Sealed, options: Options, *, say: Callable[[str], None] = lambda line: None) -> Sealed:
+        """Its answer of a table of cells that is no run's, for those that ``ANALYSES`` names as ``of_cells``."""
+        raise InputError(f"{self.name} needs the folder of a run, RUN")
+
     @abstractmethod
     def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
         """Its section, of the groups of its numbers, at least one."""
 
-    def lines(self, groups: Sequence[Mapping[str, Any]]) -> list[str]:
-        """What a terminal shows of the groups of its numbers, at least one; by default the table of its section."""
-        section = self.section(groups)
+    def lines(self, found: Mapping[str, Any], store: Store | None = None) -> list[str]:
+        """What a terminal shows.
+
+        Args:
+            found: what the file holds; by default the table of its section is shown.
+            store: of the run, if it is one's.
+        """
+        if not found["groups"]:
+            return ["no event to analyse"]
+        section = self.section(found["groups"])
         rows: list[Sequence[str]] = [list(section.columns)]
         shares = [name in section.shares for name in section.columns]
         rows += [[in_words(*cell) for cell in zip(row, shares, strict=True)] for row in section.rows]
@@ -276,6 +287,14 @@ class Analysis(ABC, Generic[Options]):
             elif value != (list(default) if isinstance(default, tuple) else default):
                 words.append(f"{flag_of(entry)}={','.join(map(str, value)) if isinstance(value, list) else value}")
         return shlex.join(words)
+
+    def notes(self, found: Mapping[str, Any]) -> list[str]:
+        """What a person should know who is shown the file alone."""
+        return []
+
+    def what_next(self, folder: RunFolder, options: Options) -> str:
+        """Where the answer is, and what a person may do with it."""
+        return f"{self.path(folder, options)} holds them; next: actcache report {folder.path}"
 
     def read(self, folder: RunFolder, store: Store) -> dict[str, Any] | None:
         """What :meth:`answer` left; None where there is nothing, or it is of other events, of cells that were replayed
@@ -319,8 +338,8 @@ class Analysis(ABC, Generic[Options]):
         """Where its table lies."""
         return folder.path / f"{self.name}.parquet"
 
-    def path(self, folder: RunFolder) -> Path:
-        """Where its numbers lie."""
+    def path(self, folder: RunFolder, options: Options | None = None) -> Path:
+        """Where its numbers lie; those of some options may lie elsewhere."""
         return folder.path / f"{self.name}.json"
 
     def made_from(self, folder: RunFolder, store: Store) -> dict[str, Any]:

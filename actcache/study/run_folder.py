@@ -324,7 +324,8 @@ class RunFolder:
                 yield path, f"remove it, and 'actcache {name} {self.path}' makes it again"
                 yield final_path(path), "remove it; what needs it is replayed"
         yield self.cells, f"'actcache grid {self.path}' makes it again"
-        for name, suffix in product(analyses, ("json", "parquet")):
+        others = [name for name in analyses if name != self.effects.stem]
+        for name, suffix in product(others, ("json", "parquet")):
             yield self.path / f"{name}.{suffix}", f"'actcache {name} {self.path}' makes it again"
         kinds = ("stable-only", "min-gap-", "pair-")
         filtered = (path for kind in kinds for path in self.path.glob(f"effects-{kind}*.json"))

@@ -195,6 +195,10 @@ class Sample:
         above, below = self._values(numerator), self._values(denominator)
         return above is not None and below is not None and bool(above[0] * below[0] < 0)
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a value."""
+        return name in self._columns
+
     def draws_of(self, quantity: Quantity) -> Floats | None:
         """The quantity in each draw, ``[draws]``; None below ``FEWEST_PROMPTS``."""
         values = self._values(quantity)
@@ -452,16 +456,36 @@ def sign_flip_null(
     """
     families = prompt_means if isinstance(prompt_means, Mapping) else {"": prompt_means}
     rng = np.random.default_rng(seed)
-    parts = {family: _finite(family or "prompt means", values) for family, values in sorted(families.items())}
-    if not parts or not all(len(values) for values in parts.values()):
+    parts = [_finite(family or "prompt means", values) for family, values in sorted(families.items())]
+    if not parts:
         raise InputError("a null needs at least one prompt per family")
-    null = sum((_flipped(values, draws, rng) for values in parts.values()), np.zeros(draws)) / len(parts)
-    observed = float(np.mean([values.mean() for values in parts.values()]))
+    return _compared(parts, [_flipped([values], draws, rng)[0] for values in parts])
+
+
+def sign_flip_nulls(
+    groups: Sequence[npt.ArrayLike], draws: int = NULL_DRAWS, seed: int = NULL_SEED
+) -> list[dict[str, float]]:
+    """What :func:`sign_flip_null` gives of each group of prompts on its own; those of equally many prompts share their
+    signs, which saves most of the time."""
+    given = [_finite("prompt means", values) for values in groups]
+    found: list[dict[str, float]] = [{}] * len(given)
+    for n_prompts in {len(values) for values in given}:
+        alike = [index for index, values in enumerate(given) if len(values) == n_prompts]
+        nulls = _flipped([given[index] for index in alike], draws, np.random.default_rng(seed))
+        for index, null in zip(alike, nulls, strict=True):
+            found[index] = _compared([given[index]], [null])
+    return found
+
+
+def _compared(parts: Sequence[Floats], nulls: Sequence[Floats]) -> dict[str, float]:
+    """The mean over families of their means, beside that of their draws."""
+    null = np.mean(nulls, axis=0)
+    observed = float(np.mean([values.mean() for values in parts]))
     # The draw that turns no sign is the observed mean but for the order of additions: it reaches it.
-    slack = 1e-12 * float(np.mean([np.abs(values).mean() for values in parts.values()]))
+    slack = 1e-12 * float(np.mean([np.abs(values).mean() for values in parts]))
     return {
         "observed": observed,
-        "p": (1 + int((null >= observed - slack).sum())) / (draws + 1),
+        "p": (1 + int((null >= observed - slack).sum())) / (len(null) + 1),
         "null_mean": float(null.mean()),
         "null_sd": float(null.std()),
         "null_q99.9": float(np.quantile(null, 0.999)),
@@ -469,18 +493,21 @@ def sign_flip_null(
     }
 
 
-def _flipped(values: Floats, draws: int, rng: np.random.Generator) -> Floats:
-    """Means ``[draws]`` of values ``[P]`` under random signs: bit p of draw d is set where value p keeps its sign. Each
-    draw takes its own 64-bit words, so that passes of any size give the same."""
-    n_prompts = len(values)
-    found = np.empty(draws)
+def _flipped(groups: Sequence[Floats], draws: int, rng: np.random.Generator) -> list[Floats]:
+    """Means ``[draws]`` of each of several ``[P]`` under the same random signs: bit p of draw d is set where value p
+    keeps its sign. Each draw takes its own 64-bit words, so that passes of any size give the same."""
+    n_prompts = len(groups[0])
+    if not n_prompts:
+        raise InputError("a null needs at least one prompt per family")
+    found = [np.empty(draws) for _ in groups]
     per_pass = max(1, _DRAWN_PER_PASS // n_prompts)
     for first in range(0, draws, per_pass):
         n = min(per_pass, draws - first)
         words = rng.integers(0, 2**64, size=(n, -(-n_prompts // 64)), dtype=np.uint64)
-        keeps = np.unpackbits(words.astype("<u8").view(np.uint8), axis=1, count=n_prompts)
-        found[first : first + n] = keeps.astype(np.float64) @ (2 * values) - values.sum()
-    return found / n_prompts
+        bits = np.unpackbits(words.astype("<u8").view(np.uint8), axis=1, count=n_prompts).astype(np.float64)
+        for values, into in zip(groups, found, strict=True):
+            into[first : first + n] = (bits @ (2 * values) - values.sum()) / n_prompts
+    return found
 
 
 # ---- over families ---------------------------------------------------------------------------------------------------

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actcache.schema import EFFECT_KEY, IT, NATIVE, ROLES, common_readout, names
+from actcache.study.analysis import Lines, Section, in_words
+from actcache.study.statistics import FEWEST_PROMPTS
+from actcache.study.subsets import ALL, LEAST_STEPS
 
 if TYPE_CHECKING:
     from actcache.store import Store
@@ -21,7 +24,7 @@ def answer(effects: Mapping[str, Any], store: Store) -> list[str]:
     """What a run ends with: of its plain cells those read by the head of IT, natively where those were not scored."""
     if not effects["groups"]:
         return [_no_event(store)]
-    groups = [group for group in effects["groups"] if group["variant"] == "none"]
+    groups = [group for group in effects["groups"] if group["variant"] == "none" and group["subset"] == ALL]
     has_common = {_place(group) for group in groups if group["readout"] == common_readout(group[IT])}
     shown = [g for g in groups if g["readout"] == (common_readout(g[IT]) if _place(g) in has_common else NATIVE)]
     return described({**effects, "groups": shown}, store)
@@ -32,20 +35,34 @@ def described(effects: Mapping[str, Any], store: Store | None = None) -> list[st
     groups = effects["groups"]
     if not groups:
         return ["No event in these cells." if store is None else _no_event(store)]
-    left_out = said_of_left_out(effects)
-    return [*([] if left_out is None else [left_out]), *(_in_words if len(groups) == 1 else _as_table)(groups, store)]
+    return [*said_of_events(effects), *(_in_words if len(groups) == 1 else _as_table)(groups, store)]
 
 
-def said_of_left_out(effects: Mapping[str, Any]) -> str | None:
+def said_of_events(effects: Mapping[str, Any]) -> list[str]:
+    """Lines about the events that the effects leave out, or keep though their own checkpoints contradict them."""
+    return [line for line in (_left_out(effects), _kept(effects)) if line is not None]
+
+
+def _left_out(effects: Mapping[str, Any]) -> str | None:
     """One line about the events that the effects leave out, or None where they are over all."""
     if "n_left_out" not in effects:
         return None
     reasons = []
+    if not effects.get("keep_ties") and (effects.get("n_ties") or effects.get("n_wrong_sign")):
+        reasons.append(f"{effects['n_ties']} with a tie and {effects['n_wrong_sign']} with the wrong sign")
     if effects.get("stable_only"):
         reasons.append(f"{effects['n_unstable']} not stable")
     if "min_gap" in effects:
         reasons.append(f"{effects['n_below_min_gap']} with a gap below {effects['min_gap']:g}")
     return f"events left out: {effects['n_left_out']} ({', '.join(reasons)})"
+
+
+def _kept(effects: Mapping[str, Any]) -> str | None:
+    """One line about events that contradict their own checkpoints and are kept, or None without any."""
+    n_ties, n_wrong = (effects.get(name, 0) for name in ("n_ties", "n_wrong_sign"))
+    if not (effects.get("keep_ties") and (n_ties or n_wrong)):
+        return None
+    return f"kept though their own checkpoints contradict them: {n_ties} with a tie, {n_wrong} with the wrong sign"
 
 
 def reasons_of(store: Store) -> str:
@@ -82,7 +99,7 @@ def _in_words(groups: Sequence[Group], store: Store | None) -> list[str]:
         value = group[name]
         interval = "" if value["low"] is None else f"   95% [{value['low']:+.3f}, {value['high']:+.3f}]"
         lines.append(f"  {words}  {value['mean']:+9.3f}{interval}")
-    return [*lines, *_without_interval(groups)]
+    return [*lines, *_notes(groups)]
 
 
 def _by_label(group: Group) -> dict[str, dict[str, Any]]:
@@ -111,13 +128,13 @@ def _in_short(groups: Sequence[Group]) -> list[str]:
 
 def _as_table(groups: Sequence[Group], store: Store | None) -> list[str]:
     """A row for each group; what is the same for all stands above."""
-    varying = [name for name in (*_SETTINGS, "n_events") if len({group[name] for group in groups}) > 1]
+    varying = [name for name in (*_SETTINGS, "subset", "n_events") if len({group.get(name) for group in groups}) > 1]
     head = [*("events" if name == "n_events" else name for name in varying), *_in_short(groups)]
     rows = [[*(str(group[name]) for name in varying), *(_number(group[name]) for name in _EFFECTS)] for group in groups]
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     title = "mean effects on the margin logit(y_it) - logit(y_pt), with 95% intervals"
-    return [_heading(groups, store), "", title, "", *(line.rstrip() for line in lines), *_without_interval(groups)]
+    return [_heading(groups, store), "", title, "", *(line.rstrip() for line in lines), *_notes(groups)]
 
 
 def _number(value: Mapping[str, float | None]) -> str:
@@ -135,14 +152,87 @@ def _heading(groups: Sequence[Group], store: Store | None) -> str:
         said.append(f"{store.fingerprint.n_blocks} blocks")
     said += [f"{name} {shared[name]}" for name in ("scope", "readout") if name in shared]
     said += [f"variant {shared['variant']}"] if shared.get("variant", "none") != "none" else []
+    said += ["every prompt weighs the same"] if {group.get("weights") for group in groups} == {"prompt"} else []
     n_events, n_prompts = (max(group[name] for group in groups) for name in ("n_events", "n_prompts"))
     without = f" ({store.excluded.num_rows} prompts without one)" if store else ""
     return f"{n_events} events of {n_prompts} prompts{without}; {', '.join(said)}"
 
 
-def _without_interval(groups: Sequence[Group]) -> list[str]:
-    from actcache.study.statistics import FEWEST_PROMPTS
+def _notes(groups: Sequence[Group]) -> list[str]:
+    """What a reader should know of these numbers."""
+    notes = []
+    if any(group["n_prompts"] < FEWEST_PROMPTS for group in groups):
+        notes.append(f"no interval where an effect is of fewer than {FEWEST_PROMPTS} prompts")
+    if any("portable_share" in group.get("flags", ()) for group in groups):
+        notes.append("A and B differ in sign in places: A / B is no share there")
+    if swapped := [group["label_swap"] for group in groups if "label_swap" in group]:
+        largest = max(null["p"] for null in swapped)
+        which = "p" if len(swapped) == 1 else "largest p"
+        notes.append(f"label swaps: {which} = {largest:.2g} of {swapped[0]['draws']:,} draws")
+    return ["", *notes] if notes else []
 
-    if all(group["n_prompts"] >= FEWEST_PROMPTS for group in groups):
+
+def section(groups: Sequence[Group]) -> Section:
+    """Label swaps, flags and subsets of the plain groups by the head of IT, natively where that did not score."""
+    plain = [group for group in groups if group["variant"] == "none"] or list(groups)
+    has_common = {_place(group) for group in plain if group["readout"] == common_readout(group[IT])}
+    shown = [
+        g for g in plain if g["readout"] == (common_readout(g[IT]) if _place(g) in has_common else NATIVE)
+    ] or plain
+    named = [name for name in ("kind", "boundary", "scope") if len({group[name] for group in shown}) > 1]
+    return Section(
+        title="Label swaps and subsets",
+        figures=_position_curves(shown),
+        columns=["events", "n", "prompts", "share of events", "A", "B", "B - A", "A / B", "label-swap p"],
+        rows=[
+            [
+                ", ".join([*(f"{name} {group[name]}" for name in named), group["subset"]]),
+                group["n_events"],
+                group["n_prompts"],
+                {"mean": group["share_of_events"], "low": None, "high": None},
+                *(group[name] for name in _EFFECTS),
+                _share(group, "portable_share"),
+                group["label_swap"]["p"] if "label_swap" in group else "-",
+            ]
+            for group in shown
+        ],
+        shows=(
+            "The label-swap p is the share of sign patterns, one sign per prompt, whose mean interaction reaches the "
+            "one observed. Swapping the two late labels of a prompt turns the sign of its interaction. "
+            + _weighed(shown)
+        ),
+        shares=("share of events", "A / B"),
+        does_not_show=(
+            "A subset is other events, and partly other prompts: what differs between subsets need not come from the "
+            "step or the value that names them. All numbers are conditional on these prompts and checkpoints."
+        ),
+    )
+
+
+def _position_curves(groups: Sequence[Group]) -> list[Lines]:
+    """The interaction of events from a step on, a line per kind, boundary and scope."""
+    steps = {ALL: 0} | {f"step>={least}": least for least in LEAST_STEPS}
+    of: dict[str, list[tuple[float, Any]]] = {}
+    for group in groups:
+        if group["subset"] in steps:
+            name = f"{group['kind']}, boundary {group['boundary']}, {group['scope']}"
+            of.setdefault(name, []).append((steps[group["subset"]], group["interaction"]))
+    of = {name: points for name, points in of.items() if len(points) > 1}
+    if not of:
         return []
-    return ["", f"no interval where an effect is of fewer than {FEWEST_PROMPTS} prompts"]
+    said = "; ".join(
+        f"{name}: " + ", ".join(f"from step {step:g} {in_words(value)}" for step, value in points)
+        for name, points in of.items()
+    )
+    return [Lines("events from this step on", "interaction B - A, logits", of, None, said)]
+
+
+def _share(group: Group, name: str) -> str | Mapping[str, float | None]:
+    """A share, with a word where its two means differ in sign."""
+    value: Mapping[str, float | None] = group[name]
+    return f"{in_words(value, share=True)}, signs differ" if name in group["flags"] else value
+
+
+def _weighed(groups: Sequence[Group]) -> str:
+    found = sorted({group["weights"] for group in groups})
+    return f"Means weigh every {found[0]} the same." if len(found) == 1 else "Weights differ between kinds."
