@@ -127,8 +127,8 @@ class Lineage(CellAnalysis[LineageOptions]):
         ]
         if cells:
             numbers = [[cells[upstream, late] for late in labels] for upstream in labels]
-            title = f"mean margin at the events of {own}"
-            figures.append(Heat(title, "upstream", "late", labels, labels, numbers, title))
+            alt = f"Mean margin in each cell, at the events of {own}."
+            figures.append(Heat(f"events of {own}", "upstream", "late", labels, labels, numbers, alt))
         missing = [stage for stage in dict.fromkeys(one["stage"] for one in stages) if f"{base},{stage}" not in
                    {one["pair"] for one in stages}]  # fmt: skip
         return Section(
