@@ -123,10 +123,10 @@ def test_later_events_are_a_subset_of_their_own():
     y, g = bilinear(40)
     steps = [event % 5 for event in range(40)]
     found = ANALYSIS.numbers(cells_of(y, steps=steps), run_of(), LineageOptions())
-    later = stages_of(found, subset="step >= 3")["dpo"]
+    later = stages_of(found, subset="step>=3")["dpo"]
     assert later["n_events"] == 16
     assert later["interaction"]["mean"] == pytest.approx(g[[step >= 3 for step in steps]].mean())
-    assert not stages_of(ANALYSIS.numbers(cells_of(y), run_of(), LineageOptions()), subset="step >= 3")
+    assert not stages_of(ANALYSIS.numbers(cells_of(y), run_of(), LineageOptions()), subset="step>=3")
 
 
 def test_a_final_whose_interaction_may_be_nothing_has_no_fractions():

@@ -88,9 +88,9 @@ def test_each_descendant_has_its_own_events_under_its_own_readout():
     events = drawn_events()
     run, cells = planted(events)
     found = ANALYSIS.numbers(cells, run, RecipesOptions())
-    assert [one["descendant"] for one in groups_of(found, "recipe", slice="all")] == ["sft", "dpo", "math"]
+    assert [one["descendant"] for one in groups_of(found, "recipe", subset="all")] == ["sft", "dpo", "math"]
     for one in groups_of(found, "recipe"):
-        mine = [e for e in events if e[1] == one["descendant"] and one["slice"] in ("all", e[2])]
+        mine = [e for e in events if e[1] == one["descendant"] and one["subset"] in ("all", f"category={e[2]}")]
         p, m = np.array([e[5:] for e in mine]).T
         drawn = bootstrap(np.stack([p, m], axis=1))
         assert (one["n_events"], one["n_prompts"]) == (len(mine), len(mine))
@@ -110,7 +110,7 @@ def test_each_descendant_has_its_own_events_under_its_own_readout():
 def test_shares_of_a_matched_effect_that_may_be_nothing_are_not_told():
     events = [(f"p{at:02d}", "sft", "story", 0, "content", 1.0, 2.0 * (-1) ** at) for at in range(20)]
     run, cells = planted(events)
-    (one,) = groups_of(ANALYSIS.numbers(cells, run, RecipesOptions()), "recipe", slice="all")
+    (one,) = groups_of(ANALYSIS.numbers(cells, run, RecipesOptions()), "recipe", subset="all")
     assert one["late_from_it"]["low"] < 0 < one["late_from_it"]["high"]
     assert one["portable_share"]["mean"] is one["conditional_share"]["mean"] is None
 
@@ -120,7 +120,7 @@ def test_contrasts_are_of_matched_prompts():
     events = drawn_events(missing=0.2)
     run, cells = planted(events)
     found = ANALYSIS.numbers(cells, run, RecipesOptions(contrast="sft+dpo:math"))
-    (one,) = groups_of(found, "contrast", slice="all")
+    (one,) = groups_of(found, "contrast", subset="all")
     c = {(e[0], e[1]): e[6] - e[5] for e in events}
     matched = sorted({e[0] for e in events if all((e[0], label) in c for label in ("sft", "dpo", "math"))})
     assert 10 < len(matched) < 40
@@ -135,7 +135,7 @@ def test_controls_take_out_what_they_explain():
     events = drawn_events(60)
     run, cells = planted(events)
     found = ANALYSIS.numbers(cells, run, RecipesOptions(contrast="sft:math", draws=200))
-    (one,) = groups_of(found, "contrast", slice="all")
+    (one,) = groups_of(found, "contrast", subset="all")
 
     def row(e):
         bins = [1 <= e[3] <= 2, 3 <= e[3] <= 5, e[3] >= 6]
@@ -162,7 +162,7 @@ def test_a_difference_that_position_alone_explains_is_none_with_controls():
             step = 8 if rng.random() < late else 0
             events.append((f"p{at:02d}", label, "story", step, "content", 1.0, 4.0 if step == 0 else 1.0))
     run, cells = planted(events)
-    (one,) = groups_of(ANALYSIS.numbers(cells, run, RecipesOptions()), "contrast", slice="all")
+    (one,) = groups_of(ANALYSIS.numbers(cells, run, RecipesOptions()), "contrast", subset="all")
     assert one["interaction"]["low"] > 0.5
     assert one["interaction_adjusted"]["mean"] == pytest.approx(0.0, abs=1e-9)
 
@@ -208,7 +208,7 @@ def test_few_events_have_no_interval(n_prompts):
         ({"base": "math"}, "none of math and another; capture with --pair math,DESCENDANT"),
         ({"by": "topic"}, "carry no column 'topic'; they carry category"),
         ({"kind": "fixed"}, "has no events of kind 'fixed'; it has first_divergence"),
-        ({"readout": "it"}, "readout 'it' is unknown; choose descendant, base or native"),
+        ({"readout": "common_it_"}, "readout 'common_it_' is unknown; choose from native"),
         ({"weights": "word"}, "weights 'word' are unknown"),
         ({"draws": 3}, "draws=3"),
         ({"boundary": "3"}, "boundary 3 is not in the store; it has 5"),
@@ -246,14 +246,14 @@ def test_runs_of_a_pair_each_make_one_table(tmp_path, capfd):
     assert main(["recipes", str(run), "--further", str(tmp_path / "run-late"), "--contrast", "late:tuned"]) == 0
     assert "late - tuned, all" in capfd.readouterr().out
     found = json.loads((run / "recipes.json").read_text())["groups"]
-    recipes = {one["descendant"]: one for one in found if one["part"] == "recipe" and one["slice"] == "all"}
+    recipes = {one["descendant"]: one for one in found if one["part"] == "recipe" and one["subset"] == "all"}
     assert recipes["late"]["interaction"]["mean"] == 0
     assert recipes["late"]["portable_share"]["mean"] == 1
-    assert {one["slice"] for one in found} == {"all", "prose", "question", "code"}
+    assert {one["subset"] for one in found} == {"all", "category=prose", "category=question", "category=code"}
     of_effects = {one["readout"]: one for one in actcache.Run(run).effects.to_pylist()}
     n_prompts = recipes["tuned"]["n_prompts"]
     assert recipes["tuned"]["interaction"]["mean"] == pytest.approx(of_effects["common_tuned"]["interaction"])
-    (contrast,) = (one for one in found if one["part"] == "contrast" and one["slice"] == "all")
+    (contrast,) = (one for one in found if one["part"] == "contrast" and one["subset"] == "all")
     assert contrast["n_prompts"] <= n_prompts
     table = pq.read_table(run / "recipes.parquet")
     assert set(table["token_class"].to_pylist()) <= {"content", "format", "discourse"}

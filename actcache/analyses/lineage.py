@@ -283,7 +283,7 @@ def _stage_groups(table: pa.Table, asked: _Asked, options: LineageOptions) -> It
     """The scores of every stage, of each support and subset; all stages of one share its draws."""
     for kind, pair, chosen in _supports(table):
         of_support = table.filter(pa.array(chosen))
-        for subset, first in (("all", 0), (f"step >= {options.later}", options.later)):
+        for subset, first in (("all", 0), (f"step>={options.later}", options.later)):
             events = of_support.filter(pc.greater_equal(of_support["step"], first))
             if not len(events):
                 continue

@@ -27,11 +27,11 @@ from actcache.capture.settings import parse_boundaries
 from actcache.capture.token_class import TokenClasses
 from actcache.errors import InputError
 from actcache.replay.edits import PLAIN
-from actcache.schema import NATIVE, SEGMENT, common_readout
+from actcache.schema import SEGMENT
 from actcache.store import Store
 from actcache.study.analysis import Bars, CellAnalysis, Forest, Numbers, Section, option
 from actcache.study.cells import Finished
-from actcache.study.contrasts import contrasts
+from actcache.study.contrasts import contrasts, read_by
 from actcache.study.further import with_further
 from actcache.study.replay_job import ReplayJob
 from actcache.study.statistics import (
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from actcache.study.run import Run
 
 _SCORES = ("late_from_pt", "late_from_it", "interaction")
-_OWN, _BASE = "descendant", "base"
 _BINS = ((0, "0"), (1, "1-2"), (3, "3-5"), (6, "6+"))
 """The least step of each bin of positions, and its name."""
 
@@ -65,7 +64,7 @@ class RecipesOptions:
     descendants: str = option("", "labels of the descendants, in order (default: all that have events with the base)")
     further: str = option("", "folders of further runs, whose pairs are the same base and other descendants")
     by: str = option(
-        "", "column of the prompts to take slices by, and to control for (default: category, where carried)"
+        "", "column of the prompts to take subsets by, and to control for (default: category, where carried)"
     )
     contrast: str = option(
         "", "descendants to compare, as sft+dpo:math, a list (default: each with every other)",
@@ -74,7 +73,8 @@ class RecipesOptions:
     boundary: str = option("", "boundary of the cells: 18, a fraction, or -3 (of L) (default: the main one)")
     scope: str = option("prefix", "scope of the cells: prefix or position (default %(default)s)")
     readout: str = option(
-        _OWN, "whose norm and head read all four cells: descendant, base or native (default %(default)s)"
+        "common_it",
+        "readout of the cells: native, common_LABEL, or common_pt and common_it of each pair (default common_it)",
     )
     weights: str = option("prompt", "what weighs the same: prompt or event (default %(default)s)")
     draws: int = option(DRAWS, "bootstrap draws over prompts (default %(default)s)", type=int)
@@ -92,40 +92,35 @@ class _Asked(NamedTuple):
     kind: str
     readout: str
 
-    def readout_of(self, descendant: str) -> str:
-        """Of the cells of a descendant's events."""
-        if self.readout == NATIVE:
-            return NATIVE
-        return common_readout(descendant if self.readout == _OWN else self.base)
-
 
 class Recipes(CellAnalysis[RecipesOptions]):
-    """P, M and C of each descendant, by slices, and what they differ by on the same prompts."""
+    """P, M and C of each descendant, by subsets, and what they differ by on the same prompts."""
 
     name = "recipes"
     options = RecipesOptions
 
     def check(self, store: Store, options: RecipesOptions) -> None:
-        """Labels, cells, draws, the column of slices, and whether there are events of the base and a descendant."""
+        """Labels, cells, draws, the column of subsets, and whether there are events of the base and a descendant."""
         check_draws(options.draws, options.seed)
         check_weights(options.weights)
         _sides(options.contrast)
-        check_settings(store, _settings(_asked(store, options)))
+        check_settings(store, _settings(store, _asked(store, options)))
 
     def jobs(
         self, store: Store, finished: Finished, options: RecipesOptions, exactness: Mapping[str, Any]
     ) -> list[ReplayJob]:
         """The plain cells of all checkpoints."""
-        return jobs_left(store, finished, replace(_settings(_asked(store, options)), **exactness))
+        return jobs_left(store, finished, replace(_settings(store, _asked(store, options)), **exactness))
 
     def numbers(self, cells: pa.Table, run: Run, options: RecipesOptions) -> Numbers:
-        """One row per event. Groups of three parts: ``recipe`` for each descendant and slice, ``pooled`` for all
-        descendants, and ``contrast`` for each two sides and slice."""
+        """One row per event. Groups of three parts: ``recipe`` for each descendant and subset, ``pooled`` for all
+        descendants, and ``contrast`` for each two sides and subset."""
         asked = _asked(run.store, options)
         table = _scored(cells, run.store, asked)
         given = replace(options, base=asked.base, descendants="", contrast="", boundary=str(asked.boundary), further="")
         table = with_further(self, given, run, table, options.further, (asked.base,))
-        found = list(dict.fromkeys(table["descendant"].to_pylist()))
+        with_events = pc.unique(table["descendant"]).to_pylist()
+        found = [label for label in dict.fromkeys([*asked.own, *with_events]) if label in with_events]
         descendants = _labels(options.descendants) or found
         sides = _sides(options.contrast) or [((a,), (b,)) for a, b in combinations(descendants, 2)]
         for label in (*descendants, *(label for side in sides for of in side for label in of)):
@@ -137,26 +132,26 @@ class Recipes(CellAnalysis[RecipesOptions]):
         return Numbers(table, [names | {"readout": asked.readout} | group for group in groups])
 
     def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
-        """P, M and C of each descendant, C by slice, and the contrasts."""
+        """P, M and C of each descendant, C by subset, and the contrasts."""
         recipes = [one for one in groups if one["part"] == "recipe"]
-        whole = [one for one in recipes if one["slice"] == "all"]
+        whole = [one for one in recipes if one["subset"] == ALL]
         differences = [one for one in groups if one["part"] == "contrast"]
-        slices = [one for one in dict.fromkeys(one["slice"] for one in recipes) if one != "all"]
+        subsets = [one for one in dict.fromkeys(one["subset"] for one in recipes) if one != ALL]
         bars = {
             name: [(one["descendant"], one[column]) for one in whole]
             for name, column in zip(("P: portable", "M: matched", "C: conditional"), _SCORES, strict=True)
         }
         said = ", ".join(f"C of {one['descendant']} {one['interaction']['mean']:+.2f}" for one in whole)
         figures: list[Bars | Forest] = [Bars("logits", bars, None, f"P, M and C by descendant: {said}.")]
-        if slices:
-            by_slice = {
-                one["descendant"]: [(of["slice"], of["interaction"]) for of in recipes
-                                    if of["descendant"] == one["descendant"] and of["slice"] != "all"]
+        if subsets:
+            by_subset = {
+                one["descendant"]: [(of["subset"], of["interaction"]) for of in recipes
+                                    if of["descendant"] == one["descendant"] and of["subset"] != ALL]
                 for one in whole
             }  # fmt: skip
-            figures.append(Bars("C, logits", by_slice, None, "C by descendant and slice."))
+            figures.append(Bars("C, logits", by_subset, None, "C by descendant and subset."))
         if differences:
-            of_all = [(_name(one), one["interaction_adjusted"]) for one in differences if one["slice"] == "all"]
+            of_all = [(_name(one), one["interaction_adjusted"]) for one in differences if one["subset"] == ALL]
             figures.append(
                 Forest("difference in C with controls, logits", of_all, [], "Contrasts between descendants.")
             )
@@ -164,12 +159,12 @@ class Recipes(CellAnalysis[RecipesOptions]):
             title="Recipes of one base",
             figures=figures,
             columns=[
-                *("descendant, slice", "events", "prompts", "P", "M", "C", "P/M", "C/M"),
+                *("descendant, subset", "events", "prompts", "P", "M", "C", "P/M", "C/M"),
                 *("C with controls", "null's 99.9%", "p"),
             ],
             rows=[
                 [
-                    f"{_name(one)}, {one['slice']}",
+                    f"{_name(one)}, {one['subset']}",
                     one["n_events"],
                     one["n_prompts"],
                     *(one.get(name, "") for name in (*_SCORES, "portable_share", "conditional_share")),
@@ -194,8 +189,6 @@ def _asked(store: Store, options: RecipesOptions) -> _Asked:
     base = options.base or store.fingerprint.pair[0]
     if base not in store.checkpoints:
         raise InputError(f"there is no checkpoint {base!r} in {store.path}; it has {', '.join(store.checkpoints)}")
-    if options.readout not in (_OWN, _BASE, NATIVE):
-        raise InputError(f"readout {options.readout!r} is unknown; choose {_OWN}, {_BASE} or {NATIVE}")
     pairs = {*map(",".join, store.fingerprint.event_pairs), *pc.unique(store.events["pair"]).to_pylist()}
     own = tuple(label for label in store.checkpoints if f"{base},{label}" in pairs and label != base)
     if not own:
@@ -219,9 +212,9 @@ def _asked(store: Store, options: RecipesOptions) -> _Asked:
     return _Asked(base, own, by, boundary, options.scope, options.kind, options.readout)
 
 
-def _settings(asked: _Asked) -> GridSettings:
-    readouts = dict.fromkeys(asked.readout_of(label) for label in asked.own)
-    return GridSettings((asked.boundary,), (asked.scope,), tuple(readouts))
+def _settings(store: Store, asked: _Asked) -> GridSettings:
+    settings = GridSettings((asked.boundary,), (asked.scope,), (asked.readout,))
+    return settings.of_pair(store.checkpoints, [(asked.base, label) for label in asked.own])
 
 
 def _labels(text: str, mark: str = ",") -> list[str]:
@@ -244,27 +237,25 @@ def _scored(cells: pa.Table, store: Store, asked: _Asked) -> pa.Table:
     chosen = pc.and_(pc.equal(cells["boundary"], asked.boundary), pc.equal(cells["variant"], PLAIN.name))
     for name, value in (("scope", asked.scope), ("kind", asked.kind)):
         chosen = pc.and_(chosen, pc.equal(cells[name], value))
-    cells = cells.filter(chosen)
-    tables = []
-    for label in asked.own:
-        of_label = pc.and_(
-            pc.equal(cells["pair"], f"{asked.base},{label}"), pc.equal(cells["readout"], asked.readout_of(label))
-        )
-        found = contrasts(cells.filter(of_label))
-        table = found.select(["event_id", "prompt_id", "kind", "pair", "step"])
-        table = table.append_column("descendant", pa.array([label] * len(found), pa.string()))
-        tables.append(_with_controls(table, store.events, asked.by))
-        for name in _SCORES:
-            tables[-1] = tables[-1].append_column(name, found[name])
-    return pa.concat_tables(tables)
+    pairs = pa.array([f"{asked.base},{label}" for label in asked.own])
+    chosen = pc.and_(chosen, pc.is_in(cells["pair"], value_set=pairs))
+    found = contrasts(cells.filter(pc.and_(chosen, read_by(cells, asked.readout, store.checkpoints))))
+    table = found.select(["event_id", "prompt_id", "kind", "pair", "step"])
+    table = table.append_column(
+        "descendant", pc.replace_substring(found["pair"], f"{asked.base},", "", max_replacements=1)
+    )
+    table = _with_controls(table, store.events, asked.by)
+    for name in _SCORES:
+        table = table.append_column(name, found[name])
+    return table
 
 
 def _with_controls(table: pa.Table, events: pa.Table, by: str | None) -> pa.Table:
-    """The slice of each event, the bin of its position, and the class of the descendant's token."""
+    """The subset of each event, the bin of its position, and the class of the descendant's token."""
     at = pc.index_in(table["event_id"], value_set=events["event_id"].combine_chunks())
     events = events.take(at)
     step = table["step"].to_numpy()
-    slices = [None] * len(table) if by is None else [_text(value) for value in events[by].to_pylist()]
+    subsets = [None] * len(table) if by is None else [_subset(by, value) for value in events[by].to_pylist()]
     bins = [[name for least, name in _BINS if least <= one][-1] for one in step.tolist()]
     classes = TokenClasses()
     texts, special = (
@@ -275,22 +266,22 @@ def _with_controls(table: pa.Table, events: pa.Table, by: str | None) -> pa.Tabl
         classes.of(text, special=bool(is_special)) if text is not None else "unknown"
         for text, is_special in zip(texts, special, strict=True)
     ]
-    for name, values in (("slice", slices), ("position_bin", bins), ("token_class", kinds)):
+    for name, values in (("subset", subsets), ("position_bin", bins), ("token_class", kinds)):
         table = table.append_column(name, pa.array(values, pa.string()))
     return table
 
 
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
+def _subset(by: str, value: Any) -> str | None:
+    return None if value is None else f"{by}={value}"
 
 
-def _slices(table: pa.Table) -> list[str]:
-    """``all``, then the values of the column by which slices are taken."""
-    return ["all", *sorted(pc.unique(table["slice"]).drop_null().to_pylist())]
+def _subsets(table: pa.Table) -> list[str]:
+    """All events, then those of each value of the column."""
+    return [ALL, *sorted(pc.unique(table["subset"]).drop_null().to_pylist())]
 
 
-def _of_slice(table: pa.Table, name: str) -> pa.Table:
-    return table if name == "all" else table.filter(pc.fill_null(pc.equal(table["slice"], name), False))
+def _of_subset(table: pa.Table, name: str) -> pa.Table:
+    return table if name == ALL else table.filter(pc.fill_null(pc.equal(table["subset"], name), False))
 
 
 def _sample_of(table: pa.Table, options: RecipesOptions, names: Sequence[str] = _SCORES) -> Sample:
@@ -299,18 +290,18 @@ def _sample_of(table: pa.Table, options: RecipesOptions, names: Sequence[str] = 
 
 
 def _recipe_groups(of: Mapping[str, pa.Table], options: RecipesOptions) -> Iterator[dict[str, Any]]:
-    """Each descendant by slices, then all of them, each weighing the same."""
+    """Each descendant by subsets, then all of them, each weighing the same."""
     nulls = []
     for label, table in of.items():
-        for name in _slices(table):
-            events = _of_slice(table, name)
+        for name in _subsets(table):
+            events = _of_subset(table, name)
             if not len(events):
                 continue
             sample = _sample_of(events, options)
-            if name == "all":
+            if name == ALL:
                 nulls.append(sample.of_prompts("interaction"))
             yield {
-                **{"part": "recipe", "descendant": label, "slice": name},
+                **{"part": "recipe", "descendant": label, "subset": name},
                 **{"n_events": sample.n_events, "n_prompts": sample.n_prompts},
                 **{score: sample.mean(score) for score in _SCORES},
                 **{"portable_share": _of_matched(sample, "late_from_pt")},
@@ -319,7 +310,7 @@ def _recipe_groups(of: Mapping[str, pa.Table], options: RecipesOptions) -> Itera
             }
     if len(nulls) > 1:
         yield {
-            **{"part": "pooled", "descendant": "+".join(of), "slice": "all"},
+            **{"part": "pooled", "descendant": "+".join(of), "subset": ALL},
             **_balanced(list(of.values()), options),
             **_null(np.concatenate(nulls)),
         }
@@ -368,8 +359,8 @@ def _contrast_groups(
     """The differences of the first side less the second, on the prompts that all descendants of both have."""
     for left, right in contrasted:
         of = {label: table.filter(pc.equal(table["descendant"], label)) for label in (*left, *right)}
-        for name in _slices(table):
-            parts = {label: _of_slice(events, name) for label, events in of.items()}
+        for name in _subsets(table):
+            parts = {label: _of_subset(events, name) for label, events in of.items()}
             sides = {
                 label: (events["prompt_id"], {score: events[score].to_numpy() for score in _SCORES})
                 for label, events in parts.items()
@@ -379,7 +370,7 @@ def _contrast_groups(
                 continue
 
             yield {
-                **{"part": "contrast", "left": "+".join(left), "right": "+".join(right), "slice": name},
+                **{"part": "contrast", "left": "+".join(left), "right": "+".join(right), "subset": name},
                 **{"n_events": sample.n_events, "n_prompts": sample.n_prompts},
                 **{score: sample.number(_difference(left, right, score)) for score in _SCORES},
                 **{"interaction_adjusted": _adjusted(parts, left, options)},
@@ -395,14 +386,14 @@ def _difference(left: Sequence[str], right: Sequence[str], score: str) -> Quanti
 
 
 def _adjusted(parts: Mapping[str, pa.Table], left: Sequence[str], options: RecipesOptions) -> Number:
-    """The difference in C of the first side, with slice, position and class of token as controls."""
+    """The difference in C of the first side, with subset, position and class of token as controls."""
     events = pa.concat_tables(list(parts.values()))
     counts = events.group_by("prompt_id").aggregate([("descendant", "count_distinct")])
     matched = counts.filter(pc.equal(counts["descendant_count_distinct"], len(parts)))["prompt_id"]
     events = events.filter(pc.is_in(events["prompt_id"], value_set=matched.combine_chunks()))
     controls = {
         "side": pc.is_in(events["descendant"], value_set=pa.array(list(left))).to_numpy(),
-        **{name: pc.fill_null(events[name], "").to_pylist() for name in ("slice", "position_bin", "token_class")},
+        **{name: pc.fill_null(events[name], "").to_pylist() for name in ("subset", "position_bin", "token_class")},
     }
     found = regress(
         events["prompt_id"], events["interaction"].to_numpy(), controls,
