@@ -33,6 +33,7 @@ from actcache.study.cells import Finished
 from actcache.study.further import with_further
 from actcache.study.replay_job import ReplayJob
 from actcache.study.statistics import DRAWS, SEED, Floats, Sample, check_draws, check_weights, number, sign_flip_null
+from actcache.study.subsets import ALL
 
 if TYPE_CHECKING:
     from actcache.study.run import Run
@@ -115,7 +116,7 @@ class Lineage(CellAnalysis[LineageOptions]):
         """Fractions by stage and support, the map of the final's events, and the scores."""
         stages = [one for one in groups if one["part"] == "stage"]
         base, final = groups[0]["base"], groups[0]["final"]
-        whole = [one for one in stages if one["subset"] == "all"]
+        whole = [one for one in stages if one["subset"] == ALL]
         supports = list(dict.fromkeys(_support(one) for one in whole))
         bars = {of: [(one["stage"], one["fraction"]) for one in whole if _support(one) == of] for of in supports}
         said = ", ".join(f"{one['stage']} {_percent(one['fraction']['mean'])}" for one in whole)
@@ -283,7 +284,7 @@ def _stage_groups(table: pa.Table, asked: _Asked, options: LineageOptions) -> It
     """The scores of every stage, of each support and subset; all stages of one share its draws."""
     for kind, pair, chosen in _supports(table):
         of_support = table.filter(pa.array(chosen))
-        for subset, first in (("all", 0), (f"step>={options.later}", options.later)):
+        for subset, first in ((ALL, 0), (f"step>={options.later}", options.later)):
             events = of_support.filter(pc.greater_equal(of_support["step"], first))
             if not len(events):
                 continue

@@ -47,6 +47,7 @@ from actcache.study.statistics import (
     regress,
     sign_flip_null,
 )
+from actcache.study.subsets import ALL
 
 if TYPE_CHECKING:
     from actcache.study.run import Run
