@@ -6,11 +6,15 @@ from decimal import Decimal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from actcache.analyses.effects import CELLS, GROUP_COLUMNS, contrasts, effects, select_events
+from actcache.analyses.effects import effects
+from actcache.cli import main
 from actcache.errors import InputError
 from actcache.study import statistics
+from actcache.study.contrasts import CELLS, GROUP_COLUMNS, contrasts
+from actcache.study.left_out import select_consistent, select_events
 
 GRID = [("pt", "pt"), ("pt", "it"), ("it", "pt"), ("it", "it")]
 QUANTITIES = [
@@ -519,3 +523,301 @@ def test_events_that_cannot_be_selected():
     for gap in (-0.1, math.nan, math.inf):
         with pytest.raises(InputError, match="give a number of logits, from 0 on"):
             select_events(cells, events, "float32", min_gap=gap)
+
+
+# ---- weights, subsets, choices, nulls, pairs ----
+
+
+def group_by(found, **names):
+    (group,) = (one for one in found["groups"] if names.items() <= one.items())
+    return group
+
+
+def carrying(cells, name, of_events):
+    """The cells with a column that their events carry; events are of four cells each."""
+    return cells.append_column(name, pa.array([value for value in of_events for _ in range(4)]))
+
+
+def test_prompts_with_one_event_and_with_twenty_weigh_the_same():
+    grids = [(0, 0, 0, 1)] * 20 + [(0, 0, 0, 3)]
+    cells = cell_table(grids, ["a"] * 20 + ["b"])
+    assert group_by(effects(cells, draws=40, weights="prompt"))["interaction"]["mean"] == pytest.approx(2)
+    assert group_by(effects(cells, draws=40, weights="event"))["interaction"]["mean"] == pytest.approx(23 / 21)
+    with pytest.raises(InputError, match="weights 'events' are unknown; choose event or prompt"):
+        effects(cells, weights="events")
+
+
+@pytest.mark.parametrize(
+    ("kind", "weights"),
+    [("first_divergence", "event"), ("fixed", "event"), ("pt_rollout", "prompt"), ("pre_divergence", "prompt")],
+)
+def test_what_weighs_the_same_by_default(kind, weights):
+    cells = cell_table(random_grids(12), ["a"] * 6 + list("bcdefg"), kind=kind)
+    (group,) = effects(cells, draws=40)["groups"]
+    assert group["weights"] == weights
+    assert group == effects(cells, draws=40, weights=weights)["groups"][0]
+
+
+def stepped(n=60):
+    """Events at steps 0 to 11 of 12 prompts each; only those from step 3 on have an interaction, of 2."""
+    steps = [i % 12 for i in range(n)]
+    cells = cell_table([(-1, 0, 0, 3 if step >= 3 else 1) for step in steps], [f"p{i % 15:02d}" for i in range(n)])
+    cells = cells.drop_columns(["step"])
+    return carrying(carrying(cells, "step", steps), "category", [["code", "prose", None][i // 3 % 3] for i in range(n)])
+
+
+def test_an_effect_from_a_step_on_is_seen_in_the_subsets():
+    found = effects(stepped(), draws=40, by=["step"])
+    rows = {group["subset"]: (group["interaction"]["mean"], group["share_of_events"]) for group in found["groups"]}
+    assert list(rows) == ["all", "step=0", "step>=1", "step>=3", "step>=5", "step>=10"]
+    assert rows["step=0"] == (0, pytest.approx(1 / 12))
+    assert rows["step>=1"] == (pytest.approx(2 * 9 / 11), pytest.approx(11 / 12))
+    assert rows["step>=3"] == (2, 0.75)
+    assert rows["step>=10"] == (2, pytest.approx(1 / 6))
+    assert rows["all"] == (1.5, 1.0)
+    assert found["empty_subsets"] == []
+
+
+@pytest.mark.parametrize("weights", ["event", "prompt"])
+def test_a_subset_is_the_effects_of_its_events_alone(weights):
+    cells = pa.concat_tables([stepped(), cell_like(stepped(36), kind="fixed")])
+    found = effects(cells, draws=40, weights=weights, by=["step", "category"])
+    names = [group["subset"] for group in found["groups"] if group["kind"] == "fixed"]
+    assert names[:9] == [
+        *("all", "step=0", "step>=1", "step>=3", "step>=5", "step>=10"),
+        *("category=code", "category=null", "category=prose"),
+    ]
+    assert "step>=3, category=code" in names
+    for name, keep in {
+        "step>=5": lambda row: row["step"] >= 5,
+        "category=null": lambda row: row["category"] is None,
+        "step>=1, category=prose": lambda row: row["step"] >= 1 and row["category"] == "prose",
+    }.items():
+        alone = effects(cells.filter(pa.array([keep(row) for row in cells.to_pylist()])), draws=40, weights=weights)
+        for group in alone["groups"]:
+            subset = group_by(found, kind=group["kind"], subset=name)
+            whole = group_by(found, kind=group["kind"], subset="all")
+            assert subset["share_of_events"] == group["n_events"] / whole["n_events"]
+            same = {"subset", "share_of_events", "label_swap"}
+            assert {key: value for key, value in subset.items() if key not in same} == {
+                key: value for key, value in group.items() if key not in same
+            }
+
+
+def cell_like(cells, **values):
+    """The same cells with other values in some columns."""
+    for name, value in values.items():
+        at = cells.column_names.index(name)
+        cells = cells.set_column(at, name, pa.array([value] * cells.num_rows))
+    return cells
+
+
+def test_columns_that_make_no_subsets():
+    cells = carrying(cell_table(random_grids(60)), "number", list(range(60)))
+    for name, said in {
+        "colour": "column 'colour' is not carried by the prompts; there are step, number",
+        "margin": "column 'margin' is not carried",
+        "number": "column 'number' has 60 values; subsets are of at most 50",
+    }.items():
+        with pytest.raises(InputError, match=said):
+            effects(cells, draws=40, by=[name])
+    torn = cell_table(random_grids(3)).append_column("x", pa.array(["a"] * 5 + ["b"] + ["a"] * 6))
+    with pytest.raises(InputError, match="the cells of event 'e0001' differ in 'x'"):
+        effects(torn, draws=40, by=["x"])
+    lists = cell_table(random_grids(1)).append_column("x", pa.array([["a"]] * 4))
+    with pytest.raises(InputError, match=r"column 'x' is list.*subsets need texts or whole numbers"):
+        effects(lists, draws=40, by=["x"])
+
+
+def test_subsets_without_an_event_are_named():
+    found = effects(cell_table(random_grids(5)), draws=40, by=["step"])  # steps 0 to 4
+    assert found["empty_subsets"] == ["step>=5", "step>=10"]
+    assert [group["subset"] for group in found["groups"]] == ["all", "step=0", "step>=1", "step>=3"]
+    assert effects(cell_table(random_grids(5)).slice(0, 0), by=["step"])["groups"] == []
+
+
+@pytest.mark.parametrize("weights", ["event", "prompt"])
+def test_choice_rates_have_intervals(weights):
+    prompts = [f"p{i % 11:02d}" for i in range(40)]
+    cells, best = cell_table(random_grids(40), prompts), np.random.default_rng(3).integers(7, 10, 160)
+    for name, values in {"y_pt": [7] * 160, "y_it": [8] * 160, "top1_id": best}.items():
+        cells = cells.append_column(name, pa.array(values))
+    (group,) = effects(cells, draws=80, seed=2, weights=weights)["groups"]
+    for at, cell in enumerate(CELLS):
+        of_cell = best.reshape(40, 4)[:, at]
+        for name, token in (("y_pt", 7), ("y_it", 8), ("other", 9)):
+            values = {"x": (of_cell == token).astype(float)}
+            expected = statistics.Sample.of(prompts, values, weights=weights, draws=80, seed=2).mean("x")
+            assert group["choice_rates"][cell][name] == pytest.approx(expected, abs=1e-12)
+            assert group["choices"][cell][name] == group["choice_rates"][cell][name]["mean"]
+
+
+@pytest.mark.parametrize("weights", ["event", "prompt"])
+def test_plain_groups_have_a_label_swap_null(weights):
+    prompts = [f"p{i % 11:02d}" for i in range(40)]
+    plain, edited = (cell_table(random_grids(40, 1), prompts, variant=name) for name in ("none", "edited"))
+    found = effects(pa.concat_tables([plain, edited]), draws=40, weights=weights, null_draws=500, by=["step"])
+    assert [group["variant"] for group in found["groups"] if "label_swap" in group] == ["none"]
+    group = group_by(found, variant="none", subset="all")
+    interaction = {"x": contrasts(plain)["interaction"].to_numpy()}
+    sample = statistics.Sample.of(prompts, interaction, weights=weights)
+    expected = statistics.sign_flip_null(sample.of_prompts("x"), 500) | {"draws": 500, "seed": 23}
+    assert group["label_swap"] == pytest.approx(expected, abs=1e-12)
+    assert group["label_swap"]["observed"] == pytest.approx(group["interaction"]["mean"])
+    assert "label_swap" not in effects(plain, draws=40, null_draws=0)["groups"][0]
+
+
+def test_shares_whose_means_differ_in_sign_are_flagged():
+    group = group_by(effects(cell_table([(0, -1, 0, 3)] * 12), draws=40))
+    assert (group["portable_share"]["mean"], group["portable_share"]["low"]) == (pytest.approx(-1 / 3),) * 2
+    assert group["flags"] == ["portable_share", "matched_ratio"]
+    assert group_by(effects(cell_table([(0, 1, 0, 3)] * 12), draws=40))["flags"] == []
+
+
+def test_variants_are_compared_with_the_plain_grid():
+    """A variant halves every late effect: the ratio is exact, whatever the events are."""
+    grids = random_grids(30, 4) + np.array([-2, 0, 0, 4])
+    halved = np.stack([grids[:, 0], (grids[:, 0] + grids[:, 1]) / 2, grids[:, 2], (grids[:, 2] + grids[:, 3]) / 2], 1)
+    cells = pa.concat_tables([cell_table(grids), cell_table(halved[:25], variant="half")])
+    found = effects(cells, draws=100, paired=True)
+    assert "paired" not in group_by(found, variant="none")
+    paired = group_by(found, variant="half")["paired"]
+    assert (paired["with"], paired["n_prompts"]) == ("variant none", 25)
+    for name in ("late_from_pt", "late_from_it", "interaction"):
+        assert list(paired[f"{name}_ratio"].values()) == pytest.approx([0.5] * 3, abs=1e-12)
+    table = contrasts(cell_table(grids[:25]))["interaction"].to_numpy()
+    assert paired["interaction_difference"]["mean"] == pytest.approx(-table.mean() / 2)
+    assert all("paired" not in group for group in effects(cells, draws=100)["groups"])
+
+
+def test_kinds_are_compared_with_first_divergences_on_the_prompts_of_both():
+    first = cell_table([(0, 1, 0, 1 + i) for i in range(14)], [f"p{i:02d}" for i in range(14)])
+    other = cell_table([(0, 1, 0, 1 + i / 2) for i in range(2, 16) for _ in range(2)],
+                       [f"p{i:02d}" for i in range(2, 16) for _ in range(2)], kind="it_rollout")  # fmt: skip
+    found = effects(pa.concat_tables([first, other]), draws=100, paired=True)
+    paired = group_by(found, kind="it_rollout")["paired"]
+    assert (paired["with"], paired["n_prompts"]) == ("kind first_divergence", 12)
+    assert list(paired["interaction_ratio"].values()) == pytest.approx([0.5] * 3, abs=1e-12)
+    assert paired["interaction_difference"]["mean"] == pytest.approx(-np.arange(2, 14).mean() / 2)
+
+
+# ---- planted pairs ----
+
+
+def test_a_change_of_late_blocks_alone_has_no_interaction():
+    rng = np.random.default_rng(2)
+    base, late, shift = rng.normal(-3, 1, 40), rng.normal(2, 0.3, 40), rng.normal(1, 1, 40)
+    group = group_by(effects(cell_table(np.stack([base, base + late, base + shift, base + shift + late], 1))))
+    assert group["interaction"]["mean"] == pytest.approx(0, abs=1e-12)
+    assert list(group["portable_share"].values()) == pytest.approx([1] * 3, abs=1e-12)
+
+
+def test_a_change_that_the_state_gates_is_interaction_alone():
+    rng = np.random.default_rng(2)
+    base, gain = rng.normal(-3, 1, 40), rng.normal(5, 1, 40)
+    group = group_by(effects(cell_table(np.stack([base, base, base, base + gain], 1))))
+    assert group["late_from_pt"]["mean"] == group["portable_share"]["mean"] == 0
+    assert list(group["interaction_share"].values()) == pytest.approx([1] * 3, abs=1e-12)
+    assert group["matched_ratio"]["mean"] is None
+
+
+def test_equal_checkpoints_give_nothing():
+    rng = np.random.default_rng(2)
+    group = group_by(effects(cell_table(np.repeat(rng.normal(0, 1, (40, 1)), 4, axis=1)), draws=40))
+    assert {group[name]["mean"] for name in QUANTITIES if not name.endswith(("share", "ratio"))} == {0}
+    assert {group[name]["mean"] for name in ("portable_share", "interaction_share", "matched_ratio")} == {None}
+    assert group["label_swap"]["p"] == 1
+
+
+# ---- events that contradict their own checkpoints ----
+
+TIES = [(-1, 0, 0, 1), (0, 0, 0, 1), (-1, 0, 0, 0), (0, 0, 0, -1), (1, 0, 0, 2), (-1, 0, 0, -2), (-2, 0, 0, 3)]
+
+
+def test_ties_and_wrong_signs_are_left_out_and_counted():
+    cells = cell_table(TIES)
+    left, notes = select_consistent(cells)
+    assert events_of(left) == ["e0000", "e0006"]
+    assert notes == {"keep_ties": False, "n_ties": 3, "n_wrong_sign": 2}
+    kept, notes = select_consistent(cells, keep=True)
+    assert kept.equals(cells)
+    assert notes == {"keep_ties": True, "n_ties": 3, "n_wrong_sign": 2}
+    given = cell_table(TIES, kind="fixed")
+    assert select_consistent(given) == (given, {"keep_ties": False, "n_ties": 0, "n_wrong_sign": 0})
+    with pytest.raises(InputError, match=r"no event is left of 2: 1 have a tie and 1 the wrong sign .*--keep-ties"):
+        select_consistent(cell_table(TIES[3:5]))
+
+
+def test_an_event_is_judged_by_the_heads_of_its_own_checkpoints():
+    """Another head, or another variant, may well see another order; of a table without native cells the common readout
+    of a checkpoint is its own."""
+    other = [
+        cell_table(TIES[3:], readout="common_it"),
+        cell_table(TIES[3:], variant="edited"),
+        cell_table([(-1, 0, 0, 1)] * 4),
+    ]
+    assert select_consistent(pa.concat_tables(other))[1]["n_ties"] == 0
+    left, notes = select_consistent(cell_table(TIES, readout="common_it"))
+    assert events_of(left) == ["e0000", "e0001", "e0004", "e0006"], "nothing is known of pt's own"
+    assert (notes["n_ties"], notes["n_wrong_sign"]) == (1, 2)
+    both = [cell_table(TIES, readout=f"common_{label}") for label in ("pt", "it")]
+    assert events_of(select_consistent(pa.concat_tables(both))[0]) == ["e0000", "e0006"]
+    labels = cell_table(TIES, labels=("base", "dpo"), pair="base,dpo")
+    assert select_consistent(labels)[1] == {"keep_ties": False, "n_ties": 3, "n_wrong_sign": 2}
+    assert select_consistent(labels.drop_columns(["pair"]), ("base", "dpo"))[1]["n_ties"] == 3
+
+
+# ---- the command, of a table ----
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "cells.parquet"
+    pq.write_table(carrying(cell_table(TIES * 12), "category", ["a", "b"] * 42), path)
+    return path
+
+
+def printed(capsys, *words):
+    assert main(["effects", *map(str, words), "--json"]) == 0
+    said = capsys.readouterr()
+    return json.loads(said.out), said.err
+
+
+def test_the_command_leaves_ties_out_or_keeps_them(table, capsys):
+    strict, said = printed(capsys, table)
+    assert strict["groups"][0]["n_events"] == 24
+    assert "events left out: 60 (36 with a tie and 24 with the wrong sign)" in said
+    kept, said = printed(capsys, table, "--keep-ties")
+    assert kept["groups"][0]["n_events"] == 84
+    assert "kept though their own checkpoints contradict them: 36 with a tie, 24 with the wrong sign" in said
+    for found in (strict, kept):
+        assert (found["n_ties"], found["n_wrong_sign"]) == (36, 24)
+        assert found["options"]["keep_ties"] == found["keep_ties"]
+
+
+def test_the_command_tells_subsets(table, capsys):
+    found, said = printed(capsys, table, "--keep-ties", "--by", "step,category", "--null", "0", "--weights", "prompt")
+    assert "no event is in 6 of the subsets, which are left out: step>=5; step>=10; step>=5, category=a" in said
+    assert {group["weights"] for group in found["groups"]} == {"prompt"}
+    assert group_by(found, subset="step>=3, category=a")["share_of_events"] == pytest.approx(16 / 84)
+    assert not any("label_swap" in group for group in found["groups"])
+    assert main(["effects", str(table), "--by", "category"]) == 0
+    out = capsys.readouterr().out
+    assert "category=a" in out
+    assert "label swaps: p = " in out
+    assert main(["effects", str(table), "--by", "colour"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "column 'colour' is not carried by the prompts; there are step, category" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--null", "-1"], "-1 draws of the null: give 0 for none, or more"),
+        (["--pair", "base"], "the pair is 'base'; pass two different labels"),
+        (["--weights", "both"], "weights 'both' are unknown; choose event or prompt"),
+    ],
+)
+def test_options_that_are_none(table, capsys, words, said):
+    assert main(["effects", str(table), *words]) == 2
+    assert said in capsys.readouterr().err

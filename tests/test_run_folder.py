@@ -249,6 +249,23 @@ def test_a_report_is_of_the_cells_that_are_there(run, sweep, capfd):
         assert again["draws"] == 2000, "what was asked before is not known"
 
 
+def test_a_report_shows_the_effects_as_they_were_asked_for(run, sweep, capfd):
+    words = ["--draws", "50", "--by", "step", "--weights", "prompt"]
+    assert main(["effects", str(run), *words]) == 0
+    before = json.loads((run / "effects.json").read_text())
+    assert main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "step&gt;=1" in page
+    assert "weigh every prompt the same" in page
+    assert json.loads((run / "effects.json").read_text()) == before
+    assert main(["grid", str(run), "--sweep", sweep("other")]) == 0
+    assert main(["report", str(run)]) == 0
+    again = json.loads((run / "effects.json").read_text())
+    assert again["options"] == before["options"]
+    plain = [group for group in again["groups"] if group["variant"] == "none"]
+    assert plain == before["groups"]
+
+
 def test_verify_names_damaged_files_of_the_run(run, capfd):
     assert main(["verify", str(run)]) == 0
     names = sorted([*run.glob("*.*"), *(run / "cells").iterdir()])
