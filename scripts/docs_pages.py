@@ -114,7 +114,11 @@ def _analysis(name: str, question: str, analysis: Any) -> Iterator[str]:
     described = sys.modules[type(analysis).__module__].__doc__ or ""
     yield described.partition("\n\n")[2].strip()  # its head is the question again
     options = [
-        (f"`{entry.name}`", f"`{entry.default}`", entry.metadata["help"] % {"default": entry.default})
+        (
+            f"`{entry.name}`",
+            f"`{entry.default}`" if entry.default != "" else "",
+            entry.metadata["help"] % {"default": entry.default},
+        )
         for entry in fields(analysis.options)
     ]
     yield table(["option", "default", ""], options)

@@ -1,14 +1,21 @@
 """Lineage: how much of the final checkpoint's interaction do the earlier stages of its training have?
 
 The events are those of a pair (base, final), with their tokens; the stages in between are scored on the same sequences.
-The score of a stage s is the interaction of the 2x2 of base and s, all of it under the final's readout::
+The score of a stage s is the interaction of the 2x2 of base and s, all of it under the final's readout:
 
     I_s = [Y(s, s) - Y(s, base)] - [Y(base, s) - Y(base, base)]
 
 Its *fraction* is mean I_s over mean I_final, on draws that both share; it is told only where the interval of mean
-I_final leaves 0 out. Such events favour the final by construction. So each score is also taken on the events of base
-and an earlier stage, with the tokens of these, where the run or further ones have them. In arXiv 2605.07284 (Tulu-3 8B)
-SFT has 29% of the final's interaction and DPO 84%.
+I_final leaves 0 out. Beside it stand the same interaction under the readouts of base and s themselves, the share of
+events at which s, unpatched, chooses y_it, and the null of random signs per prompt.
+
+Events of base and final favour the final by construction. So each score is also taken on the events of base and an
+earlier stage, with the tokens of these, where the run or further ones have them.
+
+It needs one capture of all checkpoints, with the pair of base and final: `--checkpoint LABEL=DIR` for each, and
+`--pair base,final`. A further `--pair base,stage` adds the events of that stage.
+
+In arXiv 2605.07284 (Tulu-3 8B) SFT has 29% of the final's interaction and DPO 84%.
 """
 
 from __future__ import annotations
