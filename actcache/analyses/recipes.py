@@ -6,12 +6,13 @@ of the descendant itself (B), and *conditional* C = M - P the interaction. P/M a
 of M lies above 0.
 
 Two descendants, or two sets of them, are compared on the prompts on which all of them have events. These are other
-events of the same prompts. So the difference in C is also taken with controls of a regression: the subset of the prompt,
-how far the continuation had come (0, 1-2, 3-5, 6 or more tokens), and the class of the descendant's token. A null of
-random signs per prompt stands beside each C, and beside that of all descendants together, each weighing the same.
+events of the same prompts. So the difference in C is also taken with controls of a regression: the subset of the
+prompt, how far the continuation had come (0, 1-2, 3-5, 6 or more tokens), and the class of the descendant's token. A
+null of random signs per prompt stands beside each C, and beside that of all descendants together, each weighing the
+same.
 
-It needs the events of base and each descendant: `--pair base,a --pair base,b` in one capture of all checkpoints, or runs
-of one pair each, the others given by `--further`.
+It needs the events of base and each descendant: `--pair base,a --pair base,b` in one capture of all checkpoints, or
+runs of one pair each, the others given by `--further`.
 
 In arXiv 2605.07284 (on Llama-3.1-8B) four instruction recipes have C +0.96, and a fine-tune for mathematics -0.36.
 """
