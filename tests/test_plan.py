@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 import actcache
 from actcache.capture.counter import SearchCounter
+from actcache.capture.given import given_by
 from actcache.capture.search import SearchLimits, propose
 from actcache.capture.settings import CaptureSettings
 from actcache.cli import main
@@ -29,11 +31,12 @@ from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
 from actcache.replay.late_stack import LateStack
 from actcache.sealed import json_bytes
+from actcache.study.capture_job import CaptureJob
 from actcache.study.cells import finished_cells
-from actcache.study.finished import _shared_counts, replays_of
+from actcache.study.finished import _shared_counts, replays_of, settings_of, truth
 from actcache.study.plan import Study, default_assumptions, estimate
 from actcache.study.run_folder import RunFolder
-from actcache.study.work import CaptureWork, ReplayWork
+from actcache.study.work import CaptureWork, Places, ReplayWork, total
 
 pytestmark = pytest.mark.slow
 
@@ -209,6 +212,48 @@ def test_every_row_against_a_loop_over_events(models):
     assert found["raw_bytes"] == found["rows"] * 32 * 4
 
 
+@pytest.mark.parametrize("mode", ["packed", "padded", "single"])
+def test_replays_are_counted_by_sequence_place_and_event(models, mode):
+    """Four events on the first sequence, two of them at one place, and one on the second."""
+    shape = models["llama"][1]
+    lengths, sequences = [5, 9, 9, 12, 7], [0, 0, 0, 0, 1]
+    scored = Places.of(lengths, sequences)
+    assert [scored.sequences.tolist(), scored.places.tolist()] == [[12, 7], [5, 9, 12, 7]]
+    work = ReplayWork(3, "it", ("position", "prefix"), ("native",), n_last=5, n_whole=3, n_apart=2, mode=mode)
+
+    def blocks(tokens: list[float]) -> float:
+        return shape.products(np.array(tokens, float), first=3)
+
+    head, step = shape.head_products, shape.step_products(np.array(lengths, float) - 1, first=3)
+    replay = blocks([5, 9, 12, 7]) if mode == "single" else blocks([12, 7])
+    last = {"packed": step, "padded": blocks(lengths), "single": blocks([5, 9, 12, 7])}[mode]
+    found = total([work.cost(shape, 2, scored)])
+    assert found["grid"] == pytest.approx(2 * replay + last + (3 + 1) * 5 * head)
+    assert found["variants"] == pytest.approx(3 * (5 * last + replay + 2 * blocks(lengths)))
+    n_passes = (3 - 1) + 8 * 3 + 1
+    assert found["hooks"] == pytest.approx(n_passes * (shape.products(np.array(lengths, float)) + 5 * head))
+
+
+def test_a_plan_of_rollouts_against_a_loop(models):
+    shape = models["llama"][1]
+    capture = CaptureSettings((3,), max_new=9, support="rollouts", shard_prompts=3)
+    lengths = [9, 4, 30]
+    work = [ReplayWork(3, late, ("prefix",), ("native",)) for late in ("pt", "it")]
+    study = Study({"pt": shape, "it": shape}, lengths, capture, work)
+    assumed = replace(default_assumptions(capture), sequences=2, events=4, places=3, place_tokens=2, last_tokens=5)
+    found = estimate(study, assumed)
+    assert found["events"] == 3 * 2 * 4
+    assert found["tokens"] == 2 * sum(n + 8 for n in lengths)
+    head = shape.head_products
+
+    def whole(n: int, first: int = 0) -> float:
+        return shape.products(np.array([n], float), first=first)
+
+    assert found["capture_multiply_adds"] == pytest.approx(2 * 2 * sum(whole(n + 8) + 9 * head for n in lengths))
+    grid = sum(2 * 2 * (2 * whole(n + 5, 3) + 4 * (2 + 1) * head) for n in lengths)
+    assert found["grid_multiply_adds"] == pytest.approx(grid)
+
+
 def test_searches_are_batched_as_the_search_does(models):
     rng = random.Random(0)
     lengths = [rng.randint(1, 60) for _ in range(50)]
@@ -320,17 +365,56 @@ def test_a_run_without_a_plan_is_its_own(piloted, plan, capsys):
     assert " off" not in out
 
 
+@pytest.mark.parametrize("support", ["rollouts", "pairs", "fixed"])
+def test_runs_of_other_supports_are_their_own_plans(tmp_path, plan, support):
+    """And a pilot of half of the prompts tells the whole within a fifth or so."""
+    folders = tiny.make_lineup(tmp_path, "llama", ("base", "sft", "dpo"))
+    prompts = tiny.write_prompts(tmp_path / "p.jsonl")
+    words = [*(f"--checkpoint={label}={folder}" for label, folder in folders.items()), "--prompts", prompts]
+    words += {
+        "rollouts": ["--support=rollouts", "--rollout-tokens=16"],
+        "pairs": ["--pair=base,sft", "--pair=base,dpo"],
+    }.get(support, [])
+    words += ["--boundary=2,3", "--dtype=float32"]
+    pilot = tmp_path / "pilot"
+    if support == "fixed":
+        assert (
+            main([*map(str, ["capture", *words, "--support=rollouts", "--out", tmp_path / "from", "--limit", 8])]) == 0
+        )
+        words += ["--support=fixed", "--events", tmp_path / "from"]
+    assert main([*map(str, ["run", *words, "--out", pilot, *([] if support == "fixed" else ["--limit", 12])])]) == 0
+    if support == "fixed":
+        store = actcache.open_store(pilot / "store")
+        lineup = Lineup.open(folders)
+        shapes = {label: ModelShape.of_checkpoint(checkpoint) for label, checkpoint in lineup.checkpoints.items()}
+        study = Study(shapes, [1], settings_of(store))
+        took = truth(study, store, {}, finished_cells(pilot / "cells", store))
+        assert took["tokens"] == sum(segment.record["n_tokens"] for segment in store.segments)
+        given = given_by(store, lineup)
+        job = CaptureJob("s", "one", settings_of(store), tuple(one.as_prompt() for one in given), given=tuple(given))
+        assert took["capture_multiply_adds"] == pytest.approx(job.cost(shapes).parts["capture"])
+        return
+    found = plan(pilot)
+    for name in ("events", *COUNTS, *WORK, "stability_multiply_adds"):
+        assert found["ratio"][name] == pytest.approx(1, abs=0.1), name
+    assert main([*map(str, ["run", *words, "--out", tmp_path / "all", "--stability=0"])]) == 0
+    planned = plan(*words, "--stability=0", "--pilot", pilot)["estimate"]
+    truly = plan(tmp_path / "all")["truth"]
+    for name in ("events", *COUNTS, *WORK):
+        assert planned[name] == pytest.approx(truly[name], rel=0.3), name
+
+
 def test_how_long_searches_last_is_told_of_every_prompt():
     """The last one that is undecided keeps its batch going, so the mean of those without an event would not do."""
     reasons = ["no_divergence", "both_ended", "no_divergence", "position_limit"]
     store = SimpleNamespace(
         fingerprint=SimpleNamespace(max_new=8),
-        events=pa.table({"step": [0, 2, 2]}),
         excluded=pa.table({"reason": reasons}),
     )
-    assert _shared_counts(store, (7 + 3 + 7 + 4) / 4) == [1, 0, 2, 0, 2, 0, 0, 2]
+    steps = np.array([0, 2, 2])
+    assert _shared_counts(store, steps, 4, (7 + 3 + 7 + 4) / 4) == [1, 0, 2, 0, 2, 0, 0, 2]
     store.excluded = store.excluded.slice(0, 1)
-    assert _shared_counts(store, 7.0) == [1, 0, 2, 0, 0, 0, 0, 1]
+    assert _shared_counts(store, steps, 1, 7.0) == [1, 0, 2, 0, 0, 0, 0, 1]
 
 
 def test_what_is_far_off_is_marked(piloted, tmp_path, capsys):

@@ -74,10 +74,15 @@ def reasons_of(store: Store) -> str:
 
 
 def _no_event(store: Store) -> str:
-    n = store.excluded.num_rows
+    n = _n_without(store)
     if set(store.excluded["reason"].to_pylist()) <= _AGREED:
         return f"No event: the two checkpoints chose the same tokens on all {n} prompts ({reasons_of(store)})."
     return f"No event on {n} prompts: {reasons_of(store)}."
+
+
+def _n_without(store: Store) -> int:
+    """How many prompts have no event at all: another pair or kind may have left one out and not the other."""
+    return len({*store.excluded["prompt_id"].to_pylist()} - {*store.events["prompt_id"].to_pylist()})
 
 
 def _place(group: Group) -> tuple[Any, ...]:
@@ -153,8 +158,12 @@ def _heading(groups: Sequence[Group], store: Store | None) -> str:
     said += [f"{name} {shared[name]}" for name in ("scope", "readout") if name in shared]
     said += [f"variant {shared['variant']}"] if shared.get("variant", "none") != "none" else []
     said += ["every prompt weighs the same"] if {group.get("weights") for group in groups} == {"prompt"} else []
-    n_events, n_prompts = (max(group[name] for group in groups) for name in ("n_events", "n_prompts"))
-    without = f" ({store.excluded.num_rows} prompts without one)" if store else ""
+    of_kind: dict[tuple[str, str], int] = {}  # one event has several groups, each of other settings
+    for group in groups:
+        kind = group["kind"], group["pair"]
+        of_kind[kind] = max(of_kind.get(kind, 0), group["n_events"])
+    n_events, n_prompts = sum(of_kind.values()), max(group["n_prompts"] for group in groups)
+    without = f" ({_n_without(store)} prompts without one)" if store else ""
     return f"{n_events} events of {n_prompts} prompts{without}; {', '.join(said)}"
 
 

@@ -174,6 +174,7 @@ def jobs_left(store: Store, finished: Finished, settings: GridSettings) -> list[
     where scopes lack different cells. Jobs that read the same states follow one another."""
     jobs = []
     lengths = [position + 1 for position in store.events["position"].to_pylist()]
+    sequences = store.events["sequence"].to_pylist()
     for segment, of_segment in by_segment(finished, store):
         for boundary in settings.boundaries:
             for late in settings.lates or store.checkpoints:
@@ -188,6 +189,7 @@ def jobs_left(store: Store, finished: Finished, settings: GridSettings) -> list[
                         store=store.fingerprint.digest,
                         segment=segment.name,
                         lengths=tuple(lengths[segment.events.start : segment.events.stop]),
+                        sequences=tuple(sequences[segment.events.start : segment.events.stop]),
                         checkpoints=tuple(store.checkpoints),
                         boundary=boundary,
                         late=late,
@@ -258,6 +260,7 @@ def planned_work(settings: GridSettings, checkpoints: Sequence[str]) -> list[Rep
                 tuple(sorted(settings.readouts)),
                 n_last=n_last,
                 n_whole=len(variants) - n_last,
+                n_apart=sum(not one.at_last_only and one.depends_on_event for one in variants),
                 top1=settings.wants_top1,
                 kl=settings.kl,
                 mode="single" if settings.strict else "packed",

@@ -165,7 +165,7 @@ def _plan(args: argparse.Namespace) -> None:
     lengths = [len(ids) for ids in lineup.encode(prompts, say)]
     work = _work_asked(args, lineup, capture)
     checked = tuple(samples_asked(args).values()) if work else ()  # a capture by itself checks nothing
-    study = Study(shapes_of(lineup), lengths, capture, work, checked)
+    study = Study(shapes_of(lineup), lengths, capture, work, checked, lineup.pairs)
     assumed = _assume(args, lineup, study)
     found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
     if args.out is not None:
@@ -195,7 +195,7 @@ def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptio
     from actcache.study.finished import check_pilot, learn
     from actcache.study.plan import RATED, default_assumptions, measure_rate
 
-    assumed = default_assumptions(study.capture)
+    assumed = default_assumptions(study.capture, len(study.pairs))
     if args.pilot is not None:
         folder = RunFolder(args.pilot)
         record, store = folder.record(), folder.open_store()
@@ -278,7 +278,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
         work = planned_work(default.of_pair(lineup.labels, fingerprint.event_pairs), lineup.labels)
     lengths = [len(ids) for ids in lineup.encode(prompts)]
     checked = folder.timings().get("stability", {}).get("n_events", ())
-    return Study(shapes_of(lineup), lengths, capture, work, tuple(checked)), finished
+    return Study(shapes_of(lineup), lengths, capture, work, tuple(checked), fingerprint.event_pairs), finished
 
 
 def _timings_of(folder: RunFolder, finished: Finished) -> dict[str, Any]:
@@ -335,8 +335,14 @@ def _heading(study: Study, assumed: Assumptions) -> list[str]:
         f"{study.n_checkpoints} x {shape.architecture}: {shape.n_parameters:,} parameters, {shape.n_blocks} blocks of "
         f"width {shape.width}{experts or ''}; {study.capture.dtype}",
         f"assumed ({sources['event_share']}): {assumed.event_share:.1%} of prompts give an event",
-        f"assumed ({sources['shared_tokens']}): {assumed.shared_tokens:.1f} tokens shared before one",
+        f"assumed ({sources['shared_tokens']}): {assumed.shared_tokens:.1f} tokens "
+        + ("of each rollout" if study.capture.support == "rollouts" else "shared before one"),
         f"assumed ({sources['eventless_tokens']}): {assumed.eventless_tokens:.1f} tokens of a prompt without one",
+        *(
+            [f"assumed: {assumed.sequences:.1f} sequences per prompt, {assumed.events:.1f} events on each"]
+            if assumed.sequences * assumed.events != 1
+            else []
+        ),
         f"assumed ({sources['compression']}): states shrink {assumed.compression:.2f} times",
     ]
     if assumed.rates:

@@ -156,6 +156,8 @@ def capture(
                 prompts=tuple(prompts[own]),
                 ids=tuple(map(tuple, prompt_ids[own])),
                 given=tuple(given or ())[own],
+                n_pairs=len(lineup.pairs),
+                n_paired=len(lineup.paired),
             )
 
     with BackgroundWriter(writer) as background:

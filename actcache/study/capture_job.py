@@ -48,6 +48,7 @@ class CaptureJob:
         prompts: in order.
         ids: token ids of each; empty where events are given.
         given: the events of each prompt, where they are given and not searched for.
+        n_pairs, n_paired: pairs whose choices are events, and checkpoints in them, for :meth:`cost`.
         expected: how the searches are expected to end, for :meth:`cost`; no part of the key.
     """
 
@@ -57,6 +58,8 @@ class CaptureJob:
     prompts: tuple[Prompt, ...]
     ids: tuple[tuple[int, ...], ...] = ()
     given: tuple[GivenPrompt, ...] = ()
+    n_pairs: int = 1
+    n_paired: int = 2
     expected: Expected | None = None
 
     @property
@@ -71,10 +74,11 @@ class CaptureJob:
 
     def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
         """What it is expected to take."""
-        lengths = [len(ids) for ids in self.ids]
-        lengths += [max((len(ids) for ids, _ in one.sequences), default=0) for one in self.given]
-        work = CaptureWork(lengths, self.settings, searched=not self.given)
-        return work.cost(shapes, self.expected or Expected.of(self.settings))
+        given = [sequence for one in self.given for sequence in one.sequences]
+        lengths = [len(ids) for ids in (self.ids or [ids for ids, _ in given])]
+        n_given = sum(len(events) for _, events in given) if self.given else None
+        work = CaptureWork(lengths, self.settings, n_given, self.n_paired)
+        return work.cost(shapes, self.expected or Expected.of(self.settings, self.n_pairs))
 
     def read(self, engine: CaptureEngine) -> None:
         """Nothing: the job has its prompts."""

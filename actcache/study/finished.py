@@ -8,21 +8,61 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from actcache.capture.given import FIXED
 from actcache.capture.search import Outcome
 from actcache.capture.settings import CaptureSettings
+from actcache.capture.supports import ROLLOUTS
 from actcache.errors import IncompatibleError, InputError
 from actcache.models.lineup import Lineup
 from actcache.store import Store
 from actcache.study.cells import Finished
 from actcache.study.plan import ESTIMATED, STAGES, Assumptions, Study, multiply_adds_of
-from actcache.study.work import Cost, ReplayWork, checks, forwards
+from actcache.study.work import Cost, Places, ReplayWork, checks, forwards
+
+Ints = npt.NDArray[np.int64]
+
+# Settings that what a pilot tells depends on.
+_ALIKE = ("support", "dtype", "codec", "max_new", "device", "strict")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The sequences of a store, and where their events are.
+
+    Attributes:
+        lengths: ``[S]``, tokens of each sequence.
+        written: ``[S]``, how many of them come after the prompt.
+        sequences: ``[E]``, the number of each event's sequence.
+        ends: ``[E]``, tokens up to each event.
+    """
+
+    lengths: Ints
+    written: Ints
+    sequences: Ints
+    ends: Ints
+
+    @classmethod
+    def of(cls, store: Store) -> Stored:
+        """Of all segments; sequences without an event are left out."""
+        lengths, sequences, before = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
+        for segment in store.segments:
+            own = store.events["sequence"].slice(segment.events.start, segment.n_events).to_numpy()
+            numbers, of_event = np.unique(own, return_inverse=True)
+            lengths.append(np.diff(segment.row_offsets)[numbers])
+            sequences.append(before + of_event)
+            before += len(numbers)
+        every, of_events = np.concatenate(lengths), np.concatenate(sequences)
+        ends = store.events["position"].to_numpy() + 1
+        first = np.zeros(len(every), np.int64)
+        first[of_events] = ends - store.events["step"].to_numpy()
+        return cls(every, every - first, of_events, ends)
 
 
 def settings_of(store: Store) -> CaptureSettings:
@@ -32,9 +72,9 @@ def settings_of(store: Store) -> CaptureSettings:
     return CaptureSettings(**{name: value for name, value in given.items() if value is not None})
 
 
-def replays_of(finished: Finished) -> list[tuple[ReplayWork, npt.NDArray[np.int64]]]:
+def replays_of(finished: Finished) -> list[tuple[ReplayWork, Ints]]:
     """What each finished job of a run computed, and of which events."""
-    found: dict[tuple[Path, str], tuple[ReplayWork, npt.NDArray[np.int64]]] = {}
+    found: dict[tuple[Path, str], tuple[ReplayWork, Ints]] = {}
     for (_, _, late), scored in sorted(finished.items()):
         for one in scored:  # a file of several scopes stands in several places
             found[one.path, late] = ReplayWork.of_key(one.key, late, one.key["mode"]), one.events
@@ -56,26 +96,27 @@ def truth(study: Study, store: Store, timings: Mapping[str, Any], finished: Fini
         timings: what its stages recorded of themselves (see ``RunFolder.timings``).
         finished: its finished jobs. Without one it is not known what was scored.
     """
-    lengths = np.diff(store.token_ids()[1].numpy()).astype(np.float64)
+    stored = Stored.of(store)
     summary = store.summary()
     captured = timings.get("capture", {})
     rows: dict[str, float] = {
         "prompts": store.n_prompts,
         "prompt_tokens": float(sum(study.lengths)),
         "events": len(store),
-        "tokens": float(lengths.sum()),
+        "tokens": float(stored.lengths.sum()),
         "rows": summary["rows"],
         "raw_bytes": summary["state_bytes"]["raw"],
         "stored_bytes": summary["state_bytes"]["stored"],
     }
-    n_choices = len(store) + int(store.events["step"].to_numpy().sum())
+    n_choices = len(store) if study.capture.support == FIXED else int((1 + stored.written).sum())
     shape, n_checkpoints = study.shape, study.n_checkpoints
     replays = [
-        work.cost(shape, n_checkpoints, lengths[events], events=str(events[:1]))
+        work.cost(shape, n_checkpoints, Places.of(stored.ends[events], stored.sequences[events], str(events[:1])))
         for work, events in replays_of(finished)
     ]
-    capture = Cost({"capture": forwards(study.shapes, lengths, n_choices)})
-    rows |= multiply_adds_of([capture, checks(capture, n_checkpoints, study.stability, rows["events"]), *replays])
+    capture = Cost({"capture": forwards(study.shapes, stored.lengths.astype(np.float64), n_choices)})
+    checked = checks(capture, n_checkpoints, study.stability, len(stored.lengths), study.n_paired)
+    rows |= multiply_adds_of([capture, checked, *replays])
     rows["search_multiply_adds"] = captured.get("search_multiply_adds", np.nan)
     rows["multiply_adds"] += rows["search_multiply_adds"]
     del rows["hooks_multiply_adds"]  # nobody did that
@@ -100,20 +141,26 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], finished: Fini
     Raises:
         InputError: the store holds no event, or not all prompts.
     """
-    n_prompts, n_eventless = store.n_prompts, store.excluded.num_rows
-    if len(store) == 0 or len(store) + n_eventless != n_prompts:
+    n_prompts, stored = store.n_prompts, Stored.of(store)
+    with_event = set(store.events["prompt_id"].to_pylist())
+    n_eventless = len(set(store.excluded["prompt_id"].to_pylist()) - with_event)
+    if len(store) == 0 or len(with_event) + n_eventless != n_prompts:
         raise InputError(
             f"{store.path} holds {len(store)} events and {n_eventless} prompts without one, of {n_prompts} prompts: "
             "to learn from it, it must be complete and have an event"
         )
-    steps = store.events["step"].to_numpy()
+    steps = stored.written
     known = truth(study, store, timings, finished)
     captured, longest = timings.get("capture", {}), store.fingerprint.max_new - 1.0
     sources = dict.fromkeys(("event_share", "shared_tokens", "eventless_tokens", "compression"), source)
     if len(steps) > 1:
-        sources["shared_tokens"] += f", {len(steps)} events, standard error {steps.std(ddof=1) / len(steps) ** 0.5:.1f}"
+        sources["shared_tokens"] += (
+            f", {len(steps)} sequences, standard error {steps.std(ddof=1) / len(steps) ** 0.5:.1f}"
+        )
     eventless = longest
-    if n_eventless and captured.get("search_choices"):  # none where searches went by full forwards
+    if study.capture.support == ROLLOUTS:  # those that agree are as long as others
+        eventless = float(steps.mean())
+    elif n_eventless and captured.get("search_choices"):  # none where searches went by full forwards
         # Each search chooses one token more than it shares.
         eventless = (captured["search_choices"] - captured["n_searches"] - int(steps.sum())) / n_eventless
         eventless = min(max(eventless, 0.0), longest)
@@ -121,28 +168,34 @@ def learn(study: Study, store: Store, timings: Mapping[str, Any], finished: Fini
         sources["eventless_tokens"] = "at most"
     rates, load_s = _rates(timings, known)
     sources |= {"rates": source} if rates else {}
-    raw, stored = known["raw_bytes"], known["stored_bytes"]
+    places = Places.of(stored.ends, stored.sequences)
+    first = stored.lengths - stored.written  # tokens of each prompt
     return Assumptions(
-        event_share=len(store) / n_prompts,
+        event_share=len(with_event) / n_prompts,
         shared_tokens=float(steps.mean()),
         eventless_tokens=eventless,
-        compression=raw / stored,
+        sequences=len(steps) / len(with_event),
+        events=len(store) / len(steps),
+        places=len(places.places) / len(steps),
+        place_tokens=float((stored.ends - first[stored.sequences]).mean()),
+        last_tokens=float((places.sequences - first).mean()),
+        compression=known["raw_bytes"] / known["stored_bytes"],
         rates=rates,
         search_call_s=captured["search_call_s"] if rates else 0.0,
-        shared_counts=_shared_counts(store, eventless),
+        shared_counts=_shared_counts(store, steps, n_eventless, eventless),
         load_s=load_s,
         sources=sources,
     )
 
 
-def _shared_counts(store: Store, eventless: float) -> list[int]:
-    """How many prompts of a run shared 0, 1, 2, ... tokens, where the ``eventless`` did so many on average."""
+def _shared_counts(store: Store, steps: Ints, n_eventless: int, eventless: float) -> list[int]:
+    """How many prompts of a run shared 0, 1, 2, ... tokens: so many of those with an event as ``steps`` has, and of the
+    others ``eventless`` on average."""
     longest = store.fingerprint.max_new - 1
-    n_eventless = store.excluded.num_rows
-    n_longest = store.excluded["reason"].to_pylist().count(Outcome.NO_DIVERGENCE.value)
+    n_longest = min(n_eventless, store.excluded["reason"].to_pylist().count(Outcome.NO_DIVERGENCE.value))
     n_others = n_eventless - n_longest
     others = (eventless * n_eventless - longest * n_longest) / max(n_others, 1)
-    lengths = [*store.events["step"].to_pylist(), *[longest] * n_longest, *[max(0, round(others))] * n_others]
+    lengths = [*steps.tolist(), *[longest] * n_longest, *[max(0, round(others))] * n_others]
     counts: list[int] = np.bincount(lengths).tolist()
     return counts
 
@@ -193,10 +246,12 @@ def check_pilot(lineup: Lineup, paths: Mapping[str, str], capture: CaptureSettin
                 "make a pilot of this pair with 'actcache run --limit 40'",
                 field=f"checkpoints.{label}",
             )
-    for name in ("dtype", "codec", "max_new", "device", "strict"):
-        found, planned = getattr(store.fingerprint, name), getattr(capture, name)
-        if found != planned:
+    pilot = settings_of(store)
+    settings = {name: (getattr(pilot, name), getattr(capture, name)) for name in _ALIKE}
+    pairs = ("; ".join(",".join(pair) for pair in of) for of in (store.fingerprint.event_pairs, lineup.pairs))
+    for name, (told, planned) in (settings | {"pair": tuple(pairs)}).items():
+        if told != planned:
             raise InputError(
-                f"the pilot was made with {name} {found}, the plan has {planned}; its numbers depend on it: make a "
+                f"the pilot was made with {name} {told}, the plan has {planned}; its numbers depend on it: make a "
                 "pilot with the plan's, or plan with the pilot's"
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from actcache.errors import InputError
 from actcache.models.checkpoint import DTYPES
 from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
+from actcache.schema import ROLES
 from actcache.study.work import CaptureWork, Cost, Expected, ReplayWork, checks, replay_memory, total
 
 # Raw bytes over stored ones, as measured on the states of SmolLM2 and Gemma 3.
@@ -70,6 +71,7 @@ class Study:
         capture: settings of the capture.
         work: cells to score.
         stability: for each dtype that stability is checked in, how many events, None for all.
+        pairs: labels of the checkpoints whose choices define events, each two.
     """
 
     shapes: Mapping[str, ModelShape]
@@ -77,6 +79,7 @@ class Study:
     capture: CaptureSettings
     work: Sequence[ReplayWork] = ()
     stability: Sequence[int | None] = ()
+    pairs: Sequence[Sequence[str]] = (ROLES,)
 
     @property
     def shape(self) -> ModelShape:
@@ -86,7 +89,12 @@ class Study:
     @property
     def captured(self) -> CaptureWork:
         """What the capture computes."""
-        return CaptureWork(self.lengths, self.capture)
+        return CaptureWork(self.lengths, self.capture, n_paired=self.n_paired)
+
+    @property
+    def n_paired(self) -> int:
+        """How many checkpoints are in pairs."""
+        return len({label for pair in self.pairs for label in pair})
 
     @property
     def n_checkpoints(self) -> int:
@@ -99,9 +107,8 @@ class Assumptions:
     """What configs and prompts do not tell.
 
     Attributes:
-        event_share: prompts with an event, of all.
-        shared_tokens: mean number of tokens that both checkpoints choose before an event.
-        eventless_tokens: the same for a prompt that has none.
+        event_share, shared_tokens, eventless_tokens, sequences, events, places, place_tokens, last_tokens: see
+            :class:`actcache.study.work.Expected`.
         compression: raw bytes of states over stored ones.
         rates: multiply-adds per second of the parts ``RATED``.
         search_call_s: seconds that a search's forward takes beside its multiply-adds; where few sequences are left in
@@ -120,17 +127,22 @@ class Assumptions:
     shared_counts: Sequence[int] = ()
     load_s: Mapping[str, float] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    sequences: float = 1.0
+    events: float = 1.0
+    places: float = 1.0
+    place_tokens: float | None = None
+    last_tokens: float | None = None
 
     @property
     def expected(self) -> Expected:
         """How searches end."""
-        return Expected(self.event_share, self.shared_tokens, self.eventless_tokens)
+        return Expected(**{one.name: getattr(self, one.name) for one in fields(Expected)})
 
 
-def default_assumptions(capture: CaptureSettings) -> Assumptions:
-    """Those for a pair of which nothing is known yet; ``rates`` are left to the caller."""
+def default_assumptions(capture: CaptureSettings, n_pairs: int = 1) -> Assumptions:
+    """Those for pairs of which nothing is known yet; ``rates`` are left to the caller."""
     return Assumptions(
-        **asdict(Expected.of(capture)),
+        **asdict(Expected.of(capture, n_pairs)),
         compression=COMPRESSION.get((capture.dtype, capture.codec), 1.0),
         sources=dict.fromkeys(("event_share", "shared_tokens", "eventless_tokens", "compression"), "default"),
     )
@@ -147,9 +159,10 @@ def shapes_of(lineup: Lineup) -> dict[str, ModelShape]:
 def estimate(study: Study, assumed: Assumptions) -> dict[str, float]:
     """Expected values of the rows ``ESTIMATED``; those of time are left out without rates."""
     prompts = np.asarray(study.lengths, np.float64)
-    sequences = prompts + assumed.shared_tokens
-    share, expected = assumed.event_share, assumed.expected
-    n_events, n_tokens = share * len(prompts), share * float(sequences.sum())
+    expected = assumed.expected
+    n_sequences = expected.all_sequences * len(prompts)
+    n_events = expected.events * n_sequences
+    n_tokens = expected.all_sequences * float((prompts + assumed.shared_tokens).sum())
     rows: dict[str, float] = {
         "prompts": len(prompts),
         "prompt_tokens": float(prompts.sum()),
@@ -159,8 +172,9 @@ def estimate(study: Study, assumed: Assumptions) -> dict[str, float]:
     }
     rows["stored_bytes"] = rows["raw_bytes"] / assumed.compression
     capture = study.captured.cost(study.shapes, expected)
-    replays = [one.cost(study.shape, study.n_checkpoints, sequences, share) for one in study.work]
-    rows |= multiply_adds_of([capture, checks(capture, study.n_checkpoints, study.stability, n_events), *replays])
+    replays = [one.cost(study.shape, study.n_checkpoints, expected.places_of(prompts)) for one in study.work]
+    checked = checks(capture, study.n_checkpoints, study.stability, n_sequences, study.n_paired)
+    rows |= multiply_adds_of([capture, checked, *replays])
     rows["capture_memory_bytes"] = study.captured.memory(study.shapes, expected)
     if study.work:
         rows["grid_memory_bytes"] = replay_memory(study.work, study.captured, study.shapes, expected)
@@ -224,7 +238,14 @@ def assumptions_from_json(value: Any, where: str) -> Assumptions:
         if assumed.rates and "stability" not in assumed.rates:  # earlier versions left this stage out
             assumed = replace(assumed, rates={**assumed.rates, "stability": assumed.rates["capture"]})
         numbers = [assumed.event_share, assumed.shared_tokens, assumed.eventless_tokens, assumed.compression]
-        numbers += [assumed.search_call_s, *assumed.shared_counts, *assumed.rates.values(), *assumed.load_s.values()]
+        numbers += [assumed.sequences, assumed.events, assumed.places, assumed.place_tokens or 0]
+        numbers += [
+            assumed.last_tokens or 0,
+            assumed.search_call_s,
+            *assumed.shared_counts,
+            *assumed.rates.values(),
+            *assumed.load_s.values(),
+        ]
         if assumed.rates and assumed.rates.keys() != set(RATED):
             raise ValueError(f"its rates are of {', '.join(assumed.rates)}, not of {', '.join(RATED)}")
         if not all(isinstance(number, float | int) and number >= 0 for number in numbers):

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -25,7 +24,7 @@ from actcache.replay.moves import Moves
 from actcache.study.cells import cell_table
 from actcache.study.jobs import Result
 from actcache.study.scores import Scores, ScoreTable, readout_order, whose_head
-from actcache.study.work import Cost, ReplayWork
+from actcache.study.work import Cost, Places, ReplayWork
 
 # How far a replayed diagonal margin may lie from the native one: absolute, and per unit of the larger of the two
 # logits, whose rounding it is. float32 leaves two decimal digits of room over what was seen; bfloat16 keeps 8 bits of
@@ -101,6 +100,7 @@ class ReplayJob:
         store: digest of the store's fingerprint.
         segment: its name.
         lengths: tokens of every event's sequence, up to position p.
+        sequences: number of every event's sequence.
         checkpoints: labels of all upstreams, in the store's order.
         boundary: first late block.
         late: label of the late stack.
@@ -117,6 +117,7 @@ class ReplayJob:
     store: str
     segment: str
     lengths: tuple[int, ...]
+    sequences: tuple[int, ...]
     checkpoints: tuple[str, ...]
     boundary: int
     late: str
@@ -160,6 +161,12 @@ class ReplayJob:
         return self.checkpoints if self.upstreams is None else self.upstreams
 
     @property
+    def _apart(self) -> dict[str, list[str]]:
+        """A note of the variants of which each event takes a replay of its own, where there are any."""
+        apart = [one.name for one in self.variants if not one.at_last_only and one.depends_on_event]
+        return {"apart": sorted(apart)} if apart else {}
+
+    @property
     def exactness(self) -> dict[str, Any]:
         """What the rounding of its cells depends on, beside the segment."""
         return {"strict": self.strict, "max_tokens": self.max_tokens}
@@ -181,9 +188,9 @@ class ReplayJob:
 
     def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
         """What it takes where its sequences can be packed, or each alone where it is strict."""
-        work = ReplayWork.of_key(self.key, self.late, "single" if self.strict else "packed")
-        lengths = np.array(self.lengths, np.float64)
-        return work.cost(shapes[self.late], len(self.scored), lengths, events=self.segment)
+        work = ReplayWork.of_key(self.key | self._apart, self.late, "single" if self.strict else "packed")
+        places = Places.of(self.lengths, self.sequences, self.segment)
+        return work.cost(shapes[self.late], len(self.scored), places)
 
     def read(self, engine: ReplayEngine) -> States:
         """The states of its segment, from the store; or the final states that an earlier job kept."""
@@ -236,7 +243,7 @@ class ReplayJob:
                     column = {"boundary": self.boundary, "scope": scope, "upstream": upstream, "late": self.late}
                     column |= {"readout": name, "variant": replay.name, "kl": scored.kl}
                     columns.append(column | {"margin": scored.margin, "top1_id": scored.top1, "noop_delta": noop})
-        notes = {"mode": mode, "still": {name: n for name, n in sorted(still.items()) if n}}
+        notes = {"mode": mode, "still": {name: n for name, n in sorted(still.items()) if n}, **self._apart}
         return Result(cell_table(events, sorted(columns, key=self._place), with_kl=self.kl), notes, final)
 
     def _fill(

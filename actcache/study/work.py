@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from actcache.capture.settings import CaptureSettings
+from actcache.capture.supports import ROLLOUTS
 from actcache.models.checkpoint import DTYPES
 from actcache.models.cost import ModelShape, Numbers
 from actcache.models.readout import MAX_LOGITS_AT_ONCE
@@ -55,34 +57,63 @@ def total(costs: Iterable[Cost]) -> dict[str, float]:
 
 # ---- capture ----
 
-N_SEARCHED = 2  # checkpoints that a search and a check of stability run: the pair
 # Where nothing says otherwise. The two pairs tried at hand shared 6 tokens (the shipped one) and 14 (SmolLM2) before
 # they diverged; that every prompt diverges is what costs most in all but the search.
 SHARED_TOKENS = 10.0
 EVENT_SHARE = 1.0
+# Of rollouts of 64 tokens of the shipped pair: events and places of each, and steps of a place and of the last event.
+ROLLOUT_EVENTS, ROLLOUT_PLACES = 3.6, 2.8
+PLACE_SHARE, LAST_SHARE = 0.3, 0.6  # of the tokens of a rollout
 # Bytes that a tokenizer takes for each token of its vocabulary, measured on SmolLM2's.
 TOKENIZER_BYTES = 700
 
 
 @dataclass(frozen=True)
 class Expected:
-    """How searches end.
+    """How searches end, and what of the sequences that they leave is scored.
 
     Attributes:
         event_share: prompts with an event, of all.
-        shared_tokens: mean number of tokens that both checkpoints choose before an event.
-        eventless_tokens: the same for a prompt that has none.
+        shared_tokens: mean number of tokens between a prompt and the end of its sequence: those that both checkpoints
+            choose before a first divergence, or those of a rollout.
+        eventless_tokens: the same for a prompt that has no event.
+        sequences: of a prompt that has an event.
+        events: of a sequence.
+        places: of a sequence, at which its events are: two kinds may share one.
+        place_tokens: mean number of tokens between the prompt and a place; None for all of the sequence's.
+        last_tokens: the same for the last place of a sequence.
     """
 
     event_share: float
     shared_tokens: float
     eventless_tokens: float
+    sequences: float = 1.0
+    events: float = 1.0
+    places: float = 1.0
+    place_tokens: float | None = None
+    last_tokens: float | None = None
 
     @classmethod
-    def of(cls, settings: CaptureSettings) -> Expected:
+    def of(cls, settings: CaptureSettings, n_pairs: int = 1) -> Expected:
         """Where nothing is known yet."""
         longest = settings.max_new - 1.0
-        return cls(EVENT_SHARE, min(SHARED_TOKENS, longest), longest)
+        if settings.support != ROLLOUTS:
+            return cls(EVENT_SHARE, min(SHARED_TOKENS, longest), longest, events=n_pairs, places=n_pairs)
+        steps = PLACE_SHARE * longest, LAST_SHARE * longest
+        return cls(EVENT_SHARE, longest, longest, 2.0, n_pairs * ROLLOUT_EVENTS, n_pairs * ROLLOUT_PLACES, *steps)
+
+    @property
+    def all_sequences(self) -> float:
+        """Of all prompts, those without an event too."""
+        return self.event_share * self.sequences
+
+    def places_of(self, prompts: Numbers, name: str = "") -> Places:
+        """What is replayed of prompts of so many tokens."""
+        place, last = (self.shared_tokens if n is None else n for n in (self.place_tokens, self.last_tokens))
+        n = self.all_sequences
+        return Places(
+            *(prompts + last, prompts + place, prompts + place), (n, n * self.places, n * self.events), name=name
+        )
 
 
 @dataclass(frozen=True)
@@ -90,33 +121,36 @@ class CaptureWork:
     """What capture jobs compute.
 
     Attributes:
-        lengths: tokens of every prompt, in order.
+        lengths: tokens of every prompt, in order; of given events, of every sequence.
         settings: of the capture.
-        searched: whether events are searched for; given ones are at the ends of the prompts.
+        n_given: how many events are given; None where they are searched for.
+        n_paired: checkpoints that are searched: those in pairs.
     """
 
     lengths: Sequence[int]
     settings: CaptureSettings
-    searched: bool = True
+    n_given: int | None = None
+    n_paired: int = 2
 
     def cost(self, shapes: Mapping[str, ModelShape], expected: Expected) -> Cost:
         """What it takes with these checkpoints, the pair among them: searches, and a forward of each over every event's
         sequence, with whole-vocabulary logits wherever choices are compared."""
         shape, prompts = _first(shapes), np.asarray(self.lengths, np.float64)
-        if not self.searched:
-            return Cost({"capture": len(shapes) * (shape.products(prompts) + len(prompts) * shape.head_products)})
+        if self.n_given is not None:
+            return Cost({"capture": forwards(shapes, prompts, self.n_given)})
         sequences = prompts + expected.shared_tokens
-        n_choices = expected.event_share * len(prompts) * (1 + expected.shared_tokens)
+        # Rollouts go through all checkpoints whether they disagree or not.
+        n = expected.sequences if self.settings.support == ROLLOUTS else expected.all_sequences
         return Cost(
             {
                 "search": self._searches(shape, expected, self.batches(shapes)),
-                "capture": forwards(shapes, sequences, n_choices, expected.event_share),
+                "capture": forwards(shapes, sequences, n * len(prompts) * (1 + expected.shared_tokens), n),
                 "hooks": self._searches(shape, expected, [(length, 1) for length in self.lengths]),
             }
         )
 
     def _searches(self, shape: ModelShape, expected: Expected, batches: Sequence[tuple[int, int]]) -> float:
-        """Multiply-adds of the pair's searches: each prompt's tokens, padded to the longest of its batch, then one
+        """Multiply-adds of the searches: each prompt's tokens, padded to the longest of its batch, then one
         token a step; whole-vocabulary logits each time."""
         share = expected.event_share
         steps = share * expected.shared_tokens + (1 - share) * expected.eventless_tokens
@@ -126,7 +160,7 @@ class CaptureWork:
             # What attention does grows with every step; the one half-way stands for all.
             products += n * steps * shape.step_products(np.array([longest + (steps - 1) / 2]))
             products += n * (1 + steps) * shape.head_products
-        return N_SEARCHED * products
+        return self.n_paired * products
 
     def batches(self, shapes: Mapping[str, ModelShape]) -> list[tuple[int, int]]:
         """``(longest prompt, number of prompts)`` of every batch that the searches begin with."""
@@ -145,7 +179,7 @@ class CaptureWork:
         if not counts.sum():
             return 0.0
         decided = np.cumsum(counts) / counts.sum()  # share of prompts that shared at most 0, 1, 2, ... tokens
-        return N_SEARCHED * sum(1 + float((1 - decided**n).sum()) for _, n in self.batches(shapes))
+        return self.n_paired * sum(1 + float((1 - decided**n).sum()) for _, n in self.batches(shapes))
 
     def memory(self, shapes: Mapping[str, ModelShape], expected: Expected) -> float:
         """Bytes at most, above what the imports take: tokenizers, weights, the largest forward or the caches of a
@@ -153,7 +187,7 @@ class CaptureWork:
         shape, size = _first(shapes), self.itemsize
         cache = max(n * (at + expected.shared_tokens) for at, n in self.batches(shapes))
         # A cache grows by a copy with every token, and leaves holes as large as itself behind.
-        cached = 2 * N_SEARCHED * cache * shape.n_blocks * shape.cache_width * size
+        cached = 2 * self.n_paired * cache * shape.n_blocks * shape.cache_width * size
         # One segment is computed and concatenated while up to two are written.
         prefix = self.settings.row_selection == "prefix"
         kept = 4 * self.states(shapes, expected) * len(self.settings.boundaries) if prefix else 0
@@ -174,7 +208,7 @@ class CaptureWork:
     def segment_tokens(self, expected: Expected) -> float:
         """Tokens of the sequences of a segment."""
         n_prompts = min(len(self.lengths), self.settings.shard_prompts)
-        return n_prompts * (float(np.mean(self.lengths)) + expected.shared_tokens)
+        return n_prompts * expected.sequences * (float(np.mean(self.lengths)) + expected.shared_tokens)
 
     def pack_tokens(self, expected: Expected) -> float:
         """Tokens of the largest forward."""
@@ -210,15 +244,51 @@ def forwards(shapes: Mapping[str, ModelShape], sequences: Numbers, n_choices: fl
     return len(shapes) * (share * shape.products(sequences) + n_choices * shape.head_products)
 
 
-def checks(capture: Cost, n_checkpoints: int, samples: Sequence[int | None], n_events: float) -> Cost:
-    """What the checks of stability take: the pair's forwards of the capture, strict and packed, over so many events in
-    each dtype, None for all."""
-    n_checks = sum(n_events if n is None else min(n, n_events) for n in samples)
-    share = n_checks / n_events if n_events else 0.0
-    return Cost({"stability": 2 * N_SEARCHED / n_checkpoints * capture.parts["capture"] * share})
+def checks(
+    capture: Cost, n_checkpoints: int, samples: Sequence[int | None], n_sequences: float, n_paired: int = 2
+) -> Cost:
+    """What the checks of stability take: the forwards of the capture by the checkpoints in pairs, strict and packed,
+    over the sequences of so many events in each dtype, None for all: events that are few lie on as many sequences."""
+    n_checks = sum(n_sequences if n is None else min(n, n_sequences) for n in samples)
+    share = n_checks / n_sequences if n_sequences else 0.0
+    return Cost({"stability": 2 * n_paired / n_checkpoints * capture.parts["capture"] * share})
 
 
 # ---- replay ----
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What is replayed: sequences, and the places of them at which events are scored. Each is told by its tokens, up to
+    the position scored.
+
+    Attributes:
+        sequences: every sequence, up to its last event.
+        places: every distinct position of a sequence that has an event.
+        events: every event.
+        weights: how many sequences, places and events an entry of these stands for: one each, but in a plan.
+        name: names the events: what two jobs over the same ones need counts once.
+    """
+
+    sequences: Numbers
+    places: Numbers
+    events: Numbers
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    name: str = ""
+
+    @classmethod
+    def of(cls, lengths: npt.ArrayLike, sequences: npt.ArrayLike, name: str = "") -> Places:
+        """Of events: tokens up to each, and the number of its sequence."""
+        events, numbers = np.asarray(lengths, np.float64), np.asarray(sequences, np.int64)
+        places = np.unique(np.stack([numbers, events.astype(np.int64)], axis=1), axis=0)  # in order, the last one last
+        ends = np.append(np.diff(places[:, 0]) > 0, True)[: len(places)]
+        ends_of, places_of = (rows[:, 1].astype(np.float64) for rows in (places[ends], places))
+        return cls(ends_of, places_of, events, name=name)
+
+    @property
+    def n_events(self) -> float:
+        """E."""
+        return self.weights[2] * len(self.events)
 
 
 @dataclass(frozen=True)
@@ -233,6 +303,7 @@ class ReplayWork:
         plain: whether cells are scored as they are.
         n_last: variants that change position p alone.
         n_whole: those that change more: each costs a replay of the sequence in every cell.
+        n_apart: of these, those that change rows otherwise for each event: they cost a replay for each event.
         top1: whether variants are read for their best token too.
         kl: whether every cell is compared with the late checkpoint's own distribution.
         mode: how sequences share a forward (``LateStack.mode``, or ``single`` where strict; ``kept`` where nothing was
@@ -246,6 +317,7 @@ class ReplayWork:
     plain: bool = True
     n_last: int = 0
     n_whole: int = 0
+    n_apart: int = 0
     top1: bool = False
     kl: bool = False
     mode: str = "packed"
@@ -262,6 +334,7 @@ class ReplayWork:
             plain=PLAIN.name in key["variants"],
             n_last=len(names - set(key["whole"])),
             n_whole=len(names & set(key["whole"])),
+            n_apart=len(names & set(key.get("apart", ()))),
             top1=key["top1"] or key["kl"],
             kl=key["kl"],
             mode=mode,
@@ -285,23 +358,27 @@ class ReplayWork:
         """Of an event, readouts and variants apart."""
         return self.n_bases(n_checkpoints) + self.n_crossed(n_checkpoints)
 
-    def cost(
-        self, shape: ModelShape, n_checkpoints: int, lengths: Numbers, share: float = 1.0, events: str = ""
-    ) -> Cost:
-        """What it takes over events.
+    def cost(self, shape: ModelShape, n_checkpoints: int, scored: Places) -> Cost:
+        """What it takes.
 
         Args:
             shape: of the late stack's checkpoint.
             n_checkpoints: K.
-            lengths: tokens of every event's sequence, up to position p.
-            share: of these that are events.
-            events: names them: what two jobs over the same events share counts once.
+            scored: over which events.
         """
-        n_events, n_heads = share * len(lengths), len(self.heads)
+        n_events, n_heads = scored.n_events, len(self.heads)
         n_cells, n_crossed = self.n_cells(n_checkpoints), self.n_crossed(n_checkpoints)
-        whole = share * shape.products(lengths)
-        replay = share * shape.products(lengths, first=self.boundary)
-        step = share * shape.step_products(lengths - 1, first=self.boundary) if self.mode == "packed" else replay
+        of_sequences, of_places, of_events = (
+            weight * shape.products(lengths, first=self.boundary)
+            for weight, lengths in zip(scored.weights, (scored.sequences, scored.places, scored.events), strict=True)
+        )
+        # A strict replay ends at each place of its own. Others serve all events of a sequence, or those for which
+        # nothing before p is another.
+        replay = of_places if self.mode == "single" else of_sequences
+        step = {
+            "packed": scored.weights[2] * shape.step_products(scored.events - 1, first=self.boundary),
+            "single": of_places,
+        }.get(self.mode, of_events)
         # A best token takes the whole vocabulary; what a cell is compared with, as much again.
         heads = n_events * n_cells * n_heads * shape.head_products
         n_variants = self.n_last + self.n_whole
@@ -310,14 +387,16 @@ class ReplayWork:
         grid = self.n_bases(n_checkpoints) * replay if self.mode != "kept" and (self.plain or shares) else 0.0
         if self.plain:
             grid += (n_crossed * step if self.mode != "kept" else 0.0) + (2 if self.kl else 1) * heads
-        variants = n_cells * (self.n_last * step + self.n_whole * replay) + self.top1 * n_variants * heads
+        n_shared = self.n_whole - self.n_apart
+        replays = self.n_last * step + n_shared * replay + self.n_apart * of_events
+        variants = n_cells * replays + self.top1 * n_variants * heads
         # A native pass of each checkpoint scores the diagonal; then one pass per further cell or variant.
         passes = self.plain * (n_cells - 1) + n_variants * n_cells
-        one_pass = whole + n_events * shape.head_products
+        one_pass = scored.weights[2] * shape.products(scored.events) + n_events * shape.head_products
         # The stored final states are read once, to compare the diagonal.
-        shared: dict[tuple[str, ...], tuple[str, float]] = {("own pass", events, self.late): ("hooks", one_pass)}
+        shared: dict[tuple[str, ...], tuple[str, float]] = {("own pass", scored.name, self.late): ("hooks", one_pass)}
         native = n_events * shape.head_products
-        shared |= {("native", events, self.late, head): ("grid", native) for head in self.heads}
+        shared |= {("native", scored.name, self.late, head): ("grid", native) for head in self.heads}
         return Cost({"grid": grid, "variants": variants, "hooks": passes * one_pass}, shared)
 
 
