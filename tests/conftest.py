@@ -91,7 +91,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]
             pt, it = tiny.make_pair(folder, arch, dtype=dtype, change=change, boundary=BOUNDARY, **pair)
             made = TinyRun(pt, it, tiny.write_prompts(folder / "prompts.jsonl"), folder / "run", dtype)
             # A page costs as much as half of such a run: those of the first architecture are enough to look at.
-            page = nullcontext() if arch == "llama" else mock.patch.object(stages, "_write_report")
+            page = nullcontext() if arch == "llama" else mock.patch.object(stages, "write_report")
             with page:
                 assert main([*made.arguments(), *more]) == 0
             runs[key] = made

@@ -48,16 +48,17 @@ FLOW = {
         *("decode_job", "capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens"),
         *("run", "analysis", "further"),
     ),
-    "analyses": ("stability", "effects_text", "effects", "grid", "depth", "lineage", "recipes", "controls"),
-    "report": ("visible", "figures", "variants", "sections", "page"),
+    "analyses": ("stability", "effects_text", "effects", "grid", "depth", "lineage", "recipes", "controls", "whole"),
+    "report": ("visible", "figures", "variants", "sections", "page", "written"),
     "cli": (
         *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses"),
-        *("stability", "stages", "stores", "bench", "plan", "run"),
+        *("stability", "stages", "study", "stores", "bench", "plan", "run"),
     ),
 }
 FOLDERS = list(FLOW)
 # What chooses among kinds when it is called: a place of a store, whose kind may need the extra s3; an analysis by name.
-FACTORIES = {("storage", "objects"), ("run", "analyses")}
+# A study of a run ends in its page.
+FACTORIES = {("storage", "objects"), ("run", "analyses"), ("run", "report")}
 
 
 def imported(path: Path) -> set[tuple[str, str]]:

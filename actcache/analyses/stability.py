@@ -352,6 +352,7 @@ class Stability(Analysis[StabilityOptions]):
 
     name = "stability"
     options = StabilityOptions
+    opt_in = True  # whole models run over every event, eight times
     needs_less = "a lower --max-tokens needs less"
 
     def check(self, store: Store, options: StabilityOptions) -> None:

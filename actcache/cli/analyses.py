@@ -22,7 +22,7 @@ from actcache.study.run_folder import RunFolder
 if TYPE_CHECKING:
     from actcache.models.lineup import Lineup
     from actcache.store import Store
-    from actcache.study.analysis import Analysis, Answered
+    from actcache.study.analysis import Analysis
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -37,28 +37,6 @@ def add_verbs(verbs: Verbs) -> None:
             add_captured_arguments(parser)
         parser.later = partial(_add_options, named)
         parser.add_argument("--json", action="store_true", help="print JSON, as in the file")
-
-
-def answers_of(
-    folder: RunFolder, store: Store, known: Mapping[str, dict[str, Any]] = MappingProxyType({})
-) -> dict[str, Answered]:
-    """What the report shows of the analyses that a run has answered; one of other cells is named and left out.
-
-    Args:
-        folder: of the run.
-        store: of the run.
-        known: what the files of some hold, by name, where they were read already.
-    """
-    answers = {}
-    for named in ANALYSES:
-        if any(path.is_file() for path in (folder.path / f"{named.name}.json", folder.path / f"{named.name}.parquet")):
-            analysis = named.load()
-            content = known.get(named.name) or analysis.read(folder, store)
-            if content is None:
-                say(f"{analysis.path(folder)} is of other cells than the run's; 'actcache {named.name}' makes it again")
-            elif content["groups"]:
-                answers[named.name] = analysis.answered(content, folder.path.name)
-    return answers
 
 
 def _add_options(named: Named, parser: Parser) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.cli.analyses import answers_of
 from actcache.cli.arguments import (
     Verbs,
     add_capture_arguments,
@@ -28,9 +26,7 @@ from actcache.cli.stability import add_run_arguments, check_run
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import InputError
-from actcache.files import write_atomically
 from actcache.schema import ROLES
-from actcache.sealed import html_bytes
 from actcache.study.run import check_complete, check_same_checkpoints
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
 
@@ -149,7 +145,7 @@ def run_study(args: argparse.Namespace) -> tuple[RunFolder, dict[str, Any]]:
     effects = ANALYSIS.of_run(folder, store, EffectsOptions(), say=say)
     if args.stable_only:
         effects = ANALYSIS.of_run(folder, store, EffectsOptions(stable_only=True), say=say)
-    _write_report(folder, store, stable_only=args.stable_only)
+    write_report(folder, store, stable_only=args.stable_only)
     return folder, effects.content
 
 
@@ -280,57 +276,22 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
             return late
 
         run_grid(store, load_late, folder.cell_groups, settings, on_progress=line, say=say)
-    clock.write()
+    clock.write(lineup)
     how: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
     return publish_cells(folder.cells, folder.cell_groups, store, **how).num_rows
 
 
 def _report(args: argparse.Namespace) -> None:
     folder = RunFolder(args.run)
-    _write_report(folder, folder.open_store(), stable_only=args.stable_only, min_gap=args.min_gap)
+    write_report(folder, folder.open_store(), stable_only=args.stable_only, min_gap=args.min_gap)
     print(folder.report)
 
 
-def _write_report(folder: RunFolder, store: Store, *, stable_only: bool = False, min_gap: float | None = None) -> None:
-    from actcache.analyses.effects import ANALYSIS, EffectsOptions, selected_cells
-    from actcache.report import build_report
-    from actcache.study.cells import identity
+def write_report(folder: RunFolder, store: Store, *, stable_only: bool = False, min_gap: float | None = None) -> None:
+    """The page of a run; what a person should know of it goes to stderr."""
+    from actcache.report import written
 
-    options = EffectsOptions(stable_only=stable_only, min_gap=min_gap)
-    effects = ANALYSIS.current(folder, store, options, say=say)
-    keep_ties = effects.content["keep_ties"]
-    cells, _, made_from = selected_cells(folder, store, replace(options, keep_ties=keep_ties))
-    page = build_report(
-        cells,
-        effects.content,
-        store.events,
-        store.excluded,
-        _settings_shown(folder.record(), store),
-        checkpoints=store.checkpoints,
-        default_boundary=round(0.6 * store.fingerprint.n_blocks),
-        answers=answers_of(folder, store, {ANALYSIS.name: effects.content}),
-    )
-    write_atomically(folder.report, html_bytes(page, {**identity(store), **made_from, "effects": effects.seal}))
-
-
-def _settings_shown(record: RunRecord, store: Store) -> dict[str, str]:
-    fingerprint = store.fingerprint
-    shown = {"command": record.command}
-    for label, path in record.checkpoints.items():
-        captured = fingerprint.checkpoints[label]
-        shown[f"checkpoint {label}"] = f"{path} (weights {captured.weights[:12]}, tokenizer {captured.tokenizer[:12]})"
-        shown["architecture"] = f"{captured.architecture}, {fingerprint.n_blocks} blocks of width {store.width}"
-        shown["attention"] = captured.attention
-    shown |= {
-        "prompts": f"{record.prompts} ({store.n_prompts} prompts, digest {fingerprint.prompts[:12]})",
-        "dtype": fingerprint.dtype,
-        "boundaries": ", ".join(str(boundary) for boundary in store.boundaries),
-        "choices compared a prompt": f"at most {fingerprint.max_new}",
-        "capture": "strict, one sequence per forward" if fingerprint.strict else "packed",
-        "device": fingerprint.device,
-        "versions": ", ".join(f"{name} {number}" for name, number in fingerprint.versions.items()),
-    }
-    return shown
+    written.write_report(folder, store, stable_only=stable_only, min_gap=min_gap, say=say)
 
 
 def _demo(args: argparse.Namespace) -> None:

@@ -127,15 +127,15 @@ class LiveLine:
         elapsed_s = time.monotonic() - self._began_s
         counts = self._counts()
         said = [self._during] if self._during is not None else [] if counts else ["reading what it needs"]
-        said += [*counts[:1], _clock(elapsed_s)]  # what matters most first: a narrow terminal cuts the end
+        said += [*counts[:1], clock(elapsed_s)]  # what matters most first: a narrow terminal cuts the end
         if self._during is None and (left_s := self._left_s()) is not None:
-            said.append(f"about {_clock(left_s)} left")
+            said.append(f"about {clock(left_s)} left")
         return f"{self._stage}: {', '.join([*said, *counts[1:]])}"
 
     def _ended(self) -> str:
-        took = f"took {_clock(time.monotonic() - self._began_s)}"
+        took = f"took {clock(time.monotonic() - self._began_s)}"
         if round(self._aside_s):  # else the rate and the time do not seem to agree
-            took += f", {_clock(self._aside_s)} of it loading" + (", which the rate leaves out" if self._rate() else "")
+            took += f", {clock(self._aside_s)} of it loading" + (", which the rate leaves out" if self._rate() else "")
         return f"{self._stage}: {', '.join([*self._counts(), took])}"
 
     def _counts(self) -> list[str]:
@@ -212,7 +212,8 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A time as a clock shows it, 1:05 or 2:00:00."""
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{left:02}" if hours else f"{minutes}:{left:02}"

@@ -91,13 +91,16 @@ class GridClock(_Clock):
         self._folder, self._store = folder, store
         self._from_nothing = not any(folder.cell_groups.glob("*.parquet"))
 
-    def write(self) -> None:
+    def write(self, lineup: Lineup) -> None:
         """Record the grid, with what it scored; one of which something was finished before is taken off the record."""
         from actcache.study.cells import finished_cells
-        from actcache.study.finished import digest_of_results
+        from actcache.study.finished import digest_of_results, replay_costs
+        from actcache.study.plan import multiply_adds_of, shapes_of
 
         times = self._times()
         if times is None:
             return
-        scored = {"results": digest_of_results(finished_cells(self._folder.cell_groups, self._store))}
+        finished = finished_cells(self._folder.cell_groups, self._store)
+        costs = replay_costs(next(iter(shapes_of(lineup).values())), self._store, finished)
+        scored = {"results": digest_of_results(finished), "multiply_adds": multiply_adds_of(costs)["multiply_adds"]}
         self._folder.record_timing("grid", times | scored if self._from_nothing else None)

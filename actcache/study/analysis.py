@@ -375,6 +375,15 @@ class CellAnalysis(Analysis[Options]):
         where they shall lie; by default none."""
         return {}
 
+    def work(
+        self, folder: RunFolder, store: Store, finished: Finished, options: Options
+    ) -> dict[Path, Sequence[LateJob]]:
+        """All that is not finished of its replays, by the folder of their results, cells first."""
+        exactness = exactness_of(folder)
+        jobs: dict[Path, Sequence[LateJob]] = {folder.cell_groups: self.jobs(store, finished, options, exactness)}
+        jobs |= self.own_jobs(folder, store, options, exactness)
+        return {place: of for place, of in jobs.items() if of}
+
     @abstractmethod
     def numbers(self, cells: pa.Table, run: Run, options: Options) -> Numbers:
         """Its numbers, of the cells of a run, among which are all that it needs."""
@@ -402,19 +411,17 @@ class CellAnalysis(Analysis[Options]):
         finished = finished_cells(folder.cell_groups, store)
         self.check(store, options)
         exactness = exactness_of(folder)
-        jobs = self.jobs(store, finished, options, exactness)
-        own = {place: of for place, of in self.own_jobs(folder, store, options, exactness).items() if of}
-        tally = Tally(sum(job.n_units for of in (jobs, *own.values()) for job in of), "replays", on_progress)
+        work = self.work(folder, store, finished, options)
+        tally = Tally(sum(job.n_units for jobs in work.values() for job in jobs), "replays", on_progress)
         engine = LocalEngine(store, run.load_late, finished)
-        if jobs:
-            folder.cell_groups.mkdir(parents=True, exist_ok=True)
-            run_replays(jobs, engine, folder.cell_groups, tally.add)
-            cells = publish_cells(folder.cells, folder.cell_groups, store, **exactness)
-        else:
-            cells = gather_cells(folder.cell_groups, store, **exactness)
-        for place, of_place in own.items():
+        cells = None
+        for place, jobs in work.items():
             place.mkdir(parents=True, exist_ok=True)
-            run_replays(of_place, engine, place, tally.add)
+            run_replays(jobs, engine, place, tally.add)
+            if place == folder.cell_groups:  # at once: a command that is killed later will not find them missing
+                cells = publish_cells(folder.cells, folder.cell_groups, store, **exactness)
+        if cells is None:
+            cells = gather_cells(folder.cell_groups, store, **exactness)
         numbers = self.numbers(cells, run, options)
         made_from = self.made_from(folder, store)
         notes = made_from | {"options": asdict(options)}  # type: ignore[call-overload]

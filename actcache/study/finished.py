@@ -20,6 +20,7 @@ from actcache.capture.search import Outcome
 from actcache.capture.settings import CaptureSettings
 from actcache.capture.supports import ROLLOUTS
 from actcache.errors import IncompatibleError, InputError
+from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
 from actcache.store import Store
 from actcache.study.cells import Finished
@@ -81,6 +82,22 @@ def replays_of(finished: Finished) -> list[tuple[ReplayWork, Ints]]:
     return list(found.values())
 
 
+def replay_costs(shape: ModelShape, store: Store, finished: Finished) -> list[Cost]:
+    """What each finished job of a run took, all checkpoints being of this shape."""
+    stored, n_checkpoints = Stored.of(store), len(store.checkpoints)
+    return [
+        work.cost(shape, n_checkpoints, Places.of(stored.ends[events], stored.sequences[events], str(events[:1])))
+        for work, events in replays_of(finished)
+    ]
+
+
+def replay_rate(timings: Mapping[str, Any]) -> float | None:
+    """Multiply-adds per second of the run's grid, its loads apart; None where that is not known."""
+    grid = timings.get("grid", {})
+    took_s = grid.get("elapsed_s", 0.0) - grid.get("load_s", 0.0)
+    return grid["multiply_adds"] / took_s if grid.get("multiply_adds") and took_s > 0 else None
+
+
 def digest_of_results(finished: Finished) -> str:
     """What a run's finished jobs are, by the names of their files."""
     names = sorted({one.path.name for scored in finished.values() for one in scored})
@@ -110,10 +127,7 @@ def truth(study: Study, store: Store, timings: Mapping[str, Any], finished: Fini
     }
     n_choices = len(store) if study.capture.support == FIXED else int((1 + stored.written).sum())
     shape, n_checkpoints = study.shape, study.n_checkpoints
-    replays = [
-        work.cost(shape, n_checkpoints, Places.of(stored.ends[events], stored.sequences[events], str(events[:1])))
-        for work, events in replays_of(finished)
-    ]
+    replays = replay_costs(shape, store, finished)
     capture = Cost({"capture": forwards(study.shapes, stored.lengths.astype(np.float64), n_choices)})
     checked = checks(capture, n_checkpoints, study.stability, len(stored.lengths), study.n_paired)
     rows |= multiply_adds_of([capture, checked, *replays])

@@ -9,10 +9,10 @@ Knows the folder of a run and its checkpoints; prints nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actcache.errors import IncompatibleError, InputError
 from actcache.progress import OnProgress, untold
@@ -311,6 +311,51 @@ class Run:
         analysis = find_analysis(name)
         check_complete(self.store)
         return analysis.answer(self, analysis.options_of(options), on_progress=on_progress, say=say)
+
+    def study(
+        self,
+        *,
+        only: Collection[str] = (),
+        also: Collection[str] = (),
+        on_progress: OnProgress = untold,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> Studied:
+        """Answer every question that the run can serve, each with its default options, and write the report.
+
+        What is answered already, under whatever options, is not answered again. A killed study goes on from there.
+
+        Args:
+            only: names of the analyses; none for the default set, which leaves out those that are ``opt_in``.
+            also: names of further ones.
+            on_progress: told of replays, or of what else is run.
+            say: told, in one line, what a person should know.
+
+        Raises:
+            InputError: an unknown name, or a named one that the run cannot serve; the run has not all prompts, or no
+                cells.
+            CheckError: a replay is not what it should be.
+        """
+        from actcache.analyses import whole
+        from actcache.report.written import write_report
+
+        how = {"on_progress": on_progress, "say": say}
+        planned = whole.plan_study(self, only, also)
+        found = list(whole.answered(planned, lambda one: one.answer(self, one.options(), **how)))
+        write_report(self.folder, self.folder.open_store(), say=say)
+        answers = {one.analysis.name: one.content for one in found if one.content is not None}
+        return Studied(answers, {one.analysis.name: one.refused for one in found if one.refused is not None})
+
+
+class Studied(NamedTuple):
+    """What :meth:`Run.study` found.
+
+    Attributes:
+        answers: by name of the analysis, what its JSON file holds.
+        refused: why the run cannot serve the others, and what would.
+    """
+
+    answers: dict[str, dict[str, Any]]
+    refused: dict[str, str]
 
 
 def read_run_cells(folder: RunFolder, store: Store) -> Sealed:

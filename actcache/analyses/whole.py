@@ -1,0 +1,119 @@
+"""Whole: every analysis that a run can serve, what is left of its work, and one after another.
+
+Knows analyses by name, and what they say of themselves; computes no numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from actcache.analyses import ANALYSES, Named, find_analysis
+from actcache.errors import CorruptFileError, InputError
+from actcache.models.cost import ModelShape
+from actcache.schema import digest_of
+from actcache.sealed import NoSealError
+from actcache.study.analysis import Analysis, CellAnalysis
+from actcache.study.cells import finished_cells
+from actcache.study.engine import LateJob
+from actcache.study.run import Run, check_complete
+from actcache.study.work import total
+
+Answer = Callable[[Analysis[Any]], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One analysis, and what is left to do for it.
+
+    Attributes:
+        analysis: itself.
+        refused: why the run cannot serve it, and what would; None where it can.
+        content: of its file, where it is answered already, under whatever options.
+        jobs: replays that are not finished, each with the folder of its result; None where its work is of another kind.
+    """
+
+    analysis: Analysis[Any]
+    refused: str | None = None
+    content: dict[str, Any] | None = None
+    jobs: Sequence[tuple[Path, LateJob]] | None = None
+
+
+def plan_study(run: Run, only: Collection[str] = (), also: Collection[str] = ()) -> list[Planned]:
+    """What a study of a run is, with the default options of each analysis.
+
+    Args:
+        run: a captured one, with cells.
+        only: names of the analyses; none for the default set, all that are not ``opt_in``.
+        also: names of further ones.
+
+    Raises:
+        InputError: an unknown name, or a named one that the run cannot serve; the run is not complete or has no cells.
+    """
+    named = {*only, *also}
+    for name in sorted(named):
+        find_analysis(name)
+    check_complete(run.store)
+    if not run.folder.cells.is_file():
+        raise InputError(f"{run.path} has no cells yet: 'actcache grid {run.path}' scores them")
+    found = []
+    for one in ANALYSES:
+        if one.name in named or not only:
+            planned = _plan(one, run)
+            if planned.analysis.opt_in and one.name not in named and planned.content is None:
+                continue
+            if planned.refused is not None and one.name in named:
+                raise InputError(f"{one.name}: {planned.refused}")
+            found.append(planned)
+    return found
+
+
+def left_out(planned: Sequence[Planned]) -> list[str]:
+    """Names of the analyses that are not in a plan."""
+    chosen = {one.analysis.name for one in planned}
+    return [one.name for one in ANALYSES if one.name not in chosen]
+
+
+def _plan(named: Named, run: Run) -> Planned:
+    analysis = named.load()
+    store, folder, options = run.store, run.folder, analysis.options()
+    try:
+        content = analysis.read(folder, store)
+    except (CorruptFileError, NoSealError):  # it is made again
+        content = None
+    if content is not None:
+        return Planned(analysis, content=content)
+    try:
+        analysis.check(store, options)
+        if not isinstance(analysis, CellAnalysis):
+            return Planned(analysis, jobs=() if named.of_cells else None)
+        work = analysis.work(folder, store, finished_cells(folder.cell_groups, store), options)
+    except InputError as error:
+        return Planned(analysis, refused=str(error))
+    return Planned(analysis, jobs=[(place, job) for place, jobs in work.items() for job in jobs])
+
+
+def costs(planned: Sequence[Planned], shapes: Mapping[str, ModelShape]) -> list[tuple[int, float]]:
+    """Of each planned analysis, in order, replays and multiply-adds; what one before it computes counts no more."""
+    seen: set[tuple[Path, str]] = set()
+    found = []
+    for one in planned:
+        jobs = {(place, digest_of(job.key)): job for place, job in one.jobs or ()}
+        new = [job for key, job in jobs.items() if key not in seen]
+        seen |= jobs.keys()
+        parts = total(job.cost(shapes) for job in new)
+        found.append((sum(job.n_units for job in new), sum(n for part, n in parts.items() if part != "hooks")))
+    return found
+
+
+def answered(planned: Sequence[Planned], answer: Answer) -> Iterator[Planned]:
+    """Each planned analysis after it was answered, or was found so; one that refuses only then is told as refused."""
+    for one in planned:
+        if one.refused is None and one.content is None:
+            try:
+                one = replace(one, content=answer(one.analysis), jobs=())
+            except InputError as error:
+                one = replace(one, refused=str(error))
+        yield one
