@@ -249,6 +249,8 @@ def test_usage_errors_exit_2(capfd):
     with pytest.raises(SystemExit) as caught:
         main(["run", "--pt", "x"])
     assert caught.value.code == 2
-    assert "required: --prompts, --out" in capfd.readouterr().err
+    assert "required: --out" in capfd.readouterr().err
+    assert main(["run", "--pt", "x", "--it", "y", "--out", "run"]) == 2
+    assert "required: --prompts, or --support fixed with --events" in capfd.readouterr().err
     assert main(["run", "--pt", "x", "--prompts", "p.jsonl", "--out", "run"]) == 2
     assert "required: --it, or --checkpoint LABEL=DIR" in capfd.readouterr().err

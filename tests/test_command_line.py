@@ -36,7 +36,7 @@ COMMAND = [sys.executable, "-m", "actcache.cli"]
         (["export", "S", "--too", "npy"], "did you mean --to?"),
         (["run", "--bogus", "3"], "there is no option --bogus; 'actcache run --help' lists what there is"),
         (["verify", "S", "--zzzzzz"], "there is no option --zzzzzz; 'actcache verify --help' lists what there is"),
-        (["run", "--pt", "x"], "the following arguments are required: --prompts, --out"),
+        (["run", "--pt", "x"], "the following arguments are required: --out"),
         (["run", "--max-new", "x"], "argument --max-new: 'x' is not a whole number from 1 on"),
         (["run", "--max-new", "9" * 5000], "is not a whole number from 1 on"),
         (["run", "--stability", "some"], "argument --stability: 'some' is not a whole number from 1 on"),

@@ -165,7 +165,7 @@ def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
     if (args.support == "fixed") != (events is not None):
         raise InputError("--support fixed and --events belong together: give both, or neither")
     if args.prompts is None and events is None:
-        raise InputError("the following arguments are required: --prompts")
+        raise InputError("the following arguments are required: --prompts, or --support fixed with --events")
     if events is None:
         return read_prompts(args.prompts, args.limit)
     return [] if args.prompts is None else read_prompts(args.prompts)
