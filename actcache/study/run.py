@@ -338,7 +338,7 @@ class Run:
         from actcache.analyses import whole
         from actcache.report.written import write_report
 
-        how = {"on_progress": on_progress, "say": say}
+        how: dict[str, Any] = {"on_progress": on_progress, "say": say}
         planned = whole.plan_study(self, only, also)
         found = list(whole.answered(planned, lambda one: one.answer(self, one.options(), **how)))
         write_report(self.folder, self.folder.open_store(), say=say)
