@@ -19,10 +19,10 @@ from twins import reference
 import actcache
 from actcache.analyses.controls import STRATA, WEIGHTS, _groups, anomaly_of, of_interpolation, strata_of
 from actcache.analyses.controls import ControlsOptions as Options
-from actcache.analyses.effects import contrasts
 from actcache.cli import main
 from actcache.errors import CheckError
 from actcache.replay.sizes import SIZES
+from actcache.study.contrasts import contrasts
 from actcache.study.results import result_files
 
 BOUNDARY = 3
@@ -329,6 +329,25 @@ def test_of_three_checkpoints_the_pair_alone_is_replayed(tmp_path):
         assert {name for table in tables for name in table["late"].to_pylist()} == {"a", "c"}
     common = actcache.Run(out).analyse("controls", seeds=1, readout="common_pt")
     assert {group["readout"] for group in common["groups"]} == {"common_a"}
+
+
+@pytest.mark.slow
+def test_every_pair_of_a_run_has_controls_of_its_own(tmp_path):
+    folders = tiny.make_lineup(tmp_path, "llama", ["a", "b", "c"])
+    prompts, out = tiny.write_prompts(tmp_path / "prompts.jsonl", 12), tmp_path / "run"
+    words = [word for label, folder in folders.items() for word in ("--checkpoint", f"{label}={folder}")]
+    words = ["run", *words, "--prompts", prompts, "--out", out, "--max-new", 12, "--stability", 0]
+    assert main([str(word) for word in [*words, "--pair", "a,b", "--pair", "a,c", "--readout", "native"]]) == 0
+    found = actcache.Run(out).analyse("controls", seeds=1)
+    cells = pq.read_table(out / "controls.parquet")
+    for pair in ("a,b", "a,c"):
+        mine = cells.filter(pc.equal(cells["pair"], pair))
+        assert {*mine["readout"].to_pylist()} == {f"common_{pair[-1]}"}
+        assert {*mine["late"].to_pylist()} == {"a", pair[-1]}
+        effects = contrasts(mine.filter(pc.equal(mine["variant"], "none")))
+        (group,) = (one for one in found["groups"] if one["pair"] == pair and one["control"] == "interpolation")
+        assert group["n_events"] == len(effects)
+        assert group["endpoint"]["mean"] == pytest.approx(effects["interaction"].to_numpy().mean())
 
 
 @pytest.mark.slow

@@ -48,11 +48,9 @@ FLOW = {
         *("decode_job", "capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens"),
         *("run", "analysis", "further"),
     ),
-    "analyses": ("stability", "effects_text", "effects", "grid", "depth", "lineage", "recipes", "controls", "whole"),
-    "report": ("visible", "figures", "variants", "sections", "page", "written"),
-    "cli": (
-        *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses"),
-        *("stability", "stages", "study", "stores", "bench", "plan", "run"),
+    "analyses": (
+        *("stability", "effects_text", "effects", "grid"),
+        *("depth", "lineage", "recipes", "controls", "whole", "report", "visible", "figures", "variants", "sections", "page", "written", "cli", "terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses", "stability", "stages", "study", "stores", "bench", "plan", "run", "commitment"),
     ),
 }
 FOLDERS = list(FLOW)

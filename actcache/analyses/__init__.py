@@ -37,6 +37,7 @@ class Named(NamedTuple):
 ANALYSES = (
     Named("depth", "how much of the interaction is left where only the last blocks are late"),
     Named("controls", "whether the interaction could come of hybrid states that neither checkpoint makes"),
+    Named("commitment", "whether the state at the boundary has decided for y_it before the late blocks read it"),
     Named("lineage", "how much of the final checkpoint's interaction do the earlier stages of its training have"),
     Named("recipes", "what do descendants of one base differ by, each on its own first divergences"),
     Named("stability", "how many events other rounding would change: another shape of the batch, or another dtype"),

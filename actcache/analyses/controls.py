@@ -36,8 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from actcache.analyses.grid import GridSettings, check_settings, jobs_left
-from actcache.capture.settings import parse_boundaries
+from actcache.analyses.grid import GridSettings, check_settings, jobs_left, one_boundary, pairs_of
 from actcache.errors import CheckError, InputError
 from actcache.replay.edits import (
     PLAIN,
@@ -96,14 +95,15 @@ class Controls(CellAnalysis[ControlsOptions]):
         check_weights(options.weights)
         if not 1 <= options.seeds < 1000:
             raise InputError(f"seeds is {options.seeds}; expected 1 to 999 random displacements of each kind")
-        for pair in _pairs(store):
+        for pair in pairs_of(store):
             check_settings(store, _settings(store, options, pair))
 
     def jobs(
         self, store: Store, finished: Finished, options: ControlsOptions, exactness: Mapping[str, Any]
     ) -> list[ReplayJob]:
-        """The plain cells."""
-        plain = replace(_settings(store, options, _pairs(store)[0]), variants=(), upstreams=None, lates=None)
+        """The plain cells, by the readouts of all pairs."""
+        plain = GridSettings((one_boundary(store, options.boundary),), readouts=(options.readout,))
+        plain = plain.of_pair(store.checkpoints, pairs_of(store))
         return jobs_left(store, finished, replace(plain, **exactness))
 
     def own_jobs(
@@ -111,7 +111,7 @@ class Controls(CellAnalysis[ControlsOptions]):
     ) -> Mapping[Path, Sequence[LateJob]]:
         """Of every pair, variants of PT's states behind both late stacks, and the sizes of the four plain cells."""
         jobs: dict[Path, Sequence[LateJob]] = {}
-        for pair in _pairs(store):
+        for pair in pairs_of(store):
             settings = replace(_settings(store, options, pair), **exactness)
             cells, sizes = _places(folder, pair)
             jobs[cells] = jobs_left(store, finished_cells(cells, store), settings)
@@ -122,7 +122,7 @@ class Controls(CellAnalysis[ControlsOptions]):
         """The cells; groups for each kind and pair of events."""
         store, exactness = run.store, exactness_of(run.folder)
         tables, groups = [], []
-        for pair in _pairs(store):
+        for pair in pairs_of(store):
             settings = _settings(store, options, pair)
             places = _places(run.folder, pair)
             plain = _chosen(cells, settings, pair, [PLAIN.name])
@@ -191,8 +191,8 @@ class Controls(CellAnalysis[ControlsOptions]):
             rows=[
                 [
                     ": ".join(part for part in (of_whom(one), text) if part),
-                    f"{one['n_events']:,}",
-                    f"{one['n_prompts']:,}",
+                    one["n_events"],
+                    one["n_prompts"],
                     *(("", one[quantity]) if quantity in _SHARES else (one[quantity], "")),
                 ]
                 for one in groups
@@ -205,7 +205,7 @@ class Controls(CellAnalysis[ControlsOptions]):
             ),
             does_not_show=(
                 "Hybrid states are compared by their size alone: none of this says that they are natural. A small mean "
-                "displacement does not say that single events stay. Intervals depend on these prompts and checkpoints."
+                "displacement does not say that single events stay."
             ),
             shares=("share",),
         )
@@ -352,14 +352,8 @@ def _variants(store: Store, seeds: int, donor: str) -> tuple[Variant, ...]:
 
 def _settings(store: Store, options: ControlsOptions, pair: tuple[str, str]) -> GridSettings:
     """What is replayed of PT's states."""
-    given = options.boundary or str(store.boundaries[0])
-    boundaries = parse_boundaries(given, store.fingerprint.n_blocks)
-    if len(boundaries) != 1:
-        raise InputError(
-            f"boundary {given!r} is not one boundary; choose among {', '.join(map(str, store.boundaries))}"
-        )
     return GridSettings(
-        boundaries,
+        (one_boundary(store, options.boundary),),
         readouts=(options.readout,),
         variants=_variants(store, options.seeds, pair[1]),
         upstreams=pair[:1],
@@ -413,12 +407,6 @@ def _table(
     for name, values in zip(SIZES, columns.T, strict=True):
         plain = plain.append_column(name, pa.array(values, pa.float64()))
     return pa.concat_tables([plain, *tables], promote_options="permissive")
-
-
-def _pairs(store: Store) -> list[tuple[str, str]]:
-    """Those of the events; that of the capture where there is none."""
-    pairs = sorted(set(store.events["pair"].to_pylist())) or [",".join(store.fingerprint.pair)]
-    return [(pt, it) for pt, it in (pair.split(",") for pair in pairs)]
 
 
 def _places(folder: RunFolder, pair: Sequence[str]) -> tuple[Path, Path]:

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from actcache.capture.settings import parse_boundaries
 from actcache.errors import InputError
 from actcache.files import check_own_folder
 from actcache.progress import OnProgress, Tally, untold
@@ -273,6 +274,24 @@ def count_replays(store: Store, settings: GridSettings) -> int:
     """How many (event, scope, upstream, late, variant) combinations a grid scores."""
     n_variants = sum(len(settings.variants_at(boundary)) for boundary in settings.boundaries)
     return len(store) * len(settings.scopes) * len(store.checkpoints) ** 2 * n_variants
+
+
+def pairs_of(store: Store) -> list[tuple[str, str]]:
+    """The pairs of a store's events, each in the roles pt and it; those of the capture where there is no event."""
+    pairs = sorted(set(store.events["pair"].to_pylist())) or [",".join(pair) for pair in store.fingerprint.event_pairs]
+    return [(pt, it) for pt, it in (pair.split(",") for pair in pairs)]
+
+
+def one_boundary(store: Store, given: str) -> int:
+    """The boundary that a text names as ``--boundary`` does; the first that was captured where it is empty.
+
+    Raises:
+        InputError: it names none, or several.
+    """
+    found = parse_boundaries(given, store.fingerprint.n_blocks) if given else tuple(store.boundaries[:1])
+    if len(found) != 1:
+        raise InputError(f"boundary {given!r} is not one boundary; choose among {_listed(store.boundaries)}")
+    return found[0]
 
 
 def check_settings(store: Store, settings: GridSettings) -> None:
