@@ -282,3 +282,28 @@ def test_a_further_run_of_other_checkpoints_is_refused(run, folders, tmp_path):
         actcache.Run(run).analyse("lineage", stages="half", further=str(fewer))
     with pytest.raises(InputError, match=r"has no stage between base and final, but base, final: name some"):
         actcache.Run(fewer).analyse("lineage")
+
+
+@pytest.mark.slow
+def test_one_capture_of_several_pairs_has_all_supports(run, folders, tmp_path):
+    """As of runs of one pair each; and its recipes are of both descendants."""
+    several = captured(tmp_path / "several", folders, "base,final", "--pair", "base,half")
+    apart = captured(tmp_path / "half", folders, "base,half")
+    found = actcache.Run(several).analyse("lineage", stages="half")
+    expected = actcache.Run(run).analyse("lineage", stages="half", further=str(apart))
+    key = ("part", "pair", "subset", "stage", "upstream", "late")
+    of = {tuple(one.get(name) for name in key): one for one in found["groups"]}
+    for one in expected["groups"]:
+        same = of[tuple(one.get(name) for name in key)]
+        assert same["n_events"] == one["n_events"]
+        for name in ("interaction", "native_interaction", "margin"):
+            assert one.get(name) is None or same[name]["mean"] == pytest.approx(one[name]["mean"], abs=1e-4)
+    recipes = actcache.Run(several).analyse("recipes")["groups"]
+    own = {one["descendant"]: one for one in recipes if one["part"] == "recipe" and one["subset"] == "all"}
+    assert list(own) == ["half", "final"]
+    for label, one in own.items():
+        (score,) = (g for g in found["groups"] if g["pair"] == f"base,{label}" and g.get("stage") == label
+                    and g["subset"] == "all")  # fmt: skip
+        assert one["n_events"] == score["n_events"]
+        if label == "final":  # the readout of both
+            assert one["interaction"] == pytest.approx(score["interaction"])

@@ -222,6 +222,15 @@ def test_what_the_store_cannot_serve_is_refused(options, said):
         ANALYSIS.check(run.store, RecipesOptions(**options))
 
 
+def test_a_column_that_tells_prompts_apart_makes_no_subsets():
+    events = [(*e[:2], f"topic {e[0]}", *e[3:]) for e in drawn_events(60)]
+    run, cells = planted(events)
+    found = ANALYSIS.numbers(cells, run, RecipesOptions())
+    assert {one["subset"] for one in found.groups} == {"all"}
+    with pytest.raises(InputError, match="column 'category' has 60 values; subsets are of at most 50"):
+        ANALYSIS.check(run.store, RecipesOptions(by="category"))
+
+
 @pytest.mark.parametrize("options", [{"descendants": "sft,rl"}, {"contrast": "sft:rl"}])
 def test_a_descendant_without_events_is_named(options):
     run, cells = planted(drawn_events(3))

@@ -53,7 +53,7 @@ from actcache.study.statistics import (
     regress,
     sign_flip_null,
 )
-from actcache.study.subsets import ALL
+from actcache.study.subsets import ALL, MOST_VALUES
 
 if TYPE_CHECKING:
     from actcache.study.run import Run
@@ -71,7 +71,7 @@ class RecipesOptions:
     descendants: str = option("", "labels of the descendants, in order (default: all that have events with the base)")
     further: str = option("", "folders of further runs, whose pairs are the same base and other descendants")
     by: str = option(
-        "", "column of the prompts to take subsets by, and to control for (default: category, where carried)"
+        "", "column of the prompts to take subsets by, and to control for (default: category, of at most 50 values)"
     )
     contrast: str = option(
         "", "descendants to compare, as sft+dpo:math, a list (default: each with every other)",
@@ -208,11 +208,15 @@ def _asked(store: Store, options: RecipesOptions) -> _Asked:
         raise InputError(f"{store.path} has no events of kind {options.kind!r}; it has {', '.join(sorted(kinds))}")
     columns = store.events.column_names
     carried = columns[columns.index(SEGMENT.name) + 1 :]
-    if options.by and len(store) and options.by not in carried:
-        raise InputError(
-            f"the prompts of {store.path} carry no column {options.by!r}; they carry {', '.join(carried) or 'none'}"
-        )
     by = options.by or ("category" if "category" in carried else None)
+    if options.by and len(store) and by not in carried:
+        raise InputError(
+            f"the prompts of {store.path} carry no column {by!r}; they carry {', '.join(carried) or 'none'}"
+        )
+    if by in carried and (n_values := len(pc.unique(store.events[by]))) > MOST_VALUES:
+        if options.by:
+            raise InputError(f"column {by!r} has {n_values} values; subsets are of at most {MOST_VALUES}")
+        by = None
     boundary = store.boundaries[0]
     if options.boundary:
         (boundary,) = parse_boundaries(options.boundary, store.fingerprint.n_blocks)
