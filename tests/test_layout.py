@@ -50,7 +50,12 @@ FLOW = {
     ),
     "analyses": (
         *("stability", "effects_text", "effects", "grid"),
-        *("depth", "lineage", "recipes", "controls", "whole", "report", "visible", "figures", "variants", "sections", "page", "written", "cli", "terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses", "stability", "stages", "study", "stores", "bench", "plan", "run", "commitment"),
+        *("depth", "lineage", "recipes", "controls", "commitment", "whole"),
+    ),
+    "report": ("visible", "figures", "variants", "sections", "page", "written"),
+    "cli": (
+        *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses"),
+        *("stability", "stages", "study", "stores", "bench", "plan", "run"),
     ),
 }
 FOLDERS = list(FLOW)
