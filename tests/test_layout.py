@@ -43,14 +43,14 @@ FLOW = {
         *("passes", "late_stack", "sweep"),
     ),
     "study": (
-        *("statistics", "contrasts", "subsets", "left_out", "results", "scores", "work", "cells", "jobs", "replay_job"),
-        *("size_job", "forward_job"),
+        *("statistics", "overlap", "contrasts", "subsets", "left_out", "results", "scores", "work", "cells", "jobs"),
+        *("replay_job", "size_job", "forward_job"),
         *("decode_job", "capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens"),
         *("run", "analysis", "further"),
     ),
     "analyses": (
         *("stability", "effects_text", "effects", "grid"),
-        *("depth", "lineage", "recipes", "controls", "commitment", "whole"),
+        *("depth", "supports", "lineage", "recipes", "controls", "commitment", "whole"),
     ),
     "report": ("visible", "figures", "variants", "sections", "page", "written"),
     "cli": (
