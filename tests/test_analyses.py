@@ -24,13 +24,14 @@ every_one_of_cells = pytest.mark.parametrize(
     "named", [one for one in ANALYSES if isinstance(one.load(), CellAnalysis)], ids=lambda named: named.name
 )
 BOUNDARIES = ("--boundary", "2,3", "--stability", "0")
+PAIRS = ("--pair", "pt,it", "--pair", "pt,between")
 
 
 @pytest.fixture(scope="module")
 def run(tiny_run, tmp_path_factory):
-    """A pair, and a third checkpoint between the two: every analysis meets more than it asks for."""
+    """Two pairs, and a third checkpoint on the events of each: every analysis meets more than it asks for."""
     between = tiny.make_pair(tmp_path_factory.mktemp("between"), "llama", eps=tiny.EPS / 2)[1]
-    return tiny_run("llama", torch.float32, *BOUNDARIES, "--strict", "--checkpoint", f"between={between}")
+    return tiny_run("llama", torch.float32, *BOUNDARIES, "--strict", "--checkpoint", f"between={between}", *PAIRS)
 
 
 @every_analysis
@@ -99,7 +100,7 @@ def test_killed_and_resumed_gives_the_same_bytes(named, run, tmp_path, monkeypat
 def test_identical_checkpoints_give_nothing(named, run, tmp_path, capfd):
     """No event, so no number and no section; and it is said."""
     words = ["run", "--pt", run.pt, "--it", run.pt, "--prompts", run.prompts, "--out", tmp_path / "run"]
-    words += ["--checkpoint", f"between={run.pt}"]
+    words += ["--checkpoint", f"between={run.pt}", *PAIRS]
     assert main([str(word) for word in [*words, "--max-new", 4, *BOUNDARIES]]) == 0
     assert main([named.name, str(tmp_path / "run")]) == 0
     assert "no event" in capfd.readouterr().out.lower()

@@ -205,7 +205,7 @@ def test_few_events_have_no_interval(n_prompts):
     ("options", "said"),
     [
         ({"base": "pt"}, "there is no checkpoint 'pt' in S; it has base, sft, dpo, math"),
-        ({"base": "math"}, "none of math and another; capture with --pair math,DESCENDANT"),
+        ({"base": "math"}, "recipes are of math and two descendants or more: capture with --pair math,A"),
         ({"by": "topic"}, "carry no column 'topic'; they carry category"),
         ({"kind": "fixed"}, "has no events of kind 'fixed'; it has first_divergence"),
         ({"readout": "common_it_"}, "readout 'common_it_' is unknown; choose from native"),
@@ -252,6 +252,8 @@ def test_runs_of_a_pair_each_make_one_table(tmp_path, capfd):
         words += ["--out", tmp_path / f"run-{name}", "--max-new", 12, "--stability", 0]
         assert main([str(word) for word in ["run", *words]]) == 0
     run = tmp_path / "run-tuned"
+    with pytest.raises(InputError, match="has events of base,tuned, and recipes are of base and two descendants"):
+        actcache.Run(run).analyse("recipes")
     assert main(["recipes", str(run), "--further", str(tmp_path / "run-late"), "--contrast", "late:tuned"]) == 0
     assert "late - tuned, all" in capfd.readouterr().out
     found = json.loads((run / "recipes.json").read_text())["groups"]

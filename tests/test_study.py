@@ -54,12 +54,13 @@ def test_all_that_the_run_can_serve(out, capfd):
     assert re.fullmatch(rf"{n_replays} replays, \S+ multiply-adds, about \d:\d\d", said["depth"])
     assert said["lineage"].startswith("left out: ")
     assert "capture with --checkpoint STAGE=DIR" in said["lineage"]
+    assert "capture with --pair pt,A --pair pt,B" in said["recipes"]
     assert said["effects"] == "no replay is missing"
     assert "stability; --also NAME answers one" in captured.out
     assert captured.out.endswith(f"Report: {out / 'report.html'}\n")
     html = (out / "report.html").read_text()
     for named in ANALYSES:
-        served = named.name not in ("lineage", "stability")
+        served = named.name not in ("lineage", "recipes", "stability")
         assert (out / f"{named.name}.json").exists() == served, named.name
         if served and json.loads((out / f"{named.name}.json").read_text())["groups"]:
             assert f'<section id="{named.name}">' in html, named.name
@@ -69,7 +70,7 @@ def test_all_that_the_run_can_serve(out, capfd):
     captured = capfd.readouterr()
     again = shown(captured)
     assert {name for name, text in again.items() if text == "answered already"} == said.keys() - {
-        *("lineage", "together", "not", "Report:")
+        *("lineage", "recipes", "together", "not", "Report:")
     }
     assert "replays" not in captured.out + captured.err
 

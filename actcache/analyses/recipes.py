@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -105,13 +105,14 @@ class Recipes(CellAnalysis[RecipesOptions]):
 
     name = "recipes"
     options = RecipesOptions
+    fewest: ClassVar[int] = 2  # descendants of a run that is answered by itself
 
     def check(self, store: Store, options: RecipesOptions) -> None:
         """Labels, cells, draws, the column of subsets, and whether there are events of the base and a descendant."""
         check_draws(options.draws, options.seed)
         check_weights(options.weights)
         _sides(options.contrast)
-        check_settings(store, _settings(store, _asked(store, options)))
+        check_settings(store, _settings(store, _asked(store, options, self.fewest)))
 
     def jobs(
         self, store: Store, finished: Finished, options: RecipesOptions, exactness: Mapping[str, Any]
@@ -125,7 +126,7 @@ class Recipes(CellAnalysis[RecipesOptions]):
         asked = _asked(run.store, options)
         table = _scored(cells, run.store, asked)
         given = replace(options, base=asked.base, descendants="", contrast="", boundary=str(asked.boundary), further="")
-        table = with_further(self, given, run, table, options.further, (asked.base,))
+        table = with_further(_OfFurther(), given, run, table, options.further, (asked.base,))
         with_events = pc.unique(table["descendant"]).to_pylist()
         found = [label for label in dict.fromkeys([*asked.own, *with_events]) if label in with_events]
         descendants = _labels(options.descendants) or found
@@ -191,17 +192,23 @@ class Recipes(CellAnalysis[RecipesOptions]):
         )
 
 
-def _asked(store: Store, options: RecipesOptions) -> _Asked:
+class _OfFurther(Recipes):
+    """The same of a further run, which may have one descendant."""
+
+    fewest = 1
+
+
+def _asked(store: Store, options: RecipesOptions, fewest: int = 1) -> _Asked:
     """Options with their defaults filled in; InputError for what the store has not."""
     base = options.base or store.fingerprint.pair[0]
     if base not in store.checkpoints:
         raise InputError(f"there is no checkpoint {base!r} in {store.path}; it has {', '.join(store.checkpoints)}")
     pairs = {*map(",".join, store.fingerprint.event_pairs), *pc.unique(store.events["pair"]).to_pylist()}
     own = tuple(label for label in store.checkpoints if f"{base},{label}" in pairs and label != base)
-    if not own:
+    if len(own) < (1 if options.further else fewest):
         raise InputError(
-            f"{store.path} has events of {'; '.join(sorted(pairs))}, and none of {base} and another; capture with "
-            f"--pair {base},DESCENDANT"
+            f"{store.path} has events of {'; '.join(sorted(pairs))}, and recipes are of {base} and two descendants or "
+            f"more: capture with --pair {base},A --pair {base},B, or name further runs by --further"
         )
     kinds = pc.unique(store.events["kind"]).to_pylist()
     if kinds and options.kind not in kinds:
