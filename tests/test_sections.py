@@ -84,7 +84,7 @@ def test_counts_are_a_range():
     ("n_prompts", "said"),
     [
         (1, "1 event of 1 prompt; below 10 there is no interval"),
-        (12, "12 events of 12 prompts; an interval of so few prompts is narrower than it should be"),
+        (12, "12 events of 12 prompts; below 30 prompts an interval is narrower than it should be"),
     ],
 )
 def test_few_prompts_are_said(n_prompts, said):
@@ -265,10 +265,14 @@ def test_a_click_sorts(tmp_path):
     assert title(html.replace(policy, "")) == "abcd dacb cadb abcd"
 
 
-def test_the_effects_are_carried_too():
+def test_the_effects_are_carried_once():
     cells, events, excluded = run_tables(20)
     result = effects(cells, draws=50)
     page = Page(build_report(cells, result, events, excluded, SETTINGS))
     links = [value for name, value in page.attributes if name == "href" and value[0] != "#"]
     assert [link[: link.index(";")] for link in links] == ["data:text/csv", "data:application/json"]
     assert json.loads(base64.b64decode(links[1].partition("base64,")[2]))["groups"] == result["groups"]
+    answers = {"effects": answered(groups=result["groups"])}
+    page = Page(build_report(cells, result, events, excluded, SETTINGS, answers=answers))
+    assert sum(name == "download" for name, _ in page.attributes) == 2
+    assert "as files" not in page.section("groups")

@@ -110,8 +110,8 @@ class Depth(CellAnalysis[DepthOptions]):
             rows=[
                 [
                     f"{kind_of(one)}, {one['boundary']}" + (" (main)" if one["boundary"] == main else ""),
-                    f"{one['n_events']:,}",
-                    f"{one['n_prompts']:,}",
+                    one["n_events"],
+                    one["n_prompts"],
                     *(one[name] for name in _MEANS),
                     one["retention"],
                 ]
@@ -125,6 +125,7 @@ class Depth(CellAnalysis[DepthOptions]):
                 "A boundary near the end compares almost finished states. A low retention there does not say that the "
                 "last blocks matter little in the whole model."
             ),
+            shares=("retention",),
         )
 
 

@@ -117,6 +117,9 @@ def build_report(
         "left_out": _left_out(effects),
         "main": None,
         "fewest_prompts": FEWEST_PROMPTS,
+        "caution_prompts": CAUTION_PROMPTS,
+        # One of the answers may be the effects', and then carries them.
+        "effects_files": [] if "effects" in answers else sections.downloads("effects", effects["groups"]),
         "sections": [sections.shown(name, answered) for name, answered in answers.items()],
         "script": Markup(script),
         "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -157,7 +160,6 @@ def _findings(
         "effects_figure": figures.late_effects(_other_readouts(groups, main), labels[1], places),
         "boundary_figure": _boundary_figure(groups, main, places),
         "variant_figures": _variant_figures(effects["groups"], raw, places),
-        "effects_files": sections.downloads("effects", effects["groups"]),
         "steps_figure": figures.steps(per_event["step"].to_numpy()),
         "step_median": float(np.median(per_event["step"].to_numpy())),
         "gaps_figure": figures.gaps(gap_pt, gap_it, labels) if gap_pt.size and gap_it.size else None,
