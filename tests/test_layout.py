@@ -50,11 +50,11 @@ FLOW = {
     ),
     "analyses": (
         *("stability", "effects_text", "effects", "grid"),
-        *("depth", "supports", "lineage", "recipes", "controls", "commitment", "whole"),
+        *("depth", "supports", "lineage", "recipes", "controls", "commitment", "whole", "across"),
     ),
-    "report": ("visible", "figures", "variants", "sections", "page", "written"),
+    "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),
     "cli": (
-        *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses"),
+        *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses", "across"),
         *("stability", "stages", "study", "stores", "bench", "plan", "run"),
     ),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -55,6 +55,7 @@ class Depth(CellAnalysis[DepthOptions]):
 
     name = "depth"
     options = DepthOptions
+    ratios: ClassVar[Mapping[str, tuple[str, str] | None]] = {"retention": ("interaction", "main_interaction")}
 
     def check(self, store: Store, options: DepthOptions) -> None:
         """Draws, boundaries, scope and readout."""
@@ -165,6 +166,7 @@ def _groups(
         group = names | {"boundary": boundary, "main_boundary": boundaries[0]}
         group |= {"n_events": sample.n_events, "n_prompts": sample.n_prompts}
         group |= {name: sample.mean(f"{name} {boundary}") for name in _MEANS}
+        group["main_interaction"] = sample.mean(f"interaction {boundaries[0]}")
         group["retention"] = sample.ratio(f"interaction {boundary}", f"interaction {boundaries[0]}")
         groups.append(group)
     return groups

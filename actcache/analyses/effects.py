@@ -91,7 +91,8 @@ SHARES = {
 }
 """Ratios of two mean contrasts."""
 
-_OfMeans: TypeAlias = Callable[[Mapping[str, Floats]], Floats]
+OfMeans: TypeAlias = Callable[[Mapping[str, Floats]], Floats]
+"""A function of means by name, each ``[n]``."""
 _CHOICES = ("y_pt", "y_it", "other")
 _PAIRED = ("late_from_pt", "late_from_it", "interaction")
 
@@ -172,7 +173,7 @@ def effects(
     groups = []
     for part, sample, of_cell in zip(parts, samples, of_cells, strict=True):
         group = part.names | {"share_of_events": part.share, "weights": part.weights}
-        group |= {"n_events": sample.n_events, "n_prompts": sample.n_prompts} | _estimates(sample)
+        group |= {"n_events": sample.n_events, "n_prompts": sample.n_prompts} | estimates(sample)
         key = tuple(part.names[name] for name in GROUP_COLUMNS)
         if part.is_whole and key in margins:
             group["margins"] = margins[key]
@@ -233,16 +234,16 @@ def _prompts(grids: Grids, part: _Part) -> pa.ChunkedArray:
     return grids.events["prompt_id"].take(pa.array(part.at))
 
 
-def _mean_of(name: str, prefix: str = "") -> _OfMeans:
+def mean_of(name: str, prefix: str = "") -> OfMeans:
     """A contrast as a function of the means of the four cells."""
     return lambda means: contrast(name, np.stack([means[prefix + cell] for cell in CELLS], axis=-1))
 
 
-def _estimates(sample: Sample) -> dict[str, Any]:
-    """The quantities of one group."""
+def estimates(sample: Sample) -> dict[str, Any]:
+    """The quantities of one group, whose sample has the margins of ``CELLS``: these, contrasts, shares, ``flags``."""
     numbers: dict[str, Any] = {"cells": {name: sample.mean(name) for name in CELLS}}
-    numbers |= {column.name: sample.number(_mean_of(column.name)) for column in schema.CONTRASTS}
-    of_shares = {share: (_mean_of(above), _mean_of(below)) for share, (above, below) in SHARES.items()}
+    numbers |= {column.name: sample.number(mean_of(column.name)) for column in schema.CONTRASTS}
+    of_shares = {share: (mean_of(above), mean_of(below)) for share, (above, below) in SHARES.items()}
     numbers |= {share: sample.ratio(*of_share) for share, of_share in of_shares.items()}
     return numbers | {"flags": [share for share, of_share in of_shares.items() if sample.opposed(*of_share)]}
 
@@ -299,13 +300,13 @@ def _compared(grids: Grids, part: _Part, other: _Part, how: Mapping[str, Any]) -
     sample = Sample.paired(sides, weights=part.weights, **how)
     found: dict[str, Any] = {"n_prompts": sample.n_prompts}
     for name in _PAIRED:
-        ours, theirs = _mean_of(name, "this."), _mean_of(name, "other.")
+        ours, theirs = mean_of(name, "this."), mean_of(name, "other.")
         found[f"{name}_difference"] = sample.number(_difference(ours, theirs))
         found[f"{name}_ratio"] = sample.ratio(ours, theirs)
     return found
 
 
-def _difference(one: _OfMeans, other: _OfMeans) -> _OfMeans:
+def _difference(one: OfMeans, other: OfMeans) -> OfMeans:
     return lambda means: one(means) - other(means)
 
 

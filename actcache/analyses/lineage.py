@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -87,6 +87,7 @@ class Lineage(CellAnalysis[LineageOptions]):
 
     name = "lineage"
     options = LineageOptions
+    ratios: ClassVar[Mapping[str, tuple[str, str] | None]] = {"fraction": None}
 
     def check(self, store: Store, options: LineageOptions) -> None:
         """Labels, cells, draws, and whether there is an event of the pair."""

@@ -106,6 +106,10 @@ class Recipes(CellAnalysis[RecipesOptions]):
     name = "recipes"
     options = RecipesOptions
     fewest: ClassVar[int] = 2  # descendants of a run that is answered by itself
+    ratios: ClassVar[Mapping[str, tuple[str, str] | None]] = {
+        "portable_share": ("late_from_pt", "late_from_it"),
+        "conditional_share": ("interaction", "late_from_it"),
+    }
 
     def check(self, store: Store, options: RecipesOptions) -> None:
         """Labels, cells, draws, the column of subsets, and whether there are events of the base and a descendant."""

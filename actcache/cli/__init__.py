@@ -11,14 +11,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from actcache.cli import analyses, bench, plan, stages, stores, study
+from actcache.cli import across, analyses, bench, plan, stages, stores, study
 from actcache.cli.parser import Parser
 from actcache.cli.terminal import be_quiet, one_line, reader_is_gone, said_by_system
 from actcache.cpus import settle_threads
 from actcache.errors import ActcacheError, CheckError, CorruptFileError, CorruptStoreError, KernelError
 
 _FAILED_CHECKS = (CheckError, CorruptFileError, CorruptStoreError, KernelError)
-_VERBS_OF = (stages, analyses, study, plan, stores, bench)  # in the order of the help
+_VERBS_OF = (stages, analyses, study, across, plan, stores, bench)  # in the order of the help
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -41,9 +41,14 @@ def add_verbs(verbs: Verbs) -> None:
 
 def _add_options(named: Named, parser: Parser) -> None:
     quiet_libraries()
+    add_options(parser, named.load().options)
+
+
+def add_options(parser: Parser, options: Any) -> None:
+    """Flags of the fields of a dataclass of options."""
     from actcache.study.analysis import flag_of
 
-    for entry in fields(named.load().options):
+    for entry in fields(options):
         flag = flag_of(entry)
         how: dict[str, Any] = {"dest": entry.name, "default": entry.default, "help": entry.metadata["help"]}
         if entry.default is False:

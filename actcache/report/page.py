@@ -5,13 +5,9 @@ Knows the tables of a run and the effects; draws nothing and holds no HTML.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib.resources import files
 from types import MappingProxyType
 from typing import Any
 
@@ -19,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from jinja2 import Environment, FunctionLoader, StrictUndefined, Template
-from markupsafe import Markup
 
 from actcache.errors import InputError
 from actcache.report import figures, sections, variants, visible
 from actcache.report.sections import CAUTION_PROMPTS, OPEN_ROWS
+from actcache.report.template import render, shown_settings
 from actcache.schema import CONTRASTS, GRID_MARGINS, IT, NATIVE, PT, ROLES, common_readout, names
 from actcache.study.analysis import Answered
 from actcache.study.contrasts import GROUP_COLUMNS, contrasts
@@ -102,12 +97,9 @@ def build_report(
     if cells.num_rows and not groups:
         raise InputError(f"{cells.num_rows} cells but effects without groups: compute the effects of these cells first")
 
-    script = _text_of("sort.js")
     n_prompts = len(events["prompt_id"].unique()) + len(excluded["prompt_id"].unique())
     page: dict[str, Any] = {
-        "settings": [
-            (visible.plain(label), visible.plain(visible.without_home(text))) for label, text in settings.items()
-        ],
+        "settings": shown_settings(settings),
         "level": effects["level"],
         "draws": effects["draws"],
         "seed": effects["seed"],
@@ -116,17 +108,13 @@ def build_report(
         "reasons": _reasons(excluded),
         "left_out": _left_out(effects),
         "main": None,
-        "fewest_prompts": FEWEST_PROMPTS,
-        "caution_prompts": CAUTION_PROMPTS,
         # One of the answers may be the effects', and then carries them.
         "effects_files": [] if "effects" in answers else sections.downloads("effects", effects["groups"]),
         "sections": [sections.shown(name, answered) for name, answered in answers.items()],
-        "script": Markup(script),
-        "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     }
     if groups:
         page |= _findings(cells, effects, groups, events, checkpoints, default_boundary)
-    return _template().render(page)
+    return render("page.html.jinja", page)
 
 
 def _findings(
@@ -172,23 +160,6 @@ def _findings(
         "special": _special(of_kind),
         "noop": _noop(cells),
     }
-
-
-def _text_of(name: str) -> str:
-    return files("actcache.report").joinpath(name).read_text(encoding="utf-8")
-
-
-@cache
-def _template() -> Template:
-    environment = Environment(
-        loader=FunctionLoader(_text_of),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"signed": visible.signed, "percent": visible.percent}
-    return environment.get_template("page.html.jinja")
 
 
 def _shown(group: Group) -> Group:

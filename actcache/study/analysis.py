@@ -14,6 +14,7 @@ from argparse import ArgumentTypeError
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import pyarrow as pa
@@ -208,6 +209,8 @@ class Analysis(ABC, Generic[Options]):
         version: of its numbers: raised where the same run gives others.
         opt_in: whether ``actcache study`` leaves it out unless it is named, as it costs more than the rest.
         needs_less: what a person may do where its memory is not enough.
+        ratios: those of its numbers that are ratios of two others of their group, which these are; None where they are
+            not there. Over several families no mean of ratios is taken.
     """
 
     name: ClassVar[str]
@@ -215,6 +218,7 @@ class Analysis(ABC, Generic[Options]):
     version: ClassVar[int] = 1
     opt_in: ClassVar[bool] = False
     needs_less: ClassVar[str] = "a run captured with --dtype bfloat16 needs less"
+    ratios: ClassVar[Mapping[str, tuple[str, str] | None]] = MappingProxyType({})
 
     @abstractmethod
     def check(self, store: Store, options: Options) -> None:
@@ -262,16 +266,7 @@ class Analysis(ABC, Generic[Options]):
         """
         if not found["groups"]:
             return ["no event to analyse"]
-        section = self.section(found["groups"])
-        rows: list[Sequence[str]] = [list(section.columns)]
-        shares = [name in section.shares for name in section.columns]
-        rows += [[in_words(*cell) for cell in zip(row, shares, strict=True)] for row in section.rows]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = []
-        for row in rows:
-            cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            lines.append("  ".join([row[0].ljust(widths[0]), *cells]))
-        return [*lines, "", section.shows]
+        return lines_of(self.section(found["groups"]))
 
     def answered(self, content: Mapping[str, Any], run: str) -> Answered:
         """The section of what :meth:`answer` gave, of at least one group; ``run`` is what the command calls the run."""
@@ -427,6 +422,19 @@ class CellAnalysis(Analysis[Options]):
         notes = made_from | {"options": asdict(options)}  # type: ignore[call-overload]
         write_atomically(self.table_path(folder), parquet_bytes(numbers.table, notes))
         return self.write(folder, options, numbers.groups, made_from)
+
+
+def lines_of(section: Section) -> list[str]:
+    """The table of a section as a terminal shows it, and what it shows."""
+    rows: list[Sequence[str]] = [list(section.columns)]
+    shares = [name in section.shares for name in section.columns]
+    rows += [[in_words(*cell) for cell in zip(row, shares, strict=True)] for row in section.rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+    return [*lines, "", section.shows]
 
 
 def in_words(cell: Cell, share: bool = False) -> str:

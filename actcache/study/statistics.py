@@ -171,6 +171,11 @@ class Sample:
         sums = np.concatenate(parts, axis=1)
         return cls(sums, columns, n_events, scale, draws=draws, seed=seed, level=level)
 
+    def redrawn(self, seed: int) -> Sample:
+        """The same events with draws of another seed, which are independent of these."""
+        how = {"draws": self._draws, "seed": seed, "level": self.level}
+        return Sample(self._sums, self._columns, self.n_events, self._scale, **how)  # type: ignore[arg-type]
+
     def mean(self, name: str) -> Number:
         """The mean of a value."""
         return self.number(name)
