@@ -59,10 +59,10 @@ def search(
 
 
 def native(
-    model: PreTrainedModel, ids: torch.Tensor, boundaries: Sequence[int]
+    model: PreTrainedModel, ids: torch.Tensor, boundaries: Sequence[int], *, whole: bool = False
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """One plain forward over ``[1, T]`` ids: the states entering these blocks, ``[1, T, D]``, and the last block's
-    output at the last position, ``[1, D]``."""
+    output at the last position, ``[1, D]``, or at all positions, ``[1, T, D]``, if ``whole``."""
     states: dict[int, torch.Tensor] = {}
 
     def keep(boundary: int) -> Any:
@@ -71,17 +71,19 @@ def native(
 
         return hook
 
-    return states, _forward(model, ids, {boundary: keep(boundary) for boundary in boundaries})
+    return states, _forward(model, ids, {boundary: keep(boundary) for boundary in boundaries}, whole)
 
 
-def replay(model: PreTrainedModel, ids: torch.Tensor, boundary: int, states: torch.Tensor) -> torch.Tensor:
+def replay(
+    model: PreTrainedModel, ids: torch.Tensor, boundary: int, states: torch.Tensor, *, whole: bool = False
+) -> torch.Tensor:
     """One plain forward over ``[B, T]`` ids whose state entering block ``boundary`` is overwritten with ``[B, T, D]``:
-    the last block's output at the last position, ``[B, D]``."""
+    the last block's output at the last position, ``[B, D]``, or at all positions, ``[B, T, D]``, if ``whole``."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
 
-    return _forward(model, ids, {boundary: hook})
+    return _forward(model, ids, {boundary: hook}, whole)
 
 
 @torch.no_grad()
@@ -93,11 +95,11 @@ def margins(model: PreTrainedModel, last: torch.Tensor, event: HookEvent) -> tor
 
 
 @torch.no_grad()
-def _forward(model: PreTrainedModel, ids: torch.Tensor, at_blocks: dict[int, Any]) -> torch.Tensor:
+def _forward(model: PreTrainedModel, ids: torch.Tensor, at_blocks: dict[int, Any], whole: bool) -> torch.Tensor:
     last: list[torch.Tensor] = []
 
     def at_norm(module: nn.Module, args: tuple[Any, ...]) -> None:
-        last.append(args[0][:, -1].clone())
+        last.append((args[0] if whole else args[0][:, -1]).clone())
 
     blocks: Any = model.get_submodule(path_of(model, BLOCKS))
     handles = [blocks[b].register_forward_pre_hook(hook, with_kwargs=True) for b, hook in at_blocks.items()]

@@ -287,6 +287,7 @@ def _seconds(seconds: float) -> str:
 
 
 _TITLES = {
+    "study": "Each analysis beside hooks",
     "sweep": "A study beside hooks, nnsight and TransformerLens",
     "replay": "Replay beside its multiply-adds",
     "store": "Writing and reading a store",
@@ -298,6 +299,7 @@ _TITLES = {
     "feed": "Feeding a trainer",
 }
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "study": _workloads,
     "sweep": _workloads,
     "replay": _workloads,
     "store": _store,

@@ -17,6 +17,7 @@ import pytest
 import tiny
 import torch
 
+from actcache.analyses import ANALYSES
 from actcache.models.packing import attend_in_core
 
 pytestmark = pytest.mark.slow
@@ -94,6 +95,20 @@ def test_sweep_has_everything_beside_every_rival_that_is_there(page):
             assert workload["limit_s"][0] >= workload["limit_s"][1] > 0
     n_beside = len(WORKLOADS) - len(REPLAYS)
     assert ran.stderr.count("margins equal to the hooks'") == len(REPLAYS) + n_beside * (1 + len(installed))
+
+
+def test_study_has_every_analysis_that_replays_beside_hooks(page):
+    ran = run_smoke("study")
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout.splitlines()[-1])
+    names = [one["name"] for one in result["workloads"]]
+    assert names == ["grid, effects", "depth", "controls", "commitment", "supports", "lineage", "recipes", "whole"]
+    covered = {name for of in names[:-1] for name in of.split(", ")} - {"grid"}
+    assert covered == {named.name for named in ANALYSES} - {"stability"}, "which runs whole models"
+    for one in result["workloads"]:
+        assert one["seconds"].keys() == {"hooks", "actcache"}
+    assert ran.stderr.count("margins equal to the hooks'") == len(names) - 1
+    assert page(result).count("x**)") == len(names)
 
 
 def test_sweep_without_the_rivals(tmp_path):

@@ -341,8 +341,9 @@ def _drawn(kind: str, seeds: int) -> list[str]:
     return [f"{kind}[seed={seed}]" for seed in range(seeds)]
 
 
-def _variants(store: Store, seeds: int, donor: str) -> tuple[Variant, ...]:
+def controlled(store: Store, options: ControlsOptions, pair: Sequence[str]) -> tuple[Variant, ...]:
     """What is replayed of PT's states, at every position."""
+    donor, seeds = pair[1], options.seeds
     operations: dict[str, Operation] = {_interpolated(weight): Interpolate(donor, weight) for weight in WEIGHTS[1:-1]}
     for seed, names in enumerate(zip(*(_drawn(kind, seeds) for kind in RANDOM), strict=True)):
         operations |= zip(names, (SignedPermutation(seed, donor, "prompt"), MatchedNorm(seed, donor)), strict=True)
@@ -355,7 +356,7 @@ def _settings(store: Store, options: ControlsOptions, pair: tuple[str, str]) -> 
     return GridSettings(
         (one_boundary(store, options.boundary),),
         readouts=(options.readout,),
-        variants=_variants(store, options.seeds, pair[1]),
+        variants=controlled(store, options, pair),
         upstreams=pair[:1],
         lates=pair,
     ).of_pair(store.checkpoints, pair)

@@ -110,6 +110,14 @@ class Forwards:
         with inside(every, every):
             return self.plain(state[None])[0][on_device]
 
+    def outputs(self, state: torch.Tensor, bounds: Sequence[int], mode: Mode) -> torch.Tensor:
+        """Run sequences to the end of the stack (arguments as :meth:`final`): ``[T, D]``, last block's output at every
+        position."""
+        if mode != "packed":
+            return self.final(state, bounds, torch.arange(len(state)), mode)
+        with self.handing_on(state[None]):
+            return self.backbone.forward(bounds, inputs_embeds=torch.zeros_like(state)[None])
+
     def to_last_keys(
         self, state: torch.Tensor, bounds: Sequence[int], *, every_block: bool
     ) -> tuple[torch.Tensor, Prefix]:

@@ -136,13 +136,12 @@ class _Pack:
         at = replace(self.at, watch=self.batch.moves.watch(number, self.events, self.at.sequence[self.ends]))
         numbers = torch.full_like(self.events, number)
         state = variant.edit_states(self.state, at)
-        inside, mode = self._inside(variant, at), self.batch.mode
         if self.batch.sizes:
-            outputs = self.forwards.final(state, self.bounds, torch.arange(len(state)), mode, inside)
+            outputs = self.forwards.outputs(state, self.bounds, self.batch.mode)
             spans = zip(self.begins.tolist(), (self.ends + 1).tolist(), strict=True)
             return self.events, numbers, torch.stack([sizes_of(outputs[begin:end]) for begin, end in spans]).cpu()
         distinct, of_event = self.ends.unique_consecutive(return_inverse=True)
-        hidden = self.forwards.final(state, self.bounds, distinct, mode, inside)
+        hidden = self.forwards.final(state, self.bounds, distinct, self.batch.mode, self._inside(variant, at))
         return self.events, numbers, hidden[of_event.to(hidden.device)].cpu()
 
     def _inside(self, variant: Variant, at: Rows) -> Inside:
