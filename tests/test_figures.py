@@ -46,6 +46,14 @@ def test_the_axis_has_whole_numbers_where_all_are_and_the_points_where_they_are_
     assert not [text for text in texts(drawn(lines(4, int))) if re.fullmatch(r"[123]?\.5", text)]
 
 
+def test_a_single_point_has_its_tick_and_its_interval():
+    known, bare = (
+        drawn(Lines("boundary", "logits", {"a": [(5, one)]}, 5, "One boundary.")) for one in (number(1, 0.5), number(1))
+    )
+    assert [text for text in texts(known) if text.startswith(("4", "5"))] == ["5"]
+    assert ("stroke-opacity: 0.5" in known, "stroke-opacity: 0.5" in bare) == (True, False)
+
+
 def test_a_point_that_is_none_leaves_a_gap():
     points = [(0, number(1.0, 0.5)), (1, NONE), (2, number(2.0))]
     drawn(Lines("boundary", "logits", {"a": points}, 1, "A gap."))

@@ -160,7 +160,7 @@ def test_the_last_plain_line_is_not_said_twice(capsys, clock):
         Tally(0, "prompts", line)
         clock.now_s += 11
         line._update()
-    assert "capture: 0 of 0 prompts, 0:11" in capsys.readouterr().err
+    assert "capture: no prompts are missing, 0:11" in capsys.readouterr().err
 
 
 def test_a_stage_that_fails_leaves_no_line_that_says_it_ended(capsys, clock):

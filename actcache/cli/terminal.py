@@ -142,7 +142,7 @@ class LiveLine:
         now = self._now
         if now is None:
             return []
-        said = [f"{now.done:,} of {now.total:,} {now.unit}"]
+        said = [f"{now.done:,} of {now.total:,} {now.unit}" if now.total else f"no {now.unit} are missing"]
         if now.found:
             said[0] += f" ({now.found:,} of them before)"
         if now.doing and not self._over.is_set():

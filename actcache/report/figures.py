@@ -228,11 +228,11 @@ def _lines(figure: Lines, name: str) -> Markup:
     shown = list(figure.lines.items())[: len(_SERIES)]
     for i, (label, points) in enumerate(shown):
         _line(axes, i, label, [x for x, _ in points], [number for _, number in points])
-    at = sorted({x for _, points in shown for x, _ in points})
-    if all(float(x).is_integer() for x in at):
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
-    elif len(at) <= 9 and np.diff(at).min() > 0.06 * (at[-1] - at[0]):
+    at = sorted({float(x) for _, points in shown for x, _ in points})
+    if 1 <= len(at) <= 9 and np.diff(at).min(initial=np.inf) > 0.06 * (at[-1] - at[0]):
         axes.set_xticks(at, [f"{x:g}" for x in at])
+    elif all(x.is_integer() for x in at):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
     if figure.shares:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel(figure.x_label, color=_MUTED, fontsize=9)
@@ -248,7 +248,10 @@ def _line(axes: Axes, i: int, label: str, x: Sequence[float], numbers: Sequence[
     """The i-th line of some axes, with its band where it has intervals."""
     colour = _SERIES[i]
     mean, low, high = (_floats([number[end] for number in numbers]) for end in ("mean", "low", "high"))
-    if not np.isnan(low).all():
+    known = not np.isnan(low).all()
+    if known and len(x) == 1:
+        axes.vlines(x, low, high, color=colour, alpha=0.5, linewidth=2)
+    elif known:
         axes.fill_between(x, low, high, color=colour, alpha=0.16, linewidth=0)
     # Narrower and dashed from line to line: one that lies upon another leaves both to be seen.
     dashes = (0, (1 + 2 * i, i)) if i else "-"

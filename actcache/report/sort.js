@@ -16,6 +16,7 @@ for (const table of document.querySelectorAll("table.sorts")) {
     if (head.classList.contains("plain")) return;
     const button = document.createElement("button");
     button.type = "button";
+    button.title = "sort";
     button.append(...head.childNodes);
     head.append(button);
     button.addEventListener("click", () => {
