@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -20,7 +23,12 @@ from actcache.analyses import ANALYSES
 from actcache.analyses.supports import COVARIATES, SupportsOptions, certainty, groups_of
 from actcache.cli import main
 from actcache.errors import InputError
+from actcache.models.checkpoint import Checkpoint
+from actcache.models.cost import ModelShape
+from actcache.store import compact
+from actcache.study.earlier_job import Earlier, EarlierJob
 from actcache.study.overlap import overlap_weights
+from actcache.study.work import total
 
 CLASSES = ("content", "format", "discourse")
 
@@ -215,6 +223,75 @@ def test_it_answers_for_a_run_of_rollouts(run):
     table = pq.read_table(run.path / "supports.parquet")
     assert table.num_rows == len(run.store)
     assert np.isfinite(table["entropy"].to_numpy()).all()
+
+
+@pytest.fixture(scope="module")
+def plain(run, tmp_path_factory):
+    """The same pair and prompts, with first divergences alone, in several segments."""
+    _, checkpoints = run
+    folder = tmp_path_factory.mktemp("plain")
+    prompts = tiny.write_prompts(folder / "p.jsonl")
+    words = ["run", "--pt", checkpoints["pt"], "--it", checkpoints["it"], "--prompts", prompts, "--out", folder / "run"]
+    words += ["--max-new", 13, "--stability", 0, "--strict", "--shard-prompts", 5]
+    assert main([str(word) for word in words]) == 0
+    return folder / "run"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [True, False])
+def test_steps_before_the_first_divergence_are_scored_on_any_run(run, plain, tmp_path, strict):
+    """As the events that a capture of rollouts makes of them, to rounding; killed and compacted, too."""
+    out = shutil.copytree(plain, tmp_path / "run")
+    if not strict:
+        assert main(["grid", str(out)]) == 0
+    rollouts, _ = run
+    rollouts.analyse("supports", draws=200)
+    found = actcache.Run(out).analyse("supports", draws=200)
+    groups = {one["support"]: one for one in found["groups"]}
+    assert groups.keys() == {"first_divergence", "pre_divergence"}
+    columns = ["prompt_id", "step", "late_from_pt", "late_from_it", "interaction", "native_shift", "class_it"]
+    own, theirs = (
+        {
+            row["prompt_id"]: row
+            for row in pq.read_table(path / "supports.parquet")
+            .filter(pc.field("kind") == "pre_divergence")
+            .select(columns)
+            .to_pylist()
+        }
+        for path in (out, rollouts.path)
+    )
+    assert len(own) > 3
+    assert own.keys() == theirs.keys()
+    for prompt, row in own.items():
+        for name, value in row.items():
+            expected = theirs[prompt][name]
+            assert value == (pytest.approx(expected, abs=1e-4) if isinstance(value, float) else expected)
+    assert "smd_step" not in groups["pre_divergence"], "no final state is stored there"
+    assert groups["pre_divergence"]["ratio"]["mean"] is not None
+    files = sorted((out / "supports/earlier").glob("*.parquet"))
+    compact(out / "store")
+    with mock.patch.object(EarlierJob, "run", side_effect=AssertionError):
+        again = actcache.Run(out).analyse("supports", draws=200)
+    assert again["groups"] == found["groups"]
+    files[0].unlink()
+    again = actcache.Run(out).analyse("supports", draws=200)["groups"]
+    means = [[group["interaction"]["mean"] for group in of] for of in (again, found["groups"])]
+    assert means[0] == (means[1] if strict else pytest.approx(means[1], abs=1e-4)), (
+        "packs are others after a compaction"
+    )
+
+
+@pytest.mark.slow
+def test_costs_of_earlier_steps(plain):
+    store = actcache.open_store(plain / "store")
+    steps = {n: 0 for n, step in enumerate(store.events["step"].to_pylist()) if step >= 3}
+    earlier = Earlier(steps, 3, ("pt", "it"), ("native",), strict=True, max_tokens=None)
+    jobs = earlier.jobs(store, {})
+    shape = ModelShape.of_checkpoint(Checkpoint.open("pt", actcache.Run(plain).lineup.checkpoints["pt"].path))
+    lengths = [store.events["position"][n].as_py() - store.events["step"][n].as_py() + 1 for n in steps]
+    cost = total(job.cost({"pt": shape, "it": shape}) for job in jobs)["earlier"]
+    assert cost == pytest.approx(4 * shape.products(np.array(lengths, float), first=3))
+    assert sum(job.n_units for job in jobs) == 4 * len(steps)
 
 
 @pytest.mark.slow

@@ -15,14 +15,18 @@ Supports differ in more than how they were picked. Two audits say in what:
   both supports have the same means of the four).
 - *Tokens*: the shares of events at step 0 and from step 3 on, and of content, layout and discourse among their tokens.
 
-A null of random signs per prompt stands beside each interaction. In arXiv 2605.07284 (four families, first divergence
-+1.794) balanced is +1.005 (56%), pre-divergence +0.059 (3%), and histories of IT at the horizons 4, 8 and 16 +1.514.
+Steps before the first divergence are scored on any run, as the rows are there: where they are no events of the store,
+by replays of their own. A null of random signs per prompt stands beside each interaction.
+
+In arXiv 2605.07284 (four families, first divergence +1.794) balanced is +1.005 (56%), pre-divergence +0.059 (3%), and
+histories of IT at the horizons 4, 8 and 16 +1.514.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,18 +36,21 @@ import torch
 
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left
 from actcache.capture.settings import parse_boundaries
-from actcache.capture.supports import HORIZONS
+from actcache.capture.supports import FEWEST_BEFORE, HORIZONS, before_divergence
 from actcache.capture.token_class import CLASSES, TokenClasses, read_token_classes
 from actcache.errors import InputError
 from actcache.models.readout import Readout
 from actcache.replay.edits import PLAIN
 from actcache.schema import FIRST_DIVERGENCE, PRE_DIVERGENCE, ROLES
 from actcache.store import Store
-from actcache.study.analysis import Bars, CellAnalysis, Figure, Lines, Numbers, Section, option
-from actcache.study.cells import Finished
+from actcache.study.analysis import Bars, CellAnalysis, Figure, Lines, Numbers, Section, exactness_of, option
+from actcache.study.cells import Finished, finished_cells
 from actcache.study.contrasts import contrasts, read_by
+from actcache.study.earlier_job import EARLIER, Earlier
+from actcache.study.engine import LateJob
 from actcache.study.overlap import overlap_weights
 from actcache.study.replay_job import ReplayJob
+from actcache.study.run_folder import RunFolder
 from actcache.study.statistics import (
     DRAWS,
     FEWEST_PROMPTS,
@@ -119,6 +126,14 @@ class Supports(CellAnalysis[SupportsOptions]):
         """The plain cells of all events."""
         return jobs_left(store, finished, replace(_settings(store, options), **exactness))
 
+    def own_jobs(
+        self, folder: RunFolder, store: Store, options: SupportsOptions, exactness: Mapping[str, Any]
+    ) -> Mapping[Path, Sequence[LateJob]]:
+        """Steps before the first divergences, where they are no events of the store."""
+        place = _place(folder)
+        earlier = _earlier(store, options, exactness)
+        return {} if earlier is None else {place: earlier.jobs(store, finished_cells(place, store))}
+
     def numbers(self, cells: pa.Table, run: Run, options: SupportsOptions) -> Numbers:
         """One row per event. Groups of two parts: ``support`` for each pair and support, and ``horizon`` for each pair,
         native kind and step."""
@@ -127,9 +142,13 @@ class Supports(CellAnalysis[SupportsOptions]):
         chosen = read_by(cells, options.readout, run.store.checkpoints)
         for name, value in of.items():
             chosen = pc.and_(chosen, pc.equal(cells[name], value))
-        table = contrasts(cells.filter(chosen))
-        table = table.select(["event_id", "prompt_id", "kind", "pair", "step", "readout", *_MEANS])
-        table = _with_tokens(_with_certainty(table, run), run.store.events, _classes(options))
+        classes = _classes(options)
+        table = _described(contrasts(cells.filter(chosen)), run, classes)
+        earlier = _earlier(run.store, options, exactness_of(run.folder))
+        if earlier is not None:
+            found = earlier.read(_place(run.folder), run.store)
+            own = found.filter(read_by(found, options.readout, run.store.checkpoints))
+            table = pa.concat_tables([table, _as_earlier(_described(contrasts(own), run, classes), own)])
         groups = []
         for pair in sorted(pc.unique(table["pair"]).to_pylist()):
             of_pair = table.filter(pc.equal(table["pair"], pair))
@@ -317,7 +336,53 @@ def _told(found: Number, few: bool) -> Number:
     return number(found["mean"], None) if few else found
 
 
+# ---- steps before the first divergences ----
+
+
+def _earlier(store: Store, options: SupportsOptions, exactness: Mapping[str, Any]) -> Earlier | None:
+    """Those to score, drawn as a capture of rollouts draws them; None where there are none, or events of them."""
+    kinds = store.events["kind"].to_pylist()
+    if PRE_DIVERGENCE in kinds or options.scope != "prefix":
+        return None
+    rows = zip(kinds, store.events["step"].to_pylist(), store.events["prompt_id"].to_pylist(), strict=True)
+    steps = {
+        number: before_divergence(prompt, step)
+        for number, (kind, step, prompt) in enumerate(rows)
+        if kind == FIRST_DIVERGENCE and step >= FEWEST_BEFORE
+    }
+    settings = _settings(store, options)
+    labels = dict.fromkeys(label for pair in store.fingerprint.event_pairs for label in pair)
+    if not steps:
+        return None
+    return Earlier(steps, settings.boundaries[0], tuple(labels), settings.readouts, **exactness)
+
+
+def _as_earlier(table: pa.Table, cells: pa.Table) -> pa.Table:
+    """First divergences as the steps before them, which they were scored at."""
+    at = pc.index_in(table["event_id"], value_set=cells["event_id"].combine_chunks())
+    nothing = pa.array(np.full(len(table), np.nan))
+    columns = {
+        "event_id": pc.binary_join_element_wise(table["event_id"], "earlier", "-"),
+        "kind": pa.array([PRE_DIVERGENCE] * len(table), pa.string()),
+        "step": cells[EARLIER].take(at).cast(table.schema.field("step").type),
+        **dict.fromkeys(COVARIATES[1:], nothing),  # no final state is stored there
+    }
+    for name, column in columns.items():
+        table = table.set_column(table.column_names.index(name), name, column)
+    return table
+
+
+def _place(folder: RunFolder) -> Path:
+    return folder.path / Supports.name / "earlier"
+
+
 # ---- what is known of an event ----
+
+
+def _described(table: pa.Table, run: Run, classes: TokenClasses) -> pa.Table:
+    """Contrasts with all that the audits ask of an event."""
+    table = table.select(["event_id", "prompt_id", "kind", "pair", "step", "readout", *_MEANS])
+    return _with_tokens(_with_certainty(table, run), run.store.events, classes)
 
 
 def _with_certainty(table: pa.Table, run: Run) -> pa.Table:

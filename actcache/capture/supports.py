@@ -89,12 +89,16 @@ def choose(
         return [*chosen(kind, later), *chosen(f"native_{writer}", at_horizons)]
     events = chosen(FIRST_DIVERGENCE, [at])
     if at >= FEWEST_BEFORE:
-        before = drawn(PRE_DIVERGENCE, prompt_id, range(at - 1))[0]
-        events.append(Chosen(PRE_DIVERGENCE, before, (first[at], second[at])))
+        events.append(Chosen(PRE_DIVERGENCE, before_divergence(prompt_id, at), (first[at], second[at])))
     events += [*chosen(kind, later), *chosen(f"native_{writer}", at_horizons)]
     for name, fits in (("first_nonformat", lambda token: not is_format(token)), ("first_marker", is_marker)):
         events += chosen(name, [step for step in differing if fits(second[step])][:1])
     return events
+
+
+def before_divergence(prompt_id: str, step: int) -> int:
+    """The step that is drawn for a prompt before its first divergence at ``step``, at least ``FEWEST_BEFORE``."""
+    return drawn(PRE_DIVERGENCE, prompt_id, range(step - 1))[0]
 
 
 def drawn(kind: str, prompt_id: str, steps: Sequence[int]) -> list[int]:

@@ -24,11 +24,12 @@ from actcache.models.readout import Readout
 from actcache.replay.late_stack import LateStack
 from actcache.store import Segment, Store
 from actcache.study.cells import Finished, Scored
+from actcache.study.earlier_job import EarlierJob
 from actcache.study.replay_job import ReplayJob, States
 from actcache.study.scores import Scores, score
 from actcache.study.size_job import SizeJob
 
-LateJob = ReplayJob | SizeJob
+LateJob = ReplayJob | SizeJob | EarlierJob
 LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone]
 
