@@ -105,10 +105,11 @@ def analyses() -> str:
     """Every analysis: its question, its definitions, its options, its files."""
     from actcache.analyses import ANALYSES
 
-    return "\n\n".join(block for named in ANALYSES for block in _analysis(named.name, named.question, named.load()))
+    return "\n\n".join(block for named in ANALYSES for block in _analysis(named, named.load()))
 
 
-def _analysis(name: str, question: str, analysis: Any) -> Iterator[str]:
+def _analysis(named: Any, analysis: Any) -> Iterator[str]:
+    name, question, _ = named
     yield f"## {name.capitalize()}"
     yield f"*{question[0].upper()}{question[1:]}?*"
     described = sys.modules[type(analysis).__module__].__doc__ or ""
@@ -122,7 +123,10 @@ def _analysis(name: str, question: str, analysis: Any) -> Iterator[str]:
         for entry in fields(analysis.options)
     ]
     yield table(["option", "default", ""], options)
-    yield f"`actcache {name} RUN` or `run.analyse({name!r})` leaves `RUN/{name}.parquet` and `RUN/{name}.json`."
+    files = f"`RUN/{name}.json`" if named.of_cells else f"`RUN/{name}.parquet` and `RUN/{name}.json`"
+    yield f"`actcache {name} RUN` or `run.analyse({name!r})` leaves {files}."
+    if named.of_cells:
+        yield f"`actcache {name} CELLS.parquet` answers it of a table of cells alone, and prints the answer."
 
 
 # ---- columns ---------------------------------------------------------------------------------------------------------

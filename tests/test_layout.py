@@ -49,7 +49,7 @@ FLOW = {
         *("run", "analysis", "further"),
     ),
     "analyses": (
-        *("stability", "effects_text", "effects", "grid"),
+        *("stability", "averages", "effects_text", "effects", "grid"),
         *("depth", "supports", "lineage", "recipes", "controls", "commitment", "whole", "across"),
     ),
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),

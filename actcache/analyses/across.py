@@ -23,7 +23,7 @@ import pyarrow.compute as pc
 
 from actcache import schema
 from actcache.analyses import ANALYSES
-from actcache.analyses.effects import SHARES, estimates, mean_of
+from actcache.analyses.averages import SHARES, estimates, mean_of
 from actcache.capture.settings import parse_boundaries
 from actcache.errors import InputError
 from actcache.replay.edits import PLAIN
@@ -350,9 +350,10 @@ def _check_depths(families: Sequence[Family], boundaries: Sequence[int], say: Ca
                 f"{name} {boundary} of {n_blocks} ({boundary / n_blocks:.2f}); choose one with --boundary, such as 0.6 "
                 "or -3"
             )
-    for family, boundary in zip(families, boundaries, strict=True):
-        if family.n_blocks is None:
-            say(f"{family.name} is a table, which does not say how many blocks there are: boundary {boundary} is taken")
+    unknown = {family.name: at for family, at in zip(families, boundaries, strict=True) if family.n_blocks is None}
+    if unknown:
+        taken = ", ".join(f"{name} at boundary {boundary}" for name, boundary in unknown.items())
+        say(f"tables do not say how many blocks there are, so that depths are not compared of {taken}")
 
 
 def _parts(family: Family, cells: pa.Table, grids: Grids, options: AcrossOptions) -> list[_Part]:
@@ -423,13 +424,18 @@ def _balanced(parts: Mapping[str, _Part], options: AcrossOptions) -> dict[str, A
         top, bottom, both = found[above]["mean"], found[below]["mean"], (drawn[above], drawn[below])
         found[share] = ratio(top, bottom, None if both[0] is None else both, scale=scale)  # type: ignore[arg-type]
         flags += [share] if top * bottom < 0 else []
-    return found | {"flags": flags, "spread": {name: _spread(parts, name) for name in _QUANTITIES}}
+    spread = {name: spread_of(_means(parts, name)) for name in _QUANTITIES}
+    for share, (above, below) in SHARES.items():  # of which no means are taken
+        rest = {name: (spread[above]["leave_one_out"][name], spread[below]["leave_one_out"][name]) for name in parts}
+        without = {name: top / bottom if bottom else None for name, (top, bottom) in rest.items()}
+        spread[share] |= {"trimmed_mean": None, "leave_one_out": without}
+    return found | {"flags": flags, "spread": spread}
 
 
-def _spread(parts: Mapping[str, _Part], name: str) -> dict[str, Any]:
-    """What single families show: of those that have the quantity."""
+def _means(parts: Mapping[str, _Part], name: str) -> dict[str, float]:
+    """Of the families that have the quantity."""
     values = {family: part.group[name]["mean"] for family, part in parts.items()}
-    return spread_of({family: value for family, value in values.items() if value is not None})
+    return {family: value for family, value in values.items() if value is not None}
 
 
 def spread_of(values: Mapping[str, float]) -> dict[str, Any]:

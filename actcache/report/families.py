@@ -130,12 +130,16 @@ def _spread_rows(group: Group, kind: str) -> list[list[Cell]]:
         "mean without lowest and highest": {name: spread[name]["trimmed_mean"] for name in names},
     }
     for family in group["families"]:
-        of[f"balanced without {family}"] = {name: spread[name]["leave_one_out"].get(family) for name in _EFFECTS}
+        of[f"balanced without {family}"] = {name: spread[name]["leave_one_out"].get(family) for name in names}
     suffix = f", {kind}" if kind else ""
     return [
-        [label + suffix, "", "", *({"mean": values.get(name), **_NO_INTERVAL} for name in names)]
-        for label, values in of.items()
+        [label + suffix, "", "", *("" if of_label[name] is None else _bare(of_label[name]) for name in names)]
+        for label, of_label in of.items()
     ]
+
+
+def _bare(value: float | None) -> Mapping[str, float | None]:
+    return {"mean": value, **_NO_INTERVAL}
 
 
 def _positions(of_families: Sequence[Group], together: Sequence[Group]) -> Section:

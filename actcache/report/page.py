@@ -61,7 +61,7 @@ def build_report(
 
     Args:
         cells: the scored cells, columns as in ``cells.parquet``.
-        effects: what :func:`actcache.analyses.effects.effects` returned for these cells, with what
+        effects: what :func:`actcache.analyses.averages.effects` returned for these cells, with what
             :mod:`actcache.study.left_out` noted of the events that it left out.
         events: one row per event: event_id, prompt_id, kind, gap_pt, gap_it (top-1 minus top-2, logits), context
             (the text before the divergence), token_pt, token_it (decoded; any text); special_pt, special_it (whether
