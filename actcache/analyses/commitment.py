@@ -46,6 +46,11 @@ if TYPE_CHECKING:
 _CONTRASTS = ("late_from_pt", "late_from_it", "interaction")
 _MARGINS = ("boundary_margin_pt", "boundary_margin_it")
 _THIRDS = ("lowest", "middle", "highest")
+_TEXTS = {
+    "states": "states of equal margin",
+    "states, overlap": "states of equal margin, overlap",
+    "pairs": "pairs of equal margins",
+}
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class Commitment(CellAnalysis[CommitmentOptions]):
 
         bars: dict[str, list[tuple[str, Interval]]] = {}
         for one in groups:
-            bars.setdefault(of_whom(one), []).append((one["view"], one["interaction"]))
+            bars.setdefault(of_whom(one), []).append((_TEXTS.get(one["view"], one["view"]), one["interaction"]))
         whole = [one for one in groups if one["view"] == "all"]
         said = "; ".join(f"{one['committed_share_it']['mean']:.0%} of {one['n_events']} events" for one in whole)
         return Section(
@@ -125,7 +130,7 @@ class Commitment(CellAnalysis[CommitmentOptions]):
             columns=["view", "events", "prompts", "A", "B", "interaction", "margin of PT", "margin of IT", "committed"],
             rows=[
                 [
-                    ": ".join(part for part in (of_whom(one), one["view"]) if part),
+                    ": ".join(part for part in (of_whom(one), _TEXTS.get(one["view"], one["view"])) if part),
                     one["n_events"],
                     one["n_prompts"],
                     *(one.get(name, "") for name in (*_CONTRASTS, *_MARGINS, "committed_share_it")),

@@ -17,7 +17,9 @@ by the *late advantage* of a state u: LA(u) = Y(u, IT) - Y(u, PT). That of PT's 
   distance |z| from the mean of the native cells, in their standard deviations. The anomaly of a cell is the largest of
   its four, that of an event the larger of its two cells. The interaction is taken again on events of low anomaly.
 
-A *placebo*, an edit that adds zeros everywhere, must displace nothing at all: anything but 0 is an error.
+A *placebo*, an edit that adds zeros everywhere, must displace nothing at all: anything but 0 is an error. The rows that
+a run keeps by default, of all positions at the boundary, are all that this needs. What it replays lies in
+`RUN/controls/`, and is no cell of the run; `controls.parquet` has the cells, with the sizes of the plain ones.
 
 In arXiv 2605.07284 (four families), the endpoint is +1.79, the slope +1.83, and the ratio with absolute values 0.31.
 """
