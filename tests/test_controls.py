@@ -149,8 +149,22 @@ def test_prompts_weigh_the_same_unless_events_shall():
         assert found["displacement"]["mean"] == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_one_native_cell_tells_no_anomaly(n):
+    effects, advantages = planted(n, n)
+    native, hybrid = np.arange(4.0 * n).reshape(n, 4), np.ones((n, 4))
+    groups = list(_groups(effects, advantages, anomaly_of(hybrid, native), Options(seeds=2)))
+    strata = {group["stratum"]: group for group in groups if group["control"] == "anomaly"}
+    assert ("quartile 1" in strata, "anomaly" in strata["all"]) == ((n == 2), (n == 2))
+    assert strata["all"]["interaction"]["mean"] == pytest.approx(effects["interaction"].to_numpy().mean())
+
+
 def test_a_placebo_that_moves_is_an_error():
     effects, advantages = planted()
+    within = advantages | {"placebo": advantages["none"] + 1e-9}
+    (found,) = (group for group in _groups(effects, within, np.zeros(24), Options(seeds=2), 2e-9)
+                if group["control"] == "placebo")  # fmt: skip
+    assert found["displacement"]["mean"] == 0.0
     advantages["placebo"] = advantages["none"] + np.where(np.arange(24) == 7, 1e-7, 0)
     with pytest.raises(CheckError, match="a placebo that adds zeros moved the late advantage by 1e-07"):
         list(_groups(effects, advantages, np.zeros(24), Options(seeds=2)))
@@ -310,6 +324,21 @@ def test_a_change_of_late_blocks_alone_is_all_portable(tiny_run, tmp_path):
     assert of["interpolation"]["slope"]["mean"] == pytest.approx(0, abs=1e-5)
     for kind in ("signed_permutation", "matched_norm"):
         assert of[kind]["absolute_displacement"]["mean"] == pytest.approx(0, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arch", "dtype", "more"),
+    [
+        ("llama", torch.bfloat16, ()),
+        ("gpt2", torch.float32, ("--scope", "prefix,position")),  # plain cells come of branches there
+    ],
+)
+def test_a_placebo_moves_nothing_whatever_rounding_there_is(tiny_run, tmp_path, arch, dtype, more):
+    out = shutil.copytree(tiny_run(arch, dtype, *more, "--stability", "0").out, tmp_path / "run")
+    groups = actcache.Run(out).analyse("controls", seeds=1)["groups"]
+    (placebo,) = (group["displacement"] for group in groups if group["control"] == "placebo")
+    assert set(placebo.values()) == {0.0}
 
 
 @pytest.mark.slow

@@ -137,13 +137,15 @@ class Controls(CellAnalysis[ControlsOptions]):
                 of_kind = effects.filter(pc.equal(effects["kind"], kind))
                 events = of_kind["event_id"].to_pylist()
                 axes = {"variant": names, "late": pair, "event_id": events}
-                of_pt, of_it = np.moveaxis(replayed_margins(varied, axes), 1, 0)
+                margins, deltas = (aligned(varied, axes, column) for column in ("margin", "noop_delta"))
+                of_pt, of_it = np.moveaxis(margins + deltas, 1, 0)  # as replayed, on the diagonal too
+                slack = np.spacing(np.abs(deltas[0]).max(axis=0).astype(np.float32)).astype(np.float64)
                 at = pc.index_in(of_kind["event_id"], value_set=store.events["event_id"].combine_chunks()).to_numpy()
                 cells_of = ((sizes[other, host][at], sizes[host, host][at]) for host, other in (pair, pair[::-1]))
                 anomaly = np.maximum(*(anomaly_of(hybrid, native) for hybrid, native in cells_of))
                 group = {name: of_kind[name][0].as_py() for name in ("kind", "pair", "boundary", "scope", "readout")}
                 advantages = dict(zip(names, of_it - of_pt, strict=True))
-                groups += [group | one for one in _groups(of_kind, advantages, anomaly, options)]
+                groups += [group | one for one in _groups(of_kind, advantages, anomaly, options, slack)]
         return Numbers(pa.concat_tables(tables), groups)
 
     def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
@@ -214,15 +216,20 @@ class Controls(CellAnalysis[ControlsOptions]):
 
 
 def _groups(
-    effects: pa.Table, advantages: Mapping[str, Floats], anomaly: Floats, options: ControlsOptions
+    effects: pa.Table,
+    advantages: Mapping[str, Floats],
+    anomaly: Floats,
+    options: ControlsOptions,
+    slack: Floats | float = 0.0,
 ) -> Iterator[dict[str, Any]]:
     """Of one kind: interpolation, random displacements, the placebo, and the interaction by anomaly.
 
     Args:
         effects: of the plain cells, one row per event.
         advantages: LA ``[E]`` by variant, as replayed.
-        anomaly: ``[E]``.
+        anomaly: ``[E]``; not finite where nothing tells it.
         options: of the analysis.
+        slack: ``[E]``, how far the plain advantages may be off as a diagonal margin is told as a float32 difference.
     """
     how: dict[str, Any] = {"weights": options.weights, "draws": options.draws, "seed": options.seed}
     contrast = {name: effects[name].to_numpy() for name in ("late_from_pt", "late_from_it", "interaction")}
@@ -237,7 +244,8 @@ def _groups(
         values[f"{kind}, moved"] = (there - start).mean(axis=0)
         values[f"{kind}, moved at all"] = np.abs(there - start).mean(axis=0)
     # Held against the plain replay that ran with it: packs of another shape round otherwise.
-    values[PLACEBO] = advantages[PLACEBO] - advantages[PLAIN.name]
+    moved = advantages[PLACEBO] - advantages[PLAIN.name]
+    values[PLACEBO] = np.where(np.abs(moved) <= slack, 0.0, moved)
     if values[PLACEBO].any():
         raise CheckError(
             f"a placebo that adds zeros moved the late advantage by {np.abs(values[PLACEBO]).max():.3g}: replays of "
@@ -254,19 +262,23 @@ def _groups(
         return sample.ratio(name, lambda means: sign * means["interaction"])
 
     for kind in RANDOM:
-        moved, at_all = f"{kind}, moved", f"{kind}, moved at all"
+        signed, absolute = f"{kind}, moved", f"{kind}, moved at all"
         yield {
             "control": kind,
             **n,
             "late_advantage": sample.mean(kind),
-            "displacement": sample.mean(moved),
-            "absolute_displacement": sample.mean(at_all),
-            "displacement_ratio": over_interaction(moved),
-            "absolute_ratio": over_interaction(at_all),
+            "displacement": sample.mean(signed),
+            "absolute_displacement": sample.mean(absolute),
+            "displacement_ratio": over_interaction(signed),
+            "absolute_ratio": over_interaction(absolute),
         }
     yield {"control": PLACEBO, **n, "displacement": sample.mean(PLACEBO)}
-    for stratum, kept in strata_of(anomaly).items():
-        of = {name: one[kept] for name, one in (contrast | {"anomaly": anomaly}).items()}
+    is_told = bool(np.isfinite(anomaly).all())  # not by a single native cell
+    strata = strata_of(anomaly) if is_told else {STRATA[0]: np.ones(len(anomaly), bool)}
+    for stratum, kept in strata.items():
+        if not kept.any():
+            continue
+        of = {name: one[kept] for name, one in (contrast | ({"anomaly": anomaly} if is_told else {})).items()}
         part = Sample.of(effects["prompt_id"].filter(pa.array(kept)), of, **how)
         n = {"n_events": part.n_events, "n_prompts": part.n_prompts}
         yield {"control": "anomaly", "stratum": stratum, **n, **{name: part.mean(name) for name in of}}
@@ -372,18 +384,17 @@ def _chosen(cells: pa.Table, settings: GridSettings, pair: Sequence[str], varian
     return cells.filter(functools.reduce(pc.and_, kept))
 
 
-def replayed_margins(cells: pa.Table, axes: Mapping[str, Sequence[str]]) -> Floats:
-    """Margins of cells as they were replayed, also on the diagonal, where a cell has that of the capture: an array with
-    an axis for each of these columns, over these of its values.
+def aligned(cells: pa.Table, axes: Mapping[str, Sequence[str]], column: str) -> Floats:
+    """A column of cells as an array with an axis for each of these columns, over these of its values; nulls as 0.
 
     Raises:
-        CheckError: one is missing.
+        CheckError: a cell is missing.
     """
     found = np.full([len(values) for values in axes.values()], np.nan)
     at = [pc.index_in(cells[name], value_set=pa.array(values, pa.string())) for name, values in axes.items()]
     known = functools.reduce(pc.and_, (one.is_valid() for one in at))
-    margins = pc.add(cells["margin"].cast(pa.float64()), pc.fill_null(cells["noop_delta"].cast(pa.float64()), 0.0))
-    found[tuple(one.filter(known).to_numpy() for one in at)] = margins.filter(known).to_numpy()
+    values = pc.fill_null(cells[column].cast(pa.float64()), 0.0)
+    found[tuple(one.filter(known).to_numpy() for one in at)] = values.filter(known).to_numpy()
     if np.isnan(found).any():
         raise CheckError("cells of the controls are missing: files of them are gone; give the same command again")
     return found
