@@ -377,6 +377,7 @@ def test_events_of_several_pairs_are_those_of_each(several, lineup, prompts, tmp
                     assert row[name] == pytest.approx(margins[row["prompt_id"]][name], abs=1e-4)
     assert {row["event_id"].rpartition(":")[2] for row in store.events.to_pylist()} == set(PAIRS)
     assert len(set(store.events["event_id"].to_pylist())) == len(store)
+    assert store.n_without_event == 10 - len(set(store.events["prompt_id"].to_pylist()))
 
 
 def test_a_base_runs_once_for_all_its_pairs(several, lineup):
@@ -452,6 +453,45 @@ def test_rollouts_of_several_pairs(lineup, prompts, tmp_path):
     assert rows_of(both) == sorted(row for one in alone for row in rows_of(one))
     n_sequences = [sum(map(len, sequences_of(one).values())) for one in stores]
     assert n_sequences[0] < n_sequences[1] + n_sequences[2]
+
+
+@pytest.mark.slow
+def test_several_pairs_across_regimes(tmp_path):
+    """Beyond 12 tokens all positions are computed otherwise: the pairs of one prompt may be of two sequences."""
+    lineup = tiny.make_lineup(tmp_path, "phi3", LABELS[:3], eps=tiny.EPS / 8)
+    prompts = tiny.write_prompts(tmp_path / "p.jsonl")
+    both = of_pairs(lineup, prompts, tmp_path / "both", *PAIRS)
+    alone = [of_pairs(lineup, prompts, tmp_path / str(number), pair) for number, pair in enumerate(PAIRS)]
+    assert rows_of(both) == sorted(row for one in alone for row in rows_of(one))
+    lengths = [sorted(map(len, several)) for several in sequences_of(both).values()]
+    assert any(len(several) == 2 and several[0] <= 12 < several[1] for several in lengths)
+    assert main(["grid", str(tmp_path / "both"), "--strict"]) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["parted at once", "never parted", "another token"])
+def test_what_a_search_gets_wrong_of_several_pairs_is_put_right(several, lineup, prompts, tmp_path, monkeypatch, how):
+    told, called = search.propose, [0]
+
+    def propose(*given, **more):
+        proposals, called[0] = told(*given, **more), called[0] + 1
+        for proposal in proposals if called[0] <= 2 else ():
+            if how == "parted at once":
+                proposal.shared, proposal.parted = proposal.shared[:1], [0 for _ in proposal.parted]
+                proposal.outcome = search.Outcome.DIVERGED
+            elif how == "never parted" and len(proposal.shared) > 1:
+                proposal.outcome, proposal.parted = search.Outcome.OPEN, [None for _ in proposal.parted]
+                proposal.shared = proposal.shared[:1]
+            elif len(proposal.shared) > 2:
+                proposal.shared[1] = 77
+        return proposals
+
+    monkeypatch.setattr(rollouts, "propose", propose)
+    found = of_pairs(lineup, prompts, tmp_path / "run", *PAIRS, more=("--strict", "--shard-prompts", 64))
+    assert called[0] > 2
+    store = open_store(several / "store")
+    assert rows_of(found) == rows_of(store)
+    assert sorted(found.excluded["reason"].to_pylist()) == sorted(store.excluded["reason"].to_pylist())
 
 
 @pytest.mark.parametrize(

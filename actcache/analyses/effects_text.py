@@ -74,15 +74,10 @@ def reasons_of(store: Store) -> str:
 
 
 def _no_event(store: Store) -> str:
-    n = _n_without(store)
+    n = store.n_without_event
     if set(store.excluded["reason"].to_pylist()) <= _AGREED:
         return f"No event: the two checkpoints chose the same tokens on all {n} prompts ({reasons_of(store)})."
     return f"No event on {n} prompts: {reasons_of(store)}."
-
-
-def _n_without(store: Store) -> int:
-    """How many prompts have no event at all: another pair or kind may have left one out and not the other."""
-    return len({*store.excluded["prompt_id"].to_pylist()} - {*store.events["prompt_id"].to_pylist()})
 
 
 def _place(group: Group) -> tuple[Any, ...]:
@@ -163,7 +158,7 @@ def _heading(groups: Sequence[Group], store: Store | None) -> str:
         kind = group["kind"], group["pair"]
         of_kind[kind] = max(of_kind.get(kind, 0), group["n_events"])
     n_events, n_prompts = sum(of_kind.values()), max(group["n_prompts"] for group in groups)
-    without = f" ({_n_without(store)} prompts without one)" if store else ""
+    without = f" ({store.n_without_event} prompts without one)" if store else ""
     return f"{n_events} events of {n_prompts} prompts{without}; {', '.join(said)}"
 
 

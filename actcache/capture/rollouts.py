@@ -68,7 +68,8 @@ class _Rollout:
         legs: forwards that decided for good, one for each regime.
         parted: the writer's partners that have chosen otherwise once, in these legs.
         is_open: whether the writer goes on before the next forward.
-        expected: partners that the next forward should see part from the writer.
+        expected: partners that the next forward should see part from the writer: those that the last one saw part from
+            what is kept of it, and those that the search says.
         limit: why the search goes no further, where it said so.
         n_rounds: how often in a row the forward has contradicted what was proposed.
         ended: why it ended; None until then.
@@ -184,7 +185,8 @@ class Rollouts:
         together: dict[tuple[str, ...], list[_Rollout]] = {}
         for rollout in rollouts:
             if rollout.is_open:
-                partners = [label for label in self._partners[rollout.writer] if label not in rollout.parted]
+                known = rollout.parted | rollout.expected
+                partners = [label for label in self._partners[rollout.writer] if label not in known]
                 together.setdefault((rollout.writer, *partners), []).append(rollout)
             else:
                 found.append(rollout)
@@ -215,15 +217,14 @@ class Rollouts:
             labels=labels,
         )
         for rollout, proposal in zip(rollouts, proposals, strict=True):
-            shared, parted = proposal.shared, [n for n in proposal.parted if n is not None]
-            expected = frozenset(label for label, n in zip(partners, proposal.parted, strict=True) if n is not None)
-            if not partners or proposal.outcome in (Outcome.DIVERGED, Outcome.OPEN):
-                limit = None
-            elif not parted:
-                yield replace(rollout, ended=proposal.outcome.value)
-                continue
-            else:  # what follows the last divergence serves no event
-                shared, limit = shared[: max(parted)], proposal.outcome.value
+            parted = {label: n for label, n in zip(partners, proposal.parted, strict=True) if n is not None}
+            expected, shared, limit = rollout.expected | parted.keys(), proposal.shared, None
+            if partners and proposal.outcome not in (Outcome.DIVERGED, Outcome.OPEN):
+                limit = proposal.outcome.value
+                if not expected:
+                    yield replace(rollout, ended=limit)
+                    continue
+                shared = shared[: max(parted.values(), default=0)]  # what follows the last divergence serves no event
             yield replace(rollout, written=[*rollout.written, *shared], is_open=False, expected=expected, limit=limit)
 
     # ---- what the capture forward decides ----
@@ -262,15 +263,20 @@ class Rollouts:
         """The rollout with this leg, ended or to be gone on with in the next regime; or without it, where the forward
         contradicts what was proposed."""
         own, n = leg.choices[rollout.writer], len(rollout.written)
+        partners = self._partners[rollout.writer]
+
+        def parted_by(n_steps: int) -> frozenset[str]:
+            return frozenset(label for label in partners if leg.choices[label][:n_steps] != own[:n_steps])
+
         outcome = None
         for step, token in enumerate(own, start=rollout.decided):
             if step < n and token == rollout.written[step]:
                 continue
             outcome = self._limits.after_agreeing(token, len(rollout.ids) + step, step + 1)
             if step < n:
-                return self._again(rollout, rollout.written[:step], token if outcome is None else None)
-        partners = self._partners[rollout.writer]
-        parted = rollout.parted | {label for label in partners if leg.choices[label] != own}
+                seen = parted_by(step - rollout.decided + 1)
+                return self._again(rollout, rollout.written[:step], token if outcome is None else None, seen)
+        parted = rollout.parted | parted_by(len(own))
         confirmed = replace(rollout, legs=(*rollout.legs, leg), parted=parted)
         if partners and parted.issuperset(partners):
             return replace(confirmed, ended=_DIVERGED)
@@ -282,16 +288,19 @@ class Rollouts:
             return replace(confirmed, ended=rollout.limit)
         length = len(leg.sequence)
         if length == self._regimes.last(length):
-            return replace(confirmed, written=[*rollout.written, own[-1]], is_open=True, limit=None, n_rounds=0)
-        return self._again(rollout, rollout.written, own[-1])
+            onwards = replace(confirmed, expected=frozenset(), limit=None, n_rounds=0)
+            return replace(onwards, written=[*rollout.written, own[-1]], is_open=True)
+        return self._again(rollout, rollout.written, own[-1], parted_by(len(own)))
 
-    def _again(self, rollout: _Rollout, written: list[int], token: int | None) -> _Rollout:
+    def _again(self, rollout: _Rollout, written: list[int], token: int | None, seen: frozenset[str]) -> _Rollout:
         """Another round: from what the forward chose; or over what it confirmed, where that is the end, or where
         rounding has contradicted it so often that it would go on for ever."""
-        n_rounds = rollout.n_rounds + 1
-        goes_on = token is not None and n_rounds < MAX_ROUNDS
+        n_rounds, partners = rollout.n_rounds + 1, self._partners[rollout.writer]
+        has_all = bool(partners) and (rollout.parted | seen).issuperset(partners)
+        goes_on = token is not None and n_rounds < MAX_ROUNDS and not has_all
         more = [token] if goes_on and token is not None else []
-        return replace(rollout, written=[*written, *more], is_open=goes_on, limit=None, n_rounds=n_rounds)
+        again = replace(rollout, expected=seen, limit=None, n_rounds=n_rounds)
+        return replace(again, written=[*written, *more], is_open=goes_on)
 
     # ---- which events there are ----
 

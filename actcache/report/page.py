@@ -97,14 +97,15 @@ def build_report(
     if cells.num_rows and not groups:
         raise InputError(f"{cells.num_rows} cells but effects without groups: compute the effects of these cells first")
 
-    n_prompts = len(events["prompt_id"].unique()) + len(excluded["prompt_id"].unique())
+    with_event, without = ({*table["prompt_id"].to_pylist()} for table in (events, excluded))
+    n_prompts = len(with_event | without)
     page: dict[str, Any] = {
         "settings": shown_settings(settings),
         "level": effects["level"],
         "draws": effects["draws"],
         "seed": effects["seed"],
         "n_prompts_read": n_prompts,
-        "n_excluded": excluded.num_rows,
+        "n_excluded": len(without - with_event),
         "reasons": _reasons(excluded),
         "left_out": _left_out(effects),
         "main": None,

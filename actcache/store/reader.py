@@ -156,7 +156,7 @@ class Store:
                 **{f"{site} of blocks": ", ".join(map(str, blocks)) for site, blocks in self.sites.items()},
                 "rows": f"{self.fingerprint.dtype}, width {self.width}",
                 "events": f"{len(self):,}",
-                "prompts without one": f"{self.excluded.num_rows:,}",
+                "prompts without one": f"{self.n_without_event:,}",
             }
         )
 
@@ -204,8 +204,14 @@ class Store:
 
     @property
     def excluded(self) -> pa.Table:
-        """One row per prompt without an event: prompt_id, reason, carried keys, segment."""
+        """One row per prompt without an event, or with one less than it might have: prompt_id, reason, carried keys,
+        segment; and the pair, where events are of several."""
         return self._kept_table("excluded")
+
+    @property
+    def n_without_event(self) -> int:
+        """How many prompts have no event at all."""
+        return len({*self.excluded["prompt_id"].to_pylist()} - {*self.events["prompt_id"].to_pylist()})
 
     @property
     def sequences(self) -> pa.Table:

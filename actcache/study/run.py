@@ -79,7 +79,7 @@ class Run:
             "checkpoints": ", ".join(self.store.checkpoints),
             "boundaries": ", ".join(map(str, self.store.boundaries)),
             "events": f"{len(self.store):,}",
-            "prompts without one": f"{self.store.excluded.num_rows:,}",
+            "prompts without one": f"{self.store.n_without_event:,}",
         }
         return as_html(rows)
 
