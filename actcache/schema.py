@@ -189,6 +189,9 @@ def margin_column(label: str) -> str:
     return f"margin_{label}"
 
 
+PLAIN = "none"
+"""Name of the variant that has no edit: the plain grid."""
+
 NATIVE = "native"
 """The readout that is the late checkpoint's own final norm and head."""
 

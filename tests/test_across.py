@@ -316,6 +316,21 @@ def test_analyses_that_two_families_share(three):
     assert across([one, three[2]])["analyses"] == {}
 
 
+def test_of_boundaries_of_one_depth_the_nearest_is_taken(three):
+    def depth(of):
+        groups = [
+            {"kind": "x", "boundary": boundary, "n_events": 1, "n_prompts": 1}
+            | {"mean": {"mean": v, "low": None, "high": None}}
+            for boundary, v in of
+        ]
+        return {"depth": {"groups": groups}}
+
+    one = family("olmo", three[0].cells.content, answers=depth([(12, 5.0), (13, 1.0), (14, 7.0)]))  # 0.375 to 0.44
+    two = family("qwen", three[2].cells.content, 64, answers=depth([(25, 9.0), (26, 3.0)]))
+    (group,) = across([one, two])["analyses"]["depth"]
+    assert (group["boundary"], group["mean"]["mean"]) == ("0.4", 2.0)
+
+
 # ---- the command ----
 
 

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from decimal import Decimal
 
 import numpy as np
@@ -793,6 +795,15 @@ def test_the_command_leaves_ties_out_or_keeps_them(table, capsys):
     for found in (strict, kept):
         assert (found["n_ties"], found["n_wrong_sign"]) == (36, 24)
         assert found["options"]["keep_ties"] == found["keep_ties"]
+
+
+def test_a_table_is_answered_without_torch(table):
+    code = (
+        "import sys; from actcache.cli import main; code = main(['effects', sys.argv[1], '--keep-ties', '--quiet']); "
+        "print('torch' in sys.modules, code)"
+    )
+    said = subprocess.run([sys.executable, "-c", code, str(table)], capture_output=True, text=True)
+    assert said.stdout.splitlines()[-1] == "False 0", said.stderr
 
 
 def test_the_command_tells_subsets(table, capsys):

@@ -24,9 +24,7 @@ import pyarrow.compute as pc
 from actcache import schema
 from actcache.analyses import ANALYSES
 from actcache.analyses.averages import SHARES, estimates, mean_of
-from actcache.capture.settings import parse_boundaries
 from actcache.errors import InputError
-from actcache.replay.edits import PLAIN
 from actcache.sealed import Sealed
 from actcache.study.analysis import option
 from actcache.study.contrasts import CELLS, GROUP_COLUMNS, Grids, contrast, contrasted, lay_out
@@ -290,7 +288,7 @@ def _chosen(family: Family, options: AcrossOptions, readout: str) -> _Chosen:
         raise InputError(f"the cells of {family.name} have no column {', '.join(missing)}")
     of_pair = _of_pair(readout, family, options)
     kept = pc.and_(pc.equal(cells["scope"], options.scope), pc.equal(cells["readout"], of_pair))
-    kept = pc.and_(kept, pc.equal(cells["variant"], PLAIN.name))
+    kept = pc.and_(kept, pc.equal(cells["variant"], schema.PLAIN))
     if "pair" in cells.column_names:
         kept = pc.and_(kept, pc.equal(cells["pair"], ",".join(pair)))
     boundary = _boundary(family, options, cells.filter(kept))
@@ -322,7 +320,11 @@ def _boundary(family: Family, options: AcrossOptions, cells: pa.Table) -> int:
                 "are: filter it to one of them, or give its run"
             )
         return found[0] if named is None else named
-    (wanted,) = parse_boundaries(options.boundary, family.n_blocks)
+    from actcache.capture.settings import parse_boundaries  # which takes seconds, as it imports models
+
+    (wanted, *more) = parse_boundaries(options.boundary, family.n_blocks)
+    if more:
+        raise InputError(f"boundary {options.boundary!r} names several; families are put together at one")
     if wanted not in found and options.boundary == MAIN:
         return min(found, key=lambda boundary: (abs(boundary - wanted), boundary))
     if wanted not in found:
@@ -476,31 +478,41 @@ def _shared_analyses(families: Sequence[Family], chosen: Sequence[_Chosen]) -> d
     """By name the groups that at least two families share, with balanced means of their numbers."""
     found = {}
     for named in ANALYSES:
-        of: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+        of: dict[tuple[Any, ...], dict[str, tuple[float, dict[str, Any]]]] = {}
         for family, one in zip(families, chosen, strict=True):
             for group in family.answers.get(named.name, {}).get("groups", ()):
-                of.setdefault(tuple(_names(group, family, one).items()), {}).setdefault(family.name, group)
+                names, off = _names(group, family, one)
+                alike = of.setdefault(tuple(names.items()), {})
+                if family.name not in alike or off < alike[family.name][0]:  # the nearest of several boundaries
+                    alike[family.name] = off, group
         ratios = named.load().ratios
-        shared = [dict(names) | _averaged(groups, ratios) for names, groups in of.items() if len(groups) > 1]
+        shared = [
+            dict(names) | _averaged({family: group for family, (_, group) in alike.items()}, ratios)
+            for names, alike in of.items()
+            if len(alike) > 1
+        ]
         if shared:
             found[named.name] = shared
     return found
 
 
-def _names(group: Mapping[str, Any], family: Family, chosen: _Chosen) -> dict[str, Any]:
-    """What tells a group from the others of its analysis, by role and depth, so that those of families are the same."""
+def _names(group: Mapping[str, Any], family: Family, chosen: _Chosen) -> tuple[dict[str, Any], float]:
+    """What tells a group from the others of its analysis, by role and depth, so that those of families are the same;
+    and how far its boundaries are from the depths that they are called by."""
     labels = dict(zip(chosen.pair, schema.ROLES, strict=True))
     labels |= {schema.common_readout(label): schema.common_readout(role) for label, role in labels.items()}
     labels[",".join(chosen.pair)] = ",".join(schema.ROLES)
     names: dict[str, Any] = {}
+    off = 0.0
     for name, value in group.items():
         if name.endswith("boundary") and isinstance(value, int) and family.n_blocks is not None:
             names[name] = _depth(value, family.n_blocks)
+            off += abs(value / family.n_blocks - float(names[name])) if float(names[name]) > 0 else 0.0
         elif isinstance(value, str):
             names[name] = labels.get(value, value)
         elif isinstance(value, bool | int) and not name.startswith("n_"):
             names[name] = value
-    return names
+    return names, off
 
 
 def _depth(boundary: int, n_blocks: int) -> str:

@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actcache import schema
-from actcache.replay.edits import PLAIN
 from actcache.study.contrasts import (
     CELLS,
     GROUP_COLUMNS,
@@ -246,8 +245,8 @@ def _of_cells(sample: Sample, rates: Mapping[str, Floats]) -> dict[str, Any]:
 
 def _reference(names: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """What a group is compared with, and the names of its group; None for what others are compared with."""
-    if names["variant"] != PLAIN.name:
-        return f"variant {PLAIN.name}", names | {"variant": PLAIN.name}
+    if names["variant"] != schema.PLAIN:
+        return f"variant {schema.PLAIN}", names | {"variant": schema.PLAIN}
     first = schema.FIRST_DIVERGENCE
     return None if names["kind"] == first else (f"kind {first}", names | {"kind": first})
 
@@ -275,7 +274,7 @@ def _add_nulls(groups: Sequence[dict[str, Any]], samples: Sequence[Sample], draw
     """Give each whole plain group its label-swap null."""
     if draws < 1:
         return
-    plain = [at for at, group in enumerate(groups) if (group["variant"], group["subset"]) == (PLAIN.name, ALL)]
+    plain = [at for at, group in enumerate(groups) if (group["variant"], group["subset"]) == (schema.PLAIN, ALL)]
     of_prompts = [
         contrast("interaction", np.stack([samples[at].of_prompts(cell) for cell in CELLS], axis=-1)) for at in plain
     ]

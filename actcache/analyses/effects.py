@@ -26,7 +26,6 @@ import pyarrow as pa
 from actcache import schema
 from actcache.analyses import effects_text
 from actcache.analyses.averages import effects
-from actcache.analyses.stability import read_sealed
 from actcache.errors import CorruptFileError, InputError
 from actcache.files import write_atomically
 from actcache.progress import OnProgress, untold
@@ -244,7 +243,7 @@ def selected_cells(
     cells, notes = select_consistent(found.content, keep=options.keep_ties)
     notes, made_from = _counted(notes), {"cells": found.seal}
     if options.stable_only or options.min_gap is not None:
-        stability = read_sealed(store, folder.stability) if options.stable_only else None
+        stability = _stability(folder, store) if options.stable_only else None
         cells, left_out = select_events(
             cells,
             store.events,
@@ -255,6 +254,12 @@ def selected_cells(
         notes |= left_out | {"n_left_out": left_out["n_left_out"] + notes.get("n_left_out", 0)}
         made_from |= {"stability": stability.seal} if stability else {}
     return cells, notes, made_from
+
+
+def _stability(folder: RunFolder, store: Store) -> Sealed:
+    from actcache.analyses.stability import read_sealed  # which takes seconds, as it imports models
+
+    return read_sealed(store, folder.stability)
 
 
 def _counted(notes: dict[str, Any]) -> dict[str, Any]:

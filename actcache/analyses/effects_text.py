@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from actcache.schema import EFFECT_KEY, IT, NATIVE, ROLES, common_readout, names
+from actcache.schema import EFFECT_KEY, IT, NATIVE, PLAIN, ROLES, common_readout, names
 from actcache.study.analysis import Lines, Section, in_words
 from actcache.study.statistics import FEWEST_PROMPTS
 from actcache.study.subsets import ALL, LEAST_STEPS
@@ -24,7 +24,7 @@ def answer(effects: Mapping[str, Any], store: Store) -> list[str]:
     """What a run ends with: of its plain cells those read by the head of IT, natively where those were not scored."""
     if not effects["groups"]:
         return [_no_event(store)]
-    groups = [group for group in effects["groups"] if group["variant"] == "none" and group["subset"] == ALL]
+    groups = [group for group in effects["groups"] if group["variant"] == PLAIN and group["subset"] == ALL]
     has_common = {_place(group) for group in groups if group["readout"] == common_readout(group[IT])}
     shown = [g for g in groups if g["readout"] == (common_readout(g[IT]) if _place(g) in has_common else NATIVE)]
     return described({**effects, "groups": shown}, store)
@@ -151,7 +151,7 @@ def _heading(groups: Sequence[Group], store: Store | None) -> str:
     elif store is not None:
         said.append(f"{store.fingerprint.n_blocks} blocks")
     said += [f"{name} {shared[name]}" for name in ("scope", "readout") if name in shared]
-    said += [f"variant {shared['variant']}"] if shared.get("variant", "none") != "none" else []
+    said += [f"variant {shared['variant']}"] if shared.get("variant", PLAIN) != PLAIN else []
     said += ["every prompt weighs the same"] if {group.get("weights") for group in groups} == {"prompt"} else []
     of_kind: dict[tuple[str, str], int] = {}  # one event has several groups, each of other settings
     for group in groups:
@@ -178,7 +178,7 @@ def _notes(groups: Sequence[Group]) -> list[str]:
 
 def section(groups: Sequence[Group]) -> Section:
     """Label swaps, flags and subsets of the plain groups by the head of IT, natively where that did not score."""
-    plain = [group for group in groups if group["variant"] == "none"] or list(groups)
+    plain = [group for group in groups if group["variant"] == PLAIN] or list(groups)
     has_common = {_place(group) for group in plain if group["readout"] == common_readout(group[IT])}
     shown = [
         g for g in plain if g["readout"] == (common_readout(g[IT]) if _place(g) in has_common else NATIVE)

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from actcache import schema
 from actcache.errors import InputError
 from actcache.finite import are_states
 from actcache.models.blocks import check_counted, span_of
@@ -217,7 +218,7 @@ class Variant(InOneLine):
         return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-PLAIN = Variant("none")
+PLAIN = Variant(schema.PLAIN)
 
 
 def _described(operation: Operation) -> Any:

@@ -23,14 +23,14 @@ from actcache.errors import InputError
 from actcache.files import write_atomically
 from actcache.progress import OnProgress, Tally, untold
 from actcache.sealed import Sealed, json_bytes, parquet_bytes, read_json, read_parquet
-from actcache.store import Store
-from actcache.study.cells import Finished, finished_cells, gather_cells, identity, publish_cells
-from actcache.study.engine import LateJob, LocalEngine
-from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
-from actcache.study.runner import run_replays
 
+# Models take seconds to import, which an analysis of a table of cells does without.
 if TYPE_CHECKING:
+    from actcache.store import Store
+    from actcache.study.cells import Finished
+    from actcache.study.engine import LateJob
+    from actcache.study.replay_job import ReplayJob
     from actcache.study.run import Run
 
 Options = TypeVar("Options")
@@ -339,6 +339,8 @@ class Analysis(ABC, Generic[Options]):
 
     def made_from(self, folder: RunFolder, store: Store) -> dict[str, Any]:
         """What its numbers depend on beside its options: they are shown as long as this is the same."""
+        from actcache.study.cells import identity
+
         return {**identity(store), "version": self.version}
 
     def write(
@@ -401,6 +403,10 @@ class CellAnalysis(Analysis[Options]):
             InputError: the store cannot serve these options.
             CheckError, CorruptFileError, NotFiniteError: see :meth:`actcache.study.replay_job.ReplayJob.run`.
         """
+        from actcache.study.cells import finished_cells, gather_cells, publish_cells
+        from actcache.study.engine import LocalEngine
+        from actcache.study.runner import run_replays
+
         folder = run.folder
         store = folder.open_store()
         finished = finished_cells(folder.cell_groups, store)

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 
 from actcache import schema
 from actcache.errors import InputError
-from actcache.replay.edits import PLAIN
 from actcache.study.contrasts import contrasted, lay_out, readable
 from actcache.study.statistics import Ints
 
@@ -47,7 +46,7 @@ def select_consistent(
     """
     read = readable(cells, pair)
     chosen = pc.is_in(read["kind"].cast(pa.string()), value_set=pa.array(schema.CHOSEN_KINDS))
-    plain = pc.and_(pc.equal(read["variant"].cast(pa.string()), PLAIN.name), pc.equal(read["upstream"], read["late"]))
+    plain = pc.and_(pc.equal(read["variant"].cast(pa.string()), schema.PLAIN), pc.equal(read["upstream"], read["late"]))
     ids = read["event_id"].cast(pa.string())
     own = read.append_column("of", ids).filter(pc.and_(chosen, plain))
     native = pc.equal(own["readout"].cast(pa.string()), schema.NATIVE)
