@@ -31,7 +31,7 @@ import torch
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left, one_boundary, pairs_of
 from actcache.errors import InputError
 from actcache.replay.edits import PLAIN
-from actcache.schema import NATIVE, ROLES, common_readout
+from actcache.schema import FIRST_DIVERGENCE, NATIVE, ROLES, common_readout
 from actcache.store import Store
 from actcache.study.analysis import Bars, CellAnalysis, Interval, Numbers, Section, option
 from actcache.study.cells import Finished
@@ -119,10 +119,12 @@ class Commitment(CellAnalysis[CommitmentOptions]):
         def of_whom(group: Mapping[str, Any]) -> str:
             return ", ".join(group[name] for name in several)
 
+        kinds = sorted(one["kind"] for one in groups)
+        drawn = FIRST_DIVERGENCE if FIRST_DIVERGENCE in kinds else kinds[0]  # others are in the table
         bars: dict[str, list[tuple[str, Interval]]] = {}
-        for one in groups:
+        for one in (one for one in groups if one["kind"] == drawn):
             bars.setdefault(of_whom(one), []).append((_TEXTS.get(one["view"], one["view"]), one["interaction"]))
-        whole = [one for one in groups if one["view"] == "all"]
+        whole = [one for one in groups if one["view"] == "all" and one["kind"] == drawn]
         said = "; ".join(f"{one['committed_share_it']['mean']:.0%} of {one['n_events']} events" for one in whole)
         return Section(
             title="Commitment at the boundary",

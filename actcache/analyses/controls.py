@@ -51,6 +51,7 @@ from actcache.replay.edits import (
     Variant,
 )
 from actcache.replay.sizes import SIZES
+from actcache.schema import FIRST_DIVERGENCE
 from actcache.store import Store
 from actcache.study.analysis import Bars, CellAnalysis, Interval, Lines, Numbers, Section, exactness_of, option
 from actcache.study.cells import Finished, finished_cells, gather_cells
@@ -152,15 +153,17 @@ class Controls(CellAnalysis[ControlsOptions]):
         """Late advantage over weights, displacements, and the interaction over anomaly."""
         whose = {(one["kind"], one["pair"]) for one in groups}
         several = {at for at in (0, 1) if len({one[at] for one in whose}) > 1}
+        kinds = sorted(kind for kind, _ in whose)
+        drawn = FIRST_DIVERGENCE if FIRST_DIVERGENCE in kinds else kinds[0]  # others are in the table
 
         def of_whom(group: Mapping[str, Any]) -> str:
             return ", ".join(group[name] for at, name in enumerate(("kind", "pair")) if at in several)
 
         def series(named: Mapping[str, Any], quantity: str) -> dict[str, list[tuple[Any, Interval]]]:
-            """By kind and pair, (what stands for its name, number) of the groups that have one of these names."""
+            """By pair, (what stands for its name, number) of the groups of one kind that have one of these names."""
             found: dict[str, list[tuple[Any, Interval]]] = {}
             for one in groups:
-                if (name := one.get("stratum", one["control"])) in named:
+                if one["kind"] == drawn and (name := one.get("stratum", one["control"])) in named:
                     found.setdefault(of_whom(one), []).append((named[name], one[quantity]))
             return found
 
