@@ -39,6 +39,29 @@ def test_sections_and_their_order(tables):
     assert "60 events from 30 prompts; 3 prompts without one" in "".join(page.text)
 
 
+def test_shares_of_means_that_differ_in_sign_are_told(tables):
+    cells, events, excluded = tables
+    flipped = [
+        row["margin"] - (4 if (row["upstream"], row["late"]) == ("pt", "it") else 0) for row in cells.to_pylist()
+    ]
+    opposed = cells.set_column(cells.column_names.index("margin"), "margin", pa.array(flipped))
+    page = Page(page_of((opposed, events, excluded)))
+    assert "A and B differ in sign: no share" in page.section("answer")
+    assert "signs differ" in page.section("groups")
+    plain = Page(page_of(tables))
+    assert "differ in sign" not in plain.section("answer")
+    assert "signs differ" not in plain.section("groups")
+
+
+def test_effects_whose_prompts_weigh_the_same_are_those_of_the_cells(tables):
+    cells, events, excluded = tables
+    keep = [row["event_id"] not in ("e00001", "e00007") for row in cells.to_pylist()]
+    uneven = cells.filter(pa.array(keep))
+    of = {weights: effects(uneven, draws=200, weights=weights) for weights in ("event", "prompt")}
+    pages = {name: Page(build_report(uneven, found, events, excluded, SETTINGS)) for name, found in of.items()}
+    assert pages["event"].section("answer") != pages["prompt"].section("answer")
+
+
 def test_numbers_are_those_of_the_effects(tables):
     cells, events, excluded = tables
     result = effects(cells, draws=200)

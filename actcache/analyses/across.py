@@ -31,6 +31,7 @@ from actcache.study.contrasts import CELLS, GROUP_COLUMNS, Grids, contrast, cont
 from actcache.study.left_out import select_consistent
 from actcache.study.run import Run, read_run_cells
 from actcache.study.statistics import (
+    CAUTION_PROMPTS,
     DRAWS,
     NULL_DRAWS,
     NULL_SEED,
@@ -52,8 +53,6 @@ from actcache.study.subsets import ALL, Bools, subsets_by
 VERSION = 1
 RULES = ("reported", "drawn")
 MAIN = "0.6"
-CAUTION_PROMPTS = 30
-"""Below as many prompts a percentile bootstrap is still too narrow."""
 
 _QUANTITIES = (*schema.names(schema.CONTRASTS), *SHARES)
 _TERMINAL = 3  # boundaries that are no further from the end are called by their distance from it

@@ -34,7 +34,15 @@ from actcache.study.analysis import Analysis, Section, option
 from actcache.study.contrasts import CELLS, GROUP_COLUMNS, contrasted, contrasts
 from actcache.study.left_out import select_consistent, select_events
 from actcache.study.run import read_run_cells
-from actcache.study.statistics import DRAWS, NULL_DRAWS, SEED, check_draws, check_weights
+from actcache.study.statistics import (
+    CAUTION_PROMPTS,
+    DRAWS,
+    FEWEST_PROMPTS,
+    NULL_DRAWS,
+    SEED,
+    check_draws,
+    check_weights,
+)
 
 if TYPE_CHECKING:
     from actcache.store import Store
@@ -224,6 +232,9 @@ class Effects(Analysis[EffectsOptions]):
             paired=options.paired,
             null_draws=options.null,
         )
+        few = [one["n_prompts"] for one in found["groups"] if FEWEST_PROMPTS <= one["n_prompts"] < CAUTION_PROMPTS]
+        if few:
+            say(f"intervals of {min(few)} to {max(few)} prompts are narrower than they should be: see them as a hint")
         if empty := found.get("empty_subsets"):
             say(f"no event is in {len(empty)} of the subsets, which are left out: {'; '.join(empty[:5])}")
         return {"analysis": self.name, "version": self.version, "options": asdict(options)} | notes | found

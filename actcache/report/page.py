@@ -18,12 +18,12 @@ import pyarrow.compute as pc
 
 from actcache.errors import InputError
 from actcache.report import figures, sections, variants, visible
-from actcache.report.sections import CAUTION_PROMPTS, OPEN_ROWS
+from actcache.report.sections import OPEN_ROWS
 from actcache.report.template import render, shown_settings
 from actcache.schema import CONTRASTS, GRID_MARGINS, IT, NATIVE, PT, ROLES, common_readout, names
 from actcache.study.analysis import Answered
 from actcache.study.contrasts import GROUP_COLUMNS, contrasts
-from actcache.study.statistics import FEWEST_PROMPTS, Sample
+from actcache.study.statistics import CAUTION_PROMPTS, FEWEST_PROMPTS, Sample
 from actcache.study.subsets import ALL
 
 EXAMPLES_PER_PART = 8
@@ -167,7 +167,7 @@ def _shown(group: Group) -> Group:
     """The group with its labels made fit to show; the boundary stays a number."""
     texts = [name for name in (*GROUP_COLUMNS, *ROLES) if name != "boundary"]
     return (
-        {"choices": None, "kl": None}
+        {"choices": None, "kl": None, "flags": ()}
         | group
         | {name: visible.head(visible.plain(str(group[name])), 60) for name in texts}
     )

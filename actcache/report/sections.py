@@ -15,10 +15,8 @@ from typing import Any
 from actcache.report import figures, visible
 from actcache.study.analysis import Answered
 from actcache.study.run import flat
-from actcache.study.statistics import FEWEST_PROMPTS
+from actcache.study.statistics import CAUTION_PROMPTS, FEWEST_PROMPTS
 
-CAUTION_PROMPTS = 30
-"""Below as many prompts an interval gets a word of caution: a percentile bootstrap is then still too narrow."""
 OPEN_ROWS = 24
 """Rows of a table that stands open; a longer one is folded."""
 MAX_DOWNLOAD = 300_000

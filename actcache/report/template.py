@@ -16,8 +16,7 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
 from actcache.report import visible
-from actcache.report.sections import CAUTION_PROMPTS
-from actcache.study.statistics import FEWEST_PROMPTS
+from actcache.study.statistics import CAUTION_PROMPTS, FEWEST_PROMPTS
 
 
 def render(name: str, page: Mapping[str, Any]) -> str:

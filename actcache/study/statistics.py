@@ -23,6 +23,9 @@ from actcache.errors import InputError
 FEWEST_PROMPTS = 10
 """An interval needs at least as many: a percentile bootstrap over fewer prompts covers far less than it claims."""
 
+CAUTION_PROMPTS = 30
+"""Below as many an interval gets a word of caution: a percentile bootstrap is then still too narrow."""
+
 DRAWS = 2000
 SEED = 0
 LEVEL = 0.95
