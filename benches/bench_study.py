@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "events": len(bench.pair.store),
         "boundary": bench.pair.store.boundaries[0],
         "blocks": study.n_blocks,
+        "width": study.lineup.width,
         "dtype": args.dtype,
         "threads": torch.get_num_threads(),
         "sampled_events": args.sampled_events,

@@ -168,6 +168,8 @@ def _about(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in used)
     where = f"{result['cpus']} CPUs of {result['machine']}; {versions}; commit {result['commit']}"
     sizes = [f"{result[name]:,} {name}" for name in ("prompts", "events", "tokens", "rows") if name in result]
+    if "width" in result:
+        sizes.append(f"{result['blocks']} blocks of width {result['width']}")
     dtype = [result["dtype"]] if "dtype" in result else []
     packs = [result["in_packs"]] if "in_packs" in result else []
     return ". ".join([where, *([", ".join([*sizes, *dtype])] if sizes or dtype else []), *packs]) + "."
@@ -177,16 +179,18 @@ def _workloads(result: Mapping[str, Any]) -> str:
     """Times of the same results by several means; in bold, how many times longer than actcache each took."""
     workloads = result["workloads"]
     means = list(dict.fromkeys(name for one in workloads for name in one["seconds"]))
+    has_limit = any(one["percent_of_limit"] for one in workloads)
     rows = []
     for one in workloads:
         cells = []
         for name in means:
             seconds, ratio = one["seconds"].get(name), one["ratios"].get(name)
-            shown = "" if seconds is None else _seconds(seconds)
-            cells.append(shown + (f" (**{ratio:.3g}x**)" if ratio is not None else ""))
+            time = "" if seconds is None else _seconds(seconds)
+            cells.append(time + (f" (**{ratio:.3g}x**)" if ratio is not None else ""))
         limit = one["percent_of_limit"]
-        rows.append([f"{one['name']}, per {one['unit']}", *cells, "" if limit is None else f"{limit[0]:.0f}%"])
-    said = [table(["", *means, "of the limit"], rows)]
+        shown = [] if not has_limit else [""] if limit is None else [f"{limit[0]:.0f}%"]
+        rows.append([f"{one['name']}, per {one['unit']}", *cells, *shown])
+    said = [table(["", *means, *(["of the limit"] if has_limit else [])], rows)]
     if "largest_difference" in result:
         found = result["largest_difference"]  # of each workload, or of all
         largest = max(found.values()) if isinstance(found, dict) else found
