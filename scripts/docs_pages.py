@@ -168,7 +168,7 @@ def _about(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in used)
     where = f"{result['cpus']} CPUs of {result['machine']}; {versions}; commit {result['commit']}"
     sizes = [f"{result[name]:,} {name}" for name in ("prompts", "events", "tokens", "rows") if name in result]
-    if "width" in result:
+    if {"blocks", "width"} <= result.keys():
         sizes.append(f"{result['blocks']} blocks of width {result['width']}")
     dtype = [result["dtype"]] if "dtype" in result else []
     packs = [result["in_packs"]] if "in_packs" in result else []
