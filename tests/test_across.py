@@ -390,7 +390,10 @@ def test_across_runs(tiny_run, tmp_path, capsys):
     mean = np.mean([group["interaction"]["mean"] for group in main_groups])
     assert whole(found)["interaction"]["mean"] == pytest.approx(mean, abs=1e-9)
     assert found["analyses"]["depth"]
-    assert '<section id="depth">' in (tmp_path / "all" / "report.html").read_text()
+    page = (tmp_path / "all" / "report.html").read_text()
+    assert '<section id="depth">' in page
+    assert "Depth, over families" in page
+    assert "<td>retention</td>" in page.replace(' class="n"', "")
     assert main(["across", f"a={runs[0]}", f"b={runs[0]}", "--out", str(tmp_path / "x")]) == 2
     assert "a and b are one family" in capsys.readouterr().err
     assert main([*words[:-1], str(runs[0])]) == 2

@@ -200,43 +200,46 @@ def _maps(families: Sequence[Mapping[str, Any]], whole: Sequence[Group]) -> Sect
 
 
 def _shared(name: str, groups: Sequence[Group]) -> Section:
-    """What at least two families share of another analysis."""
-    numbers = list(dict.fromkeys(key for group in groups for key in group["spread"]))
-    named = [
-        key
-        for key in dict.fromkeys(key for group in groups for key in group)
-        if isinstance(groups[0].get(key), str | int) and key not in ("n_events", "n_prompts")
-    ]
+    """What at least two families share of another analysis: a row per number."""
+    told = dict.fromkeys(key for group in groups for key, value in group.items() if isinstance(value, str | int))
+    named = [key for key in told if key not in ("n_events", "n_prompts")]
     varying = [key for key in named if len({group.get(key) for group in groups}) > 1] or named[:1]
+    labels = [", ".join(str(group[key]) for key in varying if key in group) for group in groups]
+    of_interaction = [
+        (label, group["interaction"])
+        for label, group in zip(labels, groups, strict=True)
+        if _value(group, "interaction")["mean"] is not None
+    ]
+    said = ", ".join(f"{label} {number['mean']:+.3f}" for label, number in of_interaction)
+    forest = Forest("balanced interaction B - A, logits", of_interaction, [], f"Balanced interactions: {said}.")
     return Section(
         title=f"{name.capitalize()}, over families",
-        figures=[],
-        columns=["group", "families", "events", *numbers],
+        figures=[forest] if of_interaction else [],
+        columns=["group", "number", "families", "events", "balanced", "lowest", "highest"],
         rows=[
             [
-                ", ".join(f"{key} {group.get(key)}" for key in varying),
+                label,
+                number.replace("_", " "),
                 ", ".join(group["families"]),
                 group["n_events"],
-                *(_or_spread(group, number) for number in numbers),
+                _value(group, number),
+                *(_bare(group["spread"][number][end]) for end in ("min", "max")),
             ]
-            for group in groups
+            for label, group in zip(labels, groups, strict=True)
+            for number in group["spread"]
         ],
         shows=(
-            "Balanced means of the numbers that at least two families have. Boundaries are told by their depth: as a "
-            "fraction, or from the end. A ratio is that of balanced means; where its parts are not there, it is "
-            "the range of the families."
+            "Balanced means of the numbers that at least two families have, and the lowest and the highest family. "
+            f"Groups are told by {', '.join(varying)}; boundaries by their depth, as a fraction or from the end. A "
+            "ratio is one of balanced means, or none where its parts are not there."
         ),
         does_not_show=f"Groups that only one family has are in its own report. {_CONDITIONAL}",
     )
 
 
-def _or_spread(group: Group, name: str) -> Cell:
-    """A balanced number; the range of the families where there is none."""
-    number: Mapping[str, float | None] = group.get(name, {"mean": None, **_NO_INTERVAL})
-    spread = group["spread"].get(name, {"min": None})
-    if number["mean"] is None and spread["min"] is not None:
-        return f"{spread['min']:+.3f} to {spread['max']:+.3f}"
-    return number
+def _value(group: Group, name: str) -> Mapping[str, float | None]:
+    found: Mapping[str, float | None] = group.get(name, _bare(None))
+    return found
 
 
 def _flagged(group: Group, name: str) -> Cell:
