@@ -24,6 +24,7 @@ def store_of(n_blocks=30, boundaries=(18, 27, 29)):
     return SimpleNamespace(
         fingerprint=SimpleNamespace(n_blocks=n_blocks, event_pairs=[("pt", "it")]),
         boundaries=list(boundaries),
+        main_boundary=boundaries[0],
         checkpoints=["pt", "it"],
     )
 
@@ -200,3 +201,27 @@ def test_unknown_names_are_refused(run):
         actcache.Run(run.out).analyse("deep")
     with pytest.raises(InputError, match="depth has no option 'boundary'; it has boundaries"):
         actcache.Run(run.out).analyse("depth", boundary="3")
+
+
+@pytest.mark.slow
+def test_the_first_boundary_listed_at_capture_leads(tiny_run, tmp_path):
+    """In the store, for every analysis, and on the page; the same command in another order goes on with it."""
+    run = tiny_run("llama", torch.float32, "--boundary", "3,2", "--stability", "0", "--limit", "6")
+    opened = actcache.Run(run.out)
+    assert opened.store.boundaries == [3, 2]
+    assert opened.store.main_boundary == 3
+    assert {group["main_boundary"] for group in opened.analyse("depth")["groups"]} == {3}
+    assert opened.final(upstream="pt", late="it").equal(opened.final(upstream="pt", late="it", boundary=3))
+    assert main(["report", str(run.out)]) == 0
+    assert "handed over at boundary 3." in (run.out / "report.html").read_text()
+    words = [*run.arguments(), "--boundary", "2,3", "--stability", "0", "--limit", "6"]
+    assert main(words) == 0
+    assert actcache.open_store(run.out / "store").boundaries == [3, 2]
+
+
+@pytest.mark.slow
+def test_of_all_boundaries_the_one_at_six_tenths_leads(tiny_run):
+    run = tiny_run("llama", torch.float32, "--boundary", "all", "--stability", "0", "--limit", "6")
+    n_blocks = run.store.fingerprint.n_blocks
+    assert run.store.boundaries == list(range(1, n_blocks))
+    assert run.store.main_boundary == round(0.6 * n_blocks)

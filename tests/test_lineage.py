@@ -25,7 +25,8 @@ AT = {"base": 0.0, "sft": 0.5, "dpo": 1.0, "math": -1.0}
 def run_of():
     fingerprint = SimpleNamespace(n_blocks=8, pair=("base", "dpo"), event_pairs=[("base", "dpo")], has_prefix_rows=True)
     events = pa.table({"pair": pa.array([], pa.string()), "event_id": pa.array([], pa.string()), "position": []})
-    known = {"checkpoints": list(LABELS), "boundaries": [5], "path": "S", "width": 8, "dtype": "float32"}
+    known = {"checkpoints": list(LABELS), "boundaries": [5], "main_boundary": 5}
+    known |= {"path": "S", "width": 8, "dtype": "float32"}
     return SimpleNamespace(store=SimpleNamespace(fingerprint=fingerprint, events=events, **known))
 
 

@@ -43,7 +43,8 @@ def planted(events):
                     cells.append(kept | cell | {"variant": "none", "margin": margin, "top1_id": 1})
     table = pa.Table.from_pylist(rows)
     fingerprint = SimpleNamespace(n_blocks=8, pair=("base", "sft"), event_pairs=[], has_prefix_rows=True)
-    known = {"checkpoints": list(LABELS), "boundaries": [5], "path": "S", "width": 8, "dtype": "float32"}
+    known = {"checkpoints": list(LABELS), "boundaries": [5], "main_boundary": 5}
+    known |= {"path": "S", "width": 8, "dtype": "float32"}
     store = Store(fingerprint=fingerprint, events=table, **known)
     return SimpleNamespace(store=store), pa.Table.from_pylist(cells)
 

@@ -137,12 +137,10 @@ def _settings(store: Store, options: DepthOptions) -> GridSettings:
 
 def _boundaries(store: Store, options: DepthOptions) -> list[int]:
     """Those asked for, the main one first."""
-    n_blocks = store.fingerprint.n_blocks
     if options.boundaries == "all":
-        main = min(store.boundaries, key=lambda boundary: (abs(boundary - round(0.6 * n_blocks)), boundary))
+        main = store.main_boundary
         return [main, *(boundary for boundary in store.boundaries if boundary != main)]
-    found = [parse_boundaries(part, n_blocks)[0] for part in options.boundaries.split(",")]
-    return list(dict.fromkeys(found))
+    return list(parse_boundaries(options.boundaries, store.fingerprint.n_blocks))
 
 
 def _at_every(table: pa.Table, n_boundaries: int) -> pa.Array:

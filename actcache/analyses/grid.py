@@ -283,12 +283,12 @@ def pairs_of(store: Store) -> list[tuple[str, str]]:
 
 
 def one_boundary(store: Store, given: str) -> int:
-    """The boundary that a text names as ``--boundary`` does; the first that was captured where it is empty.
+    """The boundary that a text names as ``--boundary`` does; the main one where it is empty.
 
     Raises:
         InputError: it names none, or several.
     """
-    found = parse_boundaries(given, store.fingerprint.n_blocks) if given else tuple(store.boundaries[:1])
+    found = parse_boundaries(given, store.fingerprint.n_blocks) if given else (store.main_boundary,)
     if len(found) != 1:
         raise InputError(f"boundary {given!r} is not one boundary; choose among {_listed(store.boundaries)}")
     return found[0]

@@ -29,8 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actcache.analyses.grid import GridSettings, check_settings, jobs_left
-from actcache.capture.settings import parse_boundaries
+from actcache.analyses.grid import GridSettings, check_settings, jobs_left, one_boundary
 from actcache.errors import InputError
 from actcache.replay.edits import PLAIN
 from actcache.schema import NATIVE, common_readout
@@ -192,9 +191,7 @@ def _asked(store: Store, options: LineageOptions) -> _Asked:
             f"{store.path} has no stage between {base} and {final}, but {', '.join(labels)}: name some by --stages, or "
             f"capture with --checkpoint STAGE=DIR and --pair {base},{final} too"
         )
-    boundary = store.boundaries[0]
-    if options.boundary:
-        (boundary,) = parse_boundaries(options.boundary, store.fingerprint.n_blocks)
+    boundary = one_boundary(store, options.boundary)
     return _Asked(base, final, (*stages, final), boundary, options.scope)
 
 

@@ -28,8 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actcache.analyses.grid import GridSettings, check_settings, jobs_left
-from actcache.capture.settings import parse_boundaries
+from actcache.analyses.grid import GridSettings, check_settings, jobs_left, one_boundary
 from actcache.capture.token_class import TokenClasses
 from actcache.errors import InputError
 from actcache.replay.edits import PLAIN
@@ -228,9 +227,7 @@ def _asked(store: Store, options: RecipesOptions, fewest: int = 1) -> _Asked:
         if options.by:
             raise InputError(f"column {by!r} has {n_values} values; subsets are of at most {MOST_VALUES}")
         by = None
-    boundary = store.boundaries[0]
-    if options.boundary:
-        (boundary,) = parse_boundaries(options.boundary, store.fingerprint.n_blocks)
+    boundary = one_boundary(store, options.boundary)
     return _Asked(base, own, by, boundary, options.scope, options.kind, options.readout)
 
 

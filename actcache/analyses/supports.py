@@ -34,8 +34,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from actcache.analyses.grid import GridSettings, check_settings, jobs_left
-from actcache.capture.settings import parse_boundaries
+from actcache.analyses.grid import GridSettings, check_settings, jobs_left, one_boundary
 from actcache.capture.supports import FEWEST_BEFORE, HORIZONS, before_divergence
 from actcache.capture.token_class import CLASSES, TokenClasses, read_token_classes
 from actcache.errors import InputError
@@ -445,9 +444,7 @@ def _classes(options: SupportsOptions) -> TokenClasses:
 
 
 def _settings(store: Store, options: SupportsOptions) -> GridSettings:
-    boundary = store.boundaries[0]
-    if options.boundary:
-        (boundary,) = parse_boundaries(options.boundary, store.fingerprint.n_blocks)
+    boundary = one_boundary(store, options.boundary)
     settings = GridSettings((boundary,), (options.scope,), (options.readout,))
     return settings.of_pair(store.checkpoints, store.fingerprint.event_pairs)
 

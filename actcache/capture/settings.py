@@ -68,15 +68,15 @@ def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
     """
     if text.strip() == "all":
         return tuple(range(1, n_blocks))
-    boundaries = set()
+    boundaries: dict[int, None] = {}  # in their order: the first is the main one
     for part in text.split(","):
         try:
             boundary = block_of(float(part) if "." in part else int(part), n_blocks)
         except ValueError as error:
             raise InputError(f"boundary {part!r} is not a block index, a fraction such as 0.6, or 'all'") from error
         check_boundary(boundary, n_blocks)
-        boundaries.add(boundary)
-    return tuple(sorted(boundaries))
+        boundaries[boundary] = None
+    return tuple(boundaries)
 
 
 def parse_sites(given: Iterable[str], n_blocks: int) -> tuple[tuple[str, int], ...]:

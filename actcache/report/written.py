@@ -50,7 +50,7 @@ def write_report(
         store.excluded,
         _settings_shown(folder.record(), store),
         checkpoints=store.checkpoints,
-        default_boundary=round(0.6 * store.fingerprint.n_blocks),
+        default_boundary=store.main_boundary,
         answers=answers_of(folder, store, {EFFECTS.name: effects.content}, say=say),
     )
     write_atomically(folder.report, html_bytes(page, {**identity(store), **made_from, "effects": effects.seal}))

@@ -110,6 +110,14 @@ class Store:
         return list(self._sites.get(layout.STATE, ()))
 
     @property
+    def main_boundary(self) -> int:
+        """The boundary that a study leads with: the first that was listed at capture. Where all were captured, it is
+        the one at 0.6 L."""
+        boundaries, n_blocks = self.boundaries, self.fingerprint.n_blocks
+        is_all = boundaries == list(range(1, n_blocks)) if n_blocks else False
+        return round(0.6 * n_blocks) if is_all else boundaries[0]
+
+    @property
     def sites(self) -> layout.Sites:
         """The blocks whose rows all segments have, by site; see :meth:`states`."""
         return {site: list(blocks) for site, blocks in self._sites.items()}

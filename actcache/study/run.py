@@ -211,7 +211,7 @@ class Run:
         store = self.store
         for label in (upstream, late):
             self._check_label(label)
-        boundary = store.boundaries[0] if boundary is None else boundary
+        boundary = store.main_boundary if boundary is None else boundary
         check_whole(boundary, "boundary")
         if boundary not in store.boundaries:
             raise InputError(f"boundary {boundary} is not in the store; it has {', '.join(map(str, store.boundaries))}")
