@@ -138,6 +138,7 @@ def _findings(
     near = [int((gap < figures.NEAR_TIE).sum()) for gap in (gap_pt, gap_it)]
     return {
         "main": main,
+        "n_pairs": len({group["pair"] for group in groups}),
         **dict(zip(ROLES, labels, strict=True)),
         "places": places,
         "verdict": _verdict(main),
