@@ -117,3 +117,26 @@ def test_numbers_of_other_cells_are_not_shown(named, run, tmp_path, capfd):
     assert main(["report", str(out)]) == 0
     assert f"{out / named.name}.json is of other cells than the run's" in capfd.readouterr().err
     assert f'<section id="{named.name}">' not in (out / "report.html").read_text()
+
+
+@every_one_of_cells
+def test_a_table_that_is_damaged_or_gone_is_no_answer(named, run, tmp_path, capfd):
+    """The numbers alone are not enough: who reads the table would read something else."""
+    out = shutil.copytree(run.out, tmp_path / "run")
+    analysis, opened = named.load(), actcache.Run(out)
+    opened.analyse(named.name)
+    path = analysis.table_path(opened.folder)
+    if not path.is_file():  # effects are numbers alone
+        return
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
+    assert main(["report", str(out)]) == 1
+    said = capfd.readouterr().err
+    assert str(path) in said
+    assert f"'actcache {named.name} {out}' makes it again" in said
+    opened.study(only=named.name)
+    assert path.read_bytes() == whole
+    path.unlink()
+    assert analysis.read(opened.folder, opened.store) is None
+    opened.study(only=[named.name])
+    assert path.read_bytes() == whole

@@ -222,6 +222,9 @@ def _check_distinct(families: Sequence[Family], options: AcrossOptions, say: Cal
 def _readout(families: Sequence[Family], options: AcrossOptions) -> str:
     """The readout of all, where a role's name stands for a label."""
     wanted = [options.readout] if options.readout else [schema.common_readout(schema.IT), schema.NATIVE]
+    for family in families:
+        if not family.cells.content.num_rows:
+            raise InputError(f"{family.name} has no event, so that nothing of it can be averaged: leave it out")
     found = [set(pc.unique(family.cells.content["readout"]).to_pylist()) for family in families]
     for readout in wanted:
         named = [_of_pair(readout, family, options) for family in families]

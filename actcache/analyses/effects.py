@@ -234,7 +234,8 @@ class Effects(Analysis[EffectsOptions]):
         )
         few = [one["n_prompts"] for one in found["groups"] if FEWEST_PROMPTS <= one["n_prompts"] < CAUTION_PROMPTS]
         if few:
-            say(f"intervals of {min(few)} to {max(few)} prompts are narrower than they should be: see them as a hint")
+            n = f"{min(few)} prompts" if min(few) == max(few) else f"{min(few)} to {max(few)} prompts"
+            say(f"intervals of {n} are narrower than they should be: see them as a hint")
         if empty := found.get("empty_subsets"):
             say(f"no event is in {len(empty)} of the subsets, which are left out: {'; '.join(empty[:5])}")
         return {"analysis": self.name, "version": self.version, "options": asdict(options)} | notes | found

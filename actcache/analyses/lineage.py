@@ -185,7 +185,10 @@ def _asked(store: Store, options: LineageOptions) -> _Asked:
     between = labels[labels.index(base) + 1 : labels.index(final)]
     stages = tuple(label for label in (between if given is None else given) if label != final)
     if base == final or base in stages or len(set(stages)) < len(stages):
-        raise InputError(f"base {base}, stages {','.join(stages)}, final {final}: each must be another checkpoint")
+        named = f"base {base}, stages {', '.join(stages) or 'none'}, final {final}"
+        raise InputError(f"{named}: each must be another checkpoint")
+    if options.later < 1:
+        raise InputError(f"later is {options.later}: give the least step of the later events, from 1 on")
     if not stages:
         raise InputError(
             f"{store.path} has no stage between {base} and {final}, but {', '.join(labels)}: name some by --stages, or "

@@ -134,6 +134,8 @@ class Recipes(CellAnalysis[RecipesOptions]):
         found = [label for label in dict.fromkeys([*asked.own, *with_events]) if label in with_events]
         descendants = _labels(options.descendants) or found
         sides = _sides(options.contrast) or [((a,), (b,)) for a, b in combinations(descendants, 2)]
+        if len(set(descendants)) < len(descendants):
+            raise InputError(f"--descendants {options.descendants} names a descendant twice; name each once")
         for label in (*descendants, *(label for side in sides for of in side for label in of)):
             if found and label not in found:
                 raise InputError(f"there are no events of {asked.base} and {label!r}; there are of {', '.join(found)}")
@@ -336,9 +338,8 @@ def _recipe_groups(of: Mapping[str, pa.Table], options: RecipesOptions) -> Itera
 
 
 def _of_matched(sample: Sample, name: str) -> Number:
-    """A share of M, where M lies above 0."""
-    matched = sample.mean("late_from_it")
-    least = matched["mean"] if matched["low"] is None else matched["low"]
+    """A share of M, where the interval of M lies above 0."""
+    least = sample.mean("late_from_it")["low"]
     return sample.ratio(name, "late_from_it") if least is not None and least > 0 else number(None, None)
 
 

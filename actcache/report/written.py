@@ -77,7 +77,8 @@ def answers_of(
             analysis = named.load()
             content = known.get(named.name) or analysis.read(folder, store)
             if content is None:
-                say(f"{analysis.path(folder)} is of other cells than the run's; 'actcache {named.name}' makes it again")
+                path, again = analysis.path(folder), f"'actcache {named.name}' makes it again"
+                say(f"{path} is of other cells than the run's, or lacks its table; {again}")
             elif content["groups"]:
                 answers[named.name] = analysis.answered(content, folder.path.name)
     return answers

@@ -389,6 +389,19 @@ class CellAnalysis(Analysis[Options]):
         """As of every analysis, and how the cells were replayed."""
         return super().made_from(folder, store) | exactness_of(folder)
 
+    def read(self, folder: RunFolder, store: Store) -> dict[str, Any] | None:
+        """See :meth:`Analysis.read`; the table must be there too, and whole."""
+        content = super().read(folder, store)
+        if content is None:
+            return None
+        again = f"'actcache {self.name} {folder.path}' makes it again"
+        try:
+            table = read_parquet(self.table_path(folder), f"the table of {self.name}", again, columns=[])
+        except FileNotFoundError:
+            return None
+        wanted = self.made_from(folder, store) | {"options": content["options"]}
+        return content if table.made_from == wanted else None
+
     def answer(
         self,
         run: Run,

@@ -315,8 +315,8 @@ class Run:
     def study(
         self,
         *,
-        only: Collection[str] = (),
-        also: Collection[str] = (),
+        only: str | Collection[str] = (),
+        also: str | Collection[str] = (),
         on_progress: OnProgress = untold,
         say: Callable[[str], None] = lambda line: None,
     ) -> Studied:
@@ -325,8 +325,8 @@ class Run:
         What is answered already, under whatever options, is not answered again. A killed study goes on from there.
 
         Args:
-            only: names of the analyses; none for the default set, which leaves out those that are ``opt_in``.
-            also: names of further ones.
+            only: name or names of the analyses; none for the default set, which leaves out those that are ``opt_in``.
+            also: name or names of further ones.
             on_progress: told of replays, or of what else is run.
             say: told, in one line, what a person should know.
 
@@ -339,6 +339,7 @@ class Run:
         from actcache.report.written import write_report
 
         how: dict[str, Any] = {"on_progress": on_progress, "say": say}
+        only, also = ([one] if isinstance(one, str) else one for one in (only, also))
         planned = whole.plan_study(self, only, also)
         found = list(whole.answered(planned, lambda one: one.answer(self, one.options(), **how)))
         write_report(self.folder, self.folder.open_store(), say=say)
