@@ -1,5 +1,5 @@
 # make demo       the whole flow on the pair that the package ships
-# make lineage    four tiny checkpoints of one base, and prompts, into LINEAGE: a minute
+# make lineage    four tiny checkpoints of one base, and prompts, into LINEAGE: one to three minutes of training
 # make test-fast  the tests that are not marked slow
 # make test       all tests
 # make test-deep  and all random schedules and families, of which 'make test' takes some

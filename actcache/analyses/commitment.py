@@ -57,7 +57,7 @@ _TEXTS = {
 class CommitmentOptions:
     """Which states are read, and by which readout."""
 
-    boundary: str = option("", "boundary of states and cells: 18, a fraction, -3 (of L) (default: the first captured)")
+    boundary: str = option("", "boundary of states and cells: 18, a fraction, -3 (of L) (default: the main one)")
     scope: str = option("prefix", "scope of the cells: prefix or position (default %(default)s)")
     readout: str = option("common_it", "common readout of states and cells: common_LABEL (default %(default)s)")
     weights: str = option("prompt", "what weighs the same in a mean: prompt or event (default %(default)s)")

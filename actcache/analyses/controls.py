@@ -75,7 +75,7 @@ STRATA = ("all", "lower half", "lower tertile", "without top 10%", *(f"quartile 
 class ControlsOptions:
     """What to control, and how."""
 
-    boundary: str = option("", "boundary of the cells: 18, a fraction, or -3 (of L) (default: the first captured)")
+    boundary: str = option("", "boundary of the cells: 18, a fraction, or -3 (of L) (default: the main one)")
     readout: str = option(
         "common_it",
         "readout of the cells: native, common_LABEL, or common_pt and common_it of the pair (default common_it)",
