@@ -103,9 +103,12 @@ def read_json(path: str | Path, what: str, advice: str, *, without_seal: bool = 
     data = Path(path).read_bytes()
     if without_seal and _last_seal(data) is None:
         try:
-            return Sealed(json.loads(data), {}, "")
+            content = json.loads(data)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not {what}: {error}; {advice}") from error
+        if isinstance(content, dict) and "seal" in content:
+            raise CorruptFileError(f"{path} is damaged: its seal is no SHA-256; {advice}")
+        return Sealed(content, {}, "")
     seal = check_seal(data, path, what, advice)
     content = json.loads(data)
     made_from = content.pop("made_from")

@@ -49,7 +49,10 @@ def test_it_is_well_described(named):
 @every_analysis
 def test_what_it_writes(named, run, tmp_path):
     out = shutil.copytree(run.out, tmp_path / "run")
-    found = actcache.Run(out).analyse(named.name)
+    told = []
+    found = actcache.Run(out).analyse(named.name, on_progress=told.append)
+    assert all(step.done <= step.total for step in told)
+    assert not told or told[-1].done == told[-1].total
     content = json.loads((out / f"{named.name}.json").read_text())
     assert {"analysis", "version", "options", "groups"} <= found.keys()
     assert found == {name: content[name] for name in found}

@@ -387,7 +387,7 @@ def test_an_analysis_goes_by_the_pair(run, capsys):
     assert main(["depth", str(run.out), "--json"]) == 0
     groups = json.loads(capsys.readouterr().out)["groups"]
     found = {group_key(group)[:5]: group for group in run.effects["groups"]}
-    assert [group["boundary"] for group in groups] == [3, 2], "the main one first"
+    assert [group["boundary"] for group in groups] == [2, 3], "the main one first"
     for group in groups:
         assert group["pair"] == ",".join(run.pair)
         assert group["readout"] == f"common_{run.pair[1]}"

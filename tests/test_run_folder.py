@@ -280,6 +280,18 @@ def test_verify_names_damaged_files_of_the_run(run, capfd):
     assert main(["verify", str(run)]) == 0
 
 
+def test_a_record_whose_seal_is_none_is_damaged(run, capfd):
+    """One letter of it is no hexadecimal digit any more: that is no earlier version's record, which has no seal."""
+    path = run / "run.json"
+    good = path.read_text()
+    start = good.rindex('"seal": "') + len('"seal": "')
+    path.write_text(good[:start] + "g" + good[start + 1 :])
+    assert main(["verify", str(run)]) == 1
+    assert "run.json is damaged: its seal is no SHA-256; put back what was there" in "".join(capfd.readouterr())
+    path.write_text(good)
+    assert main(["verify", str(run)]) == 0
+
+
 @pytest.mark.parametrize("left", [0, 1, -100])
 def test_verify_names_files_that_were_cut(run, capfd, left):
     """A seal that was cut off was there: the run's record has one."""

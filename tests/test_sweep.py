@@ -605,7 +605,10 @@ def test_a_carried_column_is_not_overwritten_by_kl(run, written, tmp_path, monke
         ("boundaries = [4]", "boundary 4 is not in the store; it has 2, 3"),
         ("boundaries = [9]", "boundary 9"),
         ('readouts = ["common_sft"]', "readout 'common_sft' is unknown"),
-        (one_edit('edit = "replace"\ndonor = "sft"'), "variant 'v' names the donor 'sft'; the store has pt, it"),
+        (
+            one_edit('edit = "replace"\ndonor = "sft"'),
+            "variant 'v' names the donor 'sft'; name one of the store's, pt, it",
+        ),
         (one_edit('edit = "replace"\nvector = "zeros"\nsite = "mlp"\nlayers = [2]'), "variant 'v' edits layer 2"),
         (one_edit('edit = "add"\nvector = { file = "x.safetensors", tensor = "e{boundary}" }'), "no tensor 'e2'"),
         (one_edit('edit = "replace"\ndonor = "it"\npositions = [99]'), "variant 'v' edits position 99; the shortest"),

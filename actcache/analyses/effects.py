@@ -193,9 +193,11 @@ class Effects(Analysis[EffectsOptions]):
         return folder.effects_of(stable_only=options.stable_only, min_gap=options.min_gap, pair=options.labels)
 
     def what_next(self, folder: RunFolder, options: EffectsOptions) -> str:
-        """A report that leaves the same events out."""
-        flags = folder.filters_of(self.path(folder, replace(options, pair=None)))
-        return f"{super().what_next(folder, options)}{flags}"
+        """A report that leaves the same events out; it shows the events' own pairs alone."""
+        shown = self.path(folder, replace(options, pair=None))
+        if self.path(folder, options) != shown:
+            return f"{self.path(folder, options)} holds them"
+        return f"{super().what_next(folder, options)}{folder.filters_of(shown)}"
 
     def read(self, folder: RunFolder, store: Store) -> dict[str, Any] | None:
         """See :meth:`Analysis.read`; None also where the file is an earlier version's."""

@@ -122,7 +122,8 @@ def _in_full(group: Group) -> list[str]:
 def _in_short(groups: Sequence[Group]) -> list[str]:
     """The same as heads of columns."""
     of_role = [{_named(group[role]) for group in groups} for role in ROLES]
-    called = [labels.pop() if len(labels) == 1 else role for role, labels in zip(ROLES, of_role, strict=True)]
+    is_one = all(len(labels) == 1 for labels in of_role)
+    called = [labels.pop() if is_one else role.upper() for role, labels in zip(ROLES, of_role, strict=True)]
     return [f"A: late, from {called[0]}", f"B: late, from {called[1]}", "B - A: interaction"]
 
 
@@ -131,6 +132,10 @@ def _as_table(groups: Sequence[Group], store: Store | None) -> list[str]:
     varying = [name for name in (*_SETTINGS, "subset", "n_events") if len({group.get(name) for group in groups}) > 1]
     head = [*("events" if name == "n_events" else name for name in varying), *_in_short(groups)]
     rows = [[*(str(group[name]) for name in varying), *(_number(group[name]) for name in _EFFECTS)] for group in groups]
+    if sum("label_swap" in group for group in groups) > 1:
+        head.append("p")
+        for group, row in zip(groups, rows, strict=True):
+            row.append(f"{group['label_swap']['p']:.2g}" if "label_swap" in group else "")
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     title = "mean effects on the margin logit(y_it) - logit(y_pt), with 95% intervals"
@@ -170,9 +175,8 @@ def _notes(groups: Sequence[Group]) -> list[str]:
     if any("portable_share" in group.get("flags", ()) for group in groups):
         notes.append("A and B differ in sign in places: A / B is no share there")
     if swapped := [group["label_swap"] for group in groups if "label_swap" in group]:
-        largest = max(null["p"] for null in swapped)
-        which = "p" if len(swapped) == 1 else "largest p"
-        notes.append(f"label swaps: {which} = {largest:.2g} of {swapped[0]['draws']:,} draws")
+        p = f" = {swapped[0]['p']:.2g}" if len(swapped) == 1 else ""
+        notes.append(f"label swaps: p{p} of {swapped[0]['draws']:,} draws")
     return ["", *notes] if notes else []
 
 

@@ -335,7 +335,8 @@ def check_servable(
                 donor = getattr(edit.operation, "donor", None)
                 if donor is not None and donor not in checkpoints:
                     raise InputError(
-                        f"variant {variant.name!r} names the donor {donor!r}; the store has {', '.join(checkpoints)}"
+                        f"variant {variant.name!r} names the donor {donor!r}; name one of the store's, "
+                        f"{', '.join(checkpoints)}"
                     )
                 edit.check_layers(boundary, n_blocks, variant.name)
 

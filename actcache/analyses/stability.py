@@ -522,7 +522,7 @@ class _Sequences:
 
     Attributes:
         labels: of the checkpoints whose choices the events are.
-        n_events: of each sequence.
+        n_decided: how many of the events on each sequence are a label's choices, by label.
     """
 
     def __init__(self, store: Store, table: pa.Table, compared: _Compared) -> None:
@@ -536,7 +536,10 @@ class _Sequences:
         begins = np.searchsorted(number[order], np.arange(len(numbers)))
         longest = order[np.append(begins[1:], len(order)) - 1]
         firsts = np.minimum.reduceat((lengths - compared.step - 1)[order], begins)
-        self.n_events = np.bincount(number).tolist()
+        self.n_decided = {
+            label: np.bincount(number, [label in pair for pair in compared.pairs]).astype(int).tolist()
+            for label in self.labels
+        }
         self._ids = tuple(
             tuple(compared.ids[start:stop].tolist())
             for start, stop in zip(compared.offsets[longest], compared.offsets[longest + 1], strict=True)
@@ -581,13 +584,14 @@ def _choose(
     """The choices along sequences, alone and in packs, and why packs are not exact, where they are not."""
     strict: dict[str, Result] = {}
     packed: dict[str, Result] = {}
-    n_events = itertools.cycle(sequences.n_events)  # every job goes through all sequences in their order
+    # Every job goes through all sequences in their order: strict, then packed.
+    n_decided = itertools.chain.from_iterable(2 * sequences.n_decided[label] for label in sequences.labels)
 
     def keep(job: ForwardJob, result: Result) -> None:
         (strict if job.strict else packed)[job.label] = result
 
     def told(n: int = 0, *, tokens: int = 0, doing: str = "") -> None:
-        tally.add(sum(itertools.islice(n_events, n)), tokens=tokens, doing=doing)
+        tally.add(sum(itertools.islice(n_decided, n)), tokens=tokens, doing=doing)
 
     jobs = (sequences.job(label, dtype) for label in sequences.labels)
     both = itertools.chain.from_iterable((job, replace(job, strict=False, max_tokens=max_tokens)) for job in jobs)

@@ -235,7 +235,8 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     store = folder.open_store()
     from actcache.analyses.effects_text import reasons_of
 
-    say(f"{len(store)} events" + (f"; without one: {reasons_of(store)}" if store.excluded.num_rows else ""))
+    each = ", by pair" if len(store.fingerprint.event_pairs) > 1 else ""
+    say(f"{len(store)} events" + (f"; without one: {reasons_of(store)}{each}" if store.excluded.num_rows else ""))
     return lineup
 
 

@@ -81,7 +81,9 @@ def _described(run: Run, planned: Sequence[Planned]) -> list[str]:
         costs, rate, at_least = [(0, 0.0)] * len(planned), 1.0, ""
 
     def cost(n_replays: int, products: float) -> str:
-        return f"{n_replays:,} replays, {products:.3g} multiply-adds, {at_least}about {clock(products / rate)}"
+        seconds = products / rate
+        time = f"about {clock(seconds)}" if seconds >= 1 else "a second"
+        return f"{n_replays:,} replays, {products:.3g} multiply-adds, {at_least}{time}"
 
     lines = []
     for name, one, (n_replays, products) in zip(names, planned, costs, strict=True):
