@@ -183,7 +183,7 @@ def test_an_event_that_lacks_a_cell_is_an_error():
         ({"base": "pt"}, "there is no checkpoint 'pt' in S; it has base, sft, dpo, math"),
         ({"final": "it"}, "there is no checkpoint 'it' in S"),
         ({"stages": "sft, rl"}, "there is no checkpoint 'rl' in S"),
-        ({"stages": "base,sft"}, "base base, stages base,sft, final dpo: each must be another checkpoint"),
+        ({"stages": "base,sft"}, "base base, stages base, sft, final dpo: each must be another checkpoint"),
         ({"stages": "sft,sft"}, "each must be another checkpoint"),
         ({"base": "dpo"}, "each must be another checkpoint"),
         ({"base": "sft"}, "has no stage between sft and dpo, but base, sft, dpo, math"),

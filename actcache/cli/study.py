@@ -82,8 +82,8 @@ def _described(run: Run, planned: Sequence[Planned]) -> list[str]:
 
     def cost(n_replays: int, products: float) -> str:
         seconds = products / rate
-        time = f"about {clock(seconds)}" if seconds >= 1 else "a second"
-        return f"{n_replays:,} replays, {products:.3g} multiply-adds, {at_least}{time}"
+        time = clock(seconds) if seconds >= 1 else f"{seconds:.1g} s"
+        return f"{n_replays:,} replays, {products:.3g} multiply-adds, {at_least}about {time}"
 
     lines = []
     for name, one, (n_replays, products) in zip(names, planned, costs, strict=True):
