@@ -44,7 +44,7 @@ FLOW = {
     ),
     "study": (
         *("statistics", "overlap", "contrasts", "subsets", "left_out", "results", "scores", "work", "cells", "jobs"),
-        *("replay_job", "size_job", "earlier_job", "forward_job"),
+        *("replay_job", "prefix_job", "size_job", "earlier_job", "forward_job"),
         *("decode_job", "capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens"),
         *("run", "analysis", "further"),
     ),

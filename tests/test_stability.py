@@ -462,7 +462,9 @@ def test_bad_arguments(tiny_run, tmp_path, capsys):
         (["--dtype", "float16"], "dtype 'float16' is unknown; choose from float32, bfloat16"),
         (["--sample", "0"], "a sample of 0 events: give at least 1, or all"),
         (["--sample", "some"], "a sample of some events"),
-        (["--sample", "float32=3,float16=all"], "dtype 'float16' is unknown"),
+        (["--sample", "float32=3,float16=all"], "has 'float16', of which --dtype float32,bfloat16 knows nothing"),
+        (["--sample", "float32=3,7"], "has '7', of which --dtype float32,bfloat16 knows nothing"),
+        (["--sample", "float32=3", "--dtype", "bfloat16"], "has 'float32', of which --dtype bfloat16 knows nothing"),
         (["--max-tokens", "0"], "0 tokens per pack: give at least 1"),
     ):
         capsys.readouterr()

@@ -24,8 +24,8 @@ from actcache.study.contrasts import (
     contrasted,
     groups_of,
     lay_out,
+    lay_out_lineup,
     readable,
-    run_starts,
 )
 from actcache.study.statistics import (
     DRAWS,
@@ -39,7 +39,6 @@ from actcache.study.statistics import (
     check_draws,
     check_weights,
     draw_together,
-    ranks,
     sign_flip_nulls,
 )
 from actcache.study.subsets import ALL, Bools, subsets_by
@@ -288,22 +287,12 @@ def _lineup_margins(
     """Mean margins by upstream and late label, of every group whose cells are of more than two checkpoints, by its
     key; over the events that have each of these cells once."""
     table = readable(cells, pair)
-    labels = pa.array(sorted({label for name in ("upstream", "late") for label in pc.unique(table[name]).to_pylist()}))
-    n_cells = len(labels) ** 2
+    labels = sorted({label for name in ("upstream", "late") for label in pc.unique(table[name]).to_pylist()})
     if len(labels) < 3:
         return {}
-    upstream, late = (pc.index_in(table[name], value_set=labels).to_numpy() for name in ("upstream", "late"))
-    cell = len(labels) * upstream.astype(np.int64) + late
-    codes = [ranks(table[name]) for name in (*GROUP_COLUMNS, "event_id")]
-    order = np.lexsort((cell, *reversed(codes)))
-    starts = run_starts([code[order] for code in codes])
-    starts = starts[np.diff(starts, append=cell.size) == n_cells]
-    rows = starts[:, None] + np.arange(n_cells)
-    rows = rows[(cell[order][rows] == np.arange(n_cells)).all(axis=1)]
-    check_finite(table.take(pa.array(order[rows.ravel()])), "margin")
-    whole = Grids(table.take(pa.array(order[rows[:, 0]])), order[rows], table["margin"].to_numpy()[order[rows]])
+    whole = lay_out_lineup(cells, labels, pair)
     parts = _parts(whole, (), pair, weights)
-    names = [str(number) for number in range(n_cells)]
+    names = [str(number) for number in range(len(labels) ** 2)]
     samples = [
         Sample.of(
             _prompts(whole, part), dict(zip(names, whole.margins[part.at].T, strict=True)), weights=part.weights, **how
@@ -315,5 +304,5 @@ def _lineup_margins(
     for part, sample in zip(parts, samples, strict=True):
         numbers = iter([sample.mean(name) for name in names])
         key = tuple(part.names[name] for name in GROUP_COLUMNS)
-        found[key] = {up: {to: next(numbers) for to in labels.to_pylist()} for up in labels.to_pylist()}
+        found[key] = {up: {to: next(numbers) for to in labels} for up in labels}
     return found

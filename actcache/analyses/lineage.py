@@ -36,6 +36,7 @@ from actcache.schema import NATIVE, common_readout
 from actcache.store import Store
 from actcache.study.analysis import Bars, CellAnalysis, Figure, Heat, Numbers, Section, option
 from actcache.study.cells import Finished
+from actcache.study.contrasts import lay_out_lineup
 from actcache.study.further import with_further
 from actcache.study.replay_job import ReplayJob
 from actcache.study.statistics import DRAWS, SEED, Floats, Sample, check_draws, check_weights, number, sign_flip_null
@@ -216,8 +217,8 @@ def _scored(
     cells = cells.filter(chosen)
     pairs = [pair for pair in pc.unique(cells["pair"]).to_pylist() if _is_support(pair, asked)]
     cells = cells.filter(pc.is_in(cells["pair"], value_set=pa.array(pairs, pa.string())))
-    events, y, _ = by_event(cells, labels, asked.readout)
-    _, native, best = by_event(cells, labels, NATIVE)
+    events, y, _ = _by_event(cells, labels, asked.readout)
+    _, native, best = _by_event(cells, labels, NATIVE)
     at = {label: index for index, label in enumerate(labels)}
     base = at[asked.base]
     parts = []
@@ -241,35 +242,20 @@ def _interaction(y: Floats, base: int, stage: int) -> Floats:
     return (y[:, stage, stage] - y[:, stage, base]) - (y[:, base, stage] - y[:, base, base])
 
 
-def by_event(cells: pa.Table, labels: Sequence[str], readout: str) -> tuple[pa.Table, Floats, Any]:
-    """Margins and best tokens of the cells of each event.
-
-    Args:
-        cells: plain ones of one boundary and scope, every upstream and late label once per event.
-        labels: of the checkpoints.
-        readout: whose cells to take.
-
-    Returns:
-        One row per event, sorted by kind, pair and id; the margins float64 ``[E, K, K]``, upstream before late; and the
-        ids of the best tokens ``[E, K, K]``.
+def _by_event(cells: pa.Table, labels: Sequence[str], readout: str) -> tuple[pa.Table, Floats, Any]:
+    """One row per event of plain cells of one boundary and scope, sorted by kind, pair and id; their margins ``[E, K,
+    K]``, upstream before late; and the ids of the best tokens ``[E, K, K]``.
 
     Raises:
         InputError: an event lacks a cell, or has one twice.
     """
     cells = cells.filter(pc.equal(cells["readout"], readout))
-    for name in ("upstream", "late"):
-        index = pc.index_in(cells[name].cast(pa.string()), value_set=pa.array(labels, pa.string()))
-        cells = cells.append_column(f"{name}_index", index)
-    order = [(name, "ascending") for name in ("kind", "pair", "event_id", "upstream_index", "late_index")]
-    cells = cells.sort_by(order)
-    n = len(labels)
-    expected = np.arange(len(cells)) % n**2
-    found = cells["upstream_index"].to_numpy() * n + cells["late_index"].to_numpy()
-    ids = cells["event_id"].combine_chunks()
-    if len(cells) % n**2 or (found != expected).any() or len(pc.unique(ids)) != len(cells) // n**2:
+    grids, n = lay_out_lineup(cells, labels), len(labels)
+    if len(grids.rows) != pc.count_distinct(cells["event_id"]).as_py():
         raise InputError(f"not every event has each of the {n**2} cells under {readout} once; complete the grid")
-    margins = cells["margin"].to_numpy().astype(np.float64).reshape(-1, n, n)
-    return cells.take(pa.array(np.arange(0, len(cells), n**2))), margins, cells["top1_id"].to_numpy().reshape(-1, n, n)
+    best = cells["top1_id"].to_numpy()[grids.rows]
+    events = cells.take(pa.array(grids.rows[:, 0]))
+    return events, grids.margins.reshape(-1, n, n), best.reshape(-1, n, n)
 
 
 def _map_groups(

@@ -339,7 +339,13 @@ class StabilityOptions:
         """
         asked = dict.fromkeys((name.strip() for name in self.dtype.split(",")), self.sample)
         if "=" in self.sample:
-            asked = dict(part.split("=", 1) for part in self.sample.split(",") if "=" in part)
+            each = {dtype: n for dtype, _, n in (part.partition("=") for part in self.sample.split(","))}
+            if unasked := [name for name in each if name not in asked]:
+                raise InputError(
+                    f"--sample {self.sample} has {unasked[0]!r}, of which --dtype {self.dtype} knows nothing; give "
+                    "DTYPE=N for some of its dtypes, or one number for all"
+                )
+            asked = each
         for dtype, sample in asked.items():
             _check_dtype(dtype)
             if sample != "all" and not (sample.isdecimal() and int(sample) > 0):

@@ -100,6 +100,38 @@ def lay_out(cells: pa.Table, pair: Sequence[str] | None = None) -> Grids:
     return Grids(at_starts, row[order].reshape(-1, 4), margin[order].reshape(-1, 4))
 
 
+def lay_out_lineup(cells: pa.Table, labels: Sequence[str], pair: Sequence[str] | None = None) -> Grids:
+    """Lay the cells of K checkpoints side by side, of the events of a group that have each of them once.
+
+    Args:
+        cells: as for :func:`contrasts`.
+        labels: of the checkpoints, every label of the cells among them.
+        pair: as there.
+
+    Returns:
+        As :func:`lay_out`, with ``rows`` and ``margins`` ``[E, K * K]``: upstream before late, in the order of the
+        labels.
+
+    Raises:
+        InputError: a column is missing or of other values; a margin is not finite.
+    """
+    read = readable(cells, pair)
+    value_set = pa.array(labels, pa.string())
+    upstream, late = (
+        pc.index_in(read[name].cast(pa.string()), value_set=value_set).to_numpy() for name in ("upstream", "late")
+    )
+    n_cells = len(labels) ** 2
+    cell = len(labels) * upstream.astype(np.int64) + late
+    codes = [ranks(read[name]) for name in (*GROUP_COLUMNS, "event_id")]
+    order = np.lexsort((cell, *reversed(codes)))
+    starts = run_starts([code[order] for code in codes])
+    starts = starts[np.diff(starts, append=cell.size) == n_cells]
+    rows = starts[:, None] + np.arange(n_cells)
+    rows = order[rows[(cell[order][rows] == np.arange(n_cells)).all(axis=1)]]
+    check_finite(read.take(pa.array(rows.ravel())), "margin")
+    return Grids(read.take(pa.array(rows[:, 0])).select(_NAMES), rows, read["margin"].to_numpy()[rows])
+
+
 def contrasts(cells: pa.Table, pair: Sequence[str] | None = None) -> pa.Table:
     """Lay the four cells of each event side by side, with their differences.
 

@@ -2,8 +2,7 @@
 
 At that position the tokens are of a future step: what the late blocks make of them before the checkpoints disagree. The
 rows are there, as those of every position are. No final state is stored there, so that the diagonal is replayed like
-every cell and there is nothing to check it against. Results lie in a folder of their own, as those of size jobs do.
-Knows late stacks through an engine alone.
+every cell and there is nothing to check it against. Knows late stacks through an engine alone.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,86 +18,41 @@ import pyarrow.compute as pc
 import torch
 
 from actcache.errors import CheckError
-from actcache.models.cost import ModelShape
 from actcache.progress import Told, nobody_told
 from actcache.replay.edits import PLAIN
 from actcache.schema import EVENT_KEY, PAIR, digest_of, names
 from actcache.store import Store
 from actcache.study.cells import Finished, Scored, by_segment, finished_cells
 from actcache.study.jobs import Result
+from actcache.study.prefix_job import PREFIX, PrefixJob, serves
 from actcache.study.replay_job import ReplayEngine, States
 from actcache.study.results import read_result
 from actcache.study.scores import whose_head
-from actcache.study.work import Cost, Places
 
 EARLIER = "earlier_step"
 """The column that says how many tokens come between the prompt and the position that is scored."""
 
-_SCOPE = "prefix"
 
-
-@dataclass(frozen=True, eq=False)
-class EarlierJob:
-    """Some events of one segment at one boundary behind one late stack, with the whole prefix of some upstreams.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class EarlierJob(PrefixJob):
+    """Some events of a segment (see :class:`actcache.study.prefix_job.PrefixJob`), each read at an earlier step.
 
     Attributes:
-        store: digest of the store's fingerprint.
-        segment: its name.
-        events: numbers of the events in it.
+        events: numbers of the events in the segment.
         steps: of each, the earlier one.
-        lengths: tokens up to there.
-        sequences: number of each event's sequence.
-        upstreams: labels of checkpoints.
-        boundary: first late block.
-        late: label of the late stack.
         readouts: ``native``, ``common_<label>``.
-        strict: one sequence per forward.
-        max_tokens: tokens per forward otherwise; None for what suits the device.
     """
 
-    store: str
-    segment: str
+    part: ClassVar[str] = "earlier"
+
     events: tuple[int, ...]
     steps: tuple[int, ...]
-    lengths: tuple[int, ...]
-    sequences: tuple[int, ...]
-    upstreams: tuple[str, ...]
-    boundary: int
-    late: str
     readouts: tuple[str, ...]
-    strict: bool = False
-    max_tokens: int | None = None
 
     @property
-    def key(self) -> dict[str, Any]:
-        """All that its rows depend on."""
-        return {
-            "store": self.store,
-            "segment": self.segment,
-            "boundary": self.boundary,
-            "late": self.late,
-            "scopes": [_SCOPE],
-            "upstreams": list(self.upstreams),
-            "readouts": sorted(self.readouts),
-            "earlier": digest_of([self.events, self.steps]),
-            "strict": self.strict,
-            "max_tokens": self.max_tokens,
-        }
-
-    @property
-    def n_units(self) -> int:
-        """(event, upstream) combinations."""
-        return len(self.events) * len(self.upstreams)
-
-    def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
-        """A replay of every sequence per upstream; where it is strict, of every event."""
-        places = Places.of(self.lengths, self.sequences)
-        lengths = places.places if self.strict else places.sequences
-        return Cost({"earlier": len(self.upstreams) * shapes[self.late].products(lengths, first=self.boundary)})
-
-    def read(self, engine: ReplayEngine) -> States:
-        """The states of its segment, from the store."""
-        return engine.rows(self.segment, self.boundary)
+    def what(self) -> dict[str, Any]:
+        """Readouts, and which step of which event."""
+        return {"readouts": sorted(self.readouts), "earlier": digest_of([self.events, self.steps])}
 
     def run(self, engine: ReplayEngine, read: States, told: Told = nobody_told) -> Result:
         """Replay every sequence.
@@ -133,7 +87,7 @@ class EarlierJob:
                 **{name: events[name] for name in (*names(EVENT_KEY), PAIR.name)},
                 EARLIER: pa.array(np.repeat(self.steps, n_cells), pa.int32()),
                 "boundary": pa.array([self.boundary] * n_rows, pa.int32()),
-                "scope": pa.array([_SCOPE] * n_rows),
+                "scope": pa.array([PREFIX] * n_rows),
                 "upstream": pa.array([upstream for upstream, _ in cells] * n_events, pa.string()),
                 "late": pa.array([self.late] * n_rows, pa.string()),
                 "readout": pa.array([readout for _, readout in cells] * n_events, pa.string()),
@@ -170,7 +124,7 @@ class Earlier:
         for segment, of_segment in by_segment(finished, store):
             own = [event for event in segment.events if event in self.steps]
             for late in self.labels if own else ():
-                scored = of_segment.get((self.boundary, _SCOPE, late), [])
+                scored = of_segment.get((self.boundary, PREFIX, late), [])
                 done = {event for one in scored if self._is_served_by(one) for event in one.events.tolist()}
                 if done.issuperset(own):
                     continue
@@ -204,7 +158,7 @@ class Earlier:
         for late in self.labels:
             left = np.zeros(len(store), bool)
             left[list(self.steps)] = True
-            for scored in finished.get((self.boundary, _SCOPE, late), []):
+            for scored in finished.get((self.boundary, PREFIX, late), []):
                 if self._is_served_by(scored):
                     ids = store.events["event_id"].take(pa.array(scored.events[left[scored.events]]))
                     table = read_result(scored.path).content
@@ -216,6 +170,6 @@ class Earlier:
         return pa.concat_tables(tables)
 
     def _is_served_by(self, scored: Scored) -> bool:
-        key = scored.key
-        as_asked = (key["strict"], key["max_tokens"]) == (self.strict, self.max_tokens)
-        return as_asked and key["upstreams"] == list(self.labels) and set(self.readouts) <= set(key["readouts"])
+        return serves(scored, self.labels, self.strict, self.max_tokens) and set(self.readouts) <= set(
+            scored.key["readouts"]
+        )

@@ -1,16 +1,15 @@
 """Size job: how large the final states of plain cells are, over whole sequences.
 
 A grid keeps of each cell the final state at p. What the cell computes before p is not kept, so that its sizes take a
-replay of their own. Results lie in a folder of their own, one sealed table per job (results.py), as cells do. Knows
-late stacks through an engine alone.
+replay of their own. Knows late stacks through an engine alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,72 +18,27 @@ import pyarrow.compute as pc
 import torch
 
 from actcache.errors import CheckError
-from actcache.models.cost import ModelShape
 from actcache.progress import Told, nobody_told
 from actcache.replay.sizes import SIZES
 from actcache.schema import EVENT_KEY, names
 from actcache.store import Store
-from actcache.study.cells import Finished, Scored, by_segment, finished_cells
+from actcache.study.cells import Finished, by_segment, finished_cells
 from actcache.study.jobs import Result
+from actcache.study.prefix_job import PREFIX, PrefixJob, serves
 from actcache.study.replay_job import ReplayEngine, States
 from actcache.study.results import read_result
-from actcache.study.work import Cost
-
-_SCOPE = "prefix"
 
 
-@dataclass(frozen=True, eq=False)
-class SizeJob:
-    """The events of one segment at one boundary behind one late stack, with the whole prefix of some upstreams.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SizeJob(PrefixJob):
+    """All events of a segment (see :class:`actcache.study.prefix_job.PrefixJob`)."""
 
-    Attributes:
-        store: digest of the store's fingerprint.
-        segment: its name.
-        lengths: tokens of every event's sequence, up to position p.
-        upstreams: labels of checkpoints.
-        boundary: first late block.
-        late: label of the late stack.
-        strict: one sequence per forward.
-        max_tokens: tokens per forward otherwise; None for what suits the device.
-    """
-
-    store: str
-    segment: str
-    lengths: tuple[int, ...]
-    upstreams: tuple[str, ...]
-    boundary: int
-    late: str
-    strict: bool = False
-    max_tokens: int | None = None
+    part: ClassVar[str] = "sizes"
 
     @property
-    def key(self) -> dict[str, Any]:
-        """All that its rows depend on."""
-        return {
-            "store": self.store,
-            "segment": self.segment,
-            "boundary": self.boundary,
-            "late": self.late,
-            "scopes": [_SCOPE],
-            "upstreams": list(self.upstreams),
-            "sizes": list(SIZES),
-            "strict": self.strict,
-            "max_tokens": self.max_tokens,
-        }
-
-    @property
-    def n_units(self) -> int:
-        """(event, upstream) combinations."""
-        return len(self.lengths) * len(self.upstreams)
-
-    def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
-        """A replay of every sequence per upstream."""
-        lengths = np.array(self.lengths, np.float64)
-        return Cost({"sizes": len(self.upstreams) * shapes[self.late].products(lengths, first=self.boundary)})
-
-    def read(self, engine: ReplayEngine) -> States:
-        """The states of its segment, from the store."""
-        return engine.rows(self.segment, self.boundary)
+    def what(self) -> dict[str, Any]:
+        """Which sizes."""
+        return {"sizes": list(SIZES)}
 
     def run(self, engine: ReplayEngine, read: States, told: Told = nobody_told) -> Result:
         """Replay every sequence.
@@ -116,7 +70,7 @@ class SizeJob:
             {
                 **{name: events[name].take(repeated) for name in names(EVENT_KEY)},
                 "boundary": pa.array([self.boundary] * n_rows, pa.int32()),
-                "scope": pa.array([_SCOPE] * n_rows),
+                "scope": pa.array([PREFIX] * n_rows),
                 "upstream": pa.array(list(self.upstreams) * len(self.lengths), pa.string()),
                 "late": pa.array([self.late] * n_rows, pa.string()),
                 **{name: pa.array(sizes[:, column]) for column, name in enumerate(SIZES)},
@@ -136,12 +90,13 @@ def size_jobs(
 ) -> list[SizeJob]:
     """What is not finished of the sizes of a pair's four cells."""
     lengths = [position + 1 for position in store.events["position"].to_pylist()]
+    sequences = store.events["sequence"].to_pylist()
     jobs = []
     for segment, of_segment in by_segment(finished, store):
         for late in pair:
             done = np.zeros(len(store), bool)
-            for scored in of_segment.get((boundary, _SCOPE, late), []):
-                if _serves(scored, pair, strict, max_tokens):
+            for scored in of_segment.get((boundary, PREFIX, late), []):
+                if serves(scored, pair, strict, max_tokens):
                     done[scored.events] = True
             if not done[segment.events.start : segment.events.stop].all():
                 jobs.append(
@@ -149,6 +104,7 @@ def size_jobs(
                         store=store.fingerprint.digest,
                         segment=segment.name,
                         lengths=tuple(lengths[segment.events.start : segment.events.stop]),
+                        sequences=tuple(sequences[segment.events.start : segment.events.stop]),
                         upstreams=tuple(pair),
                         boundary=boundary,
                         late=late,
@@ -177,8 +133,8 @@ def read_sizes(
     finished = finished_cells(folder, store)
     found = {(upstream, late): np.full((len(store), len(SIZES)), np.nan) for upstream in pair for late in pair}
     for late in pair:
-        for scored in finished.get((boundary, _SCOPE, late), []):
-            if _serves(scored, pair, strict, max_tokens):
+        for scored in finished.get((boundary, PREFIX, late), []):
+            if serves(scored, pair, strict, max_tokens):
                 table = read_result(scored.path).content
                 for upstream in pair:
                     of_upstream = table.filter(pc.equal(table["upstream"], upstream))
@@ -187,9 +143,3 @@ def read_sizes(
     if any(np.isnan(values).any() for values in found.values()):
         raise CheckError(f"{folder} lacks sizes of some events: files of it are gone; give the same command again")
     return found
-
-
-def _serves(scored: Scored, pair: Sequence[str], strict: bool, max_tokens: int | None) -> bool:
-    key = scored.key
-    as_asked = (key["strict"], key["max_tokens"]) == (strict, max_tokens)
-    return as_asked and set(pair) <= set(key["upstreams"])
