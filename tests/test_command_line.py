@@ -12,12 +12,12 @@ from functools import partial
 import pytest
 import torch
 
-from actcache.analyses import stability
 from actcache.capture import decide
 from actcache.cli import build_parser, main
 from actcache.models.checkpoint import Checkpoint
 from actcache.replay import late_stack as replay
 from actcache.store import compact
+from actcache.study import decisions
 
 COMMAND = [sys.executable, "-m", "actcache.cli"]
 
@@ -133,7 +133,7 @@ PLACES = {
     "capture": (decide, "forward_and_gather", "capture", "actcache: capture: out of memory", "--max-tokens"),
     "grid": (replay.LateStack, "iterate_variants", "grid", "actcache: grid: out of memory", "--max-tokens"),
     "grid, loading": (replay.LateStack, "load", "grid", "loading pt from block 3 on: out of memory", "--boundary"),
-    "stability": (stability, "_choose", "stability", "actcache: stability: out of memory", "--max-tokens"),
+    "stability": (decisions, "_choose", "stability", "actcache: stability: out of memory", "--max-tokens"),
     "compact": (compact, "merge", "compact", "actcache: compact: out of memory", "--max-mb"),
 }
 

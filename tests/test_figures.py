@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actcache.report.figures import draw
-from actcache.study.analysis import Bars, Forest, Heat, Lines
+from actcache.study.section import Bars, Forest, Heat, Lines
 
 
 def number(mean, half=None):

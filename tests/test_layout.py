@@ -43,10 +43,12 @@ FLOW = {
         *("passes", "late_stack", "sweep"),
     ),
     "study": (
-        *("statistics", "overlap", "contrasts", "subsets", "left_out", "results", "scores", "work", "cells", "jobs"),
+        *("statistics", "regression", "families", "overlap", "contrasts", "subsets", "left_out"),
+        *("results", "scores", "work", "cells", "jobs"),
         *("replay_job", "prefix_job", "size_job", "earlier_job", "forward_job"),
-        *("decode_job", "capture_job", "engine", "runner", "capture", "plan", "finished", "run_folder", "lens"),
-        *("run", "analysis", "further"),
+        *("decode_job", "capture_job", "engine", "runner", "decisions", "capture"),
+        *("plan", "finished", "run_folder", "lens"),
+        *("run", "section", "analysis", "further"),
     ),
     "analyses": (
         *("stability", "averages", "effects_text", "effects", "grid"),

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from twins import reference
 
 import actcache
-from actcache.analyses.stability import check_stability
 from actcache.capture.search import Decoding, Outcome, SearchLimits, find_decoding, propose
 from actcache.cli import main
 from actcache.errors import InputError
@@ -24,6 +23,7 @@ from actcache.models.checkpoint import Checkpoint
 from actcache.models.regimes import ONE_REGIME, Regimes
 from actcache.replay.edits import Add, Edit, Variant
 from actcache.replay.late_stack import LateStack
+from actcache.study.decisions import check_stability
 
 pytestmark = pytest.mark.slow
 

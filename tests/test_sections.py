@@ -18,7 +18,8 @@ from actcache.errors import InputError
 from actcache.report import build_report
 from actcache.report.sections import MAX_DOWNLOAD, OPEN_ROWS, counted, downloads
 from actcache.report.variants import figures_of, parameters
-from actcache.study.analysis import Answered, Bars, Forest, Lines, Section, in_words
+from actcache.study.analysis import Answered
+from actcache.study.section import Bars, Forest, Lines, Section, in_words
 
 
 def number(mean, half=None):

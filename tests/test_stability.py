@@ -21,15 +21,16 @@ from transformers import AutoTokenizer
 from twins import reference
 
 import actcache
-from actcache.analyses import stability
 from actcache.analyses.effects import effects
-from actcache.analyses.stability import check_stability, describe, read_stability, run_stability, spread, summarise
+from actcache.analyses.stability import describe, read_stability, run_stability, spread, summarise
 from actcache.cli import main
 from actcache.errors import InputError
 from actcache.models.backbone import Backbone
 from actcache.models.lineup import Lineup
 from actcache.models.packing import offsets_of, packed_attention, plan_packs, restarting_positions
 from actcache.progress import Tally
+from actcache.study import decisions
+from actcache.study.decisions import check_stability
 
 pytestmark = pytest.mark.slow
 
@@ -146,15 +147,15 @@ def test_any_two_choices_are_compared_as_the_twin_compares_them():
     sequences = [rng.integers(0, 2, step + prompt).tolist() for step, prompt in zip(steps, prompts, strict=True)]
     offsets = offsets_of([len(ids) for ids in sequences]).numpy()
     ids = torch.tensor(list(itertools.chain(*sequences)))
-    compared = stability._Compared(ids, offsets, steps, [LABELS] * len(steps), [LABELS] * len(steps))
+    compared = decisions._Compared(ids, offsets, steps, [LABELS] * len(steps), [LABELS] * len(steps))
     n_compared = int(compared.starts[-1])
 
     def any_choices():
         often = {label: np.where(rng.random(n_compared) < 0.7, compared.following(steps * 0), 1) for label in LABELS}
-        return stability._Choices(often, {label: rng.random(n_compared, np.float32) for label in LABELS})
+        return decisions._Choices(often, {label: rng.random(n_compared, np.float32) for label in LABELS})
 
     strict, other = any_choices(), any_choices()
-    found = stability._where_parted(compared, strict, other, ("same", "position", "changed", "gap"))
+    found = decisions._where_parted(compared, strict, other, ("same", "position", "changed", "gap"))
     for index, ids in enumerate(sequences):
         span = range(compared.starts[index], compared.starts[index + 1])
         first = int(prompts[index]) - 1

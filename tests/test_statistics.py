@@ -11,17 +11,12 @@ import pytest
 
 from actcache.errors import InputError
 from actcache.study import statistics
+from actcache.study.families import balanced, balanced_draws, half_width, leave_one_out, trimmed_mean
+from actcache.study.regression import ols, regress
 from actcache.study.statistics import (
     Sample,
-    balanced,
-    balanced_draws,
     draw_together,
-    half_width,
-    leave_one_out,
-    ols,
-    regress,
     sign_flip_null,
-    trimmed_mean,
 )
 
 PROMPTS = ["p0", "p1", "p1", "p2", "p3", "p3", "p3", "p4", "p5", "p6", "p7", "p8", "p9"]

@@ -28,6 +28,7 @@ from actcache.errors import InputError
 from actcache.sealed import Sealed
 from actcache.study.analysis import option
 from actcache.study.contrasts import CELLS, GROUP_COLUMNS, Grids, contrast, contrasted, lay_out
+from actcache.study.families import balanced, balanced_draws, leave_one_out, trimmed_mean
 from actcache.study.left_out import select_consistent
 from actcache.study.run import Run, read_run_cells
 from actcache.study.statistics import (
@@ -38,15 +39,11 @@ from actcache.study.statistics import (
     SEED,
     Number,
     Sample,
-    balanced,
-    balanced_draws,
     check_draws,
     check_weights,
-    leave_one_out,
     number,
     ratio,
     sign_flip_null,
-    trimmed_mean,
 )
 from actcache.study.subsets import ALL, Bools, subsets_by
 

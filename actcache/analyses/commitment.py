@@ -33,12 +33,14 @@ from actcache.errors import InputError
 from actcache.replay.edits import PLAIN
 from actcache.schema import FIRST_DIVERGENCE, NATIVE, ROLES, common_readout
 from actcache.store import Store
-from actcache.study.analysis import Bars, CellAnalysis, Interval, Numbers, Section, option
+from actcache.study.analysis import CellAnalysis, Numbers, option
 from actcache.study.cells import Finished
 from actcache.study.contrasts import contrasts
+from actcache.study.regression import regress
 from actcache.study.replay_job import ReplayJob
 from actcache.study.scores import whose_head
-from actcache.study.statistics import DRAWS, SEED, Floats, Sample, check_draws, check_weights, regress
+from actcache.study.section import Bars, Interval, Section
+from actcache.study.statistics import DRAWS, SEED, Floats, Sample, check_draws, check_weights
 
 if TYPE_CHECKING:
     from actcache.study.run import Run

@@ -53,12 +53,13 @@ from actcache.replay.edits import (
 from actcache.replay.sizes import SIZES
 from actcache.schema import FIRST_DIVERGENCE
 from actcache.store import Store
-from actcache.study.analysis import Bars, CellAnalysis, Interval, Lines, Numbers, Section, exactness_of, option
+from actcache.study.analysis import CellAnalysis, Numbers, exactness_of, option
 from actcache.study.cells import Finished, finished_cells, gather_cells
 from actcache.study.contrasts import contrasts
 from actcache.study.engine import LateJob
 from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
+from actcache.study.section import Bars, Interval, Lines, Section
 from actcache.study.size_job import read_sizes, size_jobs
 from actcache.study.statistics import DRAWS, SEED, Floats, Number, Sample, check_draws, check_weights
 

@@ -19,10 +19,11 @@ from actcache.analyses.grid import GridSettings, check_settings, jobs_left
 from actcache.capture.settings import parse_boundaries
 from actcache.replay.edits import PLAIN
 from actcache.store import Store
-from actcache.study.analysis import CellAnalysis, Lines, Numbers, Section, option
+from actcache.study.analysis import CellAnalysis, Numbers, option
 from actcache.study.cells import Finished
 from actcache.study.contrasts import contrasts, read_by
 from actcache.study.replay_job import ReplayJob
+from actcache.study.section import Lines, Section
 from actcache.study.statistics import DRAWS, SEED, Floats, Sample, check_draws
 
 if TYPE_CHECKING:

@@ -30,10 +30,11 @@ from actcache.errors import CorruptFileError, InputError
 from actcache.files import write_atomically
 from actcache.progress import OnProgress, untold
 from actcache.sealed import NoSealError, Sealed, json_bytes, read_json, seal_of
-from actcache.study.analysis import Analysis, Section, option
+from actcache.study.analysis import Analysis, option
 from actcache.study.contrasts import CELLS, GROUP_COLUMNS, contrasted, contrasts
 from actcache.study.left_out import select_consistent, select_events
 from actcache.study.run import read_run_cells
+from actcache.study.section import Section
 from actcache.study.statistics import (
     CAUTION_PROMPTS,
     DRAWS,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from actcache.schema import EFFECT_KEY, IT, NATIVE, PLAIN, ROLES, common_readout, names
-from actcache.study.analysis import Lines, Section, in_words
+from actcache.study.section import Lines, Section, in_words
 from actcache.study.statistics import FEWEST_PROMPTS
 from actcache.study.subsets import ALL, LEAST_STEPS
 

@@ -34,11 +34,12 @@ from actcache.errors import InputError
 from actcache.replay.edits import PLAIN
 from actcache.schema import NATIVE, common_readout
 from actcache.store import Store
-from actcache.study.analysis import Bars, CellAnalysis, Figure, Heat, Numbers, Section, option
+from actcache.study.analysis import CellAnalysis, Numbers, option
 from actcache.study.cells import Finished
 from actcache.study.contrasts import lay_out_lineup
 from actcache.study.further import with_further
 from actcache.study.replay_job import ReplayJob
+from actcache.study.section import Bars, Figure, Heat, Section
 from actcache.study.statistics import DRAWS, SEED, Floats, Sample, check_draws, check_weights, number, sign_flip_null
 from actcache.study.subsets import ALL
 

@@ -34,11 +34,13 @@ from actcache.errors import InputError
 from actcache.replay.edits import PLAIN
 from actcache.schema import SEGMENT
 from actcache.store import Store
-from actcache.study.analysis import Bars, CellAnalysis, Forest, Numbers, Section, option
+from actcache.study.analysis import CellAnalysis, Numbers, option
 from actcache.study.cells import Finished
 from actcache.study.contrasts import contrasts, read_by
 from actcache.study.further import with_further
+from actcache.study.regression import regress
 from actcache.study.replay_job import ReplayJob
+from actcache.study.section import Bars, Forest, Section
 from actcache.study.statistics import (
     DRAWS,
     SEED,
@@ -49,7 +51,6 @@ from actcache.study.statistics import (
     check_draws,
     check_weights,
     number,
-    regress,
     sign_flip_null,
 )
 from actcache.study.subsets import ALL, MOST_VALUES

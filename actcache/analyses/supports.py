@@ -42,7 +42,7 @@ from actcache.models.readout import Readout
 from actcache.replay.edits import PLAIN
 from actcache.schema import FIRST_DIVERGENCE, PRE_DIVERGENCE, ROLES
 from actcache.store import Store
-from actcache.study.analysis import Bars, CellAnalysis, Figure, Lines, Numbers, Section, exactness_of, option
+from actcache.study.analysis import CellAnalysis, Numbers, exactness_of, option
 from actcache.study.cells import Finished, finished_cells
 from actcache.study.contrasts import contrasts, read_by
 from actcache.study.earlier_job import EARLIER, Earlier
@@ -50,6 +50,7 @@ from actcache.study.engine import LateJob
 from actcache.study.overlap import overlap_weights
 from actcache.study.replay_job import ReplayJob
 from actcache.study.run_folder import RunFolder
+from actcache.study.section import Bars, Figure, Lines, Section
 from actcache.study.statistics import (
     DRAWS,
     FEWEST_PROMPTS,

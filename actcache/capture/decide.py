@@ -22,7 +22,7 @@ from actcache.capture.events import Captured, Event, Excluded, segment_of
 from actcache.capture.forward import first_wrong, forward_and_gather, said_of_site
 from actcache.capture.given import GivenEvent, GivenPrompt
 from actcache.capture.rerun import rows_to_add
-from actcache.capture.search import Decoding, Outcome, SearchLimits, find_decoding, propose
+from actcache.capture.search import Decoding, Outcome, Proposal, SearchLimits, find_decoding, propose
 from actcache.capture.settings import CaptureSettings
 from actcache.errors import NotFiniteError
 from actcache.finite import first_no_state, not_finite
@@ -160,25 +160,47 @@ class Decider:
         left_out = [Excluded(prompts[index], reason, self.pair) for index, reason in sorted(excluded.items())]
         return self.segment(captured, left_out)
 
+    def propose(
+        self,
+        labels: Sequence[str],
+        sequences: Sequence[list[int]],
+        n_compared: Sequence[int],
+        prompts: Sequence[Prompt],
+        doing: Callable[[int, int], str],
+    ) -> list[Proposal]:
+        """How these checkpoints go on from sequences, each of a prompt (see :func:`actcache.capture.search.propose`).
+
+        Args:
+            labels: of the checkpoints, the one that writes first.
+            sequences: token ids.
+            n_compared: how many choices of each were compared before.
+            prompts: of each.
+            doing: says what is done at a step, with so many sequences open.
+        """
+        return propose(
+            [self.backbones[label] for label in labels],
+            sequences,
+            n_compared,
+            self.limits,
+            max_tokens=self.settings.max_tokens,
+            on_step=lambda tokens, step, n_open: self.told(tokens=tokens, doing=doing(step, n_open)),
+            decoding=self.decoding,
+            pack_tokens=self.pack_tokens,
+            regimes=self.regimes,
+            names=[f"prompt {prompt.id!r}" for prompt in prompts],
+            labels=labels,
+        )
+
     def _propose(self, searches: list[_Search], excluded: dict[int, str]) -> list[_Search]:
         """Search from where each prompt stands; those that end without divergence are excluded, the others are what the
         capture forward is to decide on, those of one regime together."""
         open_ended = [search for search in searches if not search.proposed]
-        proposals = propose(
-            [self.backbones[label] for label in self.pair],
+        proposals = self.propose(
+            self.pair,
             [search.sequence for search in open_ended],
             [len(search.shared) for search in open_ended],
-            self.limits,
-            max_tokens=self.settings.max_tokens,
-            on_step=lambda tokens, step, n_open: self.told(
-                tokens=tokens,
-                doing=f"searching: step {step} of at most {self.limits.max_new}, {n_open} still alike",
-            ),
-            decoding=self.decoding,
-            pack_tokens=self.pack_tokens,
-            regimes=self.regimes,
-            names=[f"prompt {search.prompt.id!r}" for search in open_ended],
-            labels=self.pair,
+            [search.prompt for search in open_ended],
+            lambda step, n_open: f"searching: step {step} of at most {self.limits.max_new}, {n_open} still alike",
         )
         going = [search for search in searches if search.proposed]
         for search, proposal in zip(open_ended, proposals, strict=True):

@@ -24,7 +24,7 @@ import torch
 
 from actcache.capture.decide import MAX_ROUNDS, Decider, consecutive
 from actcache.capture.events import Captured, Event, Excluded
-from actcache.capture.search import Outcome, propose
+from actcache.capture.search import Outcome
 from actcache.capture.supports import ROLLOUTS, Chosen, choose, first_disagreement
 from actcache.capture.token_class import FORMAT, TokenClasses, is_marker
 from actcache.models.packing import offsets_of
@@ -199,22 +199,12 @@ class Rollouts:
 
     def _written(self, labels: tuple[str, ...], rollouts: list[_Rollout]) -> Iterator[_Rollout]:
         writer, *partners = labels
-        decider = self._decider
-        proposals = propose(
-            [decider.backbones[label] for label in labels],
+        proposals = self._decider.propose(
+            labels,
             [rollout.sequence for rollout in rollouts],
             [len(rollout.written) for rollout in rollouts],
-            self._limits,
-            max_tokens=decider.settings.max_tokens,
-            on_step=lambda tokens, step, n_open: decider.told(
-                tokens=tokens,
-                doing=f"{writer} writes: step {step} of at most {self._limits.max_new}, {n_open} go on",
-            ),
-            decoding=decider.decoding,
-            pack_tokens=decider.pack_tokens,
-            regimes=self._regimes,
-            names=[f"prompt {rollout.prompt.id!r}" for rollout in rollouts],
-            labels=labels,
+            [rollout.prompt for rollout in rollouts],
+            lambda step, n_open: f"{writer} writes: step {step} of at most {self._limits.max_new}, {n_open} go on",
         )
         for rollout, proposal in zip(rollouts, proposals, strict=True):
             parted = {label: n for label, n in zip(partners, proposal.parted, strict=True) if n is not None}

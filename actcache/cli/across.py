@@ -52,7 +52,7 @@ def _across(args: argparse.Namespace) -> None:
     from actcache.analyses.across import AcrossOptions, across
     from actcache.report import build_families_report
     from actcache.report.families import lead, sections_of
-    from actcache.study.analysis import lines_of
+    from actcache.study.section import lines_of
 
     _check_out(args.out)
     options = AcrossOptions(**{entry.name: getattr(args, entry.name) for entry in fields(AcrossOptions)})

@@ -11,7 +11,8 @@ from typing import Any
 from actcache.report import sections, visible
 from actcache.report.template import render, shown_settings
 from actcache.schema import GRID, ROLES
-from actcache.study.analysis import Answered, Cell, Figure, Forest, Heat, Lines, Section
+from actcache.study.analysis import Answered
+from actcache.study.section import Cell, Figure, Forest, Heat, Lines, Section
 from actcache.study.subsets import ALL, LEAST_STEPS
 
 BALANCED = "balanced"

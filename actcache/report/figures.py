@@ -23,8 +23,8 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from actcache.report.visible import MINUS, percent, signed
 from actcache.schema import ROLES
-from actcache.study.analysis import Bars, Forest, Heat, Lines
-from actcache.study.analysis import Figure as Described
+from actcache.study.section import Bars, Forest, Heat, Lines
+from actcache.study.section import Figure as Described
 
 NEAR_TIE = 0.125
 """Top-1 minus top-2 gap, in logits, below which an event counts as a near tie: one bfloat16 step of logits that lie

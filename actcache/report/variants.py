@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from actcache.report.visible import MINUS, head, plain, signed
-from actcache.study.analysis import Figure, Forest, Interval, Lines
+from actcache.study.section import Figure, Forest, Interval, Lines
 
 MOST_ROWS = 24
 """Of variants that are on no curve; more of them are one curve over their rank."""

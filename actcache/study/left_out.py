@@ -89,7 +89,7 @@ def select_events(
         cells: as for :func:`actcache.study.contrasts.contrasts`.
         events: one row per event: event_id, and gap_pt and gap_it where ``min_gap`` is given.
         dtype: in which the events were captured.
-        stability: rows of :func:`actcache.analyses.stability.check_stability`, among them every event of the cells in
+        stability: rows of :func:`actcache.study.decisions.check_stability`, among them every event of the cells in
             ``dtype``. An event stays if its strict and its packed decision are both the stored one. None keeps
             them all.
         min_gap: an event stays if both its gaps are known and at least this, in logits. None keeps them all. The gaps

@@ -1,4 +1,4 @@
-"""Statistics: means with percentile bootstrap intervals over prompts, what is made of them, and tests beside them.
+"""Statistics: means with percentile bootstrap intervals over prompts, their ratios, and the null of random signs.
 
 Events of one prompt share a text and are not independent. So a draw takes *prompts* with replacement, and every event
 of a drawn prompt comes along. What is compared is drawn together: all numbers of a :class:`Sample` share its draws, and
@@ -42,9 +42,6 @@ _DRAWN_PER_PASS = 1 << 21
 _GROUPS_PER_PASS = 64
 # What float64 leaves of an exact zero, relative to the numbers that it is a difference of.
 _ROUNDING = 16 * float(np.finfo(np.float64).eps)
-# A column of a regression that is this near to a combination of others tells nothing of its own; and how near to 1 the
-# diagonal of the projection on what the columns span must be where they tell a coefficient.
-_DEPENDENT, _TOLD = 1e-10, 1e-6
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -161,7 +158,7 @@ class Sample:
             prompt = pc.index_in(ids[side], value_set=shared)
             known = prompt.is_valid().to_numpy(zero_copy_only=False)
             prompt = prompt.drop_null().to_numpy().astype(np.int64)
-            arrays = {name: _finite(name, of, len(known))[known] for name, of in values.items()}
+            arrays = {name: finite(name, of, len(known))[known] for name, of in values.items()}
             sums = prompt_sums(prompt, list(arrays.values()), len(shared))
             if weights == "prompt":
                 sums /= sums[:, -1:]
@@ -189,6 +186,11 @@ class Sample:
         Nothing at all where it is not finite; without an interval where it is not finite in every draw.
         """
         return _spread(self._values(quantity), self.level)
+
+    def numbers(self, quantities: Callable[[Mapping[str, Floats]], Floats], n: int) -> list[Number]:
+        """Several functions of means at once, each as :meth:`number`: of arrays ``[m]`` they make one ``[m, n]``."""
+        values = self._values(quantities)
+        return [_spread(None if values is None else values[:, at], self.level) for at in range(n)]
 
     def ratio(self, numerator: Quantity, denominator: Quantity) -> Number:
         """A ratio of two means, or of functions of means; see :func:`ratio`."""
@@ -356,92 +358,6 @@ def ratio(
     return number(numerator / denominator, values, level)
 
 
-def regress(
-    prompt_ids: Ids,
-    y: npt.ArrayLike,
-    controls: Mapping[str, npt.ArrayLike],
-    *,
-    weights: str = "prompt",
-    draws: int = DRAWS,
-    seed: int = SEED,
-    level: float = LEVEL,
-) -> dict[str, Number]:
-    """Coefficients of a least-squares regression, with intervals of the bootstrap over prompts.
-
-    Args:
-        prompt_ids: of each event, as for :meth:`Sample.of`.
-        y: ``[E]``.
-        controls: as for :func:`ols`.
-        weights, draws, seed, level: as for :meth:`Sample.of`; with ``prompt``, an event of a prompt that has n weighs
-            1/n.
-
-    Returns:
-        By the names of :func:`ols`: nothing where the events do not tell the coefficient; without an interval where
-        those of a draw do not, as for a level that few prompts have.
-
-    Raises:
-        InputError: as there, and as :meth:`Sample.of`.
-    """
-    y = np.asarray(y, np.float64)
-    names, x, length = _design(controls, len(y))
-    k = len(names)
-    columns = [*(x / length).T, y]
-    products = {f"{i} {j}": columns[i] * columns[j] for i in range(k) for j in range(i, k + 1)}
-    sample = Sample.of(prompt_ids, products, weights=weights, draws=draws, seed=seed, level=level)
-
-    def solved(means: Mapping[str, Floats]) -> Floats:
-        """The coefficients of each draw, ``[n, k]``, by the normal equations; NaN where its events do not tell one."""
-        gram = np.stack([np.stack([means[f"{min(i, j)} {max(i, j)}"] for j in range(k)], -1) for i in range(k)], -2)
-        inverse = np.linalg.pinv(gram, rcond=_DEPENDENT, hermitian=True)
-        found = (inverse @ np.stack([means[f"{i} {k}"] for i in range(k)], -1)[..., None])[..., 0]
-        told = np.abs(np.diagonal(inverse @ gram, axis1=-2, axis2=-1) - 1) < _TOLD
-        return np.where(told, found / length, np.nan)
-
-    found = sample._values(solved)
-    return {name: _spread(None if found is None else found[:, at], level) for at, name in enumerate(names)}
-
-
-def ols(y: npt.ArrayLike, controls: Mapping[str, npt.ArrayLike]) -> dict[str, float | None]:
-    """Coefficients of an ordinary least-squares regression with an intercept.
-
-    Args:
-        y: ``[E]``.
-        controls: by name an array ``[E]``. Numbers and truth values have one coefficient. Texts are levels of a
-            category: each but the first in sorted order has one, called ``name=level``.
-
-    Returns:
-        By name, ``intercept`` first. None where the events do not tell it from others.
-
-    Raises:
-        InputError: a control is not finite, or of another length.
-    """
-    y = np.asarray(y, np.float64)
-    names, x, length = _design(controls, len(y))
-    inverse = np.linalg.pinv(x / length, rcond=_DEPENDENT)
-    told = np.abs(np.diagonal(inverse @ (x / length)) - 1) < _TOLD
-    found = inverse @ y / length
-    return {name: float(value) if known else None for name, value, known in zip(names, found, told, strict=True)}
-
-
-def _design(controls: Mapping[str, npt.ArrayLike], n_events: int) -> tuple[list[str], Floats, Floats]:
-    """Names, columns ``[E, k]`` and their lengths (1 of a column of zeros) of a regression, the intercept first."""
-    names, columns = ["intercept"], [np.ones(n_events)]
-    for name, given in controls.items():
-        values = np.asarray(given)
-        if values.shape != (n_events,):
-            raise InputError(f"control {name} has shape {values.shape}; expected {n_events} values, one per event")
-        if values.dtype.kind in "biuf":
-            names.append(name)
-            columns.append(_finite(name, values))
-        else:
-            levels = sorted(set(values.tolist()))
-            names += [f"{name}={level}" for level in levels[1:]]
-            columns += [(values == level).astype(np.float64) for level in levels[1:]]
-    x = np.stack(columns, axis=1)
-    length = np.linalg.norm(x, axis=0)
-    return names, x, np.where(length > 0, length, 1.0)
-
-
 def sign_flip_null(
     prompt_means: npt.ArrayLike | Mapping[str, npt.ArrayLike], draws: int = NULL_DRAWS, seed: int = NULL_SEED
 ) -> dict[str, float]:
@@ -464,7 +380,7 @@ def sign_flip_null(
     """
     families = prompt_means if isinstance(prompt_means, Mapping) else {"": prompt_means}
     rng = np.random.default_rng(seed)
-    parts = [_finite(family or "prompt means", values) for family, values in sorted(families.items())]
+    parts = [finite(family or "prompt means", values) for family, values in sorted(families.items())]
     if not parts:
         raise InputError("a null needs at least one prompt per family")
     return _compared(parts, [_flipped([values], draws, rng)[0] for values in parts])
@@ -475,7 +391,7 @@ def sign_flip_nulls(
 ) -> list[dict[str, float]]:
     """What :func:`sign_flip_null` gives of each group of prompts on its own; those of equally many prompts share their
     signs, which saves most of the time."""
-    given = [_finite("prompt means", values) for values in groups]
+    given = [finite("prompt means", values) for values in groups]
     found: list[dict[str, float]] = [{}] * len(given)
     for n_prompts in {len(values) for values in given}:
         alike = [index for index, values in enumerate(given) if len(values) == n_prompts]
@@ -518,55 +434,6 @@ def _flipped(groups: Sequence[Floats], draws: int, rng: np.random.Generator) -> 
     return found
 
 
-# ---- over families ---------------------------------------------------------------------------------------------------
-
-
-def balanced(numbers: Sequence[Number]) -> Number:
-    """The mean of independent means, each of the same weight, with the interval that follows from theirs.
-
-    Each interval stands for a normal distribution: its standard error is its width over twice the normal quantile, and
-    that of the mean is the root of the sum of their squares over how many there are. The quantile cancels, so that any
-    level will do that all share.
-
-    Returns:
-        Without an interval where one of the numbers has none; nothing where one has no value.
-    """
-    means = [one["mean"] for one in numbers]
-    if not means or None in means:
-        return number(None, None)
-    mean = float(np.mean(means))  # type: ignore[arg-type]
-    halves = [half_width(one) for one in numbers]
-    if None in halves:
-        return number(mean, None)
-    half = math.sqrt(sum(half**2 for half in halves if half is not None)) / len(halves)
-    return {"mean": mean, "low": mean - half, "high": mean + half}
-
-
-def balanced_draws(draws: Sequence[Floats | None]) -> Floats | None:
-    """The mean over families in each draw, ``[draws]``, of what each family has in its own draws, which must be drawn
-    independently: with another seed each. None where a family has none."""
-    given = [one for one in draws if one is not None]
-    return np.mean(given, axis=0) if given and len(given) == len(draws) else None
-
-
-def half_width(of: Number) -> float | None:
-    """Half of what an interval spans; None without one."""
-    low, high = of["low"], of["high"]
-    return None if low is None or high is None else (high - low) / 2
-
-
-def trimmed_mean(values: Sequence[float]) -> float | None:
-    """The mean without one lowest and one highest value; None of fewer than three."""
-    return float(np.mean(sorted(values)[1:-1])) if len(values) > 2 else None
-
-
-def leave_one_out(values: Mapping[str, float]) -> dict[str, float]:
-    """By name the mean of all other values; empty of fewer than two."""
-    if len(values) < 2:
-        return {}
-    return {name: float(np.mean([of for other, of in values.items() if other != name])) for name in values}
-
-
 def _column(ids: Ids) -> pa.ChunkedArray:
     """Ids as one column of plain values."""
     if not isinstance(ids, pa.ChunkedArray):
@@ -578,7 +445,7 @@ def _column(ids: Ids) -> pa.ChunkedArray:
     return ids.cast(pa.string()) if pa.types.is_null(ids.type) else ids  # of no event
 
 
-def _finite(name: str, given: npt.ArrayLike, n_events: int | None = None) -> Floats:
+def finite(name: str, given: npt.ArrayLike, n_events: int | None = None) -> Floats:
     """Values as float64 ``[E]``; InputError for one that is not finite."""
     values = np.asarray(given, np.float64)
     if values.ndim != 1 or n_events not in (None, len(values)):
