@@ -35,8 +35,8 @@ FLOW = {
         *("regimes", "cost", "backbone", "gather"),
     ),
     "capture": (
-        *("settings", "token_class", "supports", "growth", "given", "events", "search", "counter", "forward", "rerun"),
-        *("decide", "rollouts"),
+        *("settings", "token_class", "supports", "growth", "given", "events", "decode", "counter", "forward"),
+        *("residency", "search", "rerun", "decide", "rollouts"),
     ),
     "replay": (
         *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "sizes"),

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from twins import reference
 
 import actcache
-from actcache.capture.search import Decoding, Outcome, SearchLimits, find_decoding, propose
+from actcache.capture.decode import Decoding, find_decoding
+from actcache.capture.search import Outcome, SearchLimits, propose
 from actcache.cli import main
 from actcache.errors import InputError
 from actcache.models.backbone import Backbone

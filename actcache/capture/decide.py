@@ -18,11 +18,12 @@ from typing import Protocol
 
 import torch
 
+from actcache.capture.decode import Decoding, find_decoding
 from actcache.capture.events import Captured, Event, Excluded, segment_of
 from actcache.capture.forward import first_wrong, forward_and_gather, said_of_site
 from actcache.capture.given import GivenEvent, GivenPrompt
 from actcache.capture.rerun import rows_to_add
-from actcache.capture.search import Decoding, Outcome, Proposal, SearchLimits, find_decoding, propose
+from actcache.capture.search import Outcome, Proposal, SearchLimits, propose
 from actcache.capture.settings import CaptureSettings
 from actcache.errors import NotFiniteError
 from actcache.finite import first_no_state, not_finite

@@ -1,20 +1,127 @@
-"""One plain forward of a checkpoint over packed sequences, and the rows that are gathered on its way.
+"""What a capture asks of one checkpoint: plain forwards over packs of sequences, and the rows gathered on their way.
 
-Knows backbones and rows; knows no events and no files.
+A checkpoint that is in memory runs pack after pack. One that is not may bring all packs through one block after
+another. Both give the same rows: a capture does not know which it has. Knows backbones and rows; knows no events and no
+files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
-from actcache.finite import first_no_state, first_not_finite
+from actcache.errors import NotFiniteError
+from actcache.finite import first_no_state, first_not_finite, not_finite
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import find_site
 from actcache.models.gather import gather_rows
+from actcache.models.readout import Readout
+from actcache.models.regimes import Regimes
 from actcache.store.layout import STATE
+
+Places = Sequence[tuple[str, int]]
+"""Sites and their blocks: the block's input, or what its attention or MLP gives."""
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Sequences that share one forward.
+
+    Attributes:
+        ids: ``[1, T]`` int64 on the CPU, one sequence after another.
+        bounds: ``[n + 1]``, where each sequence begins.
+        kept: ``[n_kept]`` int64 on the CPU: positions in the pack whose rows are wanted at each site.
+        compared: ``[n_compared]`` int64 on the CPU: those whose final state is wanted.
+    """
+
+    ids: torch.Tensor
+    bounds: list[int]
+    kept: torch.Tensor
+    compared: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, sequences: Sequence[Sequence[int]], kept: Sequence[Sequence[int]], compared: Sequence[Sequence[int]]
+    ) -> Pack:
+        """Of sequences (token ids); ``kept`` and ``compared`` give the positions of each, counted in itself."""
+        bounds = [0]
+        for sequence in sequences:
+            bounds.append(bounds[-1] + len(sequence))
+
+        def placed(positions: Sequence[Sequence[int]]) -> torch.Tensor:
+            every = [start + one for start, own in zip(bounds, positions, strict=False) for one in own]
+            return torch.tensor(every, dtype=torch.int64)
+
+        ids = torch.tensor([token for sequence in sequences for token in sequence], dtype=torch.int64)
+        return cls(ids[None], bounds, placed(kept), placed(compared))
+
+
+@dataclass(frozen=True)
+class PackRows:
+    """What one checkpoint makes of a pack.
+
+    Attributes:
+        rows: by site and block: ``[n_kept, D]`` on the CPU, in the checkpoint's dtype.
+        final: ``[n_compared, D]``, the last block's output before the final norm; where the checkpoint computes.
+    """
+
+    rows: dict[tuple[str, int], torch.Tensor]
+    final: torch.Tensor
+
+
+class Forwarder(Protocol):
+    """One checkpoint, as a capture runs it."""
+
+    @property
+    def readout(self) -> Readout:
+        """Final norm and head."""
+
+    @property
+    def regimes(self) -> Regimes:
+        """Which sequences may share a forward."""
+
+    @property
+    def backbone(self) -> Backbone | None:
+        """All of its blocks, where they are in memory at once: what decodes with a cache."""
+
+    def why_not_packable(self) -> str | None:
+        """The reason why packs of several sequences are not exact, or None; found by forwards."""
+
+    def run(self, packs: Sequence[Pack], places: Places) -> Iterator[PackRows]:
+        """A plain forward over each pack, in order; ``final`` is the model's own, bit for bit, of a pack of one."""
+
+    def write(self, sequences: Sequence[Sequence[int]], n_new: int, end_ids: frozenset[int]) -> list[list[int]]:
+        """What it goes on with after each sequence: as many tokens as are cheap at once, 1 to ``n_new``; none after
+        one that ends a generation."""
+
+    def not_finite(self, whose: str, what: str, ids: Sequence[int]) -> NotFiniteError:
+        """The error that names the first block of which ``what`` is not finite for this sequence."""
+
+
+class Resident:
+    """A checkpoint whose blocks are all in memory."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.readout, self.regimes = backbone.readout, backbone.regimes
+
+    def why_not_packable(self) -> str | None:
+        """As :class:`Forwarder`."""
+        return self.backbone.why_not_packable()
+
+    def run(self, packs: Sequence[Pack], places: Places) -> Iterator[PackRows]:
+        """As :class:`Forwarder`: one after another, each as it is asked for."""
+        for pack in packs:
+            rows, hidden = forward_and_gather(self.backbone, pack.ids, pack.bounds, places, pack.kept)
+            yield PackRows(rows, gather_rows(hidden, pack.compared))
+
+    def not_finite(self, whose: str, what: str, ids: Sequence[int]) -> NotFiniteError:
+        """As :class:`Forwarder`."""
+        return not_finite(whose, what, self.backbone, ids)
 
 
 def first_wrong(site: str, rows: torch.Tensor) -> int | None:
@@ -27,11 +134,12 @@ def said_of_site(site: str, block: int) -> str:
     return f"the state at boundary {block}" if site == STATE else f"the {site} of block {block}"
 
 
+@torch.no_grad()
 def forward_and_gather(
     backbone: Backbone,
     ids: torch.Tensor,
     bounds: Sequence[int],
-    sites: Sequence[tuple[str, int]],
+    places: Places,
     row_ids: torch.Tensor,
 ) -> tuple[dict[tuple[str, int], torch.Tensor], torch.Tensor]:
     """One plain forward; the rows at each site are gathered as its block is entered, or its module is left.
@@ -40,7 +148,7 @@ def forward_and_gather(
         backbone: the checkpoint.
         ids: ``[1, T]`` int64.
         bounds: ``[n + 1]``, where each sequence begins.
-        sites: each a site and a block: the block's input, or what its attention or MLP gives.
+        places: each a site and a block.
         row_ids: ``[n_rows]`` int64 on the CPU, rows of the ``[T, D]`` state.
 
     Returns:
@@ -65,7 +173,7 @@ def forward_and_gather(
             lambda module, args, output: keep(place, output if isinstance(output, torch.Tensor) else output[0])
         )
 
-    handles = [hooked(place) for place in sites]
+    handles = [hooked(place) for place in places]
     try:
         hidden = backbone.forward(bounds, input_ids=ids.to(backbone.device))
     finally:

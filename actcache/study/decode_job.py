@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actcache.capture.search import Outcome, Proposal, SearchLimits, find_decoding, propose
+from actcache.capture.decode import find_decoding
+from actcache.capture.search import Outcome, Proposal, SearchLimits, propose
 from actcache.models.cost import ModelShape
 from actcache.progress import Told, nobody_told
 from actcache.schema import digest_of
