@@ -280,6 +280,7 @@ class CheckpointFingerprint(_AsJson):
         attention: the attention implementation that it runs under.
         end_ids: ids that end a generation, as ``0,5``.
         left_off: ids that the tokenizer appends to a text, and that are left off.
+        quantization: how its weights are quantized, and what was made of them; None of plain weights.
         further: what else was recorded.
     """
 
@@ -290,6 +291,7 @@ class CheckpointFingerprint(_AsJson):
     attention: str = _NOT_RECORDED
     end_ids: str | None = None
     left_off: str | None = None
+    quantization: str | None = None
     further: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod

@@ -165,12 +165,12 @@ BROKEN: dict[str, tuple[Change, str]] = {
         ),
         "which another file of the folder holds too",
     ),
-    "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantization_config (gptq)"),
+    "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), "quantized (gptq)"),
     "bitsandbytes": (
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        "quantization_config (bitsandbytes)",
+        "quantized (bitsandbytes, 4 bits)",
     ),
-    "quantized part": (config(text_config={"quantization_config": {"quant_method": "fp8"}}), "(fp8)"),
+    "quantized part": (config(text_config={"quantization_config": {"quant_method": "fp8"}}), "(fp8): what they compute"),
     "mlx": (config(quantization={"bits": 4, "group_size": 64}), "quantization says"),
     "gguf": (
         lambda folder: (folder / WEIGHTS).rename(folder / "model.gguf"),

@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from actcache.errors import InputError, UnsupportedModelError
 from actcache.models import checkpoint_files as files
+from actcache.models.quantized import Quantization, dequantized, find_quantization
 from actcache.models.tokens import Encoder
 from actcache.schema import CheckpointFingerprint
 
@@ -64,8 +65,15 @@ class Checkpoint:
     What was read at :meth:`open` stays as it was; :attr:`fingerprint` and :meth:`load` notice files that have changed.
 
     Raises (from :meth:`open`):
-        InputError: the folder or one of these is missing or damaged; weights are pickled or quantized; an adapter is
-            in it; the architecture is unknown; the config asks for what is not read (see checkpoint_files.py).
+        InputError: the folder or one of these is missing or damaged; weights are pickled; an adapter is in it; the
+            architecture is unknown; the config asks for what is not read (see checkpoint_files.py); weights are
+            quantized, by a method that is not dequantized (see quantized.py) or without being asked to.
+
+    Attributes:
+        label: in the lineup.
+        path: of the folder.
+        config: as transformers has it, of the model that is loaded: a dequantized one's says nothing of its method.
+        quantization: how the weights are quantized, and dequantized on load; None of plain ones.
     """
 
     label: str
@@ -73,21 +81,34 @@ class Checkpoint:
     config: PretrainedConfig
     _config_json: dict[str, Any]
     _stamp: dict[str, tuple[int, int, int]]
+    quantization: Quantization | None = None
 
     @classmethod
-    def open(cls, label: str, path: str | Path, *, with_weights: bool = True) -> Checkpoint:
-        """Check the folder and read its config; weights are not touched, and need not be there unless told so."""
+    def open(
+        cls, label: str, path: str | Path, *, with_weights: bool = True, dequantize: bool = False
+    ) -> Checkpoint:
+        """Check the folder and read its config; weights are not touched, and need not be there unless told so.
+
+        Quantized weights are refused unless they may be dequantized: they are other numbers on another device.
+        """
         path = Path(path)
         try:
             files.check_folder(path, with_weights=with_weights)
             stamp = files.stamp(path, with_weights=with_weights)
-            if with_weights:
-                files.open_tensors(files.weight_files(path))
             config_json = files.read_config(path)
+            quantization = find_quantization(path / files.CONFIG, config_json)
+            if quantization is not None and not dequantize:
+                raise InputError(
+                    f"{path / files.CONFIG} says that the weights are quantized ({quantization.method}): what they "
+                    "compute would depend on the device; give --dequantize (dequantize=True) to read them in the "
+                    "run's dtype on every device"
+                )
+            if with_weights:
+                files.open_tensors(files.weight_files(path), quantized=quantization is not None)
             config = _as_config(path)
         except InputError as error:
             raise InputError(f"checkpoint {label}: {error}") from error
-        return cls(label, path, config, config_json, stamp)
+        return cls(label, path, config, config_json, stamp, quantization)
 
     @property
     def decoder_config(self) -> PretrainedConfig:
@@ -178,7 +199,7 @@ class Checkpoint:
     def fingerprint(self) -> CheckpointFingerprint:
         """What identifies the checkpoint; made again where a file has changed since."""
         if files.stamp(self.path) != self._stamp:
-            return Checkpoint.open(self.label, self.path).fingerprint
+            return Checkpoint.open(self.label, self.path, dequantize=self.quantization is not None).fingerprint
         return self._fingerprint
 
     @cached_property
@@ -193,6 +214,7 @@ class Checkpoint:
             attention=self.attention,
             end_ids=",".join(str(token) for token in sorted(self.end_ids)),
             left_off=", ".join(map(str, self.encoder.left_off)) or None,
+            quantization=None if self.quantization is None else self.quantization.said,
         )
 
     @contextmanager
@@ -202,6 +224,20 @@ class Checkpoint:
             yield
         except UnsupportedModelError as error:
             raise type(error)(f"checkpoint {self.label}, {self.path}: {error}") from error
+
+    @cached_property
+    def own_dtype(self) -> torch.dtype:
+        """The dtype that the folder asks for: of its config, or else of its first plain floating tensor."""
+        for config in (self.config, self.decoder_config):
+            if (named := getattr(config, "dtype", None)) is not None:
+                return getattr(torch, named) if isinstance(named, str) else named
+        try:
+            weight_files = files.weight_files(self.path)
+        except InputError:  # a folder that was opened without its weights
+            return torch.float32
+        stored = (tensor.get_dtype() for tensor in files.open_tensors(weight_files, quantized=True).values())
+        plain = (files.PLAIN_DTYPES[name] for name in stored if name in files.PLAIN_DTYPES)
+        return next((dtype for dtype in plain if dtype.is_floating_point), torch.float32)
 
     def load(self, dtype: torch.dtype, device: str = "cpu") -> PreTrainedModel:
         """The whole model, in eval mode; see :func:`load_weights`."""
@@ -216,7 +252,7 @@ def load_weights(
     Args:
         model_class: the checkpoint's, or one that lacks parts of it and says which tensors it leaves unread for that.
         checkpoint: whose weights.
-        dtype: of the parameters; None for the config's, or else that of the first floating tensor.
+        dtype: of the parameters; None for the checkpoint's own.
 
     Raises:
         InputError: a parameter has no weight in the files (it would be random) or one of another shape; a tensor in
@@ -224,7 +260,10 @@ def load_weights(
             weights); a weight is stored as whole numbers, bytes or truth values; or the files changed meanwhile.
     """
     path = checkpoint.path
-    tensors = files.open_tensors(files.weight_files(path))
+    dtype = dtype or checkpoint.own_dtype
+    tensors = files.open_tensors(files.weight_files(path), quantized=checkpoint.quantization is not None)
+    if checkpoint.quantization is not None:
+        tensors = dequantized(path, tensors, checkpoint.quantization, dtype)
     load: Any = model_class.from_pretrained  # typed without the report that output_loading_info adds
     try:
         with _without_bars():
@@ -232,7 +271,7 @@ def load_weights(
                 None,
                 config=checkpoint.config,
                 state_dict=tensors,
-                dtype=dtype or _dtype_of(checkpoint, tensors),
+                dtype=dtype,
                 ignore_mismatched_sizes=True,  # to name them
                 output_loading_info=True,
                 local_files_only=True,
@@ -300,15 +339,6 @@ def _check_stored(path: Path, model: PreTrainedModel, tensors: Mapping[str, Any]
             )
 
 
-def _dtype_of(checkpoint: Checkpoint, tensors: Mapping[str, Any]) -> torch.dtype:
-    """The dtype that a folder asks for: of its config, or of its first floating tensor."""
-    named = getattr(checkpoint.config, "dtype", None)
-    if named is None:
-        stored = (files.stored_dtype(checkpoint.path, name, tensor) for name, tensor in tensors.items())
-        named = next((dtype for dtype in stored if dtype.is_floating_point), torch.float32)
-    return getattr(torch, named) if isinstance(named, str) else named
-
-
 def _as_config(path: Path) -> PretrainedConfig:
     file = path / files.CONFIG
     try:
@@ -322,6 +352,9 @@ def _as_config(path: Path) -> PretrainedConfig:
             raise InputError(f"{file}: dtype is {config.dtype!r}, expected a torch dtype such as bfloat16")
     if hasattr(config, "auto_map"):  # transformers has this architecture itself
         del config.auto_map
+    for part in (config, config.get_text_config(decoder=True)):
+        if hasattr(part, "quantization_config"):  # the tensors that transformers is handed are plain ones
+            del part.quantization_config
     return config
 
 

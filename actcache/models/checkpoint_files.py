@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from actcache.errors import InputError
+from actcache.models.quantized import DTYPES as QUANTIZED_DTYPES
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,7 +29,7 @@ _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
 
 # How tensors are stored that are weights as they stand. Numbers of other kinds mean something only with their scales.
-_DTYPES = {
+PLAIN_DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool},
 }
@@ -38,9 +39,6 @@ _DTYPES = {
 _REFUSED_KEYS = {
     "configuration_files": "names other config files: make the one that holds config.json, without the key",
     "transformers_weights": "names other weights than model.safetensors: rename those, and remove the key",
-    "quantization_config": "says that the weights are quantized, which are not read: save them in bfloat16 or float32",
-    "compression_config": "says that the weights are quantized, which are not read: save them in bfloat16 or float32",
-    "quantization": "says that the weights are quantized, which are not read: save them in bfloat16 or float32",
     "fusion_config": "asks for parts that are not the architecture's: remove the key",
     "use_pretrained_backbone": "asks for weights of another model: remove the key",
 }
@@ -109,8 +107,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if value in (None, False, {}):
             continue
         if key in _REFUSED_KEYS:
-            method = value.get("quant_method") if isinstance(value, dict) else None
-            raise InputError(f"{file}: {key}{f' ({method})' if method else ''} {_REFUSED_KEYS[key]}")
+            raise InputError(f"{file}: {key} {_REFUSED_KEYS[key]}")
         if key == "auto_map" and depth:
             raise InputError(f"{file}: a part of the model asks for code of its own (auto_map), which is never run")
         if key in _IMPLEMENTATIONS:
@@ -196,8 +193,12 @@ def _check_regular(file: Path) -> None:
         raise InputError(f"{file} is not a regular file")
 
 
-def open_tensors(files: Sequence[Path]) -> dict[str, Any]:
+def open_tensors(files: Sequence[Path], *, quantized: bool = False) -> dict[str, Any]:
     """Every tensor of some safetensors files, by name, as slices; no tensor is read until it is asked for.
+
+    Args:
+        files: of one folder.
+        quantized: whether quantized numbers may be among them.
 
     Raises:
         InputError: a file is cut short or damaged; two hold a tensor of one name, or one holds quantized numbers.
@@ -217,7 +218,8 @@ def open_tensors(files: Sequence[Path]) -> dict[str, Any]:
             if name in tensors:
                 raise InputError(f"{file} holds {name}, which another file of the folder holds too; remove one of them")
             tensors[name] = opened.get_slice(name)
-            stored_dtype(file, name, tensors[name])
+            if not (quantized and tensors[name].get_dtype() in QUANTIZED_DTYPES):
+                stored_dtype(file, name, tensors[name])
     return tensors
 
 
@@ -228,9 +230,9 @@ def stored_dtype(file: Path, name: str, tensor: Any) -> torch.dtype:
         InputError: in a way that makes weights only together with their scales.
     """
     found = tensor.get_dtype()
-    if found not in _DTYPES:
+    if found not in PLAIN_DTYPES:
         raise InputError(f"{file}: {name} is stored as {found}, as quantized weights are; save them in bfloat16")
-    return _DTYPES[found]
+    return PLAIN_DTYPES[found]
 
 
 def digest_weights(path: Path) -> str:

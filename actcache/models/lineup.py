@@ -43,15 +43,18 @@ class Lineup:
         pair: Sequence[str] | Sequence[Sequence[str]] | None = None,
         *,
         with_weights: bool = True,
+        dequantize: bool = False,
     ) -> Lineup:
-        """Open every folder (whether it holds weights or not, if told so) and check that they belong together.
+        """Open every folder (whether it holds weights or not, if told so; quantized ones, if they are to be
+        dequantized) and check that they belong together.
 
         Raises:
             InputError: a folder is unusable (see :class:`Checkpoint`), or ``pair`` is neither two of the labels nor
                 several such pairs.
             IncompatibleError: architecture, width, depth, vocabulary or tokenizer differ; names the field.
         """
-        opened = [Checkpoint.open(label, path, with_weights=with_weights) for label, path in paths.items()]
+        how = {"with_weights": with_weights, "dequantize": dequantize}
+        opened = [Checkpoint.open(label, path, **how) for label, path in paths.items()]
         lineup = cls(opened, pair)
         first, *others = lineup.checkpoints.values()
         for other in others:

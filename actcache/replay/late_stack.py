@@ -85,6 +85,7 @@ class LateStack:
         *,
         dtype: torch.dtype | None = None,
         device: str = "cpu",
+        dequantize: bool = False,
     ) -> LateStack:
         """Load the late blocks and the readout only, or take them from a model in memory.
 
@@ -97,6 +98,7 @@ class LateStack:
             boundary: first late block, ``1..L-1``.
             dtype: of weights and states; None keeps the checkpoint's own. Ignored for a model in memory.
             device: where to put the weights. Ignored for a model in memory.
+            dequantize: whether a checkpoint of quantized weights may be dequantized. Ignored for a model in memory.
 
         Raises:
             InputError: boundary out of range, folder unusable, model in training mode.
@@ -108,7 +110,7 @@ class LateStack:
             anatomy = find_anatomy(path_or_model)
             model = shallow_clone(path_or_model, anatomy.blocks)
             return cls._of(model, cut_upstream(model, boundary), boundary)
-        checkpoint = Checkpoint.open("late", path_or_model)
+        checkpoint = Checkpoint.open("late", path_or_model, dequantize=dequantize)
         check_boundary(boundary, checkpoint.decoder_config.num_hidden_layers)
         cut: list[StateSource] = []
 
