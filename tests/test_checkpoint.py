@@ -170,7 +170,10 @@ BROKEN: dict[str, tuple[Change, str]] = {
         config(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
         "quantized (bitsandbytes, 4 bits)",
     ),
-    "quantized part": (config(text_config={"quantization_config": {"quant_method": "fp8"}}), "(fp8): what they compute"),
+    "quantized part": (
+        config(text_config={"quantization_config": {"quant_method": "fp8"}}),
+        "(fp8): what they",
+    ),
     "mlx": (config(quantization={"bits": 4, "group_size": 64}), "quantization says"),
     "gguf": (
         lambda folder: (folder / WEIGHTS).rename(folder / "model.gguf"),

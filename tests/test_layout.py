@@ -31,7 +31,18 @@ FLOW = {
         *("rows", "feed"),
     ),
     "models": (
-        *("tokens", "checkpoint_files", "checkpoint", "lineup", "blocks", "probe", "packing", "linear", "readout"),
+        *(
+            "tokens",
+            "quantized",
+            "checkpoint_files",
+            "checkpoint",
+            "lineup",
+            "blocks",
+            "probe",
+            "packing",
+            "linear",
+            "readout",
+        ),
         *("regimes", "cost", "backbone", "gather"),
     ),
     "capture": (

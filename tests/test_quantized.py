@@ -1,4 +1,4 @@
-"""Quantised checkpoints: dequantised while they load, to the numbers of transformers' own loader, or refused by name."""
+"""Quantized checkpoints: dequantized on load, to the numbers of transformers' own loader, or refused by name."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssForCausalLM, Mxfp4Config
 
 from actcache.errors import InputError
 from actcache.models import quantized
@@ -72,7 +72,9 @@ def make_fp8(folder: Path, arch: str = "llama", block: tuple[int, int] = (16, 8)
 
 def make_mxfp4(folder: Path) -> Path:
     """A tiny GPT-OSS whose experts are in MXFP4."""
-    families.build("gpt_oss").save_pretrained(folder)
+    config = families.build("gpt_oss").config
+    config.intermediate_size = 64  # in groups of 32
+    GptOssForCausalLM(config).save_pretrained(folder)
     tiny.write_tokenizer(folder)
     generator = torch.Generator().manual_seed(0)
 
@@ -96,7 +98,7 @@ def folders(tmp_path_factory) -> dict[str, Path]:
 
 
 def of_transformers(folder: Path, method: str, dtype: torch.dtype) -> torch.nn.Module:
-    """The checkpoint as transformers' own loader dequantises it, from the folder."""
+    """The checkpoint as transformers' own loader dequantizes it, from the folder."""
     config: Any = {"fp8": FineGrainedFP8Config, "mxfp4": Mxfp4Config}[method](dequantize=True)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=config).eval()
 
@@ -247,6 +249,7 @@ def test_blocks_are_scaled_one_by_one(data):
 def test_large_weights_are_scaled_in_pieces(monkeypatch):
     weight, scales = torch.randn(2, 24, 8).to(torch.float8_e4m3fn), torch.rand(2, 6, 2)
     tensors = {"up.weight": Stored(weight, "F8_E4M3"), "up.weight_scale_inv": Stored(scales, "F32")}
-    whole = dequantized(Path("folder"), tensors, Quantization("fp8"), torch.float32)["up.weight"][...]
+    up = dequantized(Path("folder"), tensors, Quantization("fp8"), torch.float32)["up.weight"]
+    whole = up[...]
     monkeypatch.setattr(quantized, "_AT_ONCE", 40)
-    assert torch.equal(dequantized(Path("folder"), tensors, Quantization("fp8"), torch.float32)["up.weight"][...], whole)
+    assert torch.equal(up[...], whole)

@@ -84,9 +84,7 @@ class Checkpoint:
     quantization: Quantization | None = None
 
     @classmethod
-    def open(
-        cls, label: str, path: str | Path, *, with_weights: bool = True, dequantize: bool = False
-    ) -> Checkpoint:
+    def open(cls, label: str, path: str | Path, *, with_weights: bool = True, dequantize: bool = False) -> Checkpoint:
         """Check the folder and read its config; weights are not touched, and need not be there unless told so.
 
         Quantized weights are refused unless they may be dequantized: they are other numbers on another device.

@@ -1,12 +1,12 @@
-"""Quantised weights: what a config says of them, and the plain tensors that they stand for.
+"""Quantized weights: what a config says of them, and the plain tensors that they stand for.
 
-A method that is known here is dequantised on the CPU while a checkpoint is loaded, tensor by tensor, by the arithmetic
-of transformers' own loader: products in float32, rounded once, to the dtype of the run. So a quantised checkpoint is the
-same model on every device. All other methods are refused by name. Knows safetensors slices; knows no models.
+A method that is known here is dequantized on the CPU while a checkpoint is loaded, tensor by tensor, by the arithmetic
+of transformers' own loader: products in float32, rounded once, to the dtype of the run. So a quantized checkpoint is
+the same model on every device. All other methods are refused by name. Knows safetensors slices; knows no models.
 
-* **fp8**: `X.weight` in 8 bits, with `X.weight_scale_inv` for each block of it (128 x 128 as a rule), or for all of it.
+* **fp8**: `X.weight` in 8 bits, with `X.weight_scale_inv` for each block of it (128 x 128 as a rule), or for all.
 * **mxfp8**: the same in blocks of 1 x 32, whose scales are powers of two, stored as their exponents (E8M0).
-* **mxfp4**: `X_blocks`, two 4-bit numbers (E2M1) a byte, in groups of 32 along the inputs, with exponents in `X_scales`.
+* **mxfp4**: `X_blocks`, two 4-bit numbers (E2M1) per byte, in groups of 32 along the inputs; exponents in `X_scales`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from actcache.errors import InputError
 
-# Where a config.json, at any depth, says that weights are quantised.
+# Where a config.json, at any depth, says that weights are quantized.
 KEYS = ("quantization_config", "compression_config", "quantization")
 DEQUANTIZED = ("fp8", "mxfp8", "mxfp4")
 
@@ -44,7 +44,7 @@ _AT_ONCE = 1 << 24  # numbers that are in float32 at a time
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of a checkpoint are quantised.
+    """How the weights of a checkpoint are quantized.
 
     Attributes:
         method: one of DEQUANTIZED.
@@ -61,10 +61,10 @@ class Quantization:
 
 
 def find_quantization(file: Path, config: Mapping[str, Any]) -> Quantization | None:
-    """What a config.json says of quantised weights, in itself or in the part for text; None where it says nothing.
+    """What a config.json says of quantized weights, in itself or in the part for text; None where it says nothing.
 
     Raises:
-        InputError: of a method that is not dequantised here.
+        InputError: of a method that is not dequantized here.
     """
     for place, key, found in _said(config):
         method = _method_of(found)
@@ -79,7 +79,7 @@ def find_quantization(file: Path, config: Mapping[str, Any]) -> Quantization | N
 
 
 def _said(config: Mapping[str, Any], place: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    """The keys of a config and its parts that speak of quantised weights: which part, the key and its value."""
+    """The keys of a config and its parts that speak of quantized weights: which part, the key and its value."""
     for key, value in config.items():
         if key in KEYS and value:
             yield place, key, value
@@ -111,7 +111,7 @@ class Dequantized:
     """A tensor that is computed when it is asked for, behind the few words of a safetensors slice that loaders use.
 
     Attributes:
-        name: of the quantised tensor.
+        name: of the quantized tensor.
         shape: of the result.
         read: gives it.
     """
@@ -135,7 +135,7 @@ class Dequantized:
 def dequantized(
     path: Path, tensors: Mapping[str, Any], quantization: Quantization, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The tensors of a quantised checkpoint as those of a plain one, under the names of a plain one.
+    """The tensors of a quantized checkpoint as those of a plain one, under the names of a plain one.
 
     Args:
         path: of the folder, for messages.
@@ -144,7 +144,7 @@ def dequantized(
         dtype: to round to.
 
     Raises:
-        InputError: a scale is missing, or is not of the shape that it must have; or nothing is quantised.
+        InputError: a scale is missing, or is not of the shape that it must have; or nothing is quantized.
     """
     of_fp4 = quantization.method == "mxfp4"
     found = _of_fp4(path, tensors, dtype) if of_fp4 else _of_fp8(path, tensors, quantization, dtype)
