@@ -242,8 +242,8 @@ def digest_of(value: Any) -> str:
 
 # ---- fingerprint -----------------------------------------------------------------------------------------------------
 
-ANY_CHECKPOINT, REAL_TOKENS = "of any checkpoint", "real tokens"
-"""What ``vocabulary`` of a fingerprint may say."""
+ANY_CHECKPOINT, REAL_TOKENS, SHARED_TOKENS = "of any checkpoint", "real tokens", "shared tokens"
+"""What ``vocabulary`` of a fingerprint may say. Only earlier versions let an event have a token of any checkpoint."""
 
 # A field of a fingerprint that this store does not record: an earlier version wrote it, or a tool that is no capture.
 # Typed as nothing in particular, so that what a capture records has its own type everywhere.
@@ -333,8 +333,9 @@ class Fingerprint(_AsJson):
         lineup: labels in the order in which they were given, where that is not the pair alone.
         support: ``fixed`` where the events are given, ``rollouts`` where they lie on rollouts; elsewhere they are first
             divergences.
-        vocabulary: ``of any checkpoint`` where a token that only one tokenizer has may be an event's; ``real tokens``
-            where ids that stand for none are never chosen.
+        vocabulary: ``32000 shared tokens`` where tokenizers or embeddings differ in their tail, and no more than these
+            are chosen; ``real tokens`` where ids that stand for none are never chosen; ``of any checkpoint`` where an
+            an earlier version let a token that only one tokenizer has be an event's.
         prompts: digest of the prompts, as they were when the store was created.
         n_prompts: how many prompts were asked for.
         n_blocks: L.
@@ -403,9 +404,9 @@ class Fingerprint(_AsJson):
         return found
 
     @property
-    def masks_ids(self) -> bool:
-        """Whether ids that stand for no token were never chosen, so that no readout may choose them."""
-        return REAL_TOKENS in (self.vocabulary or "")
+    def shares_tokens(self) -> bool:
+        """Whether vocabularies differ in their tail, so that a token that is never chosen might have been the best."""
+        return SHARED_TOKENS in (self.vocabulary or "")
 
     @property
     def event_pairs(self) -> list[tuple[str, ...]]:

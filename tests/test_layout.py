@@ -36,6 +36,7 @@ FLOW = {
             "quantized",
             "checkpoint_files",
             "checkpoint",
+            "vocabulary",
             "lineup",
             "blocks",
             "probe",

@@ -554,7 +554,7 @@ def test_planted_disagreements_are_all_found_at_the_right_kinds(tmp_path, beyond
     store = open_store(capture(pair, prompts, tmp_path / "run", "--rollout-tokens", 40) / "store")
     lineup = Lineup.open(dict(zip(("pt", "it"), pair, strict=True)))
     assert len(lineup.masked_ids) == beyond
-    assert store.fingerprint.masks_ids == bool(beyond)
+    assert store.fingerprint.vocabulary == ("real tokens" if beyond else None)
     found, n_found = events_of(store), Counter()
     for line in map(json.loads, prompts.read_text().splitlines()):
         (ids,) = lineup.encode([Prompt(line["id"], line["prompt"])])

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
+from stores import read_tree
 from transformers import AutoTokenizer
 
 from actcache.capture.settings import CaptureSettings
@@ -189,33 +190,34 @@ def test_both_tokenizers_count_alike(lineup, swapped):
         found = Lineup([found.checkpoints["it"], found.checkpoints["pt"]])
     assert found.vocabulary == frozenset(range(tiny.VOCAB_SIZE + 2))
     assert found.decode([tiny.VOCAB_SIZE + 1]) == "<|two|>"
-    assert fingerprint(found, [], CaptureSettings((1,))).vocabulary, "an earlier version left events out"
-
-
-def found_specials(lineup):
-    return {token for c in lineup.checkpoints.values() for token in c.tokenizer.all_special_tokens}
+    said = fingerprint(found, [], CaptureSettings((1,))).vocabulary
+    assert said == f"{tiny.VOCAB_SIZE + 1} shared tokens, real tokens"
 
 
 @pytest.mark.slow
-def test_a_choice_that_only_one_tokenizer_has_is_an_event(tmp_path):
+def test_a_choice_that_only_one_tokenizer_has_is_never_an_event(tmp_path):
+    """It was one by the rule of an earlier version, whose stores go on by it."""
     folders = tiny.make_pair(tmp_path, "llama", vocab_size=N_ROWS)
     add("<|one|>", "<|two|>", "<|three|>", "<|four|>")(folders[1])
     prompts = [Prompt(str(i), text) for i, text in enumerate(tiny.PROMPTS)]
-    outcomes = {}
+    tail = set(range(tiny.VOCAB_SIZE, N_ROWS))
+
+    def choices(place: Path, lineup: Lineup) -> set[int]:
+        capture(lineup, prompts, place, CaptureSettings((3,), max_new=8))
+        events = open_store(place).events
+        return {token for role in ("pt", "it") for token in events[f"y_{role}"].to_pylist()}
+
     for pt, it in (folders, folders[::-1]):
-        lineup, store = Lineup.open({"pt": pt, "it": it}), tmp_path / f"store-{pt.name}"
-        capture(lineup, prompts, store, CaptureSettings((3,), max_new=8))
-        found = open_store(store)
-        outcomes[pt.name] = [
-            *((e["prompt_id"], e["position"], {e["y_pt"], e["y_it"]}) for e in found.events.to_pylist()),
-            *((e["prompt_id"], e["reason"]) for e in found.excluded.to_pylist()),
-        ]
-        assert "token_outside_vocabulary" not in found.excluded["reason"].to_pylist()
-        special = {"<|one|>", "<|two|>", "<|three|>", "<|four|>", *found_specials(lineup)}
-        for event in found.events.to_pylist():
-            for label in ("pt", "it"):
-                assert event[f"special_{label}"] == (event[f"token_{label}"] in special)
-        names = {*found.events["token_pt"].to_pylist(), *found.events["token_it"].to_pylist()}
-    assert outcomes["pt"] == outcomes["it"]
-    assert any({*choices[0]} & set(range(tiny.VOCAB_SIZE, N_ROWS)) for _, _, *choices in outcomes["pt"] if choices)
-    assert names & {"<|one|>", "<|two|>", "<|three|>", "<|four|>"}
+        lineup, place = Lineup.open({"pt": pt, "it": it}), tmp_path / f"store-{pt.name}"
+        assert not choices(place, lineup) & tail
+        assert open_store(place).fingerprint.vocabulary == f"{tiny.VOCAB_SIZE} shared tokens"
+    earlier = tmp_path / "earlier"
+    assert (
+        choices(earlier, Lineup.open(dict(zip(("pt", "it"), folders, strict=True))).follow("of any checkpoint")) & tail
+    )
+    before = read_tree(earlier)
+    assert choices(earlier, Lineup.open(dict(zip(("pt", "it"), folders, strict=True)))) & tail
+    assert read_tree(earlier) == before
+    named = open_store(earlier).events.to_pylist()
+    ones = {event[f"token_{role}"] for event in named for role in ("pt", "it") if event[f"special_{role}"]}
+    assert ones & {"<|one|>", "<|two|>", "<|three|>", "<|four|>"}

@@ -261,7 +261,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
     )
     check_settings(store, settings)
     check_same_checkpoints(store, lineup)
-
+    lineup.follow(captured.vocabulary)
     clock = GridClock(folder, store)
 
     less = "a lower --max-tokens needs less"
@@ -272,7 +272,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
             what = f"loading {label} from block {boundary} on"
             with enough_memory(what, fewer), clock.loading(), line.during(what):
                 late = LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
-                late.readout.mask(lineup.masked_ids if captured.masks_ids else [])
+                late.readout.mask(lineup.masked_ids)
             check_same_checkpoints(store, lineup)  # what was loaded lies between two looks at the files
             return late
 

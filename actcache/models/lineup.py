@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -10,15 +9,12 @@ from pathlib import Path
 
 from actcache.errors import IncompatibleError, InputError
 from actcache.models.checkpoint import Checkpoint
+from actcache.models.vocabulary import Tokens, Vocabulary
 from actcache.prompts import Prompt
 from actcache.schema import several_pairs
 
 # What must be equal for states of one checkpoint to be read by the late blocks of another.
-_ALIGNED_FIELDS = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
-
-
-# Names of tokens that stand for no text: they wait for a use that no training has given them.
-_RESERVED = re.compile(r"[<\[]\|?(unused|reserved(_special)?(_token)?)_?[0-9]+\|?[>\]]", re.IGNORECASE)
+_ALIGNED_FIELDS = ("model_type", "hidden_size", "num_hidden_layers")
 
 
 class Lineup:
@@ -51,7 +47,8 @@ class Lineup:
         Raises:
             InputError: a folder is unusable (see :class:`Checkpoint`), or ``pair`` is neither two of the labels nor
                 several such pairs.
-            IncompatibleError: architecture, width, depth, vocabulary or tokenizer differ; names the field.
+            IncompatibleError: architecture, width, depth or tokenizer differ; names the field. Vocabularies may differ
+                in their tail.
         """
         how = {"with_weights": with_weights, "dequantize": dequantize}
         opened = [Checkpoint.open(label, path, **how) for label, path in paths.items()]
@@ -66,7 +63,7 @@ class Lineup:
                         f"{b} in {other.path}; they must be of one architecture",
                         field=field,
                     )
-            _check_same_vocabulary(first, other)
+        lineup.ids.check()
         return lineup
 
     @property
@@ -95,28 +92,45 @@ class Lineup:
         return self._first.decoder_config.hidden_size
 
     @cached_property
-    def vocab_size(self) -> int:
-        """V, rows of every checkpoint's embedding and head."""
-        return self._first.decoder_config.vocab_size
-
-    @cached_property
-    def vocabulary(self) -> frozenset[int]:
-        """Ids of the tokens that a tokenizer of the lineup has and every model can read and emit."""
-        known = frozenset().union(*(checkpoint.encoder.token_of for checkpoint in self.checkpoints.values()))
-        return frozenset(index for index in known if index < self.vocab_size)
-
-    @cached_property
-    def masked_ids(self) -> list[int]:
-        """Ids that are never chosen, in order: those without a token, and those of tokens that are named as reserved
-        (``<unused7>``, ``<|reserved_special_token_7|>``). An id that ends a generation is not among them."""
-        names = [checkpoint.encoder.token_of for checkpoint in self.checkpoints.values()]
-        real = {index for index in self.vocabulary if not any(_RESERVED.fullmatch(of.get(index, "")) for of in names)}
-        return sorted(set(range(self.vocab_size)) - real - self.end_ids)
+    def ids(self) -> Vocabulary:
+        """Which ids there are, and which of them are shared."""
+        tokens = [
+            Tokens(
+                label,
+                str(one.path),
+                one.encoder.token_of,
+                one.tokenizer.get_added_vocab(),
+                one.decoder_config.vocab_size,
+            )
+            for label, one in self.checkpoints.items()
+        ]
+        return Vocabulary(tokens, self.end_ids)
 
     @property
-    def has_one_vocabulary(self) -> bool:
-        """Whether every tokenizer has all of :attr:`vocabulary`."""
-        return all(c.encoder.token_of.keys() >= self.vocabulary for c in self.checkpoints.values())
+    def vocab_size(self) -> int:
+        """V, rows that every checkpoint's embedding and head have."""
+        return self.ids.n_rows
+
+    @property
+    def vocabulary(self) -> frozenset[int]:
+        """Ids of the tokens that a tokenizer of the lineup has and every model can read and emit."""
+        return self.ids.known
+
+    @cached_property
+    def rule(self) -> str | None:
+        """Which ids are never chosen, as a fingerprint's ``vocabulary`` says it: that of a capture of today, unless
+        told to :meth:`follow` another."""
+        return self.ids.rule
+
+    def follow(self, rule: str | None) -> Lineup:
+        """Choose ids by the rule of a store from here on, which may be of an earlier version; returns itself."""
+        self.rule = rule
+        return self
+
+    @property
+    def masked_ids(self) -> list[int]:
+        """Ids that are never chosen, in order; some may be beyond a checkpoint's own rows."""
+        return self.ids.masked(self.rule)
 
     @property
     def end_ids(self) -> frozenset[int]:
@@ -225,19 +239,3 @@ def check_pair(pair: Sequence[str], labels: Sequence[str]) -> tuple[str, str]:
     if len(pair) != 2 or not set(pair) <= set(labels) or (pair[0] == pair[1] and len(labels) > 1):
         raise InputError(f"the pair is {','.join(pair)}, expected two different labels of {', '.join(labels)}")
     return pair[0], pair[1]
-
-
-def _check_same_vocabulary(first: Checkpoint, other: Checkpoint) -> None:
-    """Both tokenizers must map ids to the same tokens; special tokens that only one of them adds are no conflict."""
-    a, b = first.encoder.token_of, other.encoder.token_of
-    if a == b:
-        return
-    added = set(first.tokenizer.get_added_vocab()) | set(other.tokenizer.get_added_vocab())
-    for index in sorted(a.keys() | b.keys()):
-        token_a, token_b = a.get(index), b.get(index)
-        if token_a != token_b and not (None in (token_a, token_b) and {token_a, token_b} & added):
-            raise IncompatibleError(
-                f"checkpoints {first.label} and {other.label} have different tokenizers: id {index} is {token_a!r} in "
-                f"{first.path} and {token_b!r} in {other.path}",
-                field="tokenizer",
-            )

@@ -92,10 +92,12 @@ class Readout:
     def mask(self, token_ids: Sequence[int]) -> None:
         """Never choose these tokens from here on: their logits are -inf, but in :meth:`scores`, which chooses none.
 
+        Those beyond this vocabulary, which another checkpoint has, are of no account.
+
         Raises:
-            InputError: one is not in the vocabulary, or no other one is left.
+            InputError: one is negative, or no other one is left.
         """
-        ids = torch.tensor(sorted(set(token_ids)), dtype=torch.int64)
+        ids = torch.tensor(sorted(index for index in set(token_ids) if index < self.vocab_size), dtype=torch.int64)
         self._check_tokens(ids[None], 1)
         if len(ids) >= self.vocab_size:
             raise InputError(f"all {self.vocab_size} tokens of the vocabulary would be masked")
@@ -197,6 +199,14 @@ class Readout:
         return ids, logits
 
     @torch.no_grad()
+    def outvoted(self, final_hidden: torch.Tensor) -> torch.Tensor:
+        """The masked token that has the best logit of all, ``[n]`` int64; -1 where one that may be chosen has it."""
+        ids = torch.empty(len(final_hidden), dtype=torch.int64)
+        for rows, _, (_, index) in self._every(final_hidden, masked=False):
+            ids[rows] = torch.where(torch.isin(index, self._never), index, -1).cpu()
+        return ids
+
+    @torch.no_grad()
     def compare(
         self, final_hidden: torch.Tensor, references: torch.Tensor, which: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,18 +257,20 @@ class Readout:
             raise InputError(f"token {int(wrong[0])} is not in the vocabulary of {self.vocab_size} tokens")
 
     def _every(
-        self, final_hidden: torch.Tensor, copies: int = 1
+        self, final_hidden: torch.Tensor, copies: int = 1, *, masked: bool = True
     ) -> Iterator[tuple[slice, torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]:
         """A few states at a time: which, their logits ``[m, V]``, and the best one with its token, ``[m]`` each.
 
-        ``copies`` says how many times the memory of the logits what is made of them takes.
+        ``copies`` says how many times the memory of the logits what is made of them takes; ``masked``, whether those of
+        masked tokens are -inf.
         """
         self._check_shape(final_hidden)
         _check_states(final_hidden)
         step = max(1, MAX_LOGITS_AT_ONCE // (copies * self.vocab_size))
         for start in range(0, len(final_hidden), step):
             rows = slice(start, start + step)
-            every = self._logits(self._norm(final_hidden[None, rows].to(self.device)), None)
+            normed = self._norm(final_hidden[None, rows].to(self.device))
+            every = self._logits(normed, None) if masked else self._unmasked(normed, None)
             best, index = every.max(dim=-1)
             if not is_finite(best):  # a masked token's -inf is never the best
                 row = start + int(torch.isfinite(best).logical_not().nonzero()[0])
@@ -266,13 +278,17 @@ class Readout:
             yield rows, every, (best, index)
 
     def _logits(self, normed: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
-        """``[1, n, D]`` normed states -> ``[n, k or V]`` logits, through the model's own forward."""
-        self._given.state, self._given.token_ids = normed, token_ids
-        dummy = torch.zeros(1, normed.shape[1], dtype=torch.int64, device=normed.device)
-        logits = self._shell(input_ids=dummy, use_cache=False).logits[0]
+        """``[1, n, D]`` normed states -> ``[n, k or V]`` logits; those of masked tokens are -inf among all V."""
+        logits = self._unmasked(normed, token_ids)
         if token_ids is None and len(self._never):
             logits.index_fill_(-1, self._never, -torch.inf)
         return logits
+
+    def _unmasked(self, normed: torch.Tensor, token_ids: torch.Tensor | None) -> torch.Tensor:
+        """The same through the model's own forward, as it is."""
+        self._given.state, self._given.token_ids = normed, token_ids
+        dummy = torch.zeros(1, normed.shape[1], dtype=torch.int64, device=normed.device)
+        return self._shell(input_ids=dummy, use_cache=False).logits[0]
 
     @torch.no_grad()
     def _probe(self, name: str, head: nn.Module) -> None:

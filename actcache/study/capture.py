@@ -35,7 +35,7 @@ from actcache.models.lineup import Lineup
 from actcache.models.probe import check_replayable
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
-from actcache.schema import ANY_CHECKPOINT, FIRST_DIVERGENCE, REAL_TOKENS, Fingerprint, order_of_labels
+from actcache.schema import FIRST_DIVERGENCE, Fingerprint, order_of_labels
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
 from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob
@@ -124,8 +124,10 @@ def capture(
     prompt_ids = lineup.encode(prompts, say) if given is None else []
     prompts = prompts if given is None else [one.as_prompt() for one in given]
     settings = settings if given is None else replace(settings, support=FIXED)
-    found = fingerprint(lineup, prompts, settings)
     before = existing(store)
+    if before is not None:
+        lineup.follow(before.fingerprint.vocabulary)
+    found = fingerprint(lineup, prompts, settings)
     captured = before.prompts if before else {}
     segments = segments_of(prompts, settings.shard_prompts, captured)
     writer = StoreWriter(store, found, digests_of_segments(prompts, settings.shard_prompts, captured))
@@ -224,14 +226,13 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Back
 
 def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> Fingerprint:
     """Everything that the bytes of the store depend on; two equal fingerprints name the same work."""
-    vocabulary = {ANY_CHECKPOINT: not lineup.has_one_vocabulary, REAL_TOKENS: bool(lineup.masked_ids)}
     return Fingerprint(
         checkpoints={label: checkpoint.fingerprint for label, checkpoint in lineup.checkpoints.items()},
         pair=lineup.pair,
         pairs=None if len(lineup.pairs) == 1 else tuple(",".join(pair) for pair in lineup.pairs),
         lineup=order_of_labels(lineup.labels, lineup.pair),
         # Only where the store would differ from one of an earlier version, which resumes otherwise.
-        vocabulary=", ".join(word for word, holds in vocabulary.items() if holds) or None,
+        vocabulary=lineup.rule,
         support=None if settings.support == FIRST_DIVERGENCE else settings.support,
         prompts=prompts_module.digest(prompts),
         n_prompts=len(prompts),

@@ -78,7 +78,7 @@ class LocalEngine:
         """One that loads models from the folders of the checkpoints, by label, as a worker does that has no more than a
         job and these places."""
 
-        masked_ids = Lineup.open(checkpoints).masked_ids if store.fingerprint.masks_ids else []
+        masked_ids = Lineup.open(checkpoints).follow(store.fingerprint.vocabulary).masked_ids
 
         def load_late(label: str, boundary: int) -> LateStack:
             late = LateStack.load(checkpoints[label], boundary, dtype=store.dtype, device=device)

@@ -136,12 +136,12 @@ class Run:
 
         lineup = Lineup.open(self._record.checkpoints | self._moved)
         check_same_checkpoints(self.store, lineup)
-        return lineup
+        return lineup.follow(self.store.fingerprint.vocabulary)
 
     @property
     def masked_ids(self) -> list[int]:
-        """Ids that no readout of this run chooses; none in one of an earlier version."""
-        return self.lineup.masked_ids if self.store.fingerprint.masks_ids else []
+        """Ids that no readout of this run chooses."""
+        return self.lineup.masked_ids
 
     def load_late(self, label: str, boundary: int, device: str | None = None) -> LateStack:
         """The late stack of a checkpoint, in the store's dtype.
