@@ -31,20 +31,9 @@ FLOW = {
         *("rows", "feed"),
     ),
     "models": (
-        *(
-            "tokens",
-            "quantized",
-            "checkpoint_files",
-            "checkpoint",
-            "vocabulary",
-            "lineup",
-            "blocks",
-            "probe",
-            "packing",
-            "linear",
-            "readout",
-        ),
-        *("regimes", "cost", "backbone", "gather"),
+        *("tokens", "quantized", "checkpoint_files", "checkpoint", "vocabulary", "lineup"),
+        *("blocks", "probe", "parts", "packing", "linear", "readout"),
+        *("regimes", "cost", "backbone", "streamed", "gather"),
     ),
     "capture": (
         *("settings", "token_class", "supports", "growth", "given", "events", "decode", "counter", "forward"),

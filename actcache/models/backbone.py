@@ -6,7 +6,7 @@ Knows transformers modules; knows no files, no stores, no prompts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,6 @@ from actcache.models.packing import (
     PackStoppedError,
     Prefix,
     branched_attention,
-    offsets_of,
     packed_attention,
     restarting_positions,
     why_not_packable,
@@ -181,17 +180,24 @@ class Backbone:
         if self.not_packable is not None:
             return self.not_packable
 
-        def run(ids: torch.Tensor, bounds: Sequence[int]) -> torch.Tensor:
-            return self.forward(bounds, input_ids=ids[None].to(self.device))
-
         ids = torch.randint(self.readout.vocab_size, (10,), generator=torch.Generator().manual_seed(0))
-        first, changed, second = ids.split([3, 3, 4])
-        bounds = offsets_of([3, 4]).tolist()
-        alone = run(second, [0, 4]).float()
+        return self.why_packs_differ(ids.to(self.device), lambda bounds, own: self.forward(bounds, input_ids=own[None]))
+
+    def why_packs_differ(
+        self, tokens: torch.Tensor, run: Callable[[Sequence[int], torch.Tensor], torch.Tensor]
+    ) -> str | None:
+        """Why a sequence in a pack is not what it is alone, or None.
+
+        Args:
+            tokens: ten ids or states.
+            run: gives the output over some of them, ``[t, D]``, cut at bounds.
+        """
+        first, changed, second = tokens.split([3, 3, 4])
+        alone = run([0, 4], second).float()
         allowed = rounding_of(self.dtype) * alone.abs().max().item()
         for neighbour in (first, changed):
             try:
-                packed = run(torch.cat([neighbour, second]), bounds)[3:].float()
+                packed = run([0, 3, 7], torch.cat([neighbour, second]))[3:].float()
             except FAILURES as error:
                 return why_failed(self.decoder, "packed", error)
             off = (packed - alone).abs().max().item()

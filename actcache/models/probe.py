@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from actcache.errors import NotFiniteError, UnsupportedModelError
 from actcache.finite import first_block, is_finite
-from actcache.models.blocks import NoEmbedding, StateSource, cut_upstream, find_anatomy, shallow_clone
+from actcache.models.blocks import NoEmbedding, StateSource, UpstreamStandIn, cut_upstream, find_anatomy, shallow_clone
 
 # What transformers' blocks may be given beside the hidden state: made from the positions alone, so that a late stack
 # makes it again. A tensor under any other name carries something else past the boundary.
@@ -74,22 +74,53 @@ def probe_late_blocks(model: PreTrainedModel, boundary: int, source: StateSource
         UnsupportedModelError: one of these does not hold; the message says which.
         NotFiniteError: what the late blocks and the norm give is not finite; the message names the first block.
     """
-    probe = _LateProbe(model, boundary, source)
+    probe = _Probe(model, boundary, source)
     probe.learn_block_output()
     probe.check_calls()
     probe.check_inputs()
 
 
-class _LateProbe:
-    def __init__(self, model: PreTrainedModel, boundary: int, source: StateSource) -> None:
+@torch.no_grad()
+def probe_frame(model: PreTrainedModel, source: StateSource) -> None:
+    """Learn what a model expects its blocks to return, where all of them are stand-ins (errors as
+    :func:`probe_late_blocks`)."""
+    _Probe(model, 1, source).learn_block_output()
+
+
+@torch.no_grad()
+def probe_block(model: PreTrainedModel, index: int, source: StateSource, following: nn.Module | None) -> None:
+    """Show that one block reads the state that enters it, and nothing else, and leaves no more than one to the block
+    that follows it, where all others are stand-ins.
+
+    Args:
+        model, index, source: as :func:`probe_late_blocks`; what block 0 reads is the model's own, and not looked at.
+        following: the next block, without weights; None for the last one.
+
+    Raises:
+        UnsupportedModelError, NotFiniteError: as :func:`probe_late_blocks`.
+    """
+    probe = _Probe(model, index, source, n=1)
+    if following is not None:
+        probe.check_left(following)
+    if index:
+        probe.check_calls()
+        probe.check_inputs()
+
+
+class _Probe:
+    """Of ``n`` blocks from the boundary on; None for all of them."""
+
+    def __init__(self, model: PreTrainedModel, boundary: int, source: StateSource, n: int | None = None) -> None:
         anatomy = find_anatomy(model)
         self.name = type(model).__name__
         self.source, self.boundary = source, boundary
+        self.late = range(boundary, anatomy.n_blocks if n is None else boundary + n)
+        self.reaches_norm = self.late.stop == anatomy.n_blocks
         self.decoder = model.get_submodule(anatomy.decoder)
         self.blocks: nn.ModuleList = model.get_submodule(anatomy.blocks)  # type: ignore[assignment]
         self.norm = model.get_submodule(anatomy.final_norm)
         self.embedding = model.get_input_embeddings()
-        device = next(self.blocks[-1].parameters()).device
+        device = model.get_output_embeddings().weight.device
         generator = torch.Generator().manual_seed(0)
         shape = 1, _N_PROBE_TOKENS, anatomy.width
         self.state, self.embeds = (torch.randn(shape, generator=generator).to(device, model.dtype) for _ in range(2))
@@ -107,7 +138,8 @@ class _LateProbe:
                 self._refuse(f"its blocks are given {found}, not one residual stream {tuple(self.state.shape)}")
 
         def reach(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            state, _ = _arguments(block, args, kwargs)
+            stands_in = isinstance(block, UpstreamStandIn)
+            state = next(iter((*args, *kwargs.values())), None) if stands_in else _arguments(block, args, kwargs)[0]
             raise _ReachedError(isinstance(state, torch.Tensor) and state.shape == self.state.shape)
 
         failure: Exception | None = None
@@ -154,9 +186,9 @@ class _LateProbe:
             next(n_norms)
             seen["read"], seen["normed"] = args[0], output
 
-        late = list(range(self.boundary, len(self.blocks)))
+        late = list(self.late)
         hooks = [self.blocks[i].register_forward_pre_hook(enter(i), with_kwargs=True) for i in late]
-        hooks += [self.blocks[-1].register_forward_hook(leave), self.norm.register_forward_hook(norm)]
+        hooks += [self.blocks[late[-1]].register_forward_hook(leave), self.norm.register_forward_hook(norm)]
         try:
             returned = self._forward(input_ids=self.ids[0])
         except Exception as error:
@@ -164,7 +196,7 @@ class _LateProbe:
         finally:
             for hook in hooks:
                 hook.remove()
-        if not is_finite(returned):
+        if not is_finite(returned if self.reaches_norm else seen["written"]):
             where = first_block(list(self.blocks), lambda: self._forward(input_ids=self.ids[0]), self.boundary)
             raise NotFiniteError(
                 f"{self.name}: its late blocks, or its final norm, give values that are not finite; {where}: weights "
@@ -179,6 +211,8 @@ class _LateProbe:
         if seen["written"].dtype != self.state.dtype:
             found = f"its residual stream is {seen['written'].dtype}, its weights are {self.state.dtype}"
             self._refuse(f"{found}; load it with dtype={seen['written'].dtype}")
+        if not self.reaches_norm:
+            return
         if next(n_norms) != 1:
             self._refuse("its final norm is not called once, after the last block")
         if not _equal(seen["read"], seen["written"]):
@@ -186,10 +220,39 @@ class _LateProbe:
         if not _equal(returned, seen["normed"]):
             self._refuse("it does not return what its final norm computes")
 
+    def check_left(self, following: nn.Module) -> None:
+        """The block after the last one looked at, which is a stand-in, is given nothing that only a block can leave
+        (but what it would miss, and raise)."""
+        left: list[str] = []
+
+        def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _, others = _arguments(following, args, kwargs)
+            left.extend(name for name, one in others.items() if _carries(name, one))
+
+        hook = self.blocks[self.late.stop].register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            self._forward(input_ids=self.ids[0])
+        except Exception as error:
+            self._cannot_run(error)
+        finally:
+            hook.remove()
+        if left:
+            self._refuse(_more_than_state(left))
+
     def check_inputs(self) -> None:
         """Other token ids, or embeddings, must change nothing."""
-        inputs = [{"input_ids": ids} for ids in self.ids] + [{"inputs_embeds": self.embeds}]
-        first, *others = (self._forward(**given) for given in inputs)
+        written: list[torch.Tensor] = []
+
+        def leave(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            written.append(output if isinstance(output, torch.Tensor) else output[0])
+
+        hook = self.blocks[self.late[-1]].register_forward_hook(leave)
+        try:
+            for given in (*({"input_ids": ids} for ids in self.ids), {"inputs_embeds": self.embeds}):
+                self._forward(**given)
+        finally:
+            hook.remove()
+        first, *others = written
         allowed = _SAME[first.dtype] * first.abs().max()
         if any(((other - first).abs() > allowed).any() for other in others):
             self._refuse(_more_than_state(["the token embeddings"]))

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +25,9 @@ from actcache.models.blocks import (
     find_anatomy,
     is_wrapped,
     shallow_clone,
-    upstream_names,
 )
-from actcache.models.checkpoint import Checkpoint, load_weights
+from actcache.models.checkpoint import Checkpoint
+from actcache.models.parts import load_late_blocks
 from actcache.models.probe import probe_late_blocks
 from actcache.replay.batch import Batch, Positions
 from actcache.replay.copies import apart, copies_of
@@ -112,24 +111,10 @@ class LateStack:
             return cls._of(model, cut_upstream(model, boundary), boundary)
         checkpoint = Checkpoint.open("late", path_or_model, dequantize=dequantize)
         check_boundary(boundary, checkpoint.decoder_config.num_hidden_layers)
-        cut: list[StateSource] = []
-
-        class Late(checkpoint.model_class):  # type: ignore[name-defined]
-            _keys_to_ignore_on_load_unexpected: Any
-
-            def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-                super().__init__(config, *args, **kwargs)
-                own = self._keys_to_ignore_on_load_unexpected  # None, a list or a set, by transformers' version
-                own = [] if own is None else own
-                self._keys_to_ignore_on_load_unexpected = type(own)([*own, *upstream_names(self, boundary)])
-                cut.append(cut_upstream(self, boundary))
-
-        # transformers loads a class that is not its own by other rules (and leaves some computed buffers unset).
-        Late.__name__ = Late.__qualname__ = checkpoint.model_class.__name__
-        Late.__module__ = checkpoint.model_class.__module__
-        model = load_weights(Late, checkpoint, dtype).to(device)  # type: ignore[arg-type]
+        model, source = load_late_blocks(checkpoint, boundary, dtype)
+        model.to(device)  # type: ignore[arg-type]
         with checkpoint.named():
-            return cls._of(model, cut[-1], boundary)
+            return cls._of(model, source, boundary)
 
     def at(self, boundary: int) -> LateStack:
         """The same stack from a later boundary on; weights are shared, nothing is loaded.

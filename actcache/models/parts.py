@@ -1,0 +1,181 @@
+"""Parts of a checkpoint, loaded alone: its late blocks, what stands around its blocks, and one block.
+
+Each is the checkpoint's own model class with stand-ins where the other parts were, filled by the one loader: adapters,
+dequantisation and transformers' conversion of weights apply as to whole models. Only the bytes of the part are read.
+Knows checkpoints and transformers modules; knows no rows and no tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from actcache.errors import UnsupportedModelError
+from actcache.models import checkpoint_files as files
+from actcache.models.blocks import StateSource, UpstreamStandIn, cut_upstream, find_anatomy, upstream_names
+from actcache.models.checkpoint import Checkpoint, load_weights
+
+
+def load_late_blocks(
+    checkpoint: Checkpoint, boundary: int, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, StateSource]:
+    """A model without its blocks before ``boundary``, and without token embeddings that nothing reads; and what the
+    stand-ins hand on (errors as :func:`load_weights`)."""
+    sources: list[StateSource] = []
+
+    def cut(model: PreTrainedModel) -> list[str]:
+        unread = upstream_names(model, boundary)
+        sources.append(cut_upstream(model, boundary))
+        return unread
+
+    return _load(checkpoint, dtype, cut), sources[-1]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A model without weights in its blocks: token embeddings, final norm, head and whatever else stands around them.
+
+    Attributes:
+        checkpoint: whose.
+        model: the causal LM, with a stand-in for each block.
+        source: what the stand-ins hand on.
+        path: of the list of blocks in it.
+    """
+
+    checkpoint: Checkpoint
+    model: PreTrainedModel
+    source: StateSource
+    path: str
+    _blocks: tuple[nn.Module, ...]  # without weights, as transformers builds them
+    _stand_ins: tuple[nn.Module, ...]
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Frame:
+        """Of this checkpoint, on the CPU (errors as :func:`load_weights`).
+
+        Raises:
+            UnsupportedModelError: blocks share weights.
+        """
+        found: list[tuple[StateSource, str, tuple[nn.Module, ...], tuple[nn.Module, ...]]] = []
+
+        def cut(model: PreTrainedModel) -> list[str]:
+            path, source = find_anatomy(model).blocks, StateSource()
+            shared = [name for name in model.all_tied_weights_keys if name.startswith(f"{path}.")]
+            if shared:
+                raise UnsupportedModelError(f"{type(model).__name__}: {shared[0]} is a weight of several of its blocks")
+            blocks: Any = model.get_submodule(path)
+            own = tuple(blocks)
+            for index, block in enumerate(own):
+                blocks[index] = UpstreamStandIn(block, source)
+            found.append((source, path, own, tuple(blocks)))
+            return [rf"(^|\.){path.rpartition('.')[2]}\.\d+\."]
+
+        with checkpoint.named():
+            model = _load(checkpoint, dtype, cut)
+        return cls(checkpoint, model, *found[-1])
+
+    @property
+    def n_blocks(self) -> int:
+        """L."""
+        return len(self._blocks)
+
+    def block_bytes(self) -> list[int]:
+        """Bytes of each block in the files."""
+        name = re.compile(rf"(^|\.){self.path.rpartition('.')[2]}\.(\d+)\.")
+        quantized = self.checkpoint.quantization is not None
+        n_bytes = [0] * self.n_blocks
+        opened = files.open_tensors(files.weight_files(self.checkpoint.path), quantized=quantized)
+        for found, tensor in opened.items():
+            if (match := name.search(found)) is not None and int(match[2]) < self.n_blocks:
+                bits = re.search(r"\d+", tensor.get_dtype())  # BF16, F8_E4M3, BOOL
+                n_bytes[int(match[2])] += math.prod(tensor.get_shape()) * int(bits[0] if bits else 8) // 8
+        return n_bytes
+
+    def put(self, index: int, block: nn.Module | None) -> None:
+        """Have a block stand in its place in the model; None for its stand-in again."""
+        self.model.get_submodule(self.path)._modules[str(index)] = self._stand_ins[index] if block is None else block
+
+    def empty_block(self, index: int) -> nn.Module:
+        """As transformers builds it, on torch's meta device."""
+        return self._blocks[index]
+
+    def load_block(self, index: int) -> nn.Module:
+        """A block with its weights, on the CPU, in memory of its own: nothing is left to be read later.
+
+        Several threads may ask for blocks at once.
+
+        Raises:
+            InputError: as :func:`load_weights`.
+        """
+        keep = [*self.path.split("."), str(index)]
+
+        def fill(model: PreTrainedModel, like: nn.Module, path: list[str]) -> None:
+            vars(model).update(vars(_hollow(like, path, self._copy_of(index))))
+            model.__dict__["all_tied_weights_keys"] = {}
+
+        def start(model: PreTrainedModel) -> list[str]:
+            fill(model, self.model, keep)
+            return [rf"^(?!(.*\.)?{keep[-2]}\.{index}\.)"]
+
+        block = _load(self.checkpoint, self.model.dtype, start, build=False).get_submodule(".".join(keep))
+        for tensor in (*block.parameters(), *block.buffers()):
+            tensor.data = tensor.data.clone()  # what safetensors gives is read when it is first touched
+        return block
+
+    def _copy_of(self, index: int) -> nn.Module:
+        """Without weights; its config is the model's own, as attention looks there for how it is to run."""
+        block = self._blocks[index]
+        configs = {id(own): own for module in block.modules() for own in vars(module).values() if _is_config(own)}
+        return copy.deepcopy(block, configs)
+
+
+def _is_config(value: Any) -> bool:
+    return isinstance(value, PreTrainedConfig)
+
+
+def _hollow(module: nn.Module, path: list[str], leaf: nn.Module) -> nn.Module:
+    """A copy of the modules along ``path``, at whose end ``leaf`` stands; whatever stands beside them is absent."""
+    if not path:
+        return leaf
+    hollow = copy.copy(module)
+    hollow._parameters, hollow._buffers = {}, {}
+    hollow._modules = {
+        name: _hollow(child, path[1:], leaf) if name == path[0] else nn.Module()  # type: ignore[arg-type]
+        for name, child in module._modules.items()
+    }
+    return hollow
+
+
+def _load(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    cut: Callable[[PreTrainedModel], Iterable[str]],
+    *,
+    build: bool = True,
+) -> PreTrainedModel:
+    """Fill what ``cut`` leaves of the checkpoint's model class, or what it makes of an object that is not built at all;
+    it gives patterns of the names of tensors that are not read."""
+
+    class Part(checkpoint.model_class):  # type: ignore[name-defined]
+        _keys_to_ignore_on_load_unexpected: Any
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            if build:
+                super().__init__(config, *args, **kwargs)
+            unread = cut(self)
+            own = self._keys_to_ignore_on_load_unexpected  # None, a list or a set, by transformers' version
+            own = [] if own is None else own
+            self._keys_to_ignore_on_load_unexpected = type(own)([*own, *unread])
+
+    # transformers loads a class that is not its own by other rules (and leaves some computed buffers unset).
+    Part.__name__ = Part.__qualname__ = checkpoint.model_class.__name__
+    Part.__module__ = checkpoint.model_class.__module__
+    return load_weights(Part, checkpoint, dtype)
