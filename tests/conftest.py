@@ -21,6 +21,7 @@ import pytest
 import tiny
 import torch
 from engines import native_cuda, using
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from sweeps import TENSORS
 
@@ -128,6 +129,21 @@ def workers(request: pytest.FixtureRequest) -> None:
     """A test that uses this one runs twice."""
     if request.param == "three workers":
         request.getfixturevalue("three_workers")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What tests, and processes that they start, remember of weight files lies here; the Hub's cache is empty, and the
+    Hub is not asked."""
+    place = tmp_path_factory.mktemp("caches")
+    hub = place / "hub"
+    given = {"ACTCACHE_CACHE": str(place / "actcache"), "HF_HUB_CACHE": str(hub), "HF_HUB_OFFLINE": "1"}
+    with (
+        mock.patch.dict(os.environ, given),
+        mock.patch.object(constants, "HF_HUB_CACHE", str(hub)),
+        mock.patch.object(constants, "HF_HUB_OFFLINE", True),
+    ):
+        yield place
 
 
 @pytest.fixture(scope="module")

@@ -183,13 +183,16 @@ BROKEN: dict[str, tuple[Change, str]] = {
         lambda folder: (folder / WEIGHTS).rename(folder / "consolidated.safetensors"),
         "holds weights of another name (consolidated.safetensors)",
     ),
-    "adapter beside weights": (write("adapter_config.json", b"{}"), "merge it into its base"),
+    "adapter beside weights": (
+        write("adapter_config.json", b"{}"),
+        "holds a model and an adapter (adapter_config.json)",
+    ),
     "adapter alone": (
         lambda folder: (
             (folder / "config.json").unlink(),
             (folder / WEIGHTS).rename(folder / "adapter_model.safetensors"),
         ),
-        "merge it into its base",
+        "is an adapter alone (adapter_model.safetensors); give BASE+ADAPTER",
     ),
     "scales": (
         change_tensors(lambda t: t.update({f"{QKV}.weight_scale": torch.ones(1)})),
@@ -284,8 +287,8 @@ def test_a_folder_that_is_not_what_it_has_to_be_is_named(name, folder):
 def test_what_is_no_model_folder_says_what_it_is(pristine, tmp_path, monkeypatch):
     for path, words in {
         pristine / WEIGHTS: f"give the model folder that it lies in, {pristine}",
-        tmp_path / "none": "is not a folder; give a local model folder",
-        Path("someone/model"): "'hf download someone/model --local-dir DIR'",
+        tmp_path / "none": "is not a folder; give a local model folder, or an id",
+        Path("someone/model"): "not in the Hub's cache",
     }.items():
         with pytest.raises(InputError, match=r"is not a folder") as caught:
             Checkpoint.open("it", path)

@@ -31,7 +31,8 @@ FLOW = {
         *("rows", "feed"),
     ),
     "models": (
-        *("tokens", "quantized", "checkpoint_files", "checkpoint", "vocabulary", "lineup"),
+        *("tokens", "quantized", "digests", "checkpoint_files", "origin", "checkpoint"),
+        *("vocabulary", "lineup"),
         *("blocks", "probe", "parts", "packing", "linear", "readout"),
         *("regimes", "cost", "backbone", "streamed", "gather"),
     ),

@@ -60,7 +60,11 @@ def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:
     """The checkpoints, which pairs of them define events, and the prompts."""
-    add_checkpoint_arguments(parser, "model folder of a checkpoint, under a label; repeat for each, in their order")
+    add_checkpoint_arguments(
+        parser,
+        "checkpoint under a label: a model folder, an id of the Hub (ORG/NAME[@REVISION]), or BASE+ADAPTER; repeat for "
+        "each, in their order",
+    )
     parser.add_argument(
         "--pair",
         type=pair,
@@ -73,16 +77,14 @@ def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, summary: str) -> None:
-    """Folders of checkpoints by label; :func:`checkpoints_given` reads them."""
+    """Where checkpoints are, by label; :func:`checkpoints_given` reads them."""
     parser.add_argument("--checkpoint", type=_labelled, action="append", metavar="LABEL=DIR", help=summary)
     for role, words in zip(ROLES, ("pretrained checkpoint, the first", "tuned checkpoint, the last"), strict=True):
-        parser.add_argument(
-            f"--{role}", type=Path, metavar="DIR", help=f"short for --checkpoint {role}=DIR: the {words}"
-        )
+        parser.add_argument(f"--{role}", metavar="DIR", help=f"short for --checkpoint {role}=DIR: the {words}")
 
 
-def checkpoints_given(args: argparse.Namespace, *, fewest: int = 0) -> dict[str, Path]:
-    """Folders by label, in the order of the lineup.
+def checkpoints_given(args: argparse.Namespace, *, fewest: int = 0) -> dict[str, str]:
+    """What is given for each checkpoint, by label, in the order of the lineup.
 
     Raises:
         InputError: a label is given twice, or fewer are given.
@@ -116,11 +118,11 @@ def open_lineup(args: argparse.Namespace, *, with_weights: bool = True) -> Lineu
     return Lineup.open(paths, args.pair, with_weights=with_weights)
 
 
-def _labelled(text: str) -> tuple[str, Path]:
+def _labelled(text: str) -> tuple[str, str]:
     label, separator, path = text.partition("=")
     if not (label and separator and path):
         raise argparse.ArgumentTypeError(f"{text!r} is not LABEL=DIR, such as base=models/base")
-    return label, Path(path)
+    return label, path
 
 
 def pair(text: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup, str]:
     record = folder.record()
     device = args.device or record.device
     check_device(device)
-    return folder, Lineup.open(record.checkpoints | moved(args, record)), device
+    return folder, Lineup.open({**record.checkpoints, **moved(args, record)}), device
 
 
 def moved(args: argparse.Namespace, record: RunRecord) -> dict[str, str]:
@@ -41,4 +41,4 @@ def moved(args: argparse.Namespace, record: RunRecord) -> dict[str, str]:
     given = checkpoints_given(args)
     if unknown := sorted(given.keys() - record.checkpoints.keys()):
         raise InputError(f"checkpoint {unknown[0]} is not in the run; it has {', '.join(record.checkpoints)}")
-    return {label: str(path) for label, path in given.items()}
+    return given

@@ -227,7 +227,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     folder = RunFolder(args.run)
     record, store = folder.record(), folder.open_store()
-    lineup = Lineup.open(record.checkpoints | moved(args, record))
+    lineup = Lineup.open({**record.checkpoints, **moved(args, record)})
     study, finished = _study_of(folder, lineup, store, args.prompts or Path(record.prompts))
     timings = _timings_of(folder, finished)
     if folder.plan.is_file():

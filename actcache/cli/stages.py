@@ -209,7 +209,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     given = _read_events(args, lineup, prompts)
     folder = RunFolder(args.out)
     record = RunRecord(
-        checkpoints={label: str(c.path.resolve()) for label, c in lineup.checkpoints.items()},
+        checkpoints={label: c.place for label, c in lineup.checkpoints.items()},
         prompts=str((args.prompts or args.events).resolve()),
         device=args.device,
         command=args.command,
@@ -271,7 +271,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
         def load_late(label: str, boundary: int) -> LateStack:
             what = f"loading {label} from block {boundary} on"
             with enough_memory(what, fewer), clock.loading(), line.during(what):
-                late = LateStack.load(lineup.checkpoints[label].path, boundary, dtype=store.dtype, device=device)
+                late = LateStack.load(lineup.checkpoints[label], boundary, dtype=store.dtype, device=device)
                 late.readout.mask(lineup.masked_ids)
             check_same_checkpoints(store, lineup)  # what was loaded lies between two looks at the files
             return late

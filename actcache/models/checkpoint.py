@@ -1,8 +1,8 @@
 """Checkpoint: one model folder, read and fingerprinted. Knows transformers, its configs and tokenizers.
 
-Everything is read from local folders, and what is read is named in checkpoint_files.py. Transformers is handed the
-config and the tensors of exactly the files that are digested: it opens no weight file itself, and runs no code from a
-folder.
+Everything is read from local folders, which origin.py finds. What is read of them is named in checkpoint_files.py.
+Transformers is handed the config and the tensors of exactly the files that are digested: it opens no weight file
+itself, and runs no code from a folder.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from actcache.errors import InputError, UnsupportedModelError
 from actcache.models import checkpoint_files as files
+from actcache.models.origin import Origin, Recorded
 from actcache.models.quantized import Quantization, dequantized, find_quantization
 from actcache.models.tokens import Encoder
 from actcache.schema import CheckpointFingerprint
@@ -71,26 +72,28 @@ class Checkpoint:
 
     Attributes:
         label: in the lineup.
-        path: of the folder.
+        origin: where it comes from: what the user gave, and the folders that this names.
         config: as transformers has it, of the model that is loaded: a dequantized one's says nothing of its method.
         quantization: how the weights are quantized, and dequantized on load; None of plain ones.
     """
 
     label: str
-    path: Path
+    origin: Origin
     config: PretrainedConfig
     _config_json: dict[str, Any]
     _stamp: dict[str, tuple[int, int, int]]
     quantization: Quantization | None = None
 
     @classmethod
-    def open(cls, label: str, path: str | Path, *, with_weights: bool = True, dequantize: bool = False) -> Checkpoint:
-        """Check the folder and read its config; weights are not touched, and need not be there unless told so.
+    def open(cls, label: str, given: str | Path, *, with_weights: bool = True, dequantize: bool = False) -> Checkpoint:
+        """Check what is given (a folder, an id of the Hub, BASE+ADAPTER) and read its config; weights are not touched,
+        and need not be there unless told so.
 
         Quantized weights are refused unless they may be dequantized: they are other numbers on another device.
         """
-        path = Path(path)
         try:
+            origin = Origin.find(given, with_weights=with_weights)
+            path = origin.base.folder
             files.check_folder(path, with_weights=with_weights)
             stamp = files.stamp(path, with_weights=with_weights)
             config_json = files.read_config(path)
@@ -106,7 +109,22 @@ class Checkpoint:
             config = _as_config(path)
         except InputError as error:
             raise InputError(f"checkpoint {label}: {error}") from error
-        return cls(label, path, config, config_json, stamp, quantization)
+        return cls(label, origin, config, config_json, stamp, quantization)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the model: of an id its snapshot in the Hub's cache, and with an adapter that of its base."""
+        return self.origin.base.folder
+
+    @property
+    def given(self) -> str:
+        """What the user gave, for messages."""
+        return self.origin.given
+
+    @property
+    def place(self) -> str:
+        """What opens the same checkpoint again from anywhere: absolute folders, ids with their commits."""
+        return self.origin.text
 
     @property
     def decoder_config(self) -> PretrainedConfig:
@@ -118,9 +136,9 @@ class Checkpoint:
         """The causal LM class that transformers has for this config."""
         mapping: Any = AutoModelForCausalLM._model_mapping
         if type(self.config) not in mapping:
-            raise UnsupportedModelError(f"{self.path}: {self.config.model_type!r} has no causal language model")
+            raise UnsupportedModelError(f"{self.given}: {self.config.model_type!r} has no causal language model")
         if getattr(type(self.config), "extra_files", ()):
-            raise UnsupportedModelError(f"{self.path}: {self.config.model_type!r} has weights in files of other names")
+            raise UnsupportedModelError(f"{self.given}: {self.config.model_type!r} has weights in files of other names")
         return mapping[type(self.config)]
 
     @cached_property
@@ -197,7 +215,9 @@ class Checkpoint:
     def fingerprint(self) -> CheckpointFingerprint:
         """What identifies the checkpoint; made again where a file has changed since."""
         if files.stamp(self.path) != self._stamp:
-            return Checkpoint.open(self.label, self.path, dequantize=self.quantization is not None).fingerprint
+            return Checkpoint.open(
+                self.label, Recorded(self.place), dequantize=self.quantization is not None
+            ).fingerprint
         return self._fingerprint
 
     @cached_property
@@ -221,7 +241,7 @@ class Checkpoint:
         try:
             yield
         except UnsupportedModelError as error:
-            raise type(error)(f"checkpoint {self.label}, {self.path}: {error}") from error
+            raise type(error)(f"checkpoint {self.label}, {self.given}: {error}") from error
 
     @cached_property
     def own_dtype(self) -> torch.dtype:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +19,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from actcache.errors import InputError
+from actcache.models.digests import digest
 from actcache.models.quantized import DTYPES as QUANTIZED_DTYPES
 
 CONFIG, GENERATION_CONFIG, TOKENIZER_CONFIG = "config.json", "generation_config.json", "tokenizer_config.json"
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 # Configs, and what a tokenizer is made of: word lists, merges, sentencepiece and tiktoken models.
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken")
 
@@ -50,20 +51,36 @@ _IMPLEMENTATIONS = {
 }
 
 
-def check_folder(path: Path, *, with_weights: bool) -> None:
-    """Raise InputError unless a model can be read from this folder, or, ``with_weights`` or not, from what it is of."""
+def check_folder(path: Path, *, with_weights: bool, adapter: Path | None = None) -> None:
+    """Raise InputError unless a model can be read from this folder, or, ``with_weights`` or not, from what it is of.
+
+    An adapter in it is refused, unless it is the folder of the ``adapter`` that is given.
+    """
     if not path.is_dir():
         raise InputError(f"{path} is not a folder; {_way_on(path)}")
-    for name in _ADAPTERS:
-        if (path / name).exists():
-            raise InputError(
-                f"{path} holds an adapter ({name}), which is not applied: merge it into its base "
-                "(peft's merge_and_unload, then save_pretrained into a new folder) and give that folder"
-            )
+    found = next((name for name in ADAPTER_FILES if (path / name).exists()), None)
+    if found is not None and not (path / CONFIG).is_file():
+        base = _base_of_adapter(path)
+        of = "" if base is None else f", here probably {base}+{path}"
+        raise InputError(f"{path} is an adapter alone ({found}); give BASE+ADAPTER{of}")
+    if found is not None and (adapter is None or not adapter.samefile(path)):
+        raise InputError(
+            f"{path} holds a model and an adapter ({found}), which may be in its weights or not; give {path}+{path} to "
+            "merge it, or move the adapter's files away"
+        )
     if not (path / CONFIG).is_file():
         raise InputError(f"{path} has no config.json; {_way_on(path)}")
     if with_weights:
         weight_files(path)
+
+
+def _base_of_adapter(path: Path) -> str | None:
+    """What an adapter's config says that it is of."""
+    try:
+        base = read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+    except (InputError, OSError):
+        return None
+    return base if isinstance(base, str) and base and base.isprintable() else None
 
 
 def _way_on(path: Path) -> str:
@@ -72,9 +89,7 @@ def _way_on(path: Path) -> str:
     snapshots = sorted(path.glob("snapshots/*/config.json"))
     if snapshots:
         return f"give the one inside of the Hub's cache, {snapshots[-1].parent}"
-    if not path.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
-        return f"if it is a name on the Hub: 'hf download {path} --local-dir DIR', and give DIR"
-    return "give a local model folder"
+    return "give a local model folder, or an id of the Hub as org/name"
 
 
 def read_object(file: Path) -> dict[str, Any]:
@@ -83,7 +98,7 @@ def read_object(file: Path) -> dict[str, Any]:
     Raises:
         InputError: it is none, or not a regular file.
     """
-    _check_regular(file)
+    check_regular(file)
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -155,30 +170,40 @@ def weight_files(path: Path) -> list[Path]:
     """
     single, index = path / _WEIGHTS, path / _INDEX
     if index.exists():
-        names = _indexed(index)
+        names = indexed_names(index)
         if single.exists() and names != [_WEIGHTS]:
             raise InputError(f"{path} holds both {_WEIGHTS} and {_INDEX}, which names {names[0]}: remove one of them")
         files = [path / name for name in names]
         for file in files:
             if not file.exists():
                 raise InputError(f"{index} names {file.name}, which is not there; copy or download it again")
-            _check_regular(file)
+            check_regular(file)
         return files
     if single.exists():
-        _check_regular(single)
+        check_regular(single)
         return [single]
-    for patterns, kind, way in (
-        (("*.bin", "*.pt", "*.pth"), "pickled weights only", "which are never loaded; convert them to safetensors"),
-        (("*.gguf",), "GGUF weights only", "which are not read; save the model in bfloat16 or float32 as safetensors"),
-        (("*.safetensors",), "weights of another name", f"expected {_WEIGHTS} or {_INDEX}; rename or save them again"),
+    raise no_weights(str(path), sorted(file.name for file in path.iterdir()))
+
+
+def no_weights(place: str, names: Sequence[str]) -> InputError:
+    """What to say of a place that has files of these names, and none that are read as weights."""
+    gguf = "which are not read; save the model as safetensors (transformers reads it by from_pretrained's gguf_file)"
+    for endings, kind, way in (
+        ((".bin", ".pt", ".pth"), "pickled weights only", "which are never loaded; convert them to safetensors"),
+        ((".gguf",), "GGUF weights only", gguf),
+        ((".safetensors",), "weights of another name", f"expected {_WEIGHTS} or {_INDEX}; rename or save them again"),
     ):
-        found = sorted(p.name for pattern in patterns for p in path.glob(pattern))
-        if found:
-            raise InputError(f"{path} holds {kind} ({found[0]}), {way}")
-    raise InputError(f"{path} holds no *.safetensors weights")
+        if found := sorted(name for name in names if name.endswith(endings)):
+            return InputError(f"{place} holds {kind} ({found[0]}), {way}")
+    return InputError(f"{place} holds no *.safetensors weights")
 
 
-def _indexed(index: Path) -> list[str]:
+def indexed_names(index: Path) -> list[str]:
+    """The files beside an index that it names.
+
+    Raises:
+        InputError: it names none, or files elsewhere.
+    """
     of_tensor = read_object(index).get("weight_map")
     if not isinstance(of_tensor, dict) or not of_tensor:
         raise InputError(f"{index} has no weight_map; copy or download it again")
@@ -188,7 +213,8 @@ def _indexed(index: Path) -> list[str]:
     return sorted(set(of_tensor.values()))
 
 
-def _check_regular(file: Path) -> None:
+def check_regular(file: Path) -> None:
+    """Raise InputError where this is no file, nor a link to one."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise InputError(f"{file} is not a regular file")
 
@@ -238,18 +264,13 @@ def stored_dtype(file: Path, name: str, tensor: Any) -> torch.dtype:
 def digest_weights(path: Path) -> str:
     """SHA-256 over the SHA-256 of every weight file, in name order: the bytes decide, not the file dates."""
     with ThreadPoolExecutor() as pool:
-        return hashlib.sha256(b"".join(pool.map(_digest, weight_files(path)))).hexdigest()
+        return hashlib.sha256(b"".join(pool.map(digest, weight_files(path)))).hexdigest()
 
 
 def digest_tokenizer_files(path: Path) -> str:
     """SHA-256 over names and bytes of what a tokenizer may be made of."""
     files = [file for file in _side_files(path) if file.name not in (CONFIG, GENERATION_CONFIG, _INDEX)]
-    return hashlib.sha256(b"".join(f"{file.name}\0".encode() + _digest(file) for file in files)).hexdigest()
-
-
-def _digest(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").digest()
+    return hashlib.sha256(b"".join(f"{file.name}\0".encode() + digest(file) for file in files)).hexdigest()
 
 
 def _side_files(path: Path) -> list[Path]:

@@ -59,8 +59,8 @@ class Lineup:
                 a, b = (getattr(checkpoint.decoder_config, field, None) for checkpoint in (first, other))
                 if a != b:
                     raise IncompatibleError(
-                        f"checkpoints {first.label} and {other.label} differ in {field}: {a} in {first.path}, "
-                        f"{b} in {other.path}; they must be of one architecture",
+                        f"checkpoints {first.label} and {other.label} differ in {field}: {a} in {first.given}, "
+                        f"{b} in {other.given}; they must be of one architecture",
                         field=field,
                     )
         lineup.ids.check()
@@ -97,7 +97,7 @@ class Lineup:
         tokens = [
             Tokens(
                 label,
-                str(one.path),
+                one.given,
                 one.encoder.token_of,
                 one.tokenizer.get_added_vocab(),
                 one.decoder_config.vocab_size,

@@ -79,7 +79,7 @@ class LateStack:
     @classmethod
     def load(
         cls,
-        path_or_model: str | Path | PreTrainedModel,
+        path_or_model: str | Path | Checkpoint | PreTrainedModel,
         boundary: int,
         *,
         dtype: torch.dtype | None = None,
@@ -93,7 +93,7 @@ class LateStack:
         as it is, also while it is probed and replayed; it must be in eval mode.
 
         Args:
-            path_or_model: model folder (safetensors), or a causal LM.
+            path_or_model: model folder (safetensors), id of the Hub, BASE+ADAPTER, a checkpoint, or a causal LM.
             boundary: first late block, ``1..L-1``.
             dtype: of weights and states; None keeps the checkpoint's own. Ignored for a model in memory.
             device: where to put the weights. Ignored for a model in memory.
@@ -109,7 +109,9 @@ class LateStack:
             anatomy = find_anatomy(path_or_model)
             model = shallow_clone(path_or_model, anatomy.blocks)
             return cls._of(model, cut_upstream(model, boundary), boundary)
-        checkpoint = Checkpoint.open("late", path_or_model, dequantize=dequantize)
+        checkpoint = path_or_model
+        if not isinstance(checkpoint, Checkpoint):
+            checkpoint = Checkpoint.open("late", checkpoint, dequantize=dequantize)
         check_boundary(boundary, checkpoint.decoder_config.num_hidden_layers)
         model, source = load_late_blocks(checkpoint, boundary, dtype)
         model.to(device)  # type: ignore[arg-type]

@@ -252,11 +252,11 @@ def check_pilot(lineup: Lineup, paths: Mapping[str, str], capture: CaptureSettin
     """
     for label, checkpoint in lineup.checkpoints.items():
         found = store.fingerprint.checkpoints.get(label)
-        same_place = paths.get(label) == str(checkpoint.path.resolve())
+        same_place = paths.get(label) == checkpoint.place
         same = found is not None and same_place and found.architecture == checkpoint.config.model_type
         if not same and (found is None or found.differs_in(checkpoint.fingerprint)):
             raise IncompatibleError(
-                f"the pilot is of another pair: its {label} is {paths.get(label)}, the plan's {checkpoint.path}; "
+                f"the pilot is of another pair: its {label} is {paths.get(label)}, the plan's {checkpoint.given}; "
                 "make a pilot of this pair with 'actcache run --limit 40'",
                 field=f"checkpoints.{label}",
             )

@@ -134,7 +134,7 @@ class Run:
         """
         from actcache.models.lineup import Lineup
 
-        lineup = Lineup.open(self._record.checkpoints | self._moved)
+        lineup = Lineup.open({**self._record.checkpoints, **self._moved})
         check_same_checkpoints(self.store, lineup)
         return lineup.follow(self.store.fingerprint.vocabulary)
 
@@ -153,8 +153,8 @@ class Run:
         from actcache.replay.late_stack import LateStack
 
         self._check_label(label)
-        path = self.lineup.checkpoints[label].path
-        late = LateStack.load(path, boundary, dtype=self.store.dtype, device=device or self.device)
+        checkpoint = self.lineup.checkpoints[label]
+        late = LateStack.load(checkpoint, boundary, dtype=self.store.dtype, device=device or self.device)
         late.readout.mask(self.masked_ids)
         check_same_checkpoints(self.store, self.lineup)  # what was loaded lies between two looks at the files
         return late
@@ -403,7 +403,7 @@ def check_same_checkpoints(store: Store, lineup: Lineup) -> None:
         field = captured.differs_in(now)
         if field is not None:
             raise IncompatibleError(
-                f"checkpoint {label} at {checkpoint.path} is not the one captured: its {field} is "
+                f"checkpoint {label} at {checkpoint.given} is not the one captured: its {field} is "
                 f"{str(getattr(now, field, None))[:12]}, the store has {captured.to_json()[field][:12]}; "
                 f"point --checkpoint {label}=DIR at the captured one",
                 field=f"checkpoints.{label}.{field}",

@@ -18,7 +18,7 @@ All but the store are sealed (sealed.py), and every path that is recorded is abs
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actcache.errors import CorruptFileError, IncompatibleError, InputError
 from actcache.files import write_atomically
+from actcache.models.origin import Recorded
 from actcache.sealed import NoSealError, Sealed, check_seal, json_bytes, read_json
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class RunRecord:
     """What later stages need beside the store.
 
     Attributes:
-        checkpoints: label -> model folder, absolute, as found at capture.
+        checkpoints: label -> what opens the checkpoint again: an absolute model folder, an id of the Hub with its
+            commit, or two of these as BASE+ADAPTER.
         prompts: the prompts file, absolute.
         device: where capture ran; later stages use it unless told otherwise.
         command: the command line, for the report.
@@ -79,7 +81,7 @@ class RunRecord:
         fingerprint: digest of the store's fingerprint, once something is captured.
     """
 
-    checkpoints: dict[str, str]
+    checkpoints: Mapping[str, str]
     prompts: str
     device: str
     command: str
@@ -209,7 +211,8 @@ class RunFolder:
             raise InputError(f"{self.path} holds no run (no run.json); make one with 'actcache run'") from error
         if (wrong := _what_is_wrong(content)) is not None:
             raise InputError(f"{self.record_path} is not a run record: {wrong}; put back what was there")
-        return RunRecord(**content)
+        places = {label: Recorded(place) for label, place in content["checkpoints"].items()}
+        return RunRecord(**content | {"checkpoints": places})
 
     def timings(self) -> dict[str, Any]:
         """What each stage took of those that made this run; see :meth:`record_timing`.
