@@ -77,14 +77,24 @@ def first_block(blocks: Sequence[nn.Module], forward: Callable[[], Any], first: 
     finally:
         for hook in hooks:
             hook.remove()
-    return f"block {found[0]} is the first whose output is not" if found else "each block's output is, of it alone"
+    return said_of_block(found[0] if found else None)
 
 
 def not_finite(whose: str, what: str, backbone: Any, ids: Sequence[int]) -> NotFiniteError:
     """The error that names the first block; ``what`` is not finite of this sequence (token ids), by this backbone."""
     tokens = torch.tensor([list(ids)], device=backbone.device)
     where = first_block(backbone.blocks, lambda: backbone.forward([0, len(ids)], input_ids=tokens))
+    return said_not_finite(whose, what, len(ids), where, backbone.dtype)
+
+
+def said_not_finite(whose: str, what: str, n_tokens: int, where: str, dtype: torch.dtype) -> NotFiniteError:
+    """The same where it is known where values come from (see :func:`first_block`)."""
     return NotFiniteError(
-        f"{whose}: {what} of {len(ids)} tokens is not finite, or a state's squares are not; {where}: its weights "
-        f"are damaged, or its dtype ({backbone.dtype}) does not hold its values"
+        f"{whose}: {what} of {n_tokens} tokens is not finite, or a state's squares are not; {where}: its weights "
+        f"are damaged, or its dtype ({dtype}) does not hold its values"
     )
+
+
+def said_of_block(index: int | None) -> str:
+    """The first block whose output is not finite; None where no block's is."""
+    return "each block's output is, of it alone" if index is None else f"block {index} is the first whose output is not"

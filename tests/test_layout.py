@@ -24,7 +24,19 @@ TESTS = Path(__file__).parent
 DOCS = PACKAGE.parent / "docs"
 # A module imports only from modules to its left, and from folders to the left of its own.
 FLOW = {
-    "": ("errors", "schema", "finite", "files", "cpus", "progress", "sealed", "native", "carried", "prompts"),
+    "": (
+        "errors",
+        "schema",
+        "finite",
+        "files",
+        "cpus",
+        "progress",
+        "sealed",
+        "native",
+        "carried",
+        "prompts",
+        "scratch",
+    ),
     "store": (
         *("planes", "zarr_codec", "chunks", "storage", "objects", "shard", "layout", "records"),
         *("segment_data", "segment", "selection", "reader", "writer", "background", "compact", "verify", "export"),
@@ -38,7 +50,7 @@ FLOW = {
     ),
     "capture": (
         *("settings", "token_class", "supports", "growth", "given", "events", "decode", "counter", "forward"),
-        *("residency", "search", "rerun", "decide", "rollouts"),
+        *("streams", "residency", "search", "rerun", "decide", "rollouts"),
     ),
     "replay": (
         *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "sizes"),

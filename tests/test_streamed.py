@@ -7,14 +7,19 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from tiny import make_checkpoint, write_tokenizer
 
-from actcache.errors import UnsupportedModelError
+from actcache.capture.forward import Pack, Resident
+from actcache.capture.streams import Streaming, guess
+from actcache.errors import NotFiniteError, UnsupportedModelError
 from actcache.models import checkpoint_files
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.parts import Frame
 from actcache.models.streamed import Streamed
+from actcache.scratch import scratch
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "mixtral", "roberta-prelayernorm")
 
@@ -26,10 +31,10 @@ def saved(folder: Path, name: str) -> Checkpoint:
 
 
 def streamed_forward(streamed: Streamed, bounds: list[int], ids: torch.Tensor) -> torch.Tensor:
-    given = ids
+    state = ids
     for _ in streamed.pass_over():
-        given = streamed.forward(bounds, given)
-    return given
+        state = streamed.forward(bounds, state)
+    return state
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -104,3 +109,54 @@ def test_blocks_stay_no_longer_than_they_run(tmp_path):
             break
     assert not len(streamed.backbone.blocks)
     assert sum(p.numel() for p in streamed.backbone.decoder.parameters()) < 120 * 32 * 2 + 100
+
+
+def test_packs_go_through_one_block_after_another(tmp_path, monkeypatch):
+    checkpoint = saved(tmp_path, "gemma2")
+    resident = Resident(Backbone(checkpoint.load(torch.float32)))
+    streaming = Streaming("a", Streamed(checkpoint, torch.float32))
+    sequences = [list(range(3, 3 + n)) for n in (9, 4, 13, 1)]
+    packs = [Pack.of([ids], [range(len(ids))], [[len(ids) - 1, 0]]) for ids in sequences]
+    places = [("state", 2), ("mlp", 0), ("attention", 3), ("state", 3)]
+    expected = list(resident.run(packs, places))
+    for in_memory in (1 << 20, 0):
+        monkeypatch.setattr("actcache.scratch.IN_MEMORY", in_memory)
+        found = list(streaming.run(packs, places))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one.final, other.final)
+            assert one.rows.keys() == other.rows.keys()
+            assert all(torch.equal(one.rows[place], other.rows[place]) for place in places)
+    assert list(streaming.run([], places)) == []
+
+
+def test_a_block_that_gives_no_finite_values_is_named(tmp_path):
+    model = families.build("llama")
+    model.model.layers[2].mlp.down_proj.weight.fill_(float("inf"))
+    model.save_pretrained(tmp_path)
+    write_tokenizer(tmp_path)
+    streaming = Streaming("a", Streamed(Checkpoint.open("a", tmp_path), torch.float32))
+    with pytest.raises(NotFiniteError, match="block 2 is the first"):
+        list(streaming.run([Pack.of([[3, 4]], [[0]], [[1]])], []))
+
+
+def test_what_is_guessed_followed_an_equal_end():
+    assert guess([5, 6, 7, 8, 5, 6, 7], 2) == [8, 5]
+    assert guess([5, 6, 7, 9, 7], 9) == [9, 7]
+    assert guess([5], 4) == [5]
+    assert guess([5, 6], 4) == [6]
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(1, 9))
+def test_a_guess_is_of_the_sequence_and_no_longer_than_asked(ids, n):
+    found = guess(ids, n)
+    assert 1 <= len(found) <= n
+    assert set(found) <= set(ids)
+
+
+def test_a_large_scratch_lies_in_a_file_that_nobody_sees(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    rows = scratch((3, 4), torch.bfloat16, in_memory=0)
+    rows.copy_(torch.arange(12).view(3, 4))
+    assert rows.tolist() == torch.arange(12).view(3, 4).tolist()
+    assert list(tmp_path.iterdir()) == []
+    assert scratch((0, 4), torch.float32).shape == (0, 4)

@@ -7,11 +7,13 @@ files.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from actcache.errors import NotFiniteError
@@ -154,8 +156,24 @@ def forward_and_gather(
     Returns:
         rows of every site, ``[n_rows, D]`` on the CPU, and the last block's output ``[T, D]`` on the device.
     """
+    with gathering(lambda block: backbone.blocks[block], places, row_ids, backbone.device) as gathered:
+        hidden = backbone.forward(bounds, input_ids=ids.to(backbone.device))
+    return gathered, hidden
+
+
+@contextmanager
+def gathering(
+    block_at: Callable[[int], nn.Module], places: Places, row_ids: torch.Tensor, device: torch.device
+) -> Iterator[dict[tuple[str, int], torch.Tensor]]:
+    """Within this context a forward leaves the rows at these places in what is yielded; they are there at its end.
+
+    Args:
+        block_at: gives a block by its number.
+        places, row_ids: as :func:`forward_and_gather`.
+        device: where the blocks are.
+    """
     gathered: dict[tuple[str, int], torch.Tensor] = {}
-    on_cuda = backbone.device.type == "cuda"
+    on_cuda = device.type == "cuda"
 
     def keep(place: tuple[str, int], values: torch.Tensor) -> None:
         # Straight into page-locked memory on CUDA: the copy is queued on the stream and the forward goes on.
@@ -166,19 +184,18 @@ def forward_and_gather(
     def hooked(place: tuple[str, int]) -> RemovableHandle:
         site, block = place
         if site == STATE:
-            return backbone.blocks[block].register_forward_pre_hook(
+            return block_at(block).register_forward_pre_hook(
                 lambda module, args, kwargs: keep(place, args[0] if args else kwargs["hidden_states"]), with_kwargs=True
             )
-        return find_site(backbone.blocks[block], site).register_forward_hook(
+        return find_site(block_at(block), site).register_forward_hook(
             lambda module, args, output: keep(place, output if isinstance(output, torch.Tensor) else output[0])
         )
 
     handles = [hooked(place) for place in places]
     try:
-        hidden = backbone.forward(bounds, input_ids=ids.to(backbone.device))
+        yield gathered
     finally:
         for handle in handles:
             handle.remove()
     if on_cuda:
-        torch.cuda.current_stream(backbone.device).synchronize()
-    return gathered, hidden
+        torch.cuda.current_stream(device).synchronize()
