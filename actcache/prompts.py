@@ -1,109 +1,204 @@
-"""Prompts: JSON Lines in, validated prompts out. Knows text; knows no tokens and no models."""
+"""Prompts: a file in, validated prompts out. Knows texts and messages; knows no tokens and no models.
+
+A small file's prompts are held. Those of a large one are read once, so that all are valid and their places are known;
+afterwards they are read again where they are asked for.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
+
+import numpy as np
 
 from actcache import carried
 from actcache.errors import InputError
 from actcache.files import no_file
+from actcache.prompt_files import PromptFile, Row, open_prompt_file
 from actcache.schema import RESERVED_NAMES, RESERVED_PREFIXES
 
 MAX_ID = 1000  # characters: it is repeated in every cell of its events, and a path or a URL fits
+MAX_HELD = 20_000  # prompts of a file that are held, and encoded before anything runs
+PART = 64  # prompts of a segment, unless told otherwise
 
-_NOT_READ_YET = {
-    "messages": (
-        "render them with the tuned checkpoint's tokenizer, apply_chat_template(messages, tokenize=False, "
-        "add_generation_prompt=True), and give the text as 'prompt'; leave out a BOS that the tokenizer adds by itself"
-    ),
-    "token_ids": "give the text that they stand for as 'prompt'",
-}
+_FORMS = ("prompt", "messages", "token_ids")
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One line of a prompts file: ``id``, the raw ``text``, and every further key, carried to the events."""
+    """One row of a prompts file.
+
+    Attributes:
+        id: its name.
+        text: raw text; empty where it is one of the next two.
+        carried: every further key, carried to the events.
+        messages: of a chat, each with its ``role`` and ``content``; None where it is none.
+        token_ids: used as they are; None where text gives them.
+        where: the file and the row, for errors.
+    """
 
     id: str
     text: str
     carried: dict[str, Any] = field(default_factory=dict)
+    messages: list[dict[str, str]] | None = None
+    token_ids: list[int] | None = None
+    where: str = field(default="", compare=False, repr=False)
+
+    @property
+    def named(self) -> str:
+        """What an error calls it."""
+        return f"{self.where}: prompt {self.id!r}" if self.where else f"prompt {self.id!r}"
+
+    @property
+    def content(self) -> Any:
+        """What its digest is made of, as JSON: text is its own, as in earlier versions."""
+        if self.messages is not None:
+            return {"messages": self.messages}
+        return self.text if self.token_ids is None else {"token_ids": self.token_ids}
 
 
-def read_prompts(path: str | Path, limit: int | None = None) -> list[Prompt]:
-    """Read and validate a prompts file: one JSON object per line, ``{"id": str, "prompt": str, ...}``.
+class Prompts(Sequence[Prompt]):
+    """The prompts of a large file, by number; a slice is read, and is a list.
 
-    The whole file is validated, also past ``limit``: what a store or a table would refuse after hours of forwards is
-    refused here. Blank lines are skipped.
+    Attributes:
+        n_messages: how many are messages.
+    """
+
+    def __init__(
+        self, file: PromptFile, path: Path, places: Sequence[tuple[int, int]] | np.ndarray, n_messages: int,
+        digests: Mapping[tuple[int, int], str],
+    ) -> None:  # fmt: skip
+        """Of a file that was read once.
+
+        Args:
+            file: gives the rows.
+            path: of it.
+            places: ``[n, 2]``, offset and number of each row.
+            n_messages: see there.
+            digests: of some ranges, by start and stop.
+        """
+        self._file, self._path, self._places = file, path, np.asarray(places, np.int64)
+        self.n_messages, self.digests = n_messages, dict(digests)
+        self._stamp = _stamp(path)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, at: int) -> Prompt: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Prompt]: ...
+    def __getitem__(self, at: int | slice) -> Prompt | list[Prompt]:
+        numbers = range(len(self))[at]
+        if isinstance(numbers, int):
+            return next(self._from(numbers))
+        if numbers.step == 1:
+            return [prompt for prompt, _ in zip(self._from(numbers.start), numbers, strict=False)] if numbers else []
+        return [next(self._from(number)) for number in numbers]
+
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(prompt for prompt, _ in zip(self._from(0), range(len(self)), strict=False))
+
+    def _from(self, number: int) -> Iterator[Prompt]:
+        if _stamp(self._path) != self._stamp:
+            raise InputError(f"{self._path} has changed since it was read; start again")
+        offset, line = self._places[number].tolist()
+        for at, row in enumerate(self._file.rows(offset, line), number):
+            yield _prompt_of(row, at, is_table=self._file.is_table)
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    state = path.stat()
+    return state.st_size, state.st_mtime_ns, state.st_ino
+
+
+def read_prompts(path: str | Path, limit: int | None = None, part: int = PART) -> Sequence[Prompt]:
+    """Read and validate a prompts file: JSON Lines, one object per line, or a CSV, TSV or Parquet table with these
+    columns.
+
+    A row has an ``id`` and one of ``prompt`` (text), ``messages`` (a chat) and ``token_ids``. A table without ids has
+    the numbers of its rows, from 0. JSON Lines, CSV and TSV may be gzipped. The whole file is validated, also past
+    ``limit``: what a store or a table would refuse after hours of forwards is refused here. Blank lines are skipped.
+
+    Args:
+        path: of the file.
+        limit: how many of the first prompts to take; None for all.
+        part: of so many prompts each, digests are known afterwards without reading again.
+
+    Returns:
+        a list, or :class:`Prompts` where there are more than ``MAX_HELD``.
 
     Raises:
-        InputError: the file is missing, not UTF-8 or empty; a line is not a JSON object; its ``id`` or ``prompt``
-            is missing, empty or no text; an id comes twice or has more than ``MAX_ID`` characters; or a line carries
-            what cannot be carried: a key twice, or one that names a column of the results; a number beyond a float64
-            or of thousands of digits; a lone surrogate; more levels, keys or text than ``actcache.carried`` allows.
+        InputError: the file is missing, not UTF-8, damaged or empty; a row is not a JSON object; its ``id`` or its
+            prompt is missing, empty or of another type, or it has two of them; an id comes twice or has more than
+            ``MAX_ID`` characters; or a row carries what cannot be carried: a key twice, or one that names a column of
+            the results; a number beyond a float64 or of thousands of digits; a lone surrogate; more levels, keys or
+            text than ``actcache.carried`` allows.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{no_file(path, 'prompts file')}; give a JSON Lines file with one prompt per line")
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start}){_what_it_is(path)}") from error
-    prompts: list[Prompt] = []
-    line_of_id: dict[str, int] = {}
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; it must be at least 1")
+    file = open_prompt_file(path)
+    offsets, numbers, hashes = array("q"), array("q"), array("q")
+    held: list[Prompt] = []
+    digests = _Digests(part)
     keys: set[str] = set()
-    n_bytes = 0
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        prompt = _parse_line(line, where, "" if prompts else _what_it_is(path, line))
-        first = line_of_id.setdefault(prompt.id, number)
-        if first != number:
-            raise InputError(f"{where}: id {prompt.id!r} is already the id of line {first}; ids are unique")
+    n_carried = n_messages = 0
+    for at, row in enumerate(file.rows()):
+        prompt = _prompt_of(row, at, is_table=file.is_table)
         keys |= prompt.carried.keys()
         if len(keys) > carried.MAX_KEYS:
             raise InputError(
-                f"{where}: the prompts to here carry {len(keys)} distinct keys, at most {carried.MAX_KEYS} can be "
+                f"{row.where}: the prompts to here carry {len(keys)} distinct keys, at most {carried.MAX_KEYS} can be "
                 "columns; put values that differ from prompt to prompt under one key"
             )
-        n_bytes += len(line if line.isascii() else line.encode()) - len(prompt.text)
-        if n_bytes > carried.MAX_BYTES:
+        n_carried += row.n_bytes - len(prompt.text) if prompt.text else len(carried.encode(prompt.carried))
+        if n_carried > carried.MAX_BYTES:
             raise InputError(
-                f"{where}: the prompts to here carry more than {carried.MAX_BYTES} bytes besides their text; "
+                f"{row.where}: the prompts to here carry more than {carried.MAX_BYTES} bytes besides their text; "
                 "leave long documents out and join them to the tables by prompt_id"
             )
-        prompts.append(prompt)
-    if not prompts:
+        offsets.append(row.offset)
+        numbers.append(row.number)
+        hashes.append(hash(prompt.id))
+        if limit is None or at < limit:
+            n_messages += prompt.messages is not None
+            digests.add(prompt)
+            if at <= MAX_HELD:
+                held.append(prompt)
+    if not offsets:
         raise InputError(f"{path}: no prompts in it; give one JSON object per line")
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; it must be at least 1")
-    return prompts[:limit]
+    places = np.stack([np.frombuffer(offsets, np.int64), np.frombuffer(numbers, np.int64)], axis=1)
+    found = Prompts(file, path, places, n_messages, {})
+    _check_distinct(found, np.frombuffer(hashes, np.int64))
+    if len(held) <= MAX_HELD:
+        return held
+    return Prompts(file, path, places[: digests.n], n_messages, digests.known())
 
 
-def parse_object(line: str, where: str, kind: str = "", expected: str = "an object") -> dict[str, Any]:
-    """The JSON object of a line.
+def n_messages(prompts: Sequence[Prompt]) -> int:
+    """How many prompts are messages."""
+    if isinstance(prompts, Prompts):
+        return prompts.n_messages
+    return sum(prompt.messages is not None for prompt in prompts)
 
-    Args:
-        line: of a file.
-        where: the file and the number of the line, for errors.
-        kind: what the file seems to be, for the same.
-        expected: what the line should be, for the same.
 
-    Raises:
-        InputError: it is none, or holds what a store or a table could not.
-    """
-    record = _parse_json(line, where, kind)
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: a JSON {type(record).__name__}, expected {expected}{kind}")
-    if "\\u" in line:  # what is not written so has been read as UTF-8
-        _check_text(record, where, "")
-    return record
+def _check_distinct(prompts: Prompts, hashes: np.ndarray) -> None:
+    """That no id comes twice: those whose hashes do are read again."""
+    order = hashes.argsort(kind="stable")
+    same = np.flatnonzero(np.diff(hashes[order]) == 0)
+    for at, before in sorted((int(order[i + 1]), int(order[i])) for i in same):
+        first, second = prompts[before], prompts[at]
+        if first.id == second.id:
+            line = first.where.rpartition(", ")[2]
+            raise InputError(f"{second.where}: id {second.id!r} is already the id of {line}; ids are unique")
 
 
 def check_carried(record: dict[str, Any], where: str) -> None:
@@ -120,105 +215,116 @@ def check_carried(record: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: lists and objects lie more than {carried.MAX_LEVELS} deep within each other")
 
 
-def _parse_line(line: str, where: str, kind: str) -> Prompt:
-    record = parse_object(line, where, kind, "an object with 'id' and 'prompt'")
-    if "prompt" not in record:
-        for key, way_on in _NOT_READ_YET.items():
-            if key in record:
-                raise InputError(f"{where}: {key!r} is not read yet; {way_on}")
-    for key in ("id", "prompt"):
-        if key not in record:
-            raise InputError(f"{where}: no {key!r}; a prompt line is {{'id': str, 'prompt': str, ...}}")
-        if not isinstance(record[key], str):
-            raise InputError(f"{where}: {key!r} is {json.dumps(record[key])[:40]}, expected text")
-        if not record[key].strip():
-            raise InputError(f"{where}: {key!r} is empty")
-    if len(record["id"]) > MAX_ID:
-        raise InputError(f"{where}: 'id' has {len(record['id'])} characters, at most {MAX_ID} are read")
-    prompt = Prompt(record.pop("id"), record.pop("prompt"), record)
+def _prompt_of(row: Row, number: int, *, is_table: bool) -> Prompt:
+    record, where = dict(row.record), row.where
+    given = [key for key in _FORMS if key in record]
+    if len(given) > 1:
+        raise InputError(f"{where}: {' and '.join(map(repr, given))}; a line has one of {', '.join(map(repr, _FORMS))}")
+    if not given:
+        raise InputError(
+            f"{where}: no 'prompt'; a prompt line is {{'id': str, 'prompt': str, ...}}, or has 'messages' or "
+            "'token_ids' in its place"
+        )
+    if is_table and "id" not in record:
+        record["id"] = str(number)
+    name = _text(record, "id", where)
+    if len(name) > MAX_ID:
+        raise InputError(f"{where}: 'id' has {len(name)} characters, at most {MAX_ID} are read")
+    text, messages, ids = "", None, None
+    if given == ["prompt"]:
+        text = _text(record, "prompt", where)
+    elif given == ["messages"]:
+        messages = _messages(record.pop("messages"), where)
+    else:
+        ids = record.pop("token_ids")
+        if not isinstance(ids, list) or not ids or not all(type(one) is int and 0 <= one < 2**31 for one in ids):
+            raise InputError(f"{where}: 'token_ids' is {json.dumps(ids)[:40]}, expected a list of whole numbers")
     check_carried(record, where)
-    return prompt
+    return Prompt(name, text, record, messages, ids, where)
 
 
-def _parse_json(line: str, where: str, kind: str) -> Any:
-    """The value of a line; what Python's parser takes and JSON, or a reader of it, does not is refused."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = next(key for i, (key, _) in enumerate(pairs) if key in dict(pairs[:i]))
-            raise InputError(f"{where}: key {twice!r} stands twice in one object")
-        return found
-
-    def finite(text: str) -> float:
-        if math.isinf(value := float(text)):
-            raise InputError(f"{where}: the number {text[:40]} is beyond a float64; write it as text")
-        return value
-
-    def no_number(name: str) -> None:
-        raise InputError(f"{where}: {name} is not JSON; write null, or text")
-
-    try:
-        return json.loads(line, object_pairs_hook=unique, parse_float=finite, parse_constant=no_number)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}){kind}") from error
-    except InputError:
-        raise
-    except RecursionError as error:
-        raise InputError(f"{where}: lists and objects lie too deep within each other") from error
-    except ValueError as error:  # Python converts integers of a few thousand digits at most
-        raise InputError(f"{where}: an integer of thousands of digits; write it as text") from error
+def _text(record: dict[str, Any], key: str, where: str) -> str:
+    if key not in record:
+        raise InputError(f"{where}: no {key!r}; a prompt line is {{'id': str, 'prompt': str, ...}}")
+    value = record.pop(key)
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {key!r} is {json.dumps(value)[:40]}, expected text")
+    if not value.strip():
+        raise InputError(f"{where}: {key!r} is empty")
+    return value
 
 
-def _check_text(value: Any, where: str, path: str) -> None:
-    """Refuse lone surrogates, at any depth: halves of a character, as a tool leaves that cuts text in UTF-16."""
-    if isinstance(value, str):
-        if not carried.is_text(value):
-            at = next(i for i, character in enumerate(value) if "\ud800" <= character <= "\udfff")
-            raise InputError(
-                f"{where}: {path} holds a lone surrogate at character {at}: half of a character was cut off"
-            )
-    elif isinstance(value, list):
-        for i, one in enumerate(value):
-            _check_text(one, where, f"{path}[{i}]")
-    elif isinstance(value, dict):
-        for key, one in value.items():
-            _check_text(key, where, f"key {key!r}")
-            _check_text(one, where, f"{path}[{key!r}]" if path else repr(key))
+def _messages(value: Any, where: str) -> list[dict[str, str]]:
+    """Those of a chat that waits for an answer."""
+    if not isinstance(value, list) or not value:
+        raise InputError(f"{where}: 'messages' is {json.dumps(value)[:40]}, expected [{{'role': str, 'content': str}}]")
+    for number, one in enumerate(value, 1):
+        which = f"{where}: message {number} of {len(value)}"
+        if not isinstance(one, dict):
+            raise InputError(f"{which} is {json.dumps(one)[:40]}, expected {{'role': str, 'content': str}}")
+        if unknown := [key for key in one if key not in ("role", "content")]:
+            raise InputError(f"{which} has {unknown[0]!r}, which is not rendered; a message has 'role' and 'content'")
+        for key in ("role", "content"):
+            if not isinstance(one.get(key), str):
+                raise InputError(f"{which}: {key!r} is {json.dumps(one.get(key))[:40]}, expected text")
+            if not one[key].strip():
+                raise InputError(f"{which}: {key!r} is empty")
+    if value[-1]["role"] == "assistant":
+        raise InputError(f"{where}: the last message is the assistant's own; end with what it shall answer")
+    return value
 
 
-def _what_it_is(path: Path, first_line: str = "") -> str:
-    """What a file seems to be whose first line is no prompt, and the way on."""
-    with path.open("rb") as stream:
-        magic = stream.read(4)
-    start, suffix = first_line.lstrip()[:1], path.suffix.lower()
-    if magic[:2] == b"\x1f\x8b" or magic == b"\x28\xb5\x2f\xfd":
-        return "; it is compressed: unpack it first"
-    if magic == b"PAR1":
-        return (
-            "; it is a Parquet table: write its rows as JSON Lines (pandas: to_json(..., orient='records', lines=True))"
-        )
-    if start == "[":
-        return "; it is a JSON array, expected JSON Lines, one object per line (jq -c '.[]' FILE > FILE.jsonl)"
-    if start == "{":
-        return "; an object stands on one line (jq -c . FILE > FILE.jsonl)"
-    if suffix in (".csv", ".tsv"):
-        return (
-            f"; it is a {suffix[1:].upper()} table, expected JSON Lines with columns 'id' and 'prompt' (pandas: "
-            "read_csv(...).to_json(..., orient='records', lines=True))"
-        )
-    return "; it is plain text, expected JSON Lines: one {'id': str, 'prompt': str} per line" if first_line else ""
+# ---- digests ----
 
 
-def digest(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 over ids, texts and carried keys, in order: equal digests mean the same work."""
-    return next(reversed([hashlib.sha256().hexdigest(), *digests(prompts)]))
+class _Digests:
+    """Digests of equal parts of some prompts, and of all, made as they come."""
+
+    def __init__(self, part: int) -> None:
+        self.n, self._part, self._known = 0, part, dict[tuple[int, int], str]()
+        self._all, self._own = hashlib.sha256(), hashlib.sha256()
+
+    def add(self, prompt: Prompt) -> None:
+        line = _line(prompt)
+        self._all.update(line)
+        self._own.update(line)
+        self.n += 1
+        if self.n % self._part == 0:
+            self._known[self.n - self._part, self.n] = self._own.hexdigest()
+            self._own = hashlib.sha256()
+
+    def known(self) -> dict[tuple[int, int], str]:
+        start = self.n - self.n % self._part
+        rest = {(start, self.n): self._own.hexdigest()} if start < self.n else {}
+        return {**self._known, **rest, (0, self.n): self._all.hexdigest()}
+
+
+def digest(prompts: Sequence[Prompt], start: int = 0, stop: int | None = None) -> str:
+    """SHA-256 over ids, prompts and carried keys, in order: equal digests mean the same work.
+
+    Args:
+        prompts: some of which it is of.
+        start, stop: which; all by default.
+    """
+    stop = len(prompts) if stop is None else stop
+    if isinstance(prompts, Prompts) and (start, stop) in prompts.digests:
+        return prompts.digests[start, stop]
+    sha = hashlib.sha256()
+    for prompt in prompts if (start, stop) == (0, len(prompts)) else prompts[start:stop]:
+        sha.update(_line(prompt))
+    return sha.hexdigest()
 
 
 def digests(prompts: Iterable[Prompt]) -> Iterator[str]:
     """The :func:`digest` of the first prompt, of the first two, and so on."""
     sha = hashlib.sha256()
     for prompt in prompts:
-        line = json.dumps([prompt.id, prompt.text, prompt.carried], sort_keys=True, ensure_ascii=True)
-        sha.update(line.encode() + b"\n")
+        sha.update(_line(prompt))
         yield sha.hexdigest()
+
+
+def _line(prompt: Prompt) -> bytes:
+    return _ENCODER.encode([prompt.id, prompt.content, prompt.carried]).encode() + b"\n"
+
+
+_ENCODER = json.JSONEncoder(sort_keys=True)

@@ -63,7 +63,7 @@ class Study:
     """A pair in memory, and prompts for it."""
 
     lineup: Lineup
-    prompts: list[Prompt]
+    prompts: Sequence[Prompt]
     prompt_ids: list[list[int]]
     models: dict[str, PreTrainedModel]
     dtype: str

@@ -1,7 +1,8 @@
-"""Make a prompts file of a JSON Lines file whose keys have other names: of a study's own prompts, for example.
+"""Make a prompts file of one whose keys have other names: of a study's own prompts, for example.
 
-A line of the input is one JSON object. Its id is taken from the first of ``id``, ``record_id``, ``prompt_id`` and
-``example_id`` that it has, its text from the first of ``prompt``, ``question``, ``text`` and ``instruction``, and
+The input is what a run reads, too: JSON Lines, CSV, TSV or Parquet. Its id is taken from the first of ``id``,
+``record_id``, ``prompt_id`` and ``example_id`` that it has, its text from the first of ``prompt``, ``question``,
+``text`` and ``instruction``, and
 ``category`` is carried along where it is there. Where the keys are others, name them. A key within an object has a
 path, as ``meta.topic``::
 
@@ -30,7 +31,8 @@ from typing import Any
 
 from actcache.errors import InputError
 from actcache.files import no_file
-from actcache.prompts import parse_object, read_prompts
+from actcache.prompt_files import open_prompt_file
+from actcache.prompts import read_prompts
 
 ID_KEYS = ("id", "record_id", "prompt_id", "example_id")
 TEXT_KEYS = ("prompt", "question", "text", "instruction")
@@ -41,7 +43,7 @@ _MISSING = object()
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert. Returns 0, or 2 after one line on stderr when an argument or a line is unusable."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("source", type=Path, help="JSON Lines file to read")
+    parser.add_argument("source", type=Path, help="file to read: JSON Lines, CSV, TSV or Parquet")
     parser.add_argument("--out", type=Path, required=True, help="prompts file to write")
     parser.add_argument("--id", metavar="KEY", help=f"key of the id (first of {', '.join(ID_KEYS)})")
     parser.add_argument("--text", metavar="KEY", help=f"key of the text (first of {', '.join(TEXT_KEYS)})")
@@ -78,7 +80,7 @@ def convert(
     """Write the prompts file; return how many prompts each category has.
 
     Args:
-        source: JSON Lines file to read.
+        source: file to read.
         out: prompts file to write.
         id_key, text_key: keys or paths of them; None for the first that is there of those known.
         keep: ``KEY`` or ``KEY=NAME``, which each line must have; None for the category where it is there.
@@ -123,17 +125,11 @@ def convert(
 
 
 def _records(source: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each object of the file, and where it stands."""
+    """Each row of the file, and where it stands."""
     if not source.is_file():
-        raise InputError(f"{no_file(source, 'file of prompts')}; give a JSON Lines file")
-    try:
-        lines = source.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{source}: not UTF-8 text ({error.reason} at byte {error.start})") from error
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            place = f"{source}, line {number}"
-            yield place, parse_object(line, place)
+        raise InputError(f"{no_file(source, 'file of prompts')}; give a JSON Lines, CSV or Parquet file")
+    for row in open_prompt_file(source).rows():
+        yield row.where, row.record
 
 
 def _value(record: Mapping[str, Any], path: str, place: str) -> Any:

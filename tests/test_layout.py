@@ -34,6 +34,8 @@ FLOW = {
         "sealed",
         "native",
         "carried",
+        "strict_json",
+        "prompt_files",
         "prompts",
         "scratch",
     ),

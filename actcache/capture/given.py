@@ -26,9 +26,10 @@ from actcache.carried import MAX_KEYS
 from actcache.errors import InputError
 from actcache.files import no_file
 from actcache.models.lineup import Lineup
-from actcache.prompts import MAX_ID, Prompt, check_carried, parse_object
+from actcache.prompts import MAX_ID, Prompt, check_carried
 from actcache.schema import canonical
 from actcache.store import Store
+from actcache.strict_json import parse_object
 
 FIXED = "fixed"
 """The kinds whose tokens the two checkpoints of the pair choose at the event's position."""

@@ -156,7 +156,7 @@ def _run(args: argparse.Namespace) -> None:
     print("\n".join([*answer(effects, folder.open_store()), "", f"Report: {folder.report}"]))
 
 
-def _read_prompts(args: argparse.Namespace) -> list[Prompt]:
+def _read_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
     """What is wrong with the prompts is said before torch is loaded, which takes seconds."""
     from actcache.prompts import read_prompts
 
