@@ -115,7 +115,7 @@ def open_lineup(args: argparse.Namespace, *, with_weights: bool = True) -> Lineu
     paths = checkpoints_given(args, fewest=2)
     for label in paths:
         check_name(label, "checkpoint label")
-    return Lineup.open(paths, args.pair, with_weights=with_weights)
+    return Lineup.open(paths, args.pair, with_weights=with_weights, dequantize=args.dequantize)
 
 
 def _labelled(text: str) -> tuple[str, str]:
@@ -167,9 +167,15 @@ def add_capture_settings(parser: argparse.ArgumentParser, *, fixed: bool = False
     )
     parser.add_argument(
         "--dtype",
-        choices=["float32", "bfloat16"],
-        default="float32",
-        help="dtype of weights and states (default %(default)s)",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="dtype of weights and states; auto: that of the run where there is one, else the checkpoints' own, or "
+        "float32 where they differ (default %(default)s)",
+    )
+    parser.add_argument(
+        "--dequantize",
+        action="store_true",
+        help="read quantized weights (fp8, mxfp8, mxfp4) as numbers of the run's dtype, on every device",
     )
     parser.add_argument(
         "--device", choices=["cpu", "cuda"], default="cpu", help="device to run on (default %(default)s)"
@@ -203,11 +209,15 @@ def add_capture_settings(parser: argparse.ArgumentParser, *, fixed: bool = False
     )
 
 
-def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings:
-    """What the arguments ask of a capture.
+def capture_settings(
+    args: argparse.Namespace, lineup: Lineup, say: Callable[[str], None] = lambda line: None
+) -> CaptureSettings:
+    """What the arguments ask of a capture of these checkpoints.
+
+    ``say`` is told, in one line each, what a person should know of the numbers that weights become.
 
     Raises:
-        InputError: a boundary is not one of a model of so many blocks; or lengths are given of another support.
+        InputError: a boundary is not one of the model; or lengths are given of another support.
     """
     from actcache.capture.settings import CaptureSettings, parse_boundaries, parse_sites
     from actcache.capture.supports import ROLLOUT_TOKENS, ROLLOUTS
@@ -219,9 +229,13 @@ def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings
         max_new = 1 + (ROLLOUT_TOKENS if args.rollout_tokens is None else args.rollout_tokens)
     elif args.rollout_tokens is not None:
         raise InputError("--rollout-tokens belongs to --support rollouts: give both, or neither")
+    dtype = _dtype_asked(args, lineup, say)
+    for label, checkpoint in lineup.checkpoints.items():
+        if checkpoint.quantization is not None:
+            say(f"checkpoint {label}: its weights in {checkpoint.quantization.method} are dequantized to {dtype}")
     return CaptureSettings(
-        boundaries=parse_boundaries(args.boundary, n_blocks),
-        dtype=args.dtype,
+        boundaries=parse_boundaries(args.boundary, lineup.n_blocks),
+        dtype=dtype,
         device=args.device,
         max_new=max_new,
         row_selection=args.rows,
@@ -230,8 +244,24 @@ def capture_settings(args: argparse.Namespace, n_blocks: int) -> CaptureSettings
         shard_prompts=args.shard_prompts,
         codec=args.codec,
         support=args.support,
-        sites=parse_sites(args.site, n_blocks),
+        sites=parse_sites(args.site, lineup.n_blocks),
     )
+
+
+def _dtype_asked(args: argparse.Namespace, lineup: Lineup, say: Callable[[str], None]) -> str:
+    """What the arguments say; or that of what has been captured; or the checkpoints' own."""
+    if args.dtype != "auto":
+        return str(args.dtype)
+    from actcache.capture.growth import existing
+
+    if args.out is not None:
+        captured = existing(getattr(args, "store", None) or args.out / "store")
+        if captured is not None and captured.fingerprint.dtype is not None:
+            return captured.fingerprint.dtype
+    dtype, why = lineup.own_dtype()
+    if why:
+        say(f"dtype {dtype}: {why}")
+    return dtype
 
 
 def add_grid_arguments(parser: argparse.ArgumentParser) -> None:

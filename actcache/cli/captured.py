@@ -22,14 +22,17 @@ def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup, str]:
-    """The run that these arguments name, its checkpoints, and the device to load them on; no weights are read."""
+    """The run that these arguments name, its checkpoints, and the device to load them on; no weights are read.
+
+    What was dequantized for the capture is dequantized again: the store's fingerprint says whether it is the same.
+    """
     from actcache.models.lineup import Lineup
 
     folder = RunFolder(args.run)
     record = folder.record()
     device = args.device or record.device
     check_device(device)
-    return folder, Lineup.open({**record.checkpoints, **moved(args, record)}), device
+    return folder, Lineup.open({**record.checkpoints, **moved(args, record)}, dequantize=True), device
 
 
 def moved(args: argparse.Namespace, record: RunRecord) -> dict[str, str]:

@@ -161,10 +161,10 @@ def _plan(args: argparse.Namespace) -> None:
 
     prompts = read_prompts(args.prompts, args.limit)
     lineup = open_lineup(args, with_weights=False)
-    capture = capture_settings(args, lineup.n_blocks)
+    capture = capture_settings(args, lineup, say)
     lengths = [len(ids) for ids in lineup.encode(prompts, say)]
     work = _work_asked(args, lineup, capture)
-    checked = tuple(samples_asked(args).values()) if work else ()  # a capture by itself checks nothing
+    checked = tuple(samples_asked(args, capture.dtype).values()) if work else ()  # a capture by itself checks nothing
     study = Study(shapes_of(lineup), lengths, capture, work, checked, lineup.pairs)
     assumed = _assume(args, lineup, study)
     found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
@@ -227,7 +227,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     folder = RunFolder(args.run)
     record, store = folder.record(), folder.open_store()
-    lineup = Lineup.open({**record.checkpoints, **moved(args, record)})
+    lineup = Lineup.open({**record.checkpoints, **moved(args, record)}, dequantize=True)
     study, finished = _study_of(folder, lineup, store, args.prompts or Path(record.prompts))
     timings = _timings_of(folder, finished)
     if folder.plan.is_file():

@@ -33,6 +33,7 @@ def run(
     boundary: str | float | Iterable[float] | None = None,
     sites: str | Mapping[str, str | int | Iterable[int]] | Iterable[str] = (),
     dtype: str | None = None,
+    dequantize: bool = False,
     device: str | None = None,
     max_new: int | None = None,
     limit: int | None = None,
@@ -67,7 +68,8 @@ def run(
         store: place of the store, as ``s3://bucket/prefix``.
         boundary: first late block: ``18``, ``0.6`` of the depth, ``[0.6, -3]`` or ``"all"``.
         sites: further rows to keep: ``{"mlp": [29, 30], "attention": "all"}``, or texts as ``--site`` takes them.
-        dtype: of weights and states.
+        dtype: of weights and states; ``auto``, the default, is the checkpoints' own.
+        dequantize: whether quantized weights may be dequantized.
         device: to run on.
         max_new: choices to compare per prompt, at most.
         limit: how many of the first prompts to use.

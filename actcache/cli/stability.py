@@ -35,7 +35,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup) -> None:
     """Check what the arguments of a run ask for, and say what was found."""
-    if samples := samples_asked(args):
+    if samples := samples_asked(args, folder.open_store().fingerprint.dtype):
         asked = ",".join(f"{dtype}={'all' if n is None else n}" for dtype, n in samples.items())
         analysis = find_analysis("stability")
         found = analyse(analysis, folder, args.device, lineup=lineup, sample=asked)
@@ -43,10 +43,10 @@ def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup) -> No
             say(line)
 
 
-def samples_asked(args: argparse.Namespace) -> dict[str, int | None]:
-    """How many events a run with these arguments checks in each dtype; None for all."""
+def samples_asked(args: argparse.Namespace, dtype: str) -> dict[str, int | None]:
+    """How many events a run in ``dtype`` with these arguments checks in each dtype; None for all."""
     samples = {} if args.stability == 0 else dict.fromkeys(DTYPES, args.stability)
-    return samples | ({args.dtype: None} if args.stable_only else {})
+    return samples | ({dtype: None} if args.stable_only else {})
 
 
 def _sample_or_none(text: str) -> int | None:

@@ -189,7 +189,7 @@ def _check_grid_asked(args: argparse.Namespace) -> None:
     from actcache.analyses.grid import check_servable
 
     lineup = open_lineup(args)
-    captured = capture_settings(args, lineup.n_blocks).boundaries
+    captured = capture_settings(args, lineup).boundaries
     settings = grid_settings(args, None, captured, lineup.width, lineup.n_blocks, lineup.labels, lineup.pairs)
     check_servable(settings, lineup.labels, captured, lineup.n_blocks)
 
@@ -205,7 +205,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
 
     check_device(args.device)
     lineup = open_lineup(args)
-    settings = capture_settings(args, lineup.n_blocks)
+    settings = capture_settings(args, lineup, say)
     given = _read_events(args, lineup, prompts)
     folder = RunFolder(args.out)
     record = RunRecord(
@@ -306,6 +306,6 @@ def _demo(args: argparse.Namespace) -> None:
         out += ["--prompts", str(demo / "prompts.jsonl")]
         parser = argparse.ArgumentParser()
         add_all_arguments(parser)
-        given = parser.parse_args([*out, "--out", str(args.out), "--max-new", "48"])
+        given = parser.parse_args([*out, "--out", str(args.out), "--max-new", "48", "--dtype", "float32"])
         given.command = args.command
         _run(given)

@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import torch
+
 from actcache.errors import IncompatibleError, InputError
-from actcache.models.checkpoint import Checkpoint
+from actcache.models.checkpoint import DTYPES, Checkpoint
 from actcache.models.vocabulary import Tokens, Vocabulary
 from actcache.prompts import Prompt
 from actcache.schema import several_pairs
@@ -143,6 +145,18 @@ class Lineup:
         limits = [getattr(c.decoder_config, "max_position_embeddings", None) for c in self.checkpoints.values()]
         return min((limit for limit in limits if limit is not None), default=None)
 
+    def own_dtype(self) -> tuple[str, str | None]:
+        """The dtype that a run has unless it is told otherwise: of all checkpoints, or else float32, and why."""
+        name_of = {torch_dtype: name for name, torch_dtype in DTYPES.items()}
+        own = {label: checkpoint.own_dtype for label, checkpoint in self.checkpoints.items()}
+        if len(set(own.values())) > 1:
+            said = ", ".join(f"{label} {_name(dtype)}" for label, dtype in own.items())
+            return "float32", f"the checkpoints differ ({said}); --dtype says otherwise"
+        (dtype,) = set(own.values())
+        if dtype not in name_of:
+            return "float32", f"the checkpoints are in {_name(dtype)}, and a run is in {' or '.join(DTYPES)}"
+        return name_of[dtype], None
+
     @property
     def _first(self) -> Checkpoint:
         return next(iter(self.checkpoints.values()))
@@ -224,6 +238,10 @@ class Lineup:
             f"{at} on: {here} and {there}; leave out what only one of them knows, or give both folders one tokenizer",
             field="tokenizer",
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def check_pairs(pairs: Sequence[str] | Sequence[Sequence[str]], labels: Sequence[str]) -> tuple[tuple[str, str], ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -78,15 +78,17 @@ class LocalEngine:
         """One that loads models from the folders of the checkpoints, by label, as a worker does that has no more than a
         job and these places."""
 
-        masked_ids = Lineup.open(checkpoints).follow(store.fingerprint.vocabulary).masked_ids
+        lineup = Lineup.open(checkpoints, dequantize=True)
+        masked_ids = lineup.follow(store.fingerprint.vocabulary).masked_ids
 
         def load_late(label: str, boundary: int) -> LateStack:
-            late = LateStack.load(checkpoints[label], boundary, dtype=store.dtype, device=device)
+            how: dict[str, Any] = {"dtype": store.dtype, "device": device, "dequantize": True}
+            late = LateStack.load(checkpoints[label], boundary, **how)
             late.readout.mask(masked_ids)
             return late
 
         def load_backbone(label: str, dtype: torch.dtype) -> Backbone:
-            checkpoint = Checkpoint.open(label, checkpoints[label])
+            checkpoint = Checkpoint.open(label, checkpoints[label], dequantize=True)
             backbone = Backbone(checkpoint.load(dtype, device))
             backbone.readout.mask(masked_ids)
             return backbone

@@ -134,7 +134,7 @@ class Run:
         """
         from actcache.models.lineup import Lineup
 
-        lineup = Lineup.open({**self._record.checkpoints, **self._moved})
+        lineup = Lineup.open({**self._record.checkpoints, **self._moved}, dequantize=True)
         check_same_checkpoints(self.store, lineup)
         return lineup.follow(self.store.fingerprint.vocabulary)
 
