@@ -281,6 +281,7 @@ class CheckpointFingerprint(_AsJson):
         end_ids: ids that end a generation, as ``0,5``.
         left_off: ids that the tokenizer appends to a text, and that are left off.
         quantization: how its weights are quantized, and what was made of them; None of plain weights.
+        adapter: SHA-256 of the adapter that is merged into its weights; None where there is none.
         further: what else was recorded.
     """
 
@@ -292,6 +293,7 @@ class CheckpointFingerprint(_AsJson):
     end_ids: str | None = None
     left_off: str | None = None
     quantization: str | None = None
+    adapter: str | None = None
     further: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -310,7 +312,12 @@ class CheckpointFingerprint(_AsJson):
         return cls(**known, further=further)
 
     def differs_in(self, now: CheckpointFingerprint) -> str | None:
-        """The first field that is recorded here and is another in ``now``; earlier versions recorded fewer."""
+        """The first field that is recorded here and is another in ``now``; earlier versions recorded fewer.
+
+        They knew no adapters: where none is recorded, there was none.
+        """
+        if self.adapter != now.adapter:
+            return "adapter"
         found = now.to_json()
         return next((name for name, value in self.to_json().items() if found.get(name) != value), None)
 

@@ -45,7 +45,7 @@ FLOW = {
         *("rows", "feed"),
     ),
     "models": (
-        *("tokens", "quantized", "digests", "checkpoint_files", "origin", "checkpoint"),
+        *("tokens", "quantized", "digests", "checkpoint_files", "origin", "adapters", "shared", "checkpoint"),
         *("vocabulary", "lineup"),
         *("blocks", "probe", "parts", "packing", "linear", "readout"),
         *("regimes", "cost", "backbone", "streamed", "gather"),
@@ -121,7 +121,7 @@ def test_imports_point_one_way(folder):
 
 
 def test_importing_the_package_does_no_work():
-    code = "import sys, actcache; print([m for m in ('torch', 'transformers', 'zarr', 'pyarrow') if m in sys.modules])"
+    code = "import sys, actcache; print([m for m in ('torch', 'transformers', 'peft', 'huggingface_hub', 'zarr', 'pyarrow') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

@@ -34,8 +34,10 @@ from transformers.utils import logging
 
 from actcache.errors import InputError, UnsupportedModelError
 from actcache.models import checkpoint_files as files
+from actcache.models.adapters import Adapter, Merge
 from actcache.models.origin import Origin, Recorded
 from actcache.models.quantized import Quantization, dequantized, find_quantization
+from actcache.models.shared import find_shared, hold, take
 from actcache.models.tokens import Encoder
 from actcache.schema import CheckpointFingerprint
 
@@ -75,6 +77,7 @@ class Checkpoint:
         origin: where it comes from: what the user gave, and the folders that this names.
         config: as transformers has it, of the model that is loaded: a dequantized one's says nothing of its method.
         quantization: how the weights are quantized, and dequantized on load; None of plain ones.
+        adapter: what is merged into the weights on load, where one is given.
     """
 
     label: str
@@ -83,6 +86,7 @@ class Checkpoint:
     _config_json: dict[str, Any]
     _stamp: dict[str, tuple[int, int, int]]
     quantization: Quantization | None = None
+    adapter: Adapter | None = None
 
     @classmethod
     def open(cls, label: str, given: str | Path, *, with_weights: bool = True, dequantize: bool = False) -> Checkpoint:
@@ -94,8 +98,10 @@ class Checkpoint:
         try:
             origin = Origin.find(given, with_weights=with_weights)
             path = origin.base.folder
-            files.check_folder(path, with_weights=with_weights)
-            stamp = files.stamp(path, with_weights=with_weights)
+            on = origin.adapter
+            files.check_folder(path, with_weights=with_weights, adapter=None if on is None else on.folder)
+            adapter = None if on is None else Adapter.open(on, with_weights=with_weights)
+            stamp = _stamp(path, adapter, with_weights=with_weights)
             config_json = files.read_config(path)
             quantization = find_quantization(path / files.CONFIG, config_json)
             if quantization is not None and not dequantize:
@@ -106,10 +112,15 @@ class Checkpoint:
                 )
             if with_weights:
                 files.open_tensors(files.weight_files(path), quantized=quantization is not None)
+            if adapter is not None and with_weights:
+                adapter.check_base(origin.base)
             config = _as_config(path)
         except InputError as error:
             raise InputError(f"checkpoint {label}: {error}") from error
-        return cls(label, origin, config, config_json, stamp, quantization)
+        checkpoint = cls(label, origin, config, config_json, stamp, quantization, adapter)
+        if with_weights:
+            _ = checkpoint.merge
+        return checkpoint
 
     @property
     def path(self) -> Path:
@@ -159,6 +170,21 @@ class Checkpoint:
                 f"{files.one_line(error)}"
             ) from error
 
+    @cached_property
+    def merge(self) -> Merge | None:
+        """What the adapter changes, where one is given: every tensor of it is held against the whole model.
+
+        Raises:
+            InputError: it does not fit, as it is of another base.
+        """
+        if self.adapter is None:
+            return None
+        skeleton = self.skeleton
+        try:
+            return Merge.fit(self.adapter, skeleton, self.origin.base.text)
+        except InputError as error:
+            raise InputError(f"checkpoint {self.label}: {error}") from error
+
     @property
     def attention(self) -> str:
         """Name of the attention implementation that transformers picks for this model here (``sdpa``, ``eager``)."""
@@ -166,24 +192,31 @@ class Checkpoint:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The folder's own tokenizer, with truncation and padding off."""
+        """The checkpoint's own tokenizer, with truncation and padding off."""
         return self.encoder.tokenizer
 
     @property
+    def _tokenizer_folder(self) -> Path:
+        """An adapter that comes with a tokenizer was trained on its ids and texts."""
+        return (
+            self.adapter.folder if self.adapter is not None and files.has_tokenizer(self.adapter.folder) else self.path
+        )
+
+    @property
     def encoder(self) -> Encoder:
-        """What gives the ids of a text by the folder's own tokenizer."""
+        """What gives the ids of a text by the checkpoint's own tokenizer: its adapter's, where that has one."""
         return self._encoder[0]
 
     @cached_property
     def _encoder(self) -> tuple[Encoder, str]:
         """The encoder, and the digest of its tokenizer from before any use, which may change what that would write."""
         try:
-            encoder = Encoder.of(_load_tokenizer(self.path, self.config))
+            encoder = Encoder.of(_load_tokenizer(self._tokenizer_folder, self.config))
         except InputError as error:
             raise InputError(f"checkpoint {self.label}: {error}") from error
         backend = getattr(encoder.tokenizer, "backend_tokenizer", None)
         if backend is None:
-            return encoder, files.digest_tokenizer_files(self.path)
+            return encoder, files.digest_tokenizer_files(self._tokenizer_folder)
         return encoder, hashlib.sha256(backend.to_str().encode()).hexdigest()
 
     @cached_property
@@ -214,7 +247,7 @@ class Checkpoint:
     @property
     def fingerprint(self) -> CheckpointFingerprint:
         """What identifies the checkpoint; made again where a file has changed since."""
-        if files.stamp(self.path) != self._stamp:
+        if _stamp(self.path, self.adapter) != self._stamp:
             return Checkpoint.open(
                 self.label, Recorded(self.place), dequantize=self.quantization is not None
             ).fingerprint
@@ -233,6 +266,7 @@ class Checkpoint:
             end_ids=",".join(str(token) for token in sorted(self.end_ids)),
             left_off=", ".join(map(str, self.encoder.left_off)) or None,
             quantization=None if self.quantization is None else self.quantization.said,
+            adapter=None if self.adapter is None else self.adapter.digest,
         )
 
     @contextmanager
@@ -277,8 +311,12 @@ def load_weights(
             them is not read, so that the model would not be what they hold (an unknown part, the scales of quantized
             weights); a weight is stored as whole numbers, bytes or truth values; or the files changed meanwhile.
     """
-    path = checkpoint.path
+    path, merge = checkpoint.path, checkpoint.merge
     dtype = dtype or checkpoint.own_dtype
+    changed = frozenset() if merge is None else merge.names
+    of = str(path.resolve()), tuple(sorted(files.stamp(path).items())), dtype, model_class.__name__
+    shared = find_shared(of, adapted=merge is not None)
+    shared = {name: tensor for name, tensor in shared.items() if name not in changed}
     tensors = files.open_tensors(files.weight_files(path), quantized=checkpoint.quantization is not None)
     if checkpoint.quantization is not None:
         tensors = dequantized(path, tensors, checkpoint.quantization, dtype)
@@ -288,7 +326,7 @@ def load_weights(
             model, info = load(
                 None,
                 config=checkpoint.config,
-                state_dict=tensors,
+                state_dict={**tensors, **{name: one for name, one in shared.items() if name in tensors and one.is_cpu}},
                 dtype=dtype,
                 ignore_mismatched_sizes=True,  # to name them
                 output_loading_info=True,
@@ -306,9 +344,20 @@ def load_weights(
             "model without them, or with the config that they belong to"
         )
     _check_stored(path, model, tensors)
-    if files.stamp(path) != checkpoint._stamp:
-        raise InputError(f"{path}: its files have changed since they were opened; start again")
+    take(model, shared)
+    if merge is not None:
+        merge.apply(model)
+    if _stamp(path, checkpoint.adapter) != checkpoint._stamp:
+        raise InputError(f"{checkpoint.given}: its files have changed since they were opened; start again")
+    hold(of, model, changed=changed, adapted=merge is not None)
     return model.eval().requires_grad_(False)
+
+
+def _stamp(path: Path, adapter: Adapter | None, *, with_weights: bool = True) -> dict[str, tuple[int, int, int]]:
+    """Of everything that is read: the model's folder, and the adapter's."""
+    own = files.stamp(path, with_weights=with_weights)
+    more = {} if adapter is None else adapter.stamp(with_weights=with_weights)
+    return own | {f"adapter/{name}": state for name, state in more.items()}
 
 
 class _Bars:

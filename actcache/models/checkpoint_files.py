@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -269,21 +269,29 @@ def digest_weights(path: Path) -> str:
 
 def digest_tokenizer_files(path: Path) -> str:
     """SHA-256 over names and bytes of what a tokenizer may be made of."""
-    files = [file for file in _side_files(path) if file.name not in (CONFIG, GENERATION_CONFIG, _INDEX)]
+    files = [file for file in side_files(path) if file.name not in (CONFIG, GENERATION_CONFIG, _INDEX)]
     return hashlib.sha256(b"".join(f"{file.name}\0".encode() + digest(file) for file in files)).hexdigest()
 
 
-def _side_files(path: Path) -> list[Path]:
+def side_files(path: Path) -> list[Path]:
+    """Configs, and what a tokenizer may be made of."""
     return sorted({file for pattern in _SIDE_FILES for file in path.glob(pattern) if file.is_file()})
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder, which may be an adapter's, holds what a tokenizer is made of."""
+    return any((path / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
 
 
 def stamp(path: Path, *, with_weights: bool = True) -> dict[str, tuple[int, int, int]]:
     """Size, time of change and number of every file that is read: equal stamps are taken for equal bytes."""
-    found = {}
-    for file in {*_side_files(path), *(weight_files(path) if with_weights else ())}:
-        state = file.stat()
-        found[file.name] = state.st_size, state.st_mtime_ns, state.st_ino
-    return found
+    return stamp_of({*side_files(path), *(weight_files(path) if with_weights else ())})
+
+
+def stamp_of(files: Iterable[Path]) -> dict[str, tuple[int, int, int]]:
+    """Of these files of one folder."""
+    states = {file.name: file.stat() for file in files}
+    return {name: (state.st_size, state.st_mtime_ns, state.st_ino) for name, state in states.items()}
 
 
 def one_line(error: BaseException) -> str:

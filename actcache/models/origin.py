@@ -177,6 +177,14 @@ class _Hub:
             ) from error
 
 
+def known_folder(named: str) -> Path | None:
+    """A folder that a file names, absolutely or by an id: where it is here already. Nothing is downloaded for it."""
+    if Path(named).is_absolute():
+        return Path(named) if Path(named).is_dir() else None
+    match = _ID.fullmatch(named)
+    return None if match is None else _cached(match["id"], match["revision"])
+
+
 def _cached(repo: str, revision: str | None) -> Path | None:
     """The snapshot of an id that holds a config."""
     from huggingface_hub import try_to_load_from_cache

@@ -226,6 +226,9 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Back
 
 def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> Fingerprint:
     """Everything that the bytes of the store depend on; two equal fingerprints name the same work."""
+    libraries = ["actcache", "torch", "transformers"]
+    if any(checkpoint.adapter is not None for checkpoint in lineup.checkpoints.values()):
+        libraries.append("peft")
     return Fingerprint(
         checkpoints={label: checkpoint.fingerprint for label, checkpoint in lineup.checkpoints.items()},
         pair=lineup.pair,
@@ -248,5 +251,5 @@ def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSett
         codec=settings.codec,
         device=settings.device,
         processor=platform.machine(),
-        versions={name: version(name) for name in ("actcache", "torch", "transformers")},
+        versions={name: version(name) for name in libraries},
     )

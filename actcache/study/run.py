@@ -404,7 +404,7 @@ def check_same_checkpoints(store: Store, lineup: Lineup) -> None:
         if field is not None:
             raise IncompatibleError(
                 f"checkpoint {label} at {checkpoint.given} is not the one captured: its {field} is "
-                f"{str(getattr(now, field, None))[:12]}, the store has {captured.to_json()[field][:12]}; "
+                f"{str(getattr(now, field, None))[:12]}, the store has {str(getattr(captured, field, None))[:12]}; "
                 f"point --checkpoint {label}=DIR at the captured one",
                 field=f"checkpoints.{label}.{field}",
             )
