@@ -344,6 +344,9 @@ class Fingerprint(_AsJson):
             are chosen; ``real tokens`` where ids that stand for none are never chosen; ``of any checkpoint`` where an
             an earlier version let a token that only one tokenizer has be an event's.
         prompts: digest of the prompts, as they were when the store was created.
+        template: of messages: the label of the checkpoint whose chat template rendered them, the SHA-256 of the
+            template, and the day that it was told where it asks for one.
+        special_tokens: ``no`` where nothing was put before plain text that the tokenizer puts before every text.
         n_prompts: how many prompts were asked for.
         n_blocks: L.
         max_new: how many choices were compared per prompt, or per rollout, at most.
@@ -368,6 +371,8 @@ class Fingerprint(_AsJson):
     vocabulary: str | None = None
     support: str | None = None
     prompts: str = _NOT_RECORDED
+    template: str | None = None
+    special_tokens: str | None = None
     n_prompts: int = _NOT_RECORDED
     n_blocks: int = _NOT_RECORDED
     max_new: int = _NOT_RECORDED
@@ -543,6 +548,6 @@ _EXPECTED = {
     "strict": (_is_flag, "true or false"),
     "versions": (_is_object, "an object"),
     **dict.fromkeys(("dtype", "row_selection", "vocabulary", "support", "prompts", "codec"), _TEXT),
-    **dict.fromkeys(("device", "processor"), _TEXT),
+    **dict.fromkeys(("device", "processor", "template", "special_tokens"), _TEXT),
     **dict.fromkeys(("n_prompts", "n_blocks", "max_new", "max_tokens", "shard_prompts"), _COUNT),
 }

@@ -46,7 +46,7 @@ FLOW = {
     ),
     "models": (
         *("tokens", "quantized", "digests", "checkpoint_files", "origin", "adapters", "shared", "checkpoint"),
-        *("vocabulary", "lineup"),
+        *("vocabulary", "templates", "lineup", "prompt_ids"),
         *("blocks", "probe", "parts", "packing", "linear", "readout"),
         *("regimes", "cost", "backbone", "streamed", "gather"),
     ),

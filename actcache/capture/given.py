@@ -26,6 +26,7 @@ from actcache.carried import MAX_KEYS
 from actcache.errors import InputError
 from actcache.files import no_file
 from actcache.models.lineup import Lineup
+from actcache.models.templates import PLAIN, Rendering
 from actcache.prompts import MAX_ID, Prompt, check_carried
 from actcache.schema import canonical
 from actcache.store import Store
@@ -84,6 +85,7 @@ def read_given(
     lineup: Lineup,
     prompts: Sequence[Prompt] = (),
     *,
+    rendering: Rendering = PLAIN,
     limit: int | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[GivenPrompt]:
@@ -93,6 +95,7 @@ def read_given(
         path: of the file.
         lineup: whose tokenizers read the texts, and whose models know the tokens.
         prompts: those that lines may name by ``prompt_id``.
+        rendering: how prompts become texts.
         limit: take the first prompts only.
         say: as in :meth:`Lineup.encode`.
 
@@ -110,7 +113,7 @@ def read_given(
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     numbered = [(f"{path}, line {number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     records = [(where, parse_object(line, where)) for where, line in numbered]
-    return _grouped(records, lineup, {prompt.id: prompt for prompt in prompts}, limit, say)
+    return _grouped(records, lineup, {prompt.id: prompt for prompt in prompts}, rendering, limit, say)
 
 
 def given_by(
@@ -121,7 +124,7 @@ def given_by(
     say: Callable[[str], None] = lambda line: None,
 ) -> list[GivenPrompt]:
     """The events of a store, tokens and all (arguments and errors as :func:`read_given`)."""
-    return _grouped(list(_records_of(store)), lineup, {}, limit, say)
+    return _grouped(list(_records_of(store)), lineup, {}, PLAIN, limit, say)
 
 
 def _records_of(store: Store) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -141,10 +144,11 @@ def _grouped(
     records: Sequence[tuple[str, dict[str, Any]]],
     lineup: Lineup,
     prompts: dict[str, Prompt],
+    rendering: Rendering,
     limit: int | None,
     say: Callable[[str], None],
 ) -> list[GivenPrompt]:
-    ids_of = _encoded(records, lineup, prompts, say)
+    ids_of = _encoded(records, lineup, prompts, rendering, say)
     found: dict[str, GivenPrompt] = {}
     keys: set[str] = set()
     seen: dict[tuple[Any, ...], str] = {}
@@ -171,10 +175,11 @@ def _encoded(
     records: Iterable[tuple[str, dict[str, Any]]],
     lineup: Lineup,
     prompts: dict[str, Prompt],
+    rendering: Rendering,
     say: Callable[[str], None],
 ) -> list[tuple[str, list[int]]]:
     """The prompt's id and the token ids of each line."""
-    texts: dict[tuple[str, str], None] = {}
+    texts: dict[tuple[str, bytes], Prompt] = {}
     ways: list[tuple[str, Prompt | list[int]]] = []
     for where, record in records:
         named = [key for key in ("prompt_id", "prompt", "token_ids") if key in record]
@@ -195,11 +200,13 @@ def _encoded(
                 ways.append((name, _token_ids(record["token_ids"], where, lineup)))
                 continue
             prompt = Prompt(name, _text(record, "prompt", where))
-        texts[prompt.id, prompt.text] = None
+        texts[prompt.id, canonical(prompt.content)] = prompt
         ways.append((prompt.id, prompt))
-    encoded = lineup.encode([Prompt(name, text) for name, text in texts], say) if texts else []
+    encoded = lineup.encode(list(texts.values()), say, rendering) if texts else []
     ids_of = dict(zip(texts, encoded, strict=True))
-    return [(name, list(ids_of[way.id, way.text]) if isinstance(way, Prompt) else way) for name, way in ways]
+    return [
+        (name, list(ids_of[way.id, canonical(way.content)]) if isinstance(way, Prompt) else way) for name, way in ways
+    ]
 
 
 def _event(record: dict[str, Any], where: str, ids: Sequence[int], lineup: Lineup) -> GivenEvent:

@@ -34,8 +34,8 @@ def segments_of(
     numbered = sorted((int(match[1]), digest) for name, digest in (captured or {}).items() if (match := _match(name)))
     lengths: list[int] = []
     for number, digest in numbered:
-        start, n_missing = sum(lengths), number - len(lengths)
-        before, n = _find(prompts[start:], digest, shard_prompts, n_missing)
+        n_missing = number - len(lengths)
+        before, n = _find(prompts, sum(lengths), digest, shard_prompts, n_missing)
         for left in reversed(range(n_missing)):  # each of these has a prompt at least
             lengths.append(min(shard_prompts, before - left))
             before -= lengths[-1]
@@ -54,7 +54,7 @@ def digests_of_segments(
 ) -> dict[str, str]:
     """A digest of the prompts of each segment, by its name; arguments as :func:`segments_of`."""
     segments = segments_of(prompts, shard_prompts, captured)
-    return {name: prompts_module.digest(prompts[shard.start : shard.stop]) for name, shard in segments.items()}
+    return {name: prompts_module.digest(prompts, shard.start, shard.stop) for name, shard in segments.items()}
 
 
 def existing(place: Place) -> Store | None:
@@ -104,14 +104,17 @@ def _match(name: str) -> re.Match[str] | None:
     return _NAME.fullmatch(name)
 
 
-def _find(prompts: Sequence[Prompt], digest: str, most: int, n_missing: int) -> tuple[int, int]:
-    """Where a captured segment lies: how many prompts come before it, and how many it has.
+def _find(prompts: Sequence[Prompt], start: int, digest: str, most: int, n_missing: int) -> tuple[int, int]:
+    """Where a captured segment lies: how many prompts from ``start`` on come before it, and how many it has.
 
     The segments before it that are not captured have ``most`` prompts each, unless they were cut by the end of a file.
     """
     for before in range(n_missing * most, n_missing - 1, -1):
-        part = prompts[before : before + most]
-        for n, found in enumerate(prompts_module.digests(part), 1):
+        first = min(start + before, len(prompts))
+        stop = min(first + most, len(prompts))
+        if prompts_module.digest(prompts, first, stop) == digest:  # as a rule, and known without reading
+            return before, stop - first
+        for n, found in enumerate(prompts_module.digests(prompts[first:stop]), 1):
             if found == digest:
                 return before, n
-    return n_missing * most, min(most, max(0, len(prompts) - n_missing * most))
+    return n_missing * most, min(most, max(0, len(prompts) - start - n_missing * most))

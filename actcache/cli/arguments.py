@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from actcache.analyses.grid import GridSettings
     from actcache.capture.settings import CaptureSettings
     from actcache.models.lineup import Lineup
+    from actcache.models.templates import Rendering
 
 READOUTS = "native,common_it,common_pt"
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
@@ -73,7 +74,25 @@ def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:
         help="labels of the two checkpoints whose choices define events (default: the first and the last); repeat for "
         "the events of several pairs",
     )
-    parser.add_argument("--prompts", type=Path, metavar="P.jsonl", help="prompts, one JSON object per line")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="P.jsonl",
+        help="prompts, one JSON object per line, or a CSV or Parquet table with a column prompt",
+    )
+    parser.add_argument(
+        "--template",
+        metavar="LABEL",
+        help="checkpoint whose chat template renders the messages of prompts, for all checkpoints: a label, pt or it; "
+        "none takes the content of a single message as it is",
+    )
+    parser.add_argument(
+        "--add-special-tokens",
+        choices=["yes", "no"],
+        default="yes",
+        help="whether tokenizers put before a plain text what they put before every text, such as a BOS (default "
+        "%(default)s); a template puts its own",
+    )
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser, summary: str) -> None:
@@ -116,6 +135,11 @@ def open_lineup(args: argparse.Namespace, *, with_weights: bool = True) -> Lineu
     for label in paths:
         check_name(label, "checkpoint label")
     return Lineup.open(paths, args.pair, with_weights=with_weights, dequantize=args.dequantize)
+
+
+def rendering_asked(args: argparse.Namespace, lineup: Lineup) -> Rendering:
+    """How the arguments ask prompts to become texts (errors as ``Lineup.rendering``)."""
+    return lineup.rendering(args.template, add_special_tokens=args.add_special_tokens == "yes")
 
 
 def _labelled(text: str) -> tuple[str, str]:

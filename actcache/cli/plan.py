@@ -21,6 +21,7 @@ from actcache.cli.arguments import (
     checkpoints_given,
     grid_settings,
     open_lineup,
+    rendering_asked,
 )
 from actcache.cli.captured import moved
 from actcache.cli.stability import add_run_arguments, samples_asked
@@ -156,16 +157,19 @@ def _plan(args: argparse.Namespace) -> None:
     missing += [] if args.prompts else ["--prompts"]
     if missing:
         raise InputError(f"give {', '.join(missing)} to plan a run, or the folder of a finished one")
+    from actcache.models.prompt_ids import N_SAMPLED, PromptIds
     from actcache.prompts import digest, read_prompts
     from actcache.study.plan import Study, as_json, estimate, shapes_of
 
-    prompts = read_prompts(args.prompts, args.limit)
+    prompts = read_prompts(args.prompts, args.limit, args.shard_prompts)
     lineup = open_lineup(args, with_weights=False)
     capture = capture_settings(args, lineup, say)
-    lengths = [len(ids) for ids in lineup.encode(prompts, say)]
+    ids = PromptIds(lineup, prompts, rendering_asked(args, lineup), say)
+    if ids.is_sampled:
+        say(f"{len(prompts):,} prompts: their lengths are taken from every {len(prompts) // N_SAMPLED}th of them")
     work = _work_asked(args, lineup, capture)
     checked = tuple(samples_asked(args, capture.dtype).values()) if work else ()  # a capture by itself checks nothing
-    study = Study(shapes_of(lineup), lengths, capture, work, checked, lineup.pairs)
+    study = Study(shapes_of(lineup), ids.lengths, capture, work, checked, lineup.pairs)
     assumed = _assume(args, lineup, study)
     found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
     if args.out is not None:
@@ -250,6 +254,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
     """What a run computed, and its finished jobs; where there is none, with the grid that would be scored."""
     from actcache.analyses.grid import GridSettings, planned_work
     from actcache.capture.growth import digests_of_segments
+    from actcache.models.prompt_ids import PromptIds
     from actcache.prompts import digest, read_prompts
     from actcache.study.cells import finished_cells
     from actcache.study.finished import replays_of, settings_of
@@ -264,7 +269,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
                 "--checkpoint at those captured",
                 field=field,
             )
-    prompts = read_prompts(prompts_path, store.n_prompts)
+    prompts = read_prompts(prompts_path, store.n_prompts, fingerprint.shard_prompts)
     as_captured = store.prompts == digests_of_segments(prompts, fingerprint.shard_prompts, store.prompts)
     if not as_captured and digest(prompts) != fingerprint.prompts:
         raise InputError(
@@ -276,7 +281,7 @@ def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Pat
     if not work and capture.row_selection == "prefix":
         default = GridSettings(capture.boundaries, strict=capture.strict)
         work = planned_work(default.of_pair(lineup.labels, fingerprint.event_pairs), lineup.labels)
-    lengths = [len(ids) for ids in lineup.encode(prompts)]
+    lengths = PromptIds(lineup, prompts, lineup.rendering_of(fingerprint)).lengths
     checked = folder.timings().get("stability", {}).get("n_events", ())
     return Study(shapes_of(lineup), lengths, capture, work, tuple(checked), fingerprint.event_pairs), finished
 

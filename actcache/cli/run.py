@@ -35,6 +35,8 @@ def run(
     dtype: str | None = None,
     dequantize: bool = False,
     device: str | None = None,
+    template: str | None = None,
+    add_special_tokens: bool = True,
     max_new: int | None = None,
     limit: int | None = None,
     rows: str | None = None,
@@ -57,7 +59,7 @@ def run(
     its default.
 
     Args:
-        prompts: file of prompts, one JSON object per line.
+        prompts: file of prompts, one JSON object per line, or a table.
         out: folder of the run.
         pt, it: folders of the checkpoints of a pair: short for ``checkpoints={"pt": ..., "it": ...}``.
         checkpoints: folders by label, in the order of the lineup.
@@ -71,6 +73,8 @@ def run(
         dtype: of weights and states; ``auto``, the default, is the checkpoints' own.
         dequantize: whether quantized weights may be dequantized.
         device: to run on.
+        template: label of the checkpoint whose chat template renders messages, or ``none``.
+        add_special_tokens: whether tokenizers put a BOS and its like before plain text.
         max_new: choices to compare per prompt, at most.
         limit: how many of the first prompts to use.
         rows: ``prefix``, which a run needs.
@@ -93,7 +97,7 @@ def run(
     Raises:
         InputError: an option that is none, or a value that it does not take; and as ``actcache run`` does.
     """
-    apart = ("checkpoints", "pair", "sites", "options")
+    apart = ("checkpoints", "pair", "sites", "options", "add_special_tokens")
     named = {name: value for name, value in locals().items() if name not in ("apart", *apart)}
     words = []
     for name, value in (named | options).items():
@@ -102,6 +106,7 @@ def run(
             words.append(flag)
         elif value is not False and value is not None:
             words.append(f"{flag}={_text(value)}")
+    words += [] if add_special_tokens else ["--add-special-tokens=no"]
     words += [f"--checkpoint={label}={path}" for label, path in checkpoints.items()]
     words += [f"--pair={_text(one)}" for one in _pairs(pair)]
     words += [f"--site={site}" for site in _sites(sites)]

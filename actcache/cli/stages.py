@@ -19,6 +19,7 @@ from actcache.cli.arguments import (
     checkpoints_given,
     grid_settings,
     open_lineup,
+    rendering_asked,
 )
 from actcache.cli.captured import add_captured_arguments, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from actcache.capture.given import GivenPrompt
     from actcache.models.backbone import Backbone
     from actcache.models.lineup import Lineup
+    from actcache.models.templates import Rendering
     from actcache.prompts import Prompt
     from actcache.store import Store
 
@@ -167,20 +169,24 @@ def _read_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
     if args.prompts is None and events is None:
         raise InputError("the following arguments are required: --prompts, or --support fixed with --events")
     if events is None:
-        return read_prompts(args.prompts, args.limit)
+        return read_prompts(args.prompts, args.limit, args.shard_prompts)
     return [] if args.prompts is None else read_prompts(args.prompts)
 
 
-def _read_events(args: argparse.Namespace, lineup: Lineup, prompts: Sequence[Prompt]) -> list[GivenPrompt] | None:
+def _read_events(
+    args: argparse.Namespace, lineup: Lineup, prompts: Sequence[Prompt], rendering: Rendering
+) -> list[GivenPrompt] | None:
     """The events that the command names; None where a search finds them."""
     from actcache.capture.given import given_by, read_given
+    from actcache.models.prompt_ids import check_template
 
     events = args.events
     if events is None:
         return None
+    check_template(prompts, rendering, say)
     if events.is_dir():
         return given_by(open_store(events), lineup, limit=args.limit, say=say)
-    return read_given(events, lineup, prompts, limit=args.limit, say=say)
+    return read_given(events, lineup, prompts, rendering=rendering, limit=args.limit, say=say)
 
 
 def _check_grid_asked(args: argparse.Namespace) -> None:
@@ -206,7 +212,8 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     check_device(args.device)
     lineup = open_lineup(args)
     settings = capture_settings(args, lineup, say)
-    given = _read_events(args, lineup, prompts)
+    rendering = rendering_asked(args, lineup)
+    given = _read_events(args, lineup, prompts, rendering)
     folder = RunFolder(args.out)
     record = RunRecord(
         checkpoints={label: c.place for label, c in lineup.checkpoints.items()},
@@ -228,7 +235,14 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
             with enough_memory(f"loading {label}", LESS_MODEL), line.during(f"loading {label}"):
                 return clock.load(label)
 
-        how: dict[str, Any] = {"given": given, "part": part, "load": load, "on_progress": line, "say": say}
+        how: dict[str, Any] = {
+            "rendering": rendering,
+            "given": given,
+            "part": part,
+            "load": load,
+            "on_progress": line,
+            "say": say,
+        }
         capture(lineup, prompts, folder.store, settings, **how)
     folder.bind_store(record, len(prompts if given is None else given))
     clock.write(folder, len(prompts if given is None else given))

@@ -11,9 +11,10 @@ import torch
 
 from actcache.errors import IncompatibleError, InputError
 from actcache.models.checkpoint import DTYPES, Checkpoint
+from actcache.models.templates import NONE, PLAIN, ChatTemplate, Rendering
 from actcache.models.vocabulary import Tokens, Vocabulary
 from actcache.prompts import Prompt
-from actcache.schema import several_pairs
+from actcache.schema import ROLES, Fingerprint, several_pairs
 
 # What must be equal for states of one checkpoint to be read by the late blocks of another.
 _ALIGNED_FIELDS = ("model_type", "hidden_size", "num_hidden_layers")
@@ -161,29 +162,87 @@ class Lineup:
     def _first(self) -> Checkpoint:
         return next(iter(self.checkpoints.values()))
 
-    def encode(self, prompts: Sequence[Prompt], say: Callable[[str], None] = lambda line: None) -> list[list[int]]:
-        """Raw prompt ids (no chat template), the same from every checkpoint's tokenizer; they end with the text.
+    def rendering(self, template: str | None = None, *, add_special_tokens: bool = True) -> Rendering:
+        """How prompts become texts: by the chat template of a checkpoint, which all of them read alike.
+
+        Args:
+            template: a label, or a role of the pair; ``none``; None where no template is given.
+            add_special_tokens: see :class:`Rendering`.
+
+        Raises:
+            InputError: it names no checkpoint, one without a template, or several.
+        """
+        if template is None or template == NONE:
+            return Rendering(template, add_special_tokens)
+        if "," in template:
+            raise InputError(
+                f"--template {template}: all checkpoints read the same ids, rendered by one template; with a template "
+                "each, states would belong to different texts, and a swap of them would be another estimand"
+            )
+        roles = [dict(zip(ROLES, pair, strict=True)).get(template) for pair in self.pairs]
+        label = template if template in self.checkpoints else roles[0]
+        if label is None or (label != template and len(set(roles)) > 1):
+            raise InputError(f"--template {template}: expected none, or one of {', '.join(self.labels)}")
+        found = {one: ChatTemplate.of(one, checkpoint.tokenizer) for one, checkpoint in self.checkpoints.items()}
+        if (of := found[label]) is None:
+            having = ", ".join(one for one, known in found.items() if known) or "none of the others"
+            raise InputError(
+                f"--template {template}: the tokenizer of checkpoint {label} ({self.checkpoints[label].path}) has no "
+                f"chat template; {having} has one"
+            )
+        return Rendering(of, add_special_tokens)
+
+    def rendering_of(self, captured: Fingerprint) -> Rendering:
+        """How the prompts of a store became texts.
+
+        Raises:
+            IncompatibleError: by another template than the checkpoint has.
+        """
+        label = captured.template.split(" ")[0] if captured.template else None
+        found = self.rendering(label, add_special_tokens=captured.special_tokens is None)
+        if found.identity != captured.template:
+            raise IncompatibleError(
+                f"the messages were rendered by template {captured.template}, checkpoint {label} has {found.identity}",
+                field="template",
+            )
+        return found
+
+    def encode(
+        self,
+        prompts: Sequence[Prompt],
+        say: Callable[[str], None] = lambda line: None,
+        rendering: Rendering = PLAIN,
+    ) -> list[list[int]]:
+        """Prompt ids, the same from every checkpoint's tokenizer; they end with the text, or where an answer begins.
 
         Args:
             prompts: what to encode.
             say: told, in one line each, what the tokenizers would have done to texts and does not happen here.
+            rendering: how prompts become texts; by default, those with messages are refused.
 
         Raises:
             IncompatibleError: two tokenizers give different ids for a prompt.
-            InputError: a prompt has no tokens, a second BOS, a token beyond the embeddings, or more tokens than the
-                model has positions.
+            InputError: a prompt has no tokens, a second BOS, a token beyond the embeddings, ids that are not of every
+                checkpoint, or more tokens than the model has positions; or see :meth:`Rendering.text_of`.
         """
         for line in self._left_undone():
             say(line)
-        texts = [prompt.text for prompt in prompts]
+        ids_of = [prompt.token_ids or [] for prompt in prompts]
         first, *others = self.checkpoints.values()
-        ids_of = first.encoder.encode(texts)
-        for other in others:
-            if first.encoder.is_equal(other.encoder):
-                continue
-            for prompt, ids, theirs in zip(prompts, ids_of, other.encoder.encode(texts), strict=True):
-                if ids != theirs:
-                    raise self._different_ids(prompt, first, ids, other, theirs)
+        others = [other for other in others if not first.encoder.is_equal(other.encoder)]
+        for special in (True, False):
+            adds = special and rendering.add_special_tokens
+            own = [i for i, p in enumerate(prompts) if p.token_ids is None and rendering.is_whole(p) != special]
+            texts = [rendering.text_of(prompts[i]) for i in own]
+            found = first.encoder.encode(texts, add_special_tokens=adds)
+            for other in others:
+                for i, ids, theirs in zip(
+                    own, found, other.encoder.encode(texts, add_special_tokens=adds), strict=True
+                ):
+                    if ids != theirs:
+                        raise self._different_ids(prompts[i], first, ids, other, theirs)
+            for i, ids in zip(own, found, strict=True):
+                ids_of[i] = ids
         for prompt, ids in zip(prompts, ids_of, strict=True):
             self._check_ids(prompt, ids)
         return ids_of
@@ -210,20 +269,22 @@ class Lineup:
     def _check_ids(self, prompt: Prompt, ids: list[int]) -> None:
         encoder = self._first.encoder
         if not ids:
-            raise InputError(f"prompt {prompt.id!r} has no tokens")
+            raise InputError(f"{prompt.named} has no tokens")
         if self.max_positions is not None and len(ids) > self.max_positions:
-            raise InputError(
-                f"prompt {prompt.id!r} has {len(ids)} tokens; the model has {self.max_positions} positions"
-            )
+            raise InputError(f"{prompt.named} has {len(ids)} tokens; the model has {self.max_positions} positions")
         if max(ids) >= self.vocab_size:
             beyond = encoder.describe(max(ids))
             raise InputError(
-                f"prompt {prompt.id!r}: token {beyond} is beyond the {self.vocab_size} rows of the embeddings; leave "
+                f"{prompt.named}: token {beyond} is beyond the {self.vocab_size} rows of the embeddings; leave "
                 "it out of the prompt, or resize the embeddings with the tokenizer"
+            )
+        if prompt.token_ids is not None and (unknown := [index for index in ids if index not in self.ids.shared]):
+            raise InputError(
+                f"{prompt.named}: token id {unknown[0]} is not the id of a token that every checkpoint has"
             )
         if (at := encoder.second_start(ids)) is not None:
             raise InputError(
-                f"prompt {prompt.id!r}: token {at} is a second {encoder.describe(ids[at])}; text that a chat template "
+                f"{prompt.named}: token {at} is a second {encoder.describe(ids[at])}; text that a chat template "
                 "has rendered begins with one already, which the tokenizer puts before every text: leave it out"
             )
 
@@ -234,7 +295,7 @@ class Lineup:
         at = next((i for i, (a, b) in enumerate(zip(ids, theirs, strict=False)) if a != b), min(len(ids), len(theirs)))
         here, there = (c.encoder.describe(*of[at : at + 1]) for c, of in ((first, ids), (other, theirs)))
         return IncompatibleError(
-            f"prompt {prompt.id!r}: the tokenizers of {first.label} and {other.label} give different ids from token "
+            f"{prompt.named}: the tokenizers of {first.label} and {other.label} give different ids from token "
             f"{at} on: {here} and {there}; leave out what only one of them knows, or give both folders one tokenizer",
             field="tokenizer",
         )

@@ -71,20 +71,21 @@ class Encoder:
         """Ids that the tokenizer appends to every text and :meth:`encode` does not."""
         return self.around[1]
 
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text after those that the tokenizer puts before every one."""
+    def encode(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """Ids of each text, after those that the tokenizer puts before every one unless told not to."""
         front, end = self.around
+        front, by_hand = (front, bool(end)) if add_special_tokens else ([], True)
         ids: list[list[int]] = []
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             batch = list(texts[start : start + _TEXTS_AT_ONCE])
             found: Any = self.tokenizer(
                 batch,
-                add_special_tokens=not end,
+                add_special_tokens=not by_hand,
                 return_attention_mask=False,
                 return_token_type_ids=False,
                 verbose=False,
             )
-            ids += ([*front, *own] if end else list(own) for own in found["input_ids"])
+            ids += ([*front, *own] if by_hand else list(own) for own in found["input_ids"])
         return ids
 
     @cached_property
@@ -95,7 +96,8 @@ class Encoder:
 
     def second_start(self, ids: Sequence[int]) -> int | None:
         """Where a prompt's ids have a start token after the first, with white space between them at most."""
-        first = max(1, len(self.around[0]))
+        front = self.around[0]
+        first = max(1, len(front)) if list(ids[: len(front)]) == front else 1
         if self.starts.isdisjoint(ids[first:]):
             return None
         at = next(i for i, index in enumerate(ids) if i >= first and index in self.starts)

@@ -33,6 +33,8 @@ from actcache.models.blocks import check_boundary, find_site
 from actcache.models.checkpoint import DTYPES
 from actcache.models.lineup import Lineup
 from actcache.models.probe import check_replayable
+from actcache.models.prompt_ids import PromptIds
+from actcache.models.templates import PLAIN, Rendering
 from actcache.progress import OnProgress, Tally, untold
 from actcache.prompts import Prompt
 from actcache.schema import FIRST_DIVERGENCE, Fingerprint, order_of_labels
@@ -86,6 +88,7 @@ def capture(
     store: Place,
     settings: CaptureSettings,
     *,
+    rendering: Rendering = PLAIN,
     given: Sequence[GivenPrompt] | None = None,
     part: tuple[int, int] = (0, 1),
     load: Callable[[str], Backbone] | None = None,
@@ -102,6 +105,7 @@ def capture(
         prompts: validated prompts; of no account where events are given.
         store: where the store is or shall be, as in ``open_store``; new, or left by an earlier run of the same capture.
         settings: what to compute.
+        rendering: how prompts become texts.
         given: events to store instead of those that a search finds (see :mod:`actcache.capture.given`).
         part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
         load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
@@ -110,7 +114,7 @@ def capture(
         say: told, in one line, what a person should know (packing not possible, for example).
 
     Raises:
-        InputError: see :meth:`Lineup.encode`, a boundary out of range, or a lineup of one checkpoint.
+        InputError: see :class:`PromptIds`, a boundary out of range, or a lineup of one checkpoint.
         IncompatibleError: the store belongs to another run; names the field. Prompts may have changed since, those that
             are not captured yet.
         UnsupportedModelError: see :func:`load_backbone`.
@@ -121,13 +125,13 @@ def capture(
         check_boundary(boundary, lineup.n_blocks)
     if len(lineup.labels) < 2:
         raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
-    prompt_ids = lineup.encode(prompts, say) if given is None else []
+    prompt_ids = PromptIds(lineup, prompts, rendering, say) if given is None else None
     prompts = prompts if given is None else [one.as_prompt() for one in given]
     settings = settings if given is None else replace(settings, support=FIXED)
     before = existing(store)
     if before is not None:
         lineup.follow(before.fingerprint.vocabulary)
-    found = fingerprint(lineup, prompts, settings)
+    found = fingerprint(lineup, prompts, settings, rendering)
     captured = before.prompts if before else {}
     segments = segments_of(prompts, settings.shard_prompts, captured)
     writer = StoreWriter(store, found, digests_of_segments(prompts, settings.shard_prompts, captured))
@@ -156,7 +160,7 @@ def capture(
                 segment=name,
                 settings=settings,
                 prompts=tuple(prompts[own]),
-                ids=tuple(map(tuple, prompt_ids[own])),
+                ids=tuple(map(tuple, prompt_ids[own])) if prompt_ids is not None else (),
                 given=tuple(given or ())[own],
                 n_pairs=len(lineup.pairs),
                 n_paired=len(lineup.paired),
@@ -224,7 +228,9 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Back
         return backbone
 
 
-def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings) -> Fingerprint:
+def fingerprint(
+    lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSettings, rendering: Rendering = PLAIN
+) -> Fingerprint:
     """Everything that the bytes of the store depend on; two equal fingerprints name the same work."""
     libraries = ["actcache", "torch", "transformers"]
     if any(checkpoint.adapter is not None for checkpoint in lineup.checkpoints.values()):
@@ -238,6 +244,8 @@ def fingerprint(lineup: Lineup, prompts: Sequence[Prompt], settings: CaptureSett
         vocabulary=lineup.rule,
         support=None if settings.support == FIRST_DIVERGENCE else settings.support,
         prompts=prompts_module.digest(prompts),
+        template=rendering.identity,
+        special_tokens=None if rendering.add_special_tokens else "no",
         n_prompts=len(prompts),
         dtype=settings.dtype,
         boundaries=settings.boundaries,

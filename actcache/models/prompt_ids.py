@@ -1,0 +1,80 @@
+"""Prompt ids: the token ids of the prompts of a file, all at once of a small one, part by part of a large one.
+
+Knows prompts and lineups; knows no jobs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from actcache.errors import InputError
+from actcache.models.lineup import Lineup
+from actcache.models.templates import PLAIN, ChatTemplate, Rendering
+from actcache.prompts import MAX_HELD, Prompt, n_messages
+
+N_SAMPLED = 2000  # prompts of a large file that are encoded before anything runs
+
+
+class PromptIds:
+    """What the tokenizers of a lineup make of some prompts.
+
+    What is wrong with a prompt is said at once where there are at most ``MAX_HELD``. Of a larger file, it is said of a
+    sample at once, and of the others when they are reached.
+    """
+
+    def __init__(
+        self,
+        lineup: Lineup,
+        prompts: Sequence[Prompt],
+        rendering: Rendering = PLAIN,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        """Of these prompts (arguments and errors as :meth:`Lineup.encode`).
+
+        Raises:
+            InputError: besides, see :func:`check_template`.
+        """
+        check_template(prompts, rendering, say)
+        self._lineup, self._prompts, self._rendering = lineup, prompts, rendering
+        step = 1 if len(prompts) <= MAX_HELD else len(prompts) // N_SAMPLED
+        self._sample = lineup.encode(prompts[::step], say, rendering)
+
+    def __getitem__(self, part: slice) -> list[list[int]]:
+        """Of consecutive prompts."""
+        if len(self._sample) == len(self._prompts):
+            return self._sample[part]
+        return self._lineup.encode(self._prompts[part], rendering=self._rendering)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether there are more prompts than were encoded at once."""
+        return len(self._sample) < len(self._prompts)
+
+    @property
+    def lengths(self) -> Sequence[int]:
+        """Tokens of every prompt; of a large file, each has the number of the sampled one before it."""
+        counts = np.array([len(ids) for ids in self._sample], np.int64)
+        at = np.arange(len(self._prompts)) * len(counts) // max(1, len(self._prompts))
+        return counts[at].tolist() if self.is_sampled else counts.tolist()
+
+
+def check_template(
+    prompts: Sequence[Prompt], rendering: Rendering, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Raise InputError where a chat template is given and no prompt has messages; say what else a person may not
+    expect of it."""
+    template = rendering.template
+    if not isinstance(template, ChatTemplate):
+        return
+    n_plain = len(prompts) - n_messages(prompts)
+    if n_plain == len(prompts):
+        raise InputError(
+            f"the template of {template.label} would render nothing: no prompt has messages, and text is never "
+            "wrapped; write [{'role': 'user', 'content': TEXT}] as 'messages', or leave --template out"
+        )
+    if n_plain:
+        say(f"{n_plain:,} of {len(prompts):,} prompts have no messages: read as they are, without the template")
+    if template.is_dated:
+        say(f"the template of {template.label} asks for the date: it is told that of {template.day}, always")
