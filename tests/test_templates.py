@@ -167,7 +167,7 @@ def test_the_day_changes_nothing_else_of_a_text(templated, start):
         rendering = Lineup.open(templated(it=one)).rendering("it")
         texts.append(rendering.text_of(chat(SYSTEM, ASKED)))
     assert texts[0] == texts[1]
-    assert "Friday, 26 Jul 2024\n[system] Be brief." in texts[0]
+    assert "Friday, 26 Jul 2024[system] Be brief." in texts[0]
 
 
 def test_messages_and_templates_belong_together(templated):
