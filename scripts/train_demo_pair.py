@@ -46,6 +46,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+from actcache.capture.forward import Resident
+from actcache.capture.residency import AllResident
 from actcache.capture.search import Outcome, SearchLimits, propose
 from actcache.errors import InputError
 from actcache.models.backbone import Backbone
@@ -659,10 +661,10 @@ def count_divergences(pt: Path, it: Path, prompts: Sequence[dict[str, str]]) -> 
         Counts by category, the histogram of the steps at which the continuations part, and of the reasons where not.
     """
     lineup = Lineup.open({"pt": pt, "it": it})
-    backbones = [Backbone(checkpoint.load(torch.float32)) for checkpoint in lineup.checkpoints.values()]
+    readers = {label: Resident(Backbone(of.load(torch.float32))) for label, of in lineup.checkpoints.items()}
     ids = lineup.encode([Prompt(prompt["id"], prompt["prompt"]) for prompt in prompts])
     limits = SearchLimits(MAX_NEW, lineup.end_ids, lineup.max_positions)
-    found = propose(backbones, ids, [0] * len(ids), limits)
+    found = propose(AllResident(readers), lineup.pair, ids, [0] * len(ids), limits)
     diverged = [proposal.outcome is Outcome.DIVERGED for proposal in found]
     steps = Counter(len(proposal.shared) for proposal, yes in zip(found, diverged, strict=True) if yes)
     by_category = Counter(prompt["category"] for prompt, yes in zip(prompts, diverged, strict=True) if yes)

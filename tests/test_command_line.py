@@ -12,7 +12,7 @@ from functools import partial
 import pytest
 import torch
 
-from actcache.capture import decide
+from actcache.capture import forward
 from actcache.cli import build_parser, main
 from actcache.models.checkpoint import Checkpoint
 from actcache.replay import late_stack as replay
@@ -130,7 +130,7 @@ KINDS = {
 # What fails, in which module, under which command, and what needs less.
 PLACES = {
     "loading": (Checkpoint, "load", "capture", "actcache: loading pt: out of memory", "--dtype bfloat16"),
-    "capture": (decide, "forward_and_gather", "capture", "actcache: capture: out of memory", "--max-tokens"),
+    "capture": (forward, "forward_and_gather", "capture", "actcache: capture: out of memory", "--max-tokens"),
     "grid": (replay.LateStack, "iterate_variants", "grid", "actcache: grid: out of memory", "--max-tokens"),
     "grid, loading": (replay.LateStack, "load", "grid", "loading pt from block 3 on: out of memory", "--boundary"),
     "stability": (decisions, "_choose", "stability", "actcache: stability: out of memory", "--max-tokens"),

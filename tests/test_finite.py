@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from actcache.capture.forward import Resident
+from actcache.capture.residency import AllResident
 from actcache.capture.search import SearchLimits, propose
 from actcache.cli import main
 from actcache.errors import InputError, NotFiniteError
@@ -87,9 +89,10 @@ def test_a_search_names_checkpoint_and_sequence(tmp_path):
     backbones = [Backbone(AutoModelForCausalLM.from_pretrained(folder).eval()) for _ in range(2)]
     with torch.no_grad():
         backbones[1].blocks[2].mlp.down_proj.weight.fill_(float("nan"))
+    checkpoints = AllResident({label: Resident(one) for label, one in zip("ab", backbones, strict=True)})
     limits = SearchLimits(4, frozenset(), None)
     with pytest.raises(NotFiniteError, match=r"checkpoint b, the first: .*block 2 is the first whose output is not"):
-        propose(backbones, [[5, 6], [7, 8, 9]], [0, 0], limits, names=["the first", "the second"], labels=["a", "b"])
+        propose(checkpoints, ["a", "b"], [[5, 6], [7, 8, 9]], [0, 0], limits, names=["the first", "the second"])
 
 
 @pytest.mark.slow

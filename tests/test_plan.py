@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 import actcache
 from actcache.capture.counter import SearchCounter
 from actcache.capture.given import given_by
+from actcache.capture.forward import Resident
+from actcache.capture.residency import AllResident
 from actcache.capture.search import SearchLimits, propose
 from actcache.capture.settings import CaptureSettings
 from actcache.cli import main
@@ -266,12 +268,14 @@ def test_searches_are_batched_as_the_search_does(models):
 def test_the_counter_counts_what_a_search_runs(tmp_path):
     paths = tiny.make_pair(tmp_path, "gemma3")
     lineup = Lineup.open(dict(zip(("pt", "it"), paths, strict=True)))
-    counter, backbones, shapes = SearchCounter(), [], []
-    for checkpoint in lineup.checkpoints.values():
+    counter, readers, shapes = SearchCounter(), {}, []
+    for label, checkpoint in lineup.checkpoints.items():
         shapes.append(ModelShape.of_checkpoint(checkpoint))
-        backbones.append(counter.watch(Backbone(checkpoint.load(torch.float32)), shapes[-1]))
+        readers[label] = Resident(counter.watch(Backbone(checkpoint.load(torch.float32)), shapes[-1]))
     ids = lineup.checkpoints["pt"].tokenizer("In the morning the baker")["input_ids"]
-    (proposal,) = propose(backbones, [ids], [0], SearchLimits(MAX_NEW, lineup.end_ids, None))
+    for reader in readers.values():
+        _ = reader.decoding  # which decodes, too
+    (proposal,) = propose(AllResident(readers), lineup.pair, [ids], [0], SearchLimits(MAX_NEW, lineup.end_ids, None))
     n, steps = len(ids), len(proposal.shared)
     one = shapes[0].products(np.array([n], float)) + shapes[0].step_products(np.arange(n, n + steps, dtype=float))
     assert counter.multiply_adds == 2 * (one + (steps + 1) * shapes[0].head_products)

@@ -16,6 +16,8 @@ from twins import reference
 
 import actcache
 from actcache.capture.decode import Decoding, find_decoding
+from actcache.capture.forward import Resident
+from actcache.capture.residency import AllResident
 from actcache.capture.search import Outcome, SearchLimits, propose
 from actcache.cli import main
 from actcache.errors import InputError
@@ -270,14 +272,14 @@ def test_a_search_finds_what_full_forwards_find(name):
         for parameter in backbones[1].decoder.parameters():
             std = parameter.std(correction=0)
             parameter.add_(0.01 * std * torch.randn(parameter.shape, generator=noise))
-    decoding, reason = find_decoding(backbones[0])
+    decoding, reason, _ = find_decoding(backbones[0])
     assert decoding is DECODINGS[name]
     assert (reason is None) == (decoding is Decoding.PADDED)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, families.VOCAB_SIZE, (n,), generator=generator).tolist() for n in (3, 9, 4, 9, 1, 6)]
-    found = propose(
-        backbones, prompts, [0] * len(prompts), SearchLimits(8, frozenset({2}), 64), decoding=decoding, pack_tokens=0
-    )
+    checkpoints = AllResident({label: Resident(one) for label, one in zip(("pt", "it"), backbones, strict=True)})
+    limits = SearchLimits(8, frozenset({2}), 64)
+    found = propose(checkpoints, ("pt", "it"), prompts, [0] * len(prompts), limits)
     for prompt, proposal in zip(prompts, found, strict=True):
         sequence = list(prompt)
         for token in proposal.shared:

@@ -22,7 +22,7 @@ from twins import reference
 from twins.supports import choices, support
 
 import actcache
-from actcache.capture import decide, search
+from actcache.capture import answers, search
 from actcache.capture.supports import HORIZONS
 from actcache.capture.token_class import FORMAT, TokenClasses, is_marker
 from actcache.cli import main
@@ -283,7 +283,7 @@ def misleading(monkeypatch, how: str, times: int) -> list[int]:
                 proposal.shared += [50, 51]
         return proposals
 
-    monkeypatch.setattr(decide, "propose", propose)
+    monkeypatch.setattr(answers, "propose", propose)
     return called
 
 
@@ -486,7 +486,7 @@ def test_what_a_search_gets_wrong_of_several_pairs_is_put_right(several, lineup,
                 proposal.shared[1] = 77
         return proposals
 
-    monkeypatch.setattr(decide, "propose", propose)
+    monkeypatch.setattr(answers, "propose", propose)
     found = of_pairs(lineup, prompts, tmp_path / "run", *PAIRS, more=("--strict", "--shard-prompts", 64))
     assert called[0] > 2
     store = open_store(several / "store")

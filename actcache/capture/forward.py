@@ -7,6 +7,7 @@ files.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from actcache.capture.decode import CachedBatch, Decoding, Found, find_decoding
 from actcache.errors import NotFiniteError
 from actcache.finite import first_no_state, first_not_finite, not_finite
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import find_site
 from actcache.models.gather import gather_rows
+from actcache.models.packing import plan_packs
 from actcache.models.readout import Readout
 from actcache.models.regimes import Regimes
 from actcache.store.layout import STATE
@@ -96,9 +99,15 @@ class Forwarder(Protocol):
     def run(self, packs: Sequence[Pack], places: Places) -> Iterator[PackRows]:
         """A plain forward over each pack, in order; ``final`` is the model's own, bit for bit, of a pack of one."""
 
-    def write(self, sequences: Sequence[Sequence[int]], n_new: int, end_ids: frozenset[int]) -> list[list[int]]:
-        """What it goes on with after each sequence: as many tokens as are cheap at once, 1 to ``n_new``; none after
-        one that ends a generation."""
+    def write(
+        self, sequences: Sequence[Sequence[int]], n_new: Sequence[int], end_ids: frozenset[int]
+    ) -> list[list[int]]:
+        """What it greedily goes on with after each sequence, as a proposal: at least one token, and as many as are
+        cheap at once, of the ``n_new`` (1 or more) that are asked for; none after one of ``end_ids``.
+
+        Raises:
+            NotFiniteError: a logit is not finite; ``row`` is the sequence's number.
+        """
 
     def not_finite(self, whose: str, what: str, ids: Sequence[int]) -> NotFiniteError:
         """The error that names the first block of which ``what`` is not finite for this sequence."""
@@ -107,9 +116,15 @@ class Forwarder(Protocol):
 class Resident:
     """A checkpoint whose blocks are all in memory."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: Backbone, max_tokens: int = 4096) -> None:
+        """Of this backbone, which decodes batches of at most so many prompt tokens, padding among them."""
+        self.backbone, self._max_tokens = backbone, max_tokens
         self.readout, self.regimes = backbone.readout, backbone.regimes
+
+    @functools.cached_property
+    def decoding(self) -> Found:
+        """How it decodes; found by forwards."""
+        return find_decoding(self.backbone)
 
     def why_not_packable(self) -> str | None:
         """As :class:`Forwarder`."""
@@ -121,9 +136,81 @@ class Resident:
             rows, hidden = forward_and_gather(self.backbone, pack.ids, pack.bounds, places, pack.kept)
             yield PackRows(rows, gather_rows(hidden, pack.compared))
 
+    def write(
+        self, sequences: Sequence[Sequence[int]], n_new: Sequence[int], end_ids: frozenset[int]
+    ) -> list[list[int]]:
+        """As :class:`Forwarder`: all that is asked for."""
+        written: list[list[int]] = [[] for _ in sequences]
+        lengths = [len(ids) + n for ids, n in zip(sequences, n_new, strict=True)]
+        order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))
+        cached = [number for number in order if self._stays_cached(lengths[number])]
+        first = [len(sequences[number]) for number in cached]
+        even = self.decoding.decoding is Decoding.EVEN
+        kinds = [company(self.regimes, len(sequences[n]), lengths[n], even=even) for n in cached]
+        for batch in plan_packs(first, self._max_tokens, padded=True, kinds=kinds):
+            self._write_cached([cached[i] for i in batch], sequences, n_new, end_ids, written)
+        for number in order:
+            if not self._stays_cached(lengths[number]):
+                self._write_alone(number, sequences[number], n_new[number], end_ids, written[number])
+        return written
+
     def not_finite(self, whose: str, what: str, ids: Sequence[int]) -> NotFiniteError:
         """As :class:`Forwarder`."""
         return not_finite(whose, what, self.backbone, ids)
+
+    def _stays_cached(self, length: int) -> bool:
+        most = self.regimes.longest_cached
+        return self.decoding.decoding is not Decoding.FULL and (most is None or length <= most)
+
+    @torch.no_grad()
+    def _write_cached(
+        self,
+        numbers: list[int],
+        sequences: Sequence[Sequence[int]],
+        n_new: Sequence[int],
+        end_ids: frozenset[int],
+        written: list[list[int]],
+    ) -> None:
+        """One batch; a sequence leaves it with its last token."""
+        batch = CachedBatch(self.backbone, [sequences[number] for number in numbers])
+        hidden = batch.begin()
+        while True:
+            tokens = self._choose(hidden, numbers)
+            for number, token in zip(numbers, tokens, strict=True):
+                written[number].append(token)
+            kept = [
+                row
+                for row, (number, token) in enumerate(zip(numbers, tokens, strict=True))
+                if token not in end_ids and len(written[number]) < n_new[number]
+            ]
+            if not kept:
+                return
+            if len(kept) < len(numbers):
+                batch.keep(kept)
+                numbers = [numbers[row] for row in kept]
+            hidden = batch.feed(torch.tensor([tokens[row] for row in kept])[:, None])[:, 0]
+
+    def _write_alone(
+        self, number: int, sequence: Sequence[int], n_new: int, end_ids: frozenset[int], written: list[int]
+    ) -> None:
+        """A forward over the whole sequence for each token."""
+        while len(written) < n_new and not (written and written[-1] in end_ids):
+            ids = [*sequence, *written]
+            pack = Pack.of([ids], [[]], [[len(ids) - 1]])
+            (rows,) = self.run([pack], ())
+            written += self._choose(rows.final, [number])
+
+    def _choose(self, hidden: torch.Tensor, numbers: Sequence[int]) -> list[int]:
+        try:
+            return self.readout.top2(hidden)[0][:, 0].tolist()
+        except NotFiniteError as error:
+            raise NotFiniteError(str(error), row=numbers[error.row or 0]) from error
+
+
+def company(regimes: Regimes, first: int, last: int, *, even: bool) -> tuple[int, int]:
+    """Sequences of one company may share a padded batch while they grow from ``first`` to ``last`` tokens; those that
+    must be ``even`` have one length."""
+    return regimes.of(first), first if even or not regimes.in_row(last) else 0
 
 
 def first_wrong(site: str, rows: torch.Tensor) -> int | None:

@@ -6,7 +6,7 @@ Knows how checkpoints are let go; loads them by functions that it is given.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -21,7 +21,9 @@ LoadReadout = Callable[[str], Readout]
 class Checkpoints(Protocol):
     """The checkpoints of a capture, by label."""
 
-    labels: Sequence[str]
+    @property
+    def labels(self) -> Sequence[str]:
+        """In the order of the lineup."""
 
     @property
     def together(self) -> bool:
@@ -35,6 +37,9 @@ class Checkpoints(Protocol):
     def forwarder(self, label: str) -> Forwarder:
         """One of them, for now: unless all are together, asking for another one lets it go."""
 
+    def why_not_packable(self, label: str) -> str | None:
+        """What the forwarder says of it, which is asked once."""
+
     def readout(self, label: str) -> Readout:
         """The final norm and head of one; unless all are together, loaded alone, and no other one stays."""
 
@@ -42,15 +47,32 @@ class Checkpoints(Protocol):
         """Let go what need not stay."""
 
 
-class AllResident:
+class _Asked:
+    """Answers once what forwards are needed for."""
+
+    def __init__(self) -> None:
+        self._not_packable: dict[str, str | None] = {}
+
+    def forwarder(self, label: str) -> Forwarder:
+        raise NotImplementedError
+
+    def why_not_packable(self, label: str) -> str | None:
+        """As :class:`Checkpoints`."""
+        if label not in self._not_packable:
+            self._not_packable[label] = self.forwarder(label).why_not_packable()
+        return self._not_packable[label]
+
+
+class AllResident(_Asked):
     """All stay, once loaded."""
 
     together, resident = True, None
 
-    def __init__(self, labels: Sequence[str], load: LoadForwarder) -> None:
-        """Loads all of them."""
-        self.labels = list(labels)
-        self._held = {label: load(label) for label in labels}
+    def __init__(self, forwarders: Mapping[str, Forwarder]) -> None:
+        """These, by label."""
+        super().__init__()
+        self.labels = list(forwarders)
+        self._held = forwarders
 
     def forwarder(self, label: str) -> Forwarder:
         """As :class:`Checkpoints`."""
@@ -64,7 +86,7 @@ class AllResident:
         """As :class:`Checkpoints`: all stay."""
 
 
-class OneResident:
+class OneResident(_Asked):
     """One at a time, or the head of one."""
 
     together = False
@@ -77,6 +99,7 @@ class OneResident:
             load: gives one.
             load_readout: gives the final norm and head of one alone.
         """
+        super().__init__()
         self.labels = list(labels)
         self._load, self._load_readout = load, load_readout
         self.resident: str | None = None

@@ -16,18 +16,19 @@ Where a model computes longer sequences otherwise (models/regimes.py), each regi
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from actcache.capture.asks import Forward, Ran, Score, Steps, margins, proposals, ran
 from actcache.capture.decide import MAX_ROUNDS, Decider, consecutive
 from actcache.capture.events import Captured, Event, Excluded
+from actcache.capture.forward import Pack
 from actcache.capture.search import Outcome
 from actcache.capture.supports import ROLLOUTS, Chosen, choose, first_disagreement
 from actcache.capture.token_class import FORMAT, TokenClasses, is_marker
-from actcache.models.packing import offsets_of
 from actcache.progress import Told
 from actcache.prompts import Prompt
 from actcache.schema import CHOSEN_KINDS, FIRST_DIVERGENCE, ROLES
@@ -89,6 +90,10 @@ class _Rollout:
     ended: str | None = None
 
     @property
+    def name(self) -> str:
+        return f"prompt {self.prompt.id!r}"
+
+    @property
     def sequence(self) -> list[int]:
         return self.ids + self.written
 
@@ -125,8 +130,8 @@ class _Placed:
     # What an error names it by.
 
     @property
-    def prompt(self) -> Prompt:
-        return self.rollout.prompt
+    def name(self) -> str:
+        return self.rollout.name
 
     @property
     def sequence(self) -> list[int]:
@@ -150,36 +155,38 @@ class Rollouts:
         self._classes = TokenClasses()
         self._text = functools.cache(lambda token: decider.decode([token]))
 
-    def run(self, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]], told: Told) -> SegmentData:
+    def run(self, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]], told: Told) -> Steps[SegmentData]:
         """Everything that one segment holds."""
-        self._decider.told = told
         going = [
-            _Rollout(index, prompt, list(ids), writer)
+            _Rollout(index, prompt, list(ids), writer, n_rounds=self._decider.first_round(prompt))
             for index, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True))
             for writer in self._writers
         ]
         done: list[_Rollout] = []
         n_left = [len(self._writers)] * len(prompts)
         while going:
-            proposed = self._propose(going)
+            proposed = yield from self._propose(going)
             decided = [rollout for rollout in proposed if rollout.ended is not None]
             proposed = [rollout for rollout in proposed if rollout.ended is None]
-            for pack in self._regimes.packs([len(one.sequence) for one in proposed], self._decider.pack_tokens):
-                self._decider.between()
-                packed = [proposed[i] for i in pack]
-                decided += self._run_pack(packed)
-                told(tokens=sum(len(one.sequence) for one in packed))
+            packed = [
+                [proposed[i] for i in pack]
+                for pack in self._regimes.packs([len(one.sequence) for one in proposed], self._decider.pack_tokens)
+            ]
+            found = yield from self._forward(packed)
+            for pack, of_pack in zip(packed, found, strict=True):
+                decided += self._decide_pack(pack, of_pack)
             going = [rollout for rollout in decided if rollout.ended is None]
             for rollout in decided:
                 if rollout.ended is not None:
                     done.append(rollout)
                     n_left[rollout.index] -= 1
                     told(int(n_left[rollout.index] == 0))
-        return self._segment(sorted(done, key=lambda one: (one.index, self._writers.index(one.writer))))
+        done.sort(key=lambda one: (one.index, self._writers.index(one.writer)))
+        return (yield from self._segment(done))
 
     # ---- what is written ----
 
-    def _propose(self, rollouts: Iterable[_Rollout]) -> list[_Rollout]:
+    def _propose(self, rollouts: Iterable[_Rollout]) -> Steps[list[_Rollout]]:
         """Have the writers of open rollouts go on; all of them, those of one regime together."""
         found: list[_Rollout] = []
         together: dict[tuple[str, ...], list[_Rollout]] = {}
@@ -191,63 +198,70 @@ class Rollouts:
             else:
                 found.append(rollout)
         for labels, own in together.items():
-            found += self._written(labels, own)
+            found += yield from self._written(labels, own)
         return sorted(
             found,
             key=lambda one: (self._regimes.of(len(one.sequence)), one.index, self._writers.index(one.writer)),
         )
 
-    def _written(self, labels: tuple[str, ...], rollouts: list[_Rollout]) -> Iterator[_Rollout]:
+    def _written(self, labels: tuple[str, ...], rollouts: list[_Rollout]) -> Steps[list[_Rollout]]:
         writer, *partners = labels
-        proposals = self._decider.propose(
-            labels,
-            [rollout.sequence for rollout in rollouts],
-            [len(rollout.written) for rollout in rollouts],
-            [rollout.prompt for rollout in rollouts],
-            lambda step, n_open: f"{writer} writes: step {step} of at most {self._limits.max_new}, {n_open} go on",
+        proposed = yield from proposals(
+            self._decider.going_on(
+                labels,
+                [rollout.sequence for rollout in rollouts],
+                [len(rollout.written) for rollout in rollouts],
+                [rollout.prompt for rollout in rollouts],
+                lambda step, n_open: f"{writer} writes: step {step} of at most {self._limits.max_new}, {n_open} go on",
+            )
         )
-        for rollout, proposal in zip(rollouts, proposals, strict=True):
+        found: list[_Rollout] = []
+        for rollout, proposal in zip(rollouts, proposed, strict=True):
             parted = {label: n for label, n in zip(partners, proposal.parted, strict=True) if n is not None}
             expected, shared, limit = rollout.expected | parted.keys(), proposal.shared, None
             if partners and proposal.outcome not in (Outcome.DIVERGED, Outcome.OPEN):
                 limit = proposal.outcome.value
                 if not expected:
-                    yield replace(rollout, ended=limit)
+                    found.append(replace(rollout, ended=limit))
                     continue
                 shared = shared[: max(parted.values(), default=0)]  # what follows the last divergence serves no event
-            yield replace(rollout, written=[*rollout.written, *shared], is_open=False, expected=expected, limit=limit)
+            written = [*rollout.written, *shared]
+            found.append(replace(rollout, written=written, is_open=False, expected=expected, limit=limit))
+        return found
 
     # ---- what the capture forward decides ----
 
-    @torch.no_grad()
-    def _run_pack(self, pack: list[_Rollout]) -> list[_Rollout]:
-        """One forward of every checkpoint over these sequences, and how each rollout goes on."""
+    def _forward(self, packed: Sequence[Sequence[_Rollout]]) -> Steps[Any]:
+        """One forward of every checkpoint over each of these packs."""
+        prefix = self._decider.settings.row_selection == "prefix"
+        packs = []
+        for pack in packed:
+            # Positions whose next token is compared: from the last prompt token, or the first one of this regime, on.
+            compared = [range(len(one.ids) + one.decided - 1, len(one.sequence)) for one in pack]
+            kept = [range(len(one.sequence)) for one in pack] if prefix else compared
+            packs.append(Pack.of([one.sequence for one in pack], kept, compared))
         decider = self._decider
-        bounds = offsets_of([len(rollout.sequence) for rollout in pack]).tolist()
-        spans = [range(start, stop) for start, stop in itertools.pairwise(bounds)]
-        # Positions whose next token is compared: from the last prompt token, or the first one of this regime, on.
-        compared = [span[len(rollout.ids) + rollout.decided - 1 :] for rollout, span in zip(pack, spans, strict=True)]
-        kept = spans if decider.settings.row_selection == "prefix" else compared
-        states, final = decider.forward(pack, bounds, kept, compared)
-        best = {label: decider.best(label, final[label], pack, compared) for label in decider.paired}
-        final = {label: hidden.cpu() for label, hidden in final.items()}
-        found = []
-        parts = zip(
-            pack, consecutive([len(rows) for rows in kept]), consecutive([len(rows) for rows in compared]), strict=True
-        )
-        for rollout, rows, steps in parts:
+        return (yield from ran(Forward(packs, packed, decider.settings.places, decider.paired)))
+
+    def _decide_pack(self, pack: Sequence[_Rollout], found: Ran) -> list[_Rollout]:
+        """How each of these rollouts goes on."""
+        compared_of = consecutive([len(one.written) + 1 - one.decided for one in pack])
+        prefix = self._decider.settings.row_selection == "prefix"
+        rows_of = consecutive([len(one.sequence) for one in pack]) if prefix else compared_of
+        decided = []
+        for rollout, rows, steps in zip(pack, rows_of, compared_of, strict=True):
             own = slice(steps.start, steps.stop)
-            gaps = {label: logits[own, 0] - logits[own, 1] for label, (_, logits) in best.items()}
+            gaps = {label: logits[own, 0] - logits[own, 1] for label, (_, logits) in found.best.items()}
             leg = _Leg(
                 rollout.sequence,
                 rollout.decided,
-                {label: ids[own, 0].tolist() for label, (ids, _) in best.items()},
+                {label: ids[own, 0].tolist() for label, (ids, _) in found.best.items()},
                 {label: gap.tolist() for label, gap in gaps.items()},
-                {label: hidden[own] for label, hidden in final.items()},
-                {key: values[rows.start : rows.stop] for key, values in states.items()},
+                {label: hidden[own] for label, hidden in found.final.items()},
+                {key: values[rows.start : rows.stop] for key, values in found.rows.items()},
             )
-            found.append(self._decide(rollout, leg))
-        return found
+            decided.append(self._decide(rollout, leg))
+        return decided
 
     def _decide(self, rollout: _Rollout, leg: _Leg) -> _Rollout:
         """The rollout with this leg, ended or to be gone on with in the next regime; or without it, where the forward
@@ -264,6 +278,7 @@ class Rollouts:
                 continue
             outcome = self._limits.after_agreeing(token, len(rollout.ids) + step, step + 1)
             if step < n:
+                self._decider.correct(rollout.prompt)
                 seen = parted_by(step - rollout.decided + 1)
                 return self._again(rollout, rollout.written[:step], token if outcome is None else None, seen)
         parted = rollout.parted | parted_by(len(own))
@@ -294,7 +309,7 @@ class Rollouts:
 
     # ---- which events there are ----
 
-    def _segment(self, rollouts: list[_Rollout]) -> SegmentData:
+    def _segment(self, rollouts: list[_Rollout]) -> Steps[SegmentData]:
         placed = [
             _Placed(rollout, pair, chosen)
             for rollout in rollouts
@@ -302,10 +317,10 @@ class Rollouts:
             if rollout.legs
             for chosen in self._chosen(rollout, pair)
         ]
-        margins = self._margins(placed)
+        of_each = yield from self._margins(placed)
         excluded: dict[int, list[Excluded]] = {}
         events: dict[int, list[tuple[_Placed, Event]]] = {}
-        for one, margin in zip(placed, margins, strict=True):
+        for one, margin in zip(placed, of_each, strict=True):
             rollout, pair = one.rollout, one.pair
             if one.chosen.kind in CHOSEN_KINDS and not margin[pair[0]] < 0 < margin[pair[1]]:
                 excluded.setdefault(rollout.index, []).append(Excluded(rollout.prompt, "tie", pair))
@@ -347,14 +362,14 @@ class Rollouts:
     def _is_special(self, token: int) -> bool:
         return token in self._decider.special
 
-    def _margins(self, placed: list[_Placed]) -> list[dict[str, float]]:
+    def _margins(self, placed: list[_Placed]) -> Steps[list[dict[str, float]]]:
         """What every checkpoint makes of each event's two tokens."""
         if not placed:
             return []
         final = {
-            label: torch.stack([one.leg.final[label][one.row] for one in placed]) for label in self._decider.backbones
+            label: torch.stack([one.leg.final[label][one.row] for one in placed]) for label in self._decider.labels
         }
-        return self._decider.margins(final, [one.chosen.tokens for one in placed], placed, [[0]] * len(placed))
+        return (yield from margins(Score(final, [one.chosen.tokens for one in placed], placed)))
 
     @staticmethod
     def _event(one: _Placed, margins: dict[str, float]) -> Event:

@@ -1,36 +1,44 @@
-"""Divergence: propose, by cached lockstep greedy decoding, where checkpoints choose different tokens.
+"""Search: propose where checkpoints choose different tokens after the same ones.
 
-All read the same tokens, step by step, which the first one chooses. What comes out is only a proposal: a cached,
-padded decode rounds differently from the capture forward, which sees every position and decides.
-Knows tokens; knows no text, no files and no rows.
+The first one, the *writer*, drafts a few tokens; each of the others reads them in one forward. The first token that it
+would have chosen otherwise is where the two part. So a step costs one decode, of whatever number of checkpoints.
+Drafts grow longer as the search goes on, as those that still agree tend to go on agreeing. What others say the
+checkpoints wrote (``known``) is a draft too.
+
+What comes out is only a proposal: a cached, padded decode rounds differently from the capture forward, which sees every
+position and decides. Knows tokens; knows no text, no files and no rows.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
 
 import torch
-from transformers import DynamicCache
 
-from actcache.capture.decode import Decoding, decode, leave, left_padded
+from actcache.capture.decode import CachedBatch, Decoding
+from actcache.capture.forward import Forwarder, Pack, Resident, company
+from actcache.capture.residency import Checkpoints
 from actcache.errors import NotFiniteError
-from actcache.finite import not_finite
-from actcache.models.backbone import Backbone
-from actcache.models.packing import offsets_of, plan_packs
+from actcache.models.packing import plan_packs
 from actcache.models.regimes import Regimes
 
 OnStep: TypeAlias = Callable[[int, int, int], object]  # tokens run, number of the step, sequences still searched
+
+# Tokens of a draft. Where all checkpoints are in memory, the first choice after a prompt is compared before anything is
+# drafted, and what is drafted behind a divergence costs decodes: drafts begin short. Where one is loaded for each
+# draft, and another to read it, they begin long.
+_FIRST_DRAFT, _LONGEST_DRAFT = 1, 16
+_FIRST_LOADED_DRAFT = 32
 
 
 class Outcome(StrEnum):
     """Why a search ended; all but the first two exclude the prompt, and are the reason recorded."""
 
     DIVERGED = "diverged"
-    OPEN = "open"  # still equal at the last length of a regime: whatever comes then is of other forwards
+    OPEN = "open"  # still equal at the last length of a regime, or as far as others say: a forward decides
     ENDED = "both_ended"  # both chose the same end token
     NO_DIVERGENCE = "no_divergence"  # still equal after the last allowed token
     POSITION_LIMIT = "position_limit"  # still equal where the model's positions end
@@ -75,36 +83,35 @@ class SearchLimits:
 
 
 def propose(
-    backbones: Sequence[Backbone],
+    checkpoints: Checkpoints,
+    labels: Sequence[str],
     sequences: Sequence[Sequence[int]],
     n_compared: Sequence[int],
     limits: SearchLimits,
     *,
     max_tokens: int = 4096,
     on_step: OnStep = lambda tokens, step, n_open: None,
-    decoding: Decoding = Decoding.PADDED,
-    pack_tokens: int = 0,
     regimes: Regimes | None = None,
     names: Sequence[str] = (),
-    labels: Sequence[str] = (),
+    known: Sequence[Mapping[str, Sequence[int]]] = (),
 ) -> list[Proposal]:
     """Continue every sequence as the first checkpoint does, until all others have once chosen another token, as far as
     its regime goes.
 
     Args:
-        backbones: the two checkpoints of a pair; or further ones, which read the first one's continuation too; or one
-            alone, which nobody differs from: its own continuation.
+        checkpoints: those that there are.
+        labels: the two of a pair; or further ones, which read the first one's continuation too; or one alone, which
+            nobody differs from: its own continuation.
         sequences: token ids to continue, of any lengths >= 1.
         n_compared: how many choices of each sequence were compared before (0 for a bare prompt).
         limits: when to give up.
-        max_tokens: padded prompt tokens of one batch.
-        on_step: called after each step of a batch with the tokens that each checkpoint has run in it, the step's
-            number from 1 on, and how many sequences are searched further.
-        decoding: see :func:`find_decoding`.
-        pack_tokens: tokens of one full forward, where the decoding is by those; 0 for one sequence each.
-        regimes: in which the sequences are captured; by default those of these backbones.
+        max_tokens: tokens of one forward: of the prompts of a padded batch, or of a pack.
+        on_step: called after each draft of a batch with the tokens that each checkpoint has run in it, its number from
+            1 on, and how many sequences are searched further.
+        regimes: in which the sequences are captured; by default those of these checkpoints.
         names: what an error calls each sequence; by default its number.
-        labels: what it calls each checkpoint.
+        known: what some of these checkpoints go on with, by label, after each sequence cut before its last
+            ``n_compared`` tokens; not checked.
 
     Returns:
         One proposal a sequence, in the order given.
@@ -113,56 +120,84 @@ def propose(
         NotFiniteError: a checkpoint computes NaN or infinity; names it, the sequence and the first block.
     """
     names = names or [f"sequence {number}" for number in range(len(sequences))]
-    labels = labels or [str(number) for number in range(len(backbones))]
-    search = _Search(backbones, labels, limits, regimes or Regimes.joined(one.regimes for one in backbones), on_step)
+    known = known or [{}] * len(sequences)
+    if regimes is None:
+        regimes = Regimes.joined(checkpoints.forwarder(label).regimes for label in labels)
+    search = _Search(checkpoints, labels, limits, regimes, max_tokens, on_step)
     walks = [
-        _Walk(name, list(ids), n, Proposal(Outcome.DIVERGED, parted=[None] * (len(backbones) - 1)))
-        for name, ids, n in zip(names, sequences, n_compared, strict=True)
+        _Walk(
+            name, list(ids), n, Proposal(Outcome.DIVERGED, parted=[None] * (len(labels) - 1)), _own(labels, ids, n, of)
+        )
+        for name, ids, n, of in zip(names, sequences, n_compared, known, strict=True)
     ]
-    in_order = sorted(walks, key=lambda walk: len(walk.ids))  # like lengths together: little padding
-    cached = [walk for walk in in_order if decoding is not Decoding.FULL and search.stays_cached(walk)]
-    lengths = [len(walk.ids) for walk in cached]
-    kinds = [search.company(walk, even=decoding is Decoding.EVEN) for walk in cached]
-    for batch in plan_packs(lengths, max_tokens, padded=True, kinds=kinds):
-        search.lockstep([cached[i] for i in batch])
-    search.by_full_forwards(in_order[len(cached) :], pack_tokens)  # the shortest are cached, if any are
+    search.run(sorted(walks, key=lambda walk: len(walk.ids)))  # like lengths together: little padding
+    for walk in walks:
+        if walk.is_told and walk.proposal.outcome is not Outcome.DIVERGED:
+            walk.proposal.outcome = Outcome.OPEN
     return [walk.proposal for walk in walks]
+
+
+def _own(
+    labels: Sequence[str], ids: Sequence[int], n_compared: int, known: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """What is known of these checkpoints after a sequence, where that is a beginning of what they wrote."""
+    shared = list(ids[len(ids) - n_compared :]) if n_compared else []
+    return {label: list(known[label]) for label in labels if label in known and known[label][:n_compared] == shared}
 
 
 @dataclass
 class _Walk:
-    """A sequence on its way."""
+    """A sequence on its way.
+
+    ``known`` holds what checkpoints write, by label, from the first compared choice on."""
 
     name: str
     ids: list[int]
     n_compared: int
     proposal: Proposal
+    known: dict[str, list[int]] = field(default_factory=dict)
+    is_open: bool = True
+    is_told: bool = (
+        False  # whether others have said some of it, so that a forward must decide whether there is no event
+    )
 
     @property
     def sequence(self) -> list[int]:
         return self.ids + self.proposal.shared
 
+    @property
+    def n_shared(self) -> int:
+        """Tokens that were compared and shared, before this search and in it."""
+        return self.n_compared + len(self.proposal.shared)
+
 
 class _Search:
     def __init__(
         self,
-        backbones: Sequence[Backbone],
+        checkpoints: Checkpoints,
         labels: Sequence[str],
         limits: SearchLimits,
         regimes: Regimes,
+        max_tokens: int,
         on_step: OnStep,
     ) -> None:
-        self.backbones, self.labels, self.limits = backbones, labels, limits
-        self.regimes, self.on_step = regimes, on_step
+        self.checkpoints, self.labels, self.limits = checkpoints, labels, limits
+        self.regimes, self.max_tokens, self.on_step = regimes, max_tokens, on_step
 
-    def stays_cached(self, walk: _Walk) -> bool:
-        most = self.regimes.longest_cached
-        return most is None or len(walk.ids) + self.limits.max_new <= most
+    def run(self, walks: list[_Walk]) -> None:
+        """Search them all, in their order."""
+        self.known(walks)
+        walks = [walk for walk in walks if walk.is_open]
+        cached: list[_Walk] = []
+        if walks and self.checkpoints.together:
+            readers = [self.checkpoints.forwarder(label) for label in self.labels]
+            residents = [reader for reader in readers if isinstance(reader, Resident)]
+            if len(residents) == len(readers):
+                cached = self.side_by_side(walks, residents)
+        done = set(map(id, cached))
+        self.in_turns([walk for walk in walks if id(walk) not in done])
 
-    def company(self, walk: _Walk, *, even: bool) -> tuple[int, int]:
-        """Walks of one company may share a padded batch."""
-        length = len(walk.ids)
-        return self.regimes.of(length), length if even or not self.regimes.in_row(length + self.limits.max_new) else 0
+    # ---- what was chosen ----
 
     def goes_on(self, walk: _Walk, choices: Sequence[int]) -> bool:
         """Take what each checkpoint chose after a walk's sequence; False where its search ends with it."""
@@ -170,71 +205,203 @@ class _Search:
         for other, choice in enumerate(choices[1:]):
             if choice != token and proposal.parted[other] is None:
                 proposal.parted[other] = len(proposal.shared)
+        walk.is_open = False
         if proposal.parted and None not in proposal.parted:
             return False
         length = len(walk.ids) + len(proposal.shared)
-        ended = self.limits.after_agreeing(token, length, walk.n_compared + len(proposal.shared) + 1)
+        ended = self.limits.after_agreeing(token, length, walk.n_shared + 1)
         if ended is None and length == self.regimes.last(length):
             ended = Outcome.OPEN
         if ended is not None:
             proposal.outcome, proposal.last = ended, token
             return False
         proposal.shared.append(token)
+        walk.is_open = True
         return True
 
-    @torch.no_grad()
-    def lockstep(self, walks: list[_Walk]) -> None:
-        """Decode one left-padded batch in lockstep; a sequence leaves the batch as soon as its search ends."""
-        tokens, mask = left_padded([walk.ids for walk in walks])
-        caches = [DynamicCache(config=backbone.config) for backbone in self.backbones]
-        n_tokens = sum(len(walk.ids) for walk in walks)
-        for step in itertools.count(1):
-            hidden = [
-                decode(backbone, tokens, mask, cache) for backbone, cache in zip(self.backbones, caches, strict=True)
-            ]
-            kept = self._choose(walks, hidden)
-            if len(kept) < len(walks):
-                rows = torch.tensor(kept, dtype=torch.int64)
-                walks = [walks[row] for row in kept]
-                mask = mask[rows]
-                for backbone, cache in zip(self.backbones, caches, strict=True):
-                    leave(cache, rows.to(backbone.device))
-            self.on_step(n_tokens, step, len(walks))
-            if not walks:
+    def take(self, walk: _Walk, draft: Sequence[int], choices: Sequence[Sequence[int]]) -> None:
+        """Take what each checkpoint chose along a draft, up to where the walk ends or leaves it."""
+        for step, token in enumerate(draft):
+            if not self.goes_on(walk, [of[step] for of in choices]) or walk.proposal.shared[-1] != token:
                 return
-            n_tokens = len(walks)
-            tokens = torch.tensor([walk.proposal.shared[-1] for walk in walks], dtype=torch.int64)[:, None]
-            mask = torch.cat([mask, torch.ones(len(walks), 1, dtype=torch.int64)], dim=1)
+
+    def room(self, walk: _Walk) -> int:
+        """How many tokens of a draft may be chosen after a walk's sequence."""
+        length = len(walk.sequence)
+        ends = [end for end in (self.limits.max_positions, self.regimes.last(length)) if end is not None]
+        return min([self.limits.max_new - walk.n_shared, *(end - length + 1 for end in ends)])
+
+    # ---- all in memory: each keeps a cache ----
+
+    def side_by_side(self, walks: Sequence[_Walk], readers: Sequence[Resident]) -> list[_Walk]:
+        """Search those that a cache serves; these."""
+        order = list(Decoding)
+        decoding = max((reader.decoding.decoding for reader in readers), key=order.index)
+        most = self.regimes.longest_cached
+        if decoding is Decoding.FULL:
+            return []
+        cached = [walk for walk in walks if most is None or len(walk.sequence) + self.limits.max_new <= most]
+        lengths = [len(walk.sequence) for walk in cached]
+        even = decoding is Decoding.EVEN
+        kinds = [company(self.regimes, length, length + self.limits.max_new, even=even) for length in lengths]
+        for batch in plan_packs(lengths, self.max_tokens, padded=True, kinds=kinds):
+            self.batch([cached[i] for i in batch], readers)
+        return cached
 
     @torch.no_grad()
-    def by_full_forwards(self, walks: list[_Walk], pack_tokens: int) -> None:
-        """A forward over whole sequences for every token; packed, if they may be."""
+    def batch(self, walks: list[_Walk], readers: Sequence[Resident]) -> None:
+        """One left-padded batch; a walk leaves it behind the draft in which its search ends."""
+        batches = [CachedBatch(reader.backbone, [walk.sequence for walk in walks]) for reader in readers]
+        n_tokens, step = sum(len(walk.sequence) for walk in walks), 1
+        choices = [
+            self.choose(label, batch.begin()[:, None], walks) for label, batch in zip(self.labels, batches, strict=True)
+        ]
+        n_draft, longest = _FIRST_DRAFT, _LONGEST_DRAFT if len(readers) > 1 else 1  # nobody reads what one alone drafts
+        while True:
+            for row, walk in enumerate(walks):
+                self.take(walk, choices[0][row], [of[row] for of in choices])
+            kept = [row for row, walk in enumerate(walks) if walk.is_open]
+            self.on_step(n_tokens, step, len(kept))
+            if not kept:
+                return
+            if len(kept) < len(walks):
+                walks = [walks[row] for row in kept]
+                for batch in batches:
+                    batch.keep(kept)
+            # A row that is at its end already is read on: no forward of the others may go where it must not.
+            n = min(n_draft, *(self.room_of_row(walk) for walk in walks))
+            drafts = torch.tensor([walk.proposal.shared[-1] for walk in walks])[:, None]
+            written: list[list[list[int]]] = []
+            for _ in range(n):
+                hidden = batches[0].feed(drafts[:, -1:])
+                written.append(self.choose(self.labels[0], hidden, walks))
+                drafts = torch.cat([drafts, torch.tensor(written[-1])], dim=1)
+            choices = [[[token for of in written for token in of[row]] for row in range(len(walks))]]
+            for label, reader, batch in zip(self.labels[1:], readers[1:], batches[1:], strict=True):
+                hidden = batch.feed(drafts[:, :-1], at_once=reader.decoding.in_chunks)
+                choices.append(self.choose(label, hidden, walks))
+            n_tokens, step, n_draft = n * len(walks), step + n, min(2 * n_draft, longest)
+
+    def room_of_row(self, walk: _Walk) -> int:
+        """How many tokens a batch may read beside this walk: at least 1, as the walk goes on."""
+        length = len(walk.sequence)
+        ends = [end for end in (self.limits.max_positions, self.regimes.last(length)) if end is not None]
+        return min([_LONGEST_DRAFT, *(end - length + 1 for end in ends)])
+
+    def choose(self, label: str, hidden: torch.Tensor, walks: Sequence[_Walk]) -> list[list[int]]:
+        """What a checkpoint chooses at ``hidden [B, n, D]``."""
+        n = hidden.shape[1]
+        reader = self.checkpoints.forwarder(label)
+        try:
+            return reader.readout.top2(hidden.flatten(0, 1))[0][:, 0].view(-1, n).tolist()
+        except NotFiniteError as error:
+            raise self.not_finite(label, reader, walks[(error.row or 0) // n]) from error
+
+    def not_finite(self, label: str, reader: Forwarder, walk: _Walk) -> NotFiniteError:
+        return reader.not_finite(f"checkpoint {label}, {walk.name}", "a logit at the end", walk.sequence)
+
+    # ---- by whole sequences: one after another in memory, or without a cache ----
+
+    def in_turns(self, walks: list[_Walk]) -> None:
+        """The writer drafts for all, then each of the others reads all, and so on."""
+        many = len(self.labels) > 1  # nobody reads what one alone drafts
+        n_draft = _FIRST_DRAFT if self.checkpoints.together and many else _FIRST_LOADED_DRAFT
         step = 0
         while walks:
-            n_tokens, step = sum(len(walk.sequence) for walk in walks), step + 1
-            walks.sort(key=lambda walk: len(walk.sequence))
-            going: list[_Walk] = []
-            for pack in self.regimes.packs([len(walk.sequence) for walk in walks], pack_tokens):
-                packed = [walks[i] for i in pack]
-                bounds = offsets_of([len(walk.sequence) for walk in packed])
-                ids = torch.tensor([token for walk in packed for token in walk.sequence])[None]
-                last = bounds[1:] - 1
-                hidden = [
-                    backbone.forward(bounds.tolist(), input_ids=ids.to(backbone.device))[last.to(backbone.device)]
-                    for backbone in self.backbones
-                ]
-                going += [packed[row] for row in self._choose(packed, hidden)]
-            walks = going
-            self.on_step(n_tokens, step, len(walks))
-
-    def _choose(self, walks: Sequence[_Walk], hidden: Sequence[torch.Tensor]) -> list[int]:
-        """Indices of the walks that go on after the choices from each backbone's ``hidden``, ``[n, D]``."""
-        best = []
-        for label, backbone, one in zip(self.labels, self.backbones, hidden, strict=True):
+            writer = self.checkpoints.forwarder(self.labels[0])
+            asked = [min(n_draft, self.room(walk)) for walk in walks]
             try:
-                best.append(backbone.readout.top2(one)[0][:, 0].tolist())
+                drafts = writer.write([walk.sequence for walk in walks], asked, self.limits.end_ids)
             except NotFiniteError as error:
-                walk = walks[error.row or 0]
-                whose = f"checkpoint {label}, {walk.name}"
-                raise not_finite(whose, "a logit at the end", backbone, walk.sequence) from error
-        return [row for row, choices in enumerate(zip(*best, strict=True)) if self.goes_on(walks[row], choices)]
+                raise self.not_finite(self.labels[0], writer, walks[error.row or 0]) from error
+            choices = [drafts, *(self.read(label, walks, drafts) for label in self.labels[1:])]
+            step += max(map(len, drafts))
+            n_tokens = sum(len(walk.sequence) + len(draft) - 1 for walk, draft in zip(walks, drafts, strict=True))
+            for number, walk in enumerate(walks):
+                self.take(walk, drafts[number], [of[number] for of in choices])
+            walks = [walk for walk in walks if walk.is_open]
+            self.on_step(n_tokens, step, len(walks))
+            n_draft = min(2 * n_draft, _LONGEST_DRAFT) if self.checkpoints.together else 2 * n_draft
+
+    def read(self, label: str, walks: Sequence[_Walk], drafts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """What a checkpoint chooses in place of each token of a draft; of one that has parted, nobody asks any more."""
+        other = self.labels.index(label) - 1
+        asked = [n for n, walk in enumerate(walks) if other < 0 or walk.proposal.parted[other] is None]
+        if len(asked) < len(walks):
+            found = list(map(list, drafts))
+            if asked:
+                of_asked = self.read(label, [walks[n] for n in asked], [drafts[n] for n in asked])
+                for number, tokens in zip(asked, of_asked, strict=True):
+                    found[number] = tokens
+            return found
+        if not walks:
+            return []
+        reader = self.checkpoints.forwarder(label)
+        pack_tokens = 0 if self.checkpoints.why_not_packable(label) else self.max_tokens
+        sequences = [[*walk.sequence, *draft[:-1]] for walk, draft in zip(walks, drafts, strict=True)]
+        order = sorted(range(len(walks)), key=lambda number: len(sequences[number]))
+        found = [[] for _ in walks]
+        packed = [
+            [order[i] for i in pack]
+            for pack in self.regimes.packs([len(sequences[number]) for number in order], pack_tokens)
+        ]
+        packs = [
+            Pack.of(
+                [sequences[number] for number in numbers],
+                [[] for _ in numbers],
+                [range(len(sequences[n]) - len(drafts[n]), len(sequences[n])) for n in numbers],
+            )
+            for numbers in packed
+        ]
+        for numbers, ran in zip(packed, reader.run(packs, ()), strict=True):
+            owners = [number for number in numbers for _ in drafts[number]]
+            try:
+                best = reader.readout.top2(ran.final)[0][:, 0].tolist()
+            except NotFiniteError as error:
+                raise self.not_finite(label, reader, walks[owners[error.row or 0]]) from error
+            for number, token in zip(owners, best, strict=True):
+                found[number].append(token)
+        return found
+
+    # ---- what others say ----
+
+    def known(self, walks: list[_Walk]) -> None:
+        """Go as far as what is known leads: one draft after another, and whoever's own is not known reads it."""
+        step = 0
+        while True:
+            drafted = [(walk, *draft) for walk in walks if (draft := self.known_draft(walk))]
+            if not drafted:
+                return
+            step += 1
+            n_tokens = 0
+            choices: list[list[list[int]]] = []
+            for label in self.labels:
+                of_label: list[list[int]] = [own.get(label, []) for _, _, own in drafted]
+                missing = [number for number, (_, _, own) in enumerate(drafted) if label not in own]
+                read = self.read(label, [drafted[n][0] for n in missing], [drafted[n][1] for n in missing])
+                n_tokens += sum(map(len, read))
+                for number, choices_read in zip(missing, read, strict=True):
+                    of_label[number] = choices_read
+                choices.append(of_label)
+            for number, (walk, tokens, _) in enumerate(drafted):
+                walk.is_told = True
+                self.take(walk, tokens, [of[number] for of in choices])
+            self.on_step(n_tokens, step, sum(walk.is_open for walk in walks))
+
+    def known_draft(self, walk: _Walk) -> tuple[list[int], dict[str, list[int]]] | None:
+        """The next tokens of a walk by what is known, and whose own choices along them are known."""
+        if not walk.is_open:
+            return None
+        shared = walk.sequence[len(walk.sequence) - walk.n_shared :] if walk.n_shared else []
+        room = self.room(walk)
+        own = {label: of[len(shared) :][:room] for label, of in walk.known.items() if of[: len(shared)] == shared}
+        own = {label: of for label, of in own.items() if of}
+        if not own:
+            return None
+        drafter = next(label for label in self.labels if label in own)
+        draft = own[drafter]
+        for label, of in own.items():  # one that goes with the draft, and then says no more, says nothing of the rest
+            if label != drafter and draft[: len(of)] == of:
+                draft = draft[: len(of)]
+        # Behind a token that is another one's, its choices are after other tokens; nobody takes them.
+        return draft, {label: [*of, *[-1] * len(draft)][: len(draft)] for label, of in own.items()}

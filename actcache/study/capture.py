@@ -15,6 +15,7 @@ import numpy as np
 
 from actcache import prompts as prompts_module
 from actcache.capture.decide import Decider
+from actcache.capture.forward import Resident
 from actcache.capture.given import FIXED, GivenPrompt
 from actcache.capture.growth import (
     digests_of_segments,
@@ -26,6 +27,7 @@ from actcache.capture.growth import (
     segments_of,
     sites_of_store,
 )
+from actcache.capture.residency import AllResident
 from actcache.capture.settings import CaptureSettings
 from actcache.errors import InputError
 from actcache.models.backbone import Backbone
@@ -70,8 +72,9 @@ class LocalCapture:
     @functools.cached_property
     def decider(self) -> Decider:
         """With the backbones of all checkpoints; calls ``between`` before each forward."""
-        backbones = {label: self._load(label) for label in self._lineup.labels}
-        return Decider(self._lineup, backbones, self._settings, self._say, lambda: self.between())
+        most = self._settings.max_tokens
+        checkpoints = AllResident({label: Resident(self._load(label), most) for label in self._lineup.labels})
+        return Decider(self._lineup, checkpoints, self._settings, self._say, lambda: self.between())
 
     def hold(self, segments: Iterable[Segment]) -> None:
         """Know these stored segments, whose sequences run again."""

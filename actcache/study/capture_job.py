@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from actcache.capture.asks import Steps, T
 from actcache.capture.decide import Decider
 from actcache.capture.given import GivenPrompt
 from actcache.capture.rollouts import Rollouts
@@ -89,6 +90,10 @@ class CaptureJob:
         Raises:
             NotFiniteError: a checkpoint computes NaN or infinity; names it, the prompt and the first block.
         """
+        return _only(engine.decider, self.steps(engine, told), told)
+
+    def steps(self, engine: CaptureEngine, told: Told = nobody_told) -> Steps[SegmentData]:
+        """What :meth:`run` does, in steps that many jobs may take together."""
         if self.given:
             return engine.decider.given(self.given, told)
         if self.settings.support == ROLLOUTS or len(engine.decider.pairs) > 1:
@@ -133,4 +138,15 @@ class RowsJob:
 
     def run(self, engine: CaptureEngine, read: Segment, told: Told = nobody_told) -> SiteRows:
         """Run the sequences (errors as :meth:`CaptureJob.run`)."""
-        return engine.decider.rerun(read, {site: list(blocks) for site, blocks in self.sites}, told)
+        return _only(engine.decider, self.steps(engine, told), told)
+
+    def steps(self, engine: CaptureEngine, told: Told = nobody_told) -> Steps[SiteRows]:
+        """What :meth:`run` does, in steps that many jobs may take together."""
+        sites = {site: list(blocks) for site, blocks in self.sites}
+        return engine.decider.rerun(engine.segment(self.segment), sites, told)
+
+
+def _only(decider: Decider, steps: Steps[T], told: Told) -> T:
+    """What one job gives by itself."""
+    ((_, given),) = decider.complete([steps], told)
+    return given

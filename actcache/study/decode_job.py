@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from actcache.capture.decode import find_decoding
+from actcache.capture.forward import Resident
+from actcache.capture.residency import AllResident
 from actcache.capture.search import Outcome, Proposal, SearchLimits, propose
 from actcache.models.cost import ModelShape
 from actcache.progress import Told, nobody_told
@@ -91,7 +92,7 @@ class DecodeJob:
             NotFiniteError: a logit is NaN or infinite; names the sequence and the first block.
         """
         backbone = engine.backbone(self.label, self.dtype)
-        decoding, _ = find_decoding(backbone)
+        reader = Resident(backbone, self.max_tokens)
         limits = SearchLimits(self.max_new, frozenset(self.end_ids), self.max_positions)
         written: list[list[int]] = [[] for _ in self.sequences]
         ended_by: list[str | None] = [None] * len(self.sequences)
@@ -99,15 +100,14 @@ class DecodeJob:
         going = list(range(len(self.sequences)))
         while going:  # anew for each regime that a sequence grows into
             proposals = propose(
-                [backbone],
+                AllResident({self.label: reader}),
+                [self.label],
                 [[*self.sequences[number], *written[number]] for number in going],
                 [len(written[number]) for number in going],
                 limits,
                 max_tokens=self.max_tokens,
                 on_step=lambda tokens, step, n_open: told(tokens=tokens, doing=f"step {step}, {n_open} go on"),
-                decoding=decoding,
                 names=[names[number] for number in going],
-                labels=[self.label],
             )
             for number, proposal in zip(going, proposals, strict=True):
                 written[number] += _tokens(proposal)
@@ -119,7 +119,7 @@ class DecodeJob:
             pa.array(written, pa.list_(pa.int64())),
             pa.array(ended_by),
         ]
-        return Result(pa.table(columns, schema=CONTINUATIONS), {"decoding": str(decoding)}, {})
+        return Result(pa.table(columns, schema=CONTINUATIONS), {"decoding": str(reader.decoding.decoding)}, {})
 
 
 def _tokens(proposal: Proposal) -> list[int]:
