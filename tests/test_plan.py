@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Mix
 
 import actcache
 from actcache.capture.counter import SearchCounter
-from actcache.capture.given import given_by
 from actcache.capture.forward import Resident
+from actcache.capture.given import given_by
 from actcache.capture.residency import AllResident
 from actcache.capture.search import SearchLimits, propose
 from actcache.capture.settings import CaptureSettings
