@@ -12,7 +12,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
+from actcache.cgroups import MEMBERSHIPS, MOUNTED, groups_of
 
 
 @cache
@@ -20,32 +20,16 @@ def usable_cpus() -> int:
     """How many CPUs this process may keep busy: at least 1, at most those that it is bound to and its quota, rounded
     up (cgroups of version 1 and 2, with those that contain them)."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, math.ceil(min(bound, quota(Path("/proc/self/cgroup"), CGROUPS))))
+    return max(1, math.ceil(min(bound, quota(MEMBERSHIPS, MOUNTED))))
 
 
 def quota(memberships: Path, mounted: Path) -> float:
     """CPUs' worth of time that the groups of a process may use; infinite where nothing limits it.
 
     Args:
-        memberships: a file like ``/proc/self/cgroup``: ``number:controllers:path`` lines.
-        mounted: where groups are mounted, those of version 1 by controllers, in folders below it.
+        memberships, mounted: see :func:`actcache.cgroups.groups_of`.
     """
-    try:
-        lines = memberships.read_text().splitlines()
-    except OSError:
-        return math.inf
-    limits = [math.inf]
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        names = controllers.split(",")
-        if controllers and "cpu" not in names:
-            continue
-        tops = [mounted] if not controllers else [mounted / controllers, mounted / "cpu"]
-        for top in tops:
-            group = top / path.lstrip("/")
-            # Within a container the path may be that of the host, and the container's own group is what is mounted.
-            limits += [_limit_of(folder) for folder in (group, *group.parents) if folder.is_relative_to(top)]
-    return min(limits)
+    return min([math.inf, *map(_limit_of, groups_of("cpu", memberships, mounted))])
 
 
 def _limit_of(group: Path) -> float:

@@ -62,6 +62,7 @@ class Answers:
         """
         self.checkpoints, self._limits, self._regimes = checkpoints, limits, regimes
         self._max_tokens, self._between, self._folder = max_tokens, between, folder
+        self.n_sequences = self.n_choices = 0  # gone on from, and compared of each checkpoint, in searches
 
     def complete(self, steps: Sequence[Steps[T]], told: Told = nobody_told) -> Iterator[tuple[int, T]]:
         """Bring these to their ends: the number of each and what it returns, as soon as it is there.
@@ -106,22 +107,23 @@ class Answers:
         for labels in dict.fromkeys(ask.labels for ask in asks):
             own = [number for number, ask in enumerate(asks) if ask.labels == labels]
             on_step = partial(_tell_step, told, asks[own[0]].doing)
-            proposals = iter(
-                propose(
-                    self.checkpoints,
-                    labels,
-                    [ids for number in own for ids in asks[number].sequences],
-                    [n for number in own for n in asks[number].n_compared],
-                    self._limits,
-                    max_tokens=self._max_tokens,
-                    on_step=on_step,
-                    regimes=self._regimes,
-                    names=[name for number in own for name in asks[number].names],
-                    known=[of for number in own for of in asks[number].known],
-                )
+            proposals = propose(
+                self.checkpoints,
+                labels,
+                [ids for number in own for ids in asks[number].sequences],
+                [n for number in own for n in asks[number].n_compared],
+                self._limits,
+                max_tokens=self._max_tokens,
+                on_step=on_step,
+                regimes=self._regimes,
+                names=[name for number in own for name in asks[number].names],
+                known=[of for number in own for of in asks[number].known],
             )
+            self.n_sequences += len(proposals)
+            self.n_choices += sum(len(proposal.shared) + 1 for proposal in proposals)
+            in_order = iter(proposals)
             for number in own:
-                found[number] = list(itertools.islice(proposals, len(asks[number].sequences)))
+                found[number] = list(itertools.islice(in_order, len(asks[number].sequences)))
         return found
 
     # ---- what forwards make of packs ----
@@ -152,7 +154,6 @@ class Answers:
         for label in self._resident_first():
             reader = self.checkpoints.forwarder(label)
             spill = Spill(self._folder)
-            keys: list[tuple[Ran, tuple[str, int] | None]] = []
             for places, at in of_places.items():
                 packed = [_Packed(asks[n].packs[i], asks[n].whose[i], asks[n]) for n, i in at]
                 running = reader.run([one.pack for one in packed], places)
@@ -161,17 +162,10 @@ class Answers:
                     ran, of_pack = found[n][i], self._checked(label, reader, one, next(running))
                     if label in one.ask.read:
                         ran.best[label] = self._best(label, reader, one, of_pack.final)
-                    for place, rows in of_pack.rows.items():
-                        keys.append((ran, place))
-                        spill.put(rows)
-                    keys.append((ran, None))
-                    spill.put(of_pack.final.cpu())
+                    for (site, block), rows in of_pack.rows.items():
+                        ran.rows[site, label, block] = spill.put(rows)
+                    ran.final[label] = spill.put(of_pack.final.cpu())
                     told(doing=f"{label} runs: {one.pack.ids.shape[1]:,} tokens")
-            for (ran, at_place), values in zip(keys, spill.read(), strict=True):
-                if at_place is None:
-                    ran.final[label] = values
-                else:
-                    ran.rows[at_place[0], label, at_place[1]] = values
         self.checkpoints.rest()
         told(tokens=sum(pack.ids.shape[1] for ask in asks for pack in ask.packs))
         return found

@@ -15,6 +15,7 @@ import torch
 
 from actcache.capture.forward import Pack, Places
 from actcache.capture.search import Proposal
+from actcache.capture.spill import Rows
 from actcache.store.segment_data import SiteRows
 
 T = TypeVar("T")
@@ -76,14 +77,23 @@ class Ran:
     """What every checkpoint makes of a pack.
 
     Attributes:
-        rows: by site, label and block: ``[n_kept, D]``.
-        final: by label: ``[n_compared, D]``, the last block's output, on the CPU.
+        rows: by site, label and block: ``[n_kept, D]``, on the CPU or on disk.
+        final: by label: ``[n_compared, D]``, the last block's output, likewise.
         best: by label: the two best tokens there, ``[n_compared, 2]`` int64, and their logits.
     """
 
-    rows: SiteRows
-    final: dict[str, torch.Tensor]
+    rows: dict[tuple[str, str, int], Rows]
+    final: dict[str, Rows]
     best: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def rows_of(self, rows: range, only: Sequence[int] | None = None) -> SiteRows:
+        """Those of one sequence of the pack; or of them only some, counted in it."""
+        own = {key: kept[rows.start : rows.stop] for key, kept in self.rows.items()}
+        return own if only is None else {key: values[list(only)] for key, values in own.items()}
+
+    def final_of(self, row: int) -> dict[str, torch.Tensor]:
+        """One final state of every checkpoint, ``[D]`` by label."""
+        return {label: final[row : row + 1][0] for label, final in self.final.items()}
 
 
 @dataclass(frozen=True)

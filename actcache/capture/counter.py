@@ -18,20 +18,16 @@ class SearchCounter:
     """Counts and times what the searches of a capture compute: hand every backbone through :meth:`watch`.
 
     Attributes:
-        multiply_adds: of all checkpoints, padding included.
-        n_choices: next tokens chosen by the first checkpoint watched.
-        n_searches: searches begun by it.
+        multiply_adds: of all checkpoints, padding and drafts that led nowhere included.
     """
 
     def __init__(self) -> None:
-        self.multiply_adds, self.n_choices, self.n_searches = 0.0, 0, 0
-        self._first: Backbone | None = None
+        self.multiply_adds = 0.0
         self._running: tuple[float, float] | None = None  # multiply-adds and start of the forward that runs
         self._sums = np.zeros(5)  # of 1, x, y, x x and x y: multiply-adds and seconds of each forward
 
     def watch(self, backbone: Backbone, shape: ModelShape) -> Backbone:
         """Count the cached forwards of this backbone from now on; returns it."""
-        self._first = self._first or backbone
         taken = dict.fromkeys(inspect.signature(backbone.decoder.forward).parameters)
         name = "cache" if "cache" in taken else "past_key_values"
         searches: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # a cache each: tokens that it saw
@@ -48,22 +44,19 @@ class SearchCounter:
                 products = shape.products(np.array([n_seen], np.float64))
             else:
                 products = shape.step_products(np.arange(n_seen - n_new, n_seen, dtype=np.float64))
-            products = n * (products + shape.head_products)
+            products = n * (products + (1 if n_new == n_seen else n_new) * shape.head_products)
             self.multiply_adds += products
-            if backbone is self._first:
-                self.n_choices += n
-                self.n_searches += n if n_new == n_seen else 0
             self._running = products, now
 
         backbone.decoder.register_forward_pre_hook(count, with_kwargs=True)
         return backbone
 
-    def record(self) -> dict[str, float]:
-        """What was counted; and, if anything was, ``search_s`` with the two numbers that explain it best:
-        ``search_rate`` and ``search_call_s`` (see ``Assumptions`` of a plan)."""
+    def record(self, n_searches: int, n_choices: int) -> dict[str, float]:
+        """What was counted, beside what searches did (see ``Searched``); and, if anything was timed, ``search_s`` with
+        the two numbers that explain it best: ``search_rate`` and ``search_call_s`` (see ``Assumptions`` of a plan)."""
         counted = {
-            "n_searches": self.n_searches,
-            "search_choices": self.n_choices,
+            "n_searches": n_searches,
+            "search_choices": n_choices,
             "search_multiply_adds": self.multiply_adds,
         }
         n, x, y, xx, xy = (float(total) for total in self._sums)

@@ -12,7 +12,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -41,6 +41,22 @@ MAX_ROUNDS = 4  # a search that the capture forward contradicts this often in a 
 
 Known = Mapping[str, Mapping[str, Sequence[int]]]
 """What others say that checkpoints write: by prompt id, and by label."""
+
+
+class Searched(NamedTuple):
+    """What a capture's searches did.
+
+    Attributes:
+        n_sequences: that were gone on from.
+        n_choices: of each checkpoint, that were compared.
+        n_known: prompts of which others said what checkpoints write, among those captured now.
+        n_corrected: of these, where a capture forward decided otherwise.
+    """
+
+    n_sequences: int = 0
+    n_choices: int = 0
+    n_known: int = 0
+    n_corrected: int = 0
 
 
 @dataclass(frozen=True)
@@ -135,7 +151,14 @@ class Decider:
                 say(f"one sequence per forward: {reason}")
                 self.pack_tokens = 0
         self._answers = Answers(checkpoints, self.limits, self.regimes, settings.max_tokens, between, folder)
-        self.corrected: set[str] = set()  # prompts of which the capture forward has contradicted what is known
+        self._named: set[str] = set()  # prompts of which something is known
+        self._corrected: set[str] = set()  # those of them where a capture forward has contradicted what was proposed
+
+    @property
+    def searches(self) -> Searched:
+        """What the searches did so far."""
+        counted = self._answers.n_sequences, self._answers.n_choices
+        return Searched(*counted, len(self._named), len(self._corrected))
 
     def complete(self, steps: Sequence[Steps[T]], told: Told = nobody_told) -> Iterator[tuple[int, T]]:
         """Bring steps to their ends (see :meth:`actcache.capture.answers.Answers.complete`)."""
@@ -188,12 +211,14 @@ class Decider:
 
     def first_round(self, prompt: Prompt) -> int:
         """The number of the first round: what others say of each checkpoint may be wrong, and that is no rounding."""
+        if prompt.id in self.known:
+            self._named.add(prompt.id)
         return -len(self.known.get(prompt.id, ()))
 
     def correct(self, prompt: Prompt) -> None:
         """Count that a capture forward contradicts what was proposed of a prompt."""
         if prompt.id in self.known:
-            self.corrected.add(prompt.id)
+            self._corrected.add(prompt.id)
 
     def going_on(
         self,
@@ -269,14 +294,12 @@ class Decider:
         search, found, row = one.search, one.ran, one.row
         logits = [found.best[label][1] for label in self.pair]
         gaps = tuple(float(of[row, 0] - of[row, 1]) for of in logits)
-        own_rows = {key: kept[one.rows.start : one.rows.stop] for key, kept in found.rows.items()}
-        own_final = {label: hidden[row] for label, hidden in found.final.items()}
         step = len(search.shared)
         proposed = step if search.first_step is None else search.first_step  # a capture forward may be first
         position = len(search.sequence) - 1
-        of_choice = (position, FIRST_DIVERGENCE, self.pair, one.tokens(self.pair), gaps, of_event, own_final)
+        of_choice = (position, FIRST_DIVERGENCE, self.pair, one.tokens(self.pair), gaps, of_event, found.final_of(row))
         event = Event(*of_choice, step, proposed, search.prompt.carried)
-        return Captured(search.index, search.prompt.id, search.sequence, [event], own_rows)
+        return Captured(search.index, search.prompt.id, search.sequence, [event], found.rows_of(one.rows))
 
     def given(self, prompts: Sequence[GivenPrompt], told: Told) -> Steps[SegmentData]:
         """Everything that one segment of given events holds."""
@@ -302,7 +325,7 @@ class Decider:
         found = list((yield from ran(Forward(packs, packed, self.settings.places, self.paired))))
         everyone: list[Whose] = [run for pack in packed for run in pack for _ in run.events]
         tokens = [one.tokens for pack in packed for run in pack for one in run.events]
-        final = {label: torch.cat([of_pack.final[label] for of_pack in found]) for label in self.labels if found}
+        final = {label: torch.cat([of_pack.final[label][:] for of_pack in found]) for label in self.labels if found}
         of_each = iter((yield from margins(Score(final, tokens, everyone))))
         captured: list[Captured] = []
         excluded: list[Excluded] = []
@@ -333,18 +356,16 @@ class Decider:
                     excluded.append(Excluded(prompt, "contradicts_its_kind", pair))
                     continue
                 gaps = tuple(float(of[row, 0] - of[row, 1]) for of in logits)
-                own_final = {label: hidden[row] for label, hidden in found.final.items()}
                 events.append(
                     Event(
-                        *(one.position, one.kind, pair, one.tokens, gaps, of_each[row], own_final),
+                        *(one.position, one.kind, pair, one.tokens, gaps, of_each[row], found.final_of(row)),
                         *(one.step, one.step, one.carried),
                     )
                 )
-                own_rows.append(rows.start + row - at.start)
+                own_rows.append(row - at.start)
             if events:
-                chosen: slice | list[int] = slice(rows.start, rows.stop) if prefix else own_rows
-                own_states = {key: values[chosen] for key, values in found.rows.items()}
-                yield Captured(run.order, run.prompt.id, run.sequence, events, own_states)
+                of_events = found.rows_of(rows, None if prefix else own_rows)
+                yield Captured(run.order, run.prompt.id, run.sequence, events, of_events)
 
     def _decide(self, search: _Search, first: list[int], second: list[int]) -> _Search | str | None:
         """None where the pair shares exactly ``search.shared`` and then differs. Otherwise, the capture forward has

@@ -93,6 +93,10 @@ class Forwarder(Protocol):
     def backbone(self) -> Backbone | None:
         """All of its blocks, where they are in memory at once: what decodes with a cache."""
 
+    @property
+    def guesses(self) -> bool:
+        """Whether what it writes are guesses, which it must read itself."""
+
     def why_not_packable(self) -> str | None:
         """The reason why packs of several sequences are not exact, or None; found by forwards."""
 
@@ -115,6 +119,8 @@ class Forwarder(Protocol):
 
 class Resident:
     """A checkpoint whose blocks are all in memory."""
+
+    guesses = False
 
     def __init__(self, backbone: Backbone, max_tokens: int = 4096) -> None:
         """Of this backbone, which decodes batches of at most so many prompt tokens, padding among them."""

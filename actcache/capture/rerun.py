@@ -65,7 +65,7 @@ def rows_to_add(
     for numbers, of_pack in zip(packed, found, strict=True):
         to = torch.from_numpy(np.concatenate([places[n][1] for n in numbers]))
         for key, rows in of_pack.rows.items():
-            out[key][to] = rows
+            out[key][to] = rows[:]
         told(len(numbers))
     return out
 

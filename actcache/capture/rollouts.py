@@ -33,7 +33,6 @@ from actcache.progress import Told
 from actcache.prompts import Prompt
 from actcache.schema import CHOSEN_KINDS, FIRST_DIVERGENCE, ROLES
 from actcache.store import SegmentData
-from actcache.store.segment_data import SiteRows
 
 _DIVERGED, _UNDECIDED = Outcome.DIVERGED.value, "undecided"
 
@@ -47,16 +46,21 @@ class _Leg:
         first: the first of these steps.
         choices: of the checkpoints in pairs, by label: a token for each step.
         gaps: by which its logit leads.
-        final: of every checkpoint, by label: ``[n, D]``, the last block's output at each step.
-        rows: of the sequence, or of these steps alone where no others are kept.
+        ran: the forward, of whose kept rows ``rows`` are of the sequence, or of these steps alone where no others are
+            kept, and of whose final states those from ``compared`` on are of these steps.
     """
 
     sequence: list[int]
     first: int
     choices: dict[str, list[int]]
     gaps: dict[str, list[float]]
-    final: dict[str, torch.Tensor]
-    rows: SiteRows
+    ran: Ran
+    rows: range
+    compared: int
+
+    def final_of(self, row: int) -> dict[str, torch.Tensor]:
+        """The last block's output of every checkpoint at one of these steps, ``[D]`` by label."""
+        return self.ran.final_of(self.compared + row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,8 +261,7 @@ class Rollouts:
                 rollout.decided,
                 {label: ids[own, 0].tolist() for label, (ids, _) in found.best.items()},
                 {label: gap.tolist() for label, gap in gaps.items()},
-                {label: hidden[own] for label, hidden in found.final.items()},
-                {key: values[rows.start : rows.stop] for key, values in found.rows.items()},
+                *(found, rows, steps.start),
             )
             decided.append(self._decide(rollout, leg))
         return decided
@@ -334,12 +337,12 @@ class Rollouts:
                     left_out = Excluded(rollout.prompt, rollout.ended or _UNDECIDED, pair)
                     excluded.setdefault(rollout.index, []).append(left_out)
         captured = [
-            self._captured(rollout, leg, [event for one, event in events.get(rollout.index, ()) if one.leg is leg])
+            self._captured(rollout, leg, own)
             for rollout in rollouts
             for leg in rollout.legs
+            if (own := [event for one, event in events.get(rollout.index, ()) if one.leg is leg])
         ]
-        with_events = [one for one in captured if one.events]
-        return self._decider.segment(with_events, [one for _, of in sorted(excluded.items()) for one in of])
+        return self._decider.segment(captured, [one for _, of in sorted(excluded.items()) for one in of])
 
     def _chosen(self, rollout: _Rollout, pair: tuple[str, str]) -> list[Chosen]:
         """The events of a pair on a rollout, which another pair may own."""
@@ -366,9 +369,8 @@ class Rollouts:
         """What every checkpoint makes of each event's two tokens."""
         if not placed:
             return []
-        final = {
-            label: torch.stack([one.leg.final[label][one.row] for one in placed]) for label in self._decider.labels
-        }
+        states = [one.leg.final_of(one.row) for one in placed]
+        final = {label: torch.stack([state[label] for state in states]) for label in self._decider.labels}
         return (yield from margins(Score(final, [one.chosen.tokens for one in placed], placed)))
 
     @staticmethod
@@ -381,7 +383,7 @@ class Rollouts:
             tokens=chosen.tokens,
             gaps=tuple(leg.gaps[label][one.row] for label in one.pair),
             margins=margins,
-            final={label: final[one.row] for label, final in leg.final.items()},
+            final=leg.final_of(one.row),
             step=chosen.step,
             proposed_step=chosen.step,
             carried=rollout.prompt.carried,
@@ -389,8 +391,7 @@ class Rollouts:
 
     def _captured(self, rollout: _Rollout, leg: _Leg, events: list[Event]) -> Captured:
         events.sort(key=lambda event: event.position)
-        rows = leg.rows
-        if self._decider.settings.row_selection != "prefix":
-            own = [event.step - leg.first for event in events]
-            rows = {key: values[own] for key, values in rows.items()}
+        prefix = self._decider.settings.row_selection == "prefix"
+        own = None if prefix else [event.step - leg.first for event in events]
+        rows = leg.ran.rows_of(leg.rows, own)
         return Captured(rollout.index, rollout.prompt.id, leg.sequence, events, rows)

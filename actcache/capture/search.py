@@ -304,8 +304,8 @@ class _Search:
 
     def in_turns(self, walks: list[_Walk]) -> None:
         """The writer drafts for all, then each of the others reads all, and so on."""
-        many = len(self.labels) > 1  # nobody reads what one alone drafts
-        n_draft = _FIRST_DRAFT if self.checkpoints.together and many else _FIRST_LOADED_DRAFT
+        # Without a cache a drafted token costs a forward, whoever reads it.
+        n_draft = 1 if self.checkpoints.together else _FIRST_LOADED_DRAFT
         step = 0
         while walks:
             writer = self.checkpoints.forwarder(self.labels[0])
@@ -314,14 +314,15 @@ class _Search:
                 drafts = writer.write([walk.sequence for walk in walks], asked, self.limits.end_ids)
             except NotFiniteError as error:
                 raise self.not_finite(self.labels[0], writer, walks[error.row or 0]) from error
-            choices = [drafts, *(self.read(label, walks, drafts) for label in self.labels[1:])]
+            own = self.read(self.labels[0], walks, drafts) if writer.guesses else drafts
+            choices = [own, *(self.read(label, walks, drafts) for label in self.labels[1:])]
             step += max(map(len, drafts))
             n_tokens = sum(len(walk.sequence) + len(draft) - 1 for walk, draft in zip(walks, drafts, strict=True))
             for number, walk in enumerate(walks):
                 self.take(walk, drafts[number], [of[number] for of in choices])
             walks = [walk for walk in walks if walk.is_open]
             self.on_step(n_tokens, step, len(walks))
-            n_draft = min(2 * n_draft, _LONGEST_DRAFT) if self.checkpoints.together else 2 * n_draft
+            n_draft = n_draft if self.checkpoints.together else 2 * n_draft
 
     def read(self, label: str, walks: Sequence[_Walk], drafts: Sequence[Sequence[int]]) -> list[list[int]]:
         """What a checkpoint chooses in place of each token of a draft; of one that has parted, nobody asks any more."""

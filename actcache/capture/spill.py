@@ -1,47 +1,64 @@
 """Spill: rows that wait on disk while another checkpoint takes their place in memory.
 
-The file has no name, so that nothing is left of it however the process ends. Knows tensors and files.
+The file has no name, so that nothing is left of it however the process ends. What is read of it is a copy: memory holds
+the rows of one segment, whatever waits. Knows tensors and files.
 """
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
+from typing import Protocol
 
-import numpy as np
 import torch
 
 
+class Rows(Protocol):
+    """Rows ``[n, D]`` in memory, or on disk."""
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        """These, one after another."""
+
+
 class Spill:
-    """Tensors written one after another into a temporary file, and then read off its memory map."""
+    """A temporary file of tensors."""
 
-    def __init__(self, folder: Path | None) -> None:
-        """In this folder; None for the system's temporary one (``TMPDIR``).
-
-        Raises:
-            OSError: the disk refuses, here or when something is put.
-        """
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed once it is mapped)
-        self._places: list[tuple[int, torch.Size, torch.dtype]] = []
+    def __init__(self, folder: Path | None = None) -> None:
+        """In this folder; None for the system's temporary one (``TMPDIR``)."""
+        self._file = tempfile.TemporaryFile(prefix="actcache-", dir=folder, buffering=0)  # noqa: SIM115 (open to its end)
         self._end = 0
 
-    def put(self, values: torch.Tensor) -> int:
-        """Write a contiguous tensor of the CPU; its number."""
-        self._places.append((self._end, values.shape, values.dtype))
-        if values.numel():
-            self._file.write(values.view(-1).view(torch.uint8).numpy().data)
-        self._end += values.nbytes
-        return len(self._places) - 1
+    def put(self, rows: torch.Tensor) -> Spilled:
+        """Write ``[n, D]``, contiguous on the CPU.
 
-    def read(self) -> list[torch.Tensor]:
-        """All tensors, in the order in which they were put; a page is read when it is touched. Ends the writing."""
-        with self._file as file:
-            file.flush()
-            # Private to this process, and so writable as torch wants it; nothing is written.
-            mapped = np.memmap(file, np.uint8, mode="c", shape=self._end) if self._end else np.empty(0, np.uint8)
-        every = torch.from_numpy(mapped)
-        found = []
-        for start, shape, dtype in self._places:
-            values = every[start : start + shape.numel() * dtype.itemsize]
-            found.append((values.view(dtype) if len(values) else torch.empty(0, dtype=dtype)).view(shape))
-        return found
+        Raises:
+            OSError: the disk refuses.
+        """
+        start, left = self._end, memoryview(rows.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        self._end += len(left)
+        while len(left):
+            left = left[self._file.write(left) :]
+        return Spilled(self, start, tuple(rows.shape), rows.dtype)
+
+    def read_into(self, out: torch.Tensor, start: int) -> None:
+        """Fill a contiguous tensor from a byte of the file on."""
+        left = memoryview(out.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+        while len(left):
+            n_read = os.preadv(self._file.fileno(), [left], start)
+            if n_read == 0:
+                raise OSError("a temporary file of rows is shorter than what was written to it")
+            left, start = left[n_read:], start + n_read
+
+
+class Spilled:
+    """Rows ``[n, D]`` of a spill; a slice reads its own from the disk."""
+
+    def __init__(self, spill: Spill, start: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._spill, self._start, self._shape, self._dtype = spill, start, shape, dtype
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        first, stop, _ = rows.indices(self._shape[0])
+        out = torch.empty(max(0, stop - first), *self._shape[1:], dtype=self._dtype)
+        self._spill.read_into(out, self._start + first * self._shape[1] * self._dtype.itemsize)
+        return out

@@ -28,7 +28,7 @@ GUESSED = 8
 class Streaming:
     """A checkpoint as a capture runs it (see :class:`actcache.capture.forward.Forwarder`)."""
 
-    backbone = None
+    backbone, guesses = None, True
 
     def __init__(self, label: str, streamed: Streamed, doing: Saying = lambda words: None) -> None:
         """Of a checkpoint.
@@ -67,9 +67,11 @@ class Streaming:
             final = gather_rows(states[number], pack.compared).to(streamed.device)
             yield PackRows({place: rows[number] for place, rows in kept.items()}, final)
 
-    def write(self, sequences: Sequence[Sequence[int]], n_new: int, end_ids: frozenset[int]) -> list[list[int]]:
-        """As :class:`Forwarder`, but guessed: the capture's forward decides, and nothing is cheaper than it."""
-        return [guess(ids, min(n_new, GUESSED)) for ids in sequences]
+    def write(
+        self, sequences: Sequence[Sequence[int]], n_new: Sequence[int], end_ids: frozenset[int]
+    ) -> list[list[int]]:
+        """As :class:`Forwarder`, but guessed."""
+        return [guess(ids, min(n, GUESSED)) for ids, n in zip(sequences, n_new, strict=True)]
 
     @torch.no_grad()
     def not_finite(self, whose: str, what: str, ids: Sequence[int]) -> NotFiniteError:

@@ -243,9 +243,9 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
             "on_progress": line,
             "say": say,
         }
-        capture(lineup, prompts, folder.store, settings, **how)
+        searched = capture(lineup, prompts, folder.store, settings, **how)
     folder.bind_store(record, len(prompts if given is None else given))
-    clock.write(folder, len(prompts if given is None else given))
+    clock.write(folder, len(prompts if given is None else given), searched)
     store = folder.open_store()
     from actcache.analyses.effects_text import reasons_of
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from actcache.capture.decide import Searched
     from actcache.capture.settings import CaptureSettings
     from actcache.models.backbone import Backbone
     from actcache.models.lineup import Lineup
@@ -58,13 +59,13 @@ class CaptureClock(_Clock):
                 return backbone
             return self._counter.watch(backbone, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))
 
-    def write(self, folder: RunFolder, n_prompts: int) -> None:
+    def write(self, folder: RunFolder, n_prompts: int, searched: Searched) -> None:
         """Record a capture of so many prompts; one of which others did a part is taken off the record."""
-        times, counter = self._times(), self._counter
+        times = self._times()
         if times is None:
             return
-        whole = counter.n_searches >= n_prompts
-        folder.record_timing("capture", times | counter.record() if whole else None)
+        record = self._counter.record(searched.n_sequences, searched.n_choices)
+        folder.record_timing("capture", times | record if searched.n_sequences >= n_prompts else None)
 
 
 class AnalysisClock(_Clock):

@@ -6,15 +6,19 @@ A store grows by the same call that makes it. Loads the checkpoints only where s
 from __future__ import annotations
 
 import functools
+import itertools
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from actcache import prompts as prompts_module
-from actcache.capture.decide import Decider
+from actcache.capture.asks import Steps
+from actcache.capture.decide import Decider, Known, Searched
 from actcache.capture.forward import Resident
 from actcache.capture.given import FIXED, GivenPrompt
 from actcache.capture.growth import (
@@ -27,27 +31,39 @@ from actcache.capture.growth import (
     segments_of,
     sites_of_store,
 )
-from actcache.capture.residency import AllResident
+from actcache.capture.residency import AllResident, Checkpoints, OneResident
 from actcache.capture.settings import CaptureSettings
 from actcache.errors import InputError
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import check_boundary, find_site
 from actcache.models.checkpoint import DTYPES
 from actcache.models.lineup import Lineup
+from actcache.models.parts import Frame
 from actcache.models.probe import check_replayable
 from actcache.models.prompt_ids import PromptIds
+from actcache.models.readout import Readout
 from actcache.models.templates import PLAIN, Rendering
-from actcache.progress import OnProgress, Tally, untold
+from actcache.progress import OnProgress, Tally, Told, untold
 from actcache.prompts import Prompt
+from actcache.room import free_bytes
 from actcache.schema import FIRST_DIVERGENCE, Fingerprint, order_of_labels
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
 from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob
-from actcache.study.runner import run_jobs
+
+# Prompts whose segments are computed together. Where all checkpoints are in memory, their searches share batches, which
+# would run half empty otherwise. Where one is, they share each load of it.
+TOGETHER, PER_LOAD = 512, 4096
+
+# The share of the memory that is free which weights may take: the rest is for a batch.
+FOR_WEIGHTS = 0.8
+
+RESIDENT = ("auto", "one", "all")
+"""Which checkpoints are in memory at once; ``auto`` chooses by what fits."""
 
 
 class LocalCapture:
-    """What capture jobs are run with in this process: backbones of all checkpoints, loaded when the first job runs."""
+    """What capture jobs are run with in this process: checkpoints, loaded when the first job runs or as it is asked."""
 
     def __init__(
         self,
@@ -55,6 +71,10 @@ class LocalCapture:
         settings: CaptureSettings,
         load: Callable[[str], Backbone] | None = None,
         say: Callable[[str], None] = lambda line: None,
+        *,
+        resident: str = "all",
+        known: Known | None = None,
+        folder: Path | None = None,
     ) -> None:
         """Of these checkpoints.
 
@@ -63,18 +83,61 @@ class LocalCapture:
             settings: what to compute.
             load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
             say: told, in one line, what a person should know.
+            resident: see :data:`RESIDENT`.
+            known: see :class:`Decider`.
+            folder: where rows wait, if one checkpoint is in memory at a time.
         """
         self._lineup, self._settings, self._say = lineup, settings, say
         self._load = load or (lambda label: load_backbone(lineup, label, settings))
+        self._resident, self._known, self._folder = resident, known, folder
         self._segments: dict[str, Segment] = {}
         self.between: Callable[[], None] = lambda: None
 
     @functools.cached_property
     def decider(self) -> Decider:
-        """With the backbones of all checkpoints; calls ``between`` before each forward."""
-        most = self._settings.max_tokens
-        checkpoints = AllResident({label: Resident(self._load(label), most) for label in self._lineup.labels})
-        return Decider(self._lineup, checkpoints, self._settings, self._say, lambda: self.between())
+        """With all checkpoints; calls ``between`` before each forward."""
+        labels = self._lineup.labels
+        if self.is_together:
+            checkpoints: Checkpoints = AllResident({label: self._forwarder(label) for label in labels})
+        else:
+            checkpoints = OneResident(labels, self._forwarder, self._readout)
+        of = self._lineup, checkpoints, self._settings, self._say, lambda: self.between()
+        return Decider(*of, known=self._known, folder=self._folder)
+
+    @property
+    def searched(self) -> Searched:
+        """What the searches did so far; nothing where no job has run."""
+        return self.decider.searches if "decider" in vars(self) else Searched()
+
+    @functools.cached_property
+    def is_together(self) -> bool:
+        """Whether all checkpoints are in memory at once."""
+        if self._resident != "auto":
+            return self._resident == "all"
+        needed, free = weight_bytes(self._lineup, self._settings.dtype), free_bytes(self._settings.device)
+        if needed <= FOR_WEIGHTS * free:
+            return True
+        self._say(
+            f"one checkpoint in memory at a time: the weights of all {len(self._lineup.labels)} take "
+            f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free; --resident all loads them all the same"
+        )
+        return False
+
+    def complete(self, jobs: Iterable[CaptureJob | RowsJob], publish: Callable[..., object], told: Told) -> None:
+        """Run jobs, many together, and hand over what each gives as soon as it is there.
+
+        Args:
+            jobs: what to run; as many are taken as are computed together.
+            publish: told of each job and what it gave.
+            told: hears of their units.
+        """
+        jobs = iter(jobs)
+        while first := next(jobs, None):
+            most = TOGETHER if self.is_together else PER_LOAD
+            together = [first, *itertools.islice(jobs, max(1, most // max(1, first.n_units)) - 1)]
+            steps: list[Steps[Any]] = [job.steps(self, told) for job in together]
+            for number, given in self.decider.complete(steps, told):
+                publish(together[number], given)
 
     def hold(self, segments: Iterable[Segment]) -> None:
         """Know these stored segments, whose sequences run again."""
@@ -83,6 +146,17 @@ class LocalCapture:
     def segment(self, name: str) -> Segment:
         """A stored one."""
         return self._segments[name]
+
+    def _forwarder(self, label: str) -> Resident:
+        return Resident(self._load(label), self._settings.max_tokens)
+
+    def _readout(self, label: str) -> Readout:
+        checkpoint = self._lineup.checkpoints[label]
+        model: Any = Frame.load(checkpoint, DTYPES[self._settings.dtype]).model
+        with checkpoint.named():
+            readout = Readout(model.to(self._settings.device))
+        readout.mask(self._lineup.masked_ids)
+        return readout
 
 
 def capture(
@@ -97,7 +171,10 @@ def capture(
     load: Callable[[str], Backbone] | None = None,
     on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
-) -> None:
+    resident: str = "all",
+    known: Known | None = None,
+    folder: Path | None = None,
+) -> Searched:
     """Find the events of every prompt and store what their replay needs; resumable by the same call.
 
     A store grows by it too. Prompts that follow those it was made from become new segments. For boundaries or sites
@@ -115,6 +192,12 @@ def capture(
         on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
             of sequences that run again.
         say: told, in one line, what a person should know (packing not possible, for example).
+        resident: which checkpoints are in memory at once (see :data:`RESIDENT`). The store does not depend on it.
+        known: what others say that checkpoints write, by prompt id and label, for the search to propose.
+        folder: where rows wait if one checkpoint is in memory at a time; None for the system's temporary one.
+
+    Returns:
+        What its searches did.
 
     Raises:
         InputError: see :class:`PromptIds`, a boundary out of range, or a lineup of one checkpoint.
@@ -146,7 +229,7 @@ def capture(
         if any(kept.values()):
             say(f"the store has {said_of_sites(kept)} too, which stay")
         settings = settings.with_sites(joined(stored, asked))
-    engine = LocalCapture(lineup, settings, load, say)
+    engine = LocalCapture(lineup, settings, load, say, resident=resident, known=known, folder=folder)
     shards = list(segments.items())[part[0] :: part[1]]
     committed = writer.committed
     tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)
@@ -171,8 +254,10 @@ def capture(
 
     with BackgroundWriter(writer) as background:
         engine.between = background.check
-        run_jobs(jobs(), engine, lambda job, data: background.append(job.segment, data), tally.add)
+        engine.complete(jobs(), lambda job, data: background.append(job.segment, data), tally.add)
+    searched = engine.searched
     _add_rows(engine, writer, list(open_store(store).segments)[part[0] :: part[1]], settings, on_progress, say)
+    return searched
 
 
 def _add_rows(
@@ -208,7 +293,13 @@ def _add_rows(
             segment = lacking[job.segment]
             background.add_rows(name_of_addition(segment, missing[job.segment]), segment.record, rows)
 
-        run_jobs(jobs, engine, add, tally.add)
+        engine.complete(jobs, add, tally.add)
+
+
+def weight_bytes(lineup: Lineup, dtype: str) -> float:
+    """Bytes of the weights of all checkpoints in this dtype."""
+    models = (checkpoint.skeleton for checkpoint in lineup.checkpoints.values())
+    return float(sum(weight.numel() for model in models for weight in model.parameters()) * DTYPES[dtype].itemsize)
 
 
 def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Backbone:
