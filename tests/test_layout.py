@@ -54,7 +54,7 @@ FLOW = {
     ),
     "capture": (
         *("settings", "token_class", "supports", "growth", "given", "events", "decode", "counter", "forward"),
-        *("streams", "residency", "search", "asks", "spill", "answers", "rerun", "decide", "rollouts"),
+        *("streams", "residency", "search", "spill", "asks", "answers", "rerun", "decide", "rollouts"),
     ),
     "replay": (
         *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "sizes"),
