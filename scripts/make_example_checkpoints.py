@@ -79,7 +79,7 @@ def train_adapter(out: Path, n_steps: int) -> None:
             print(f"step {step + 1} of {n_steps}: loss {loss.item():.3f}", file=sys.stderr)
     # The place where it was trained is nobody else's.
     adapted.peft_config["default"].base_model_name_or_path = "example/base"
-    adapted.save_pretrained(out / "adapter", save_embedding_layers=False)
+    adapted.save_pretrained(str(out / "adapter"), save_embedding_layers=False)
 
 
 def add_to_cache(hub: Path, name: str, folder: Path) -> str:
@@ -100,8 +100,8 @@ def add_to_cache(hub: Path, name: str, folder: Path) -> str:
     commit = hashlib.sha1(json.dumps(names, sort_keys=True).encode()).hexdigest()
     snapshot = repository / "snapshots" / commit
     snapshot.mkdir(parents=True)
-    for file, blob in names.items():
-        (snapshot / file).symlink_to(Path("../../blobs") / blob)
+    for name_of_file, blob in names.items():
+        (snapshot / name_of_file).symlink_to(Path("../../blobs") / blob)
     (repository / "refs").mkdir(exist_ok=True)
     (repository / "refs" / "main").write_text(commit)
     return commit

@@ -58,7 +58,7 @@ class Adapter:
 
     Attributes:
         folder: with adapter_config.json and adapter_model.safetensors.
-        place: what the user gave for it.
+        place: where it is, for messages.
         content: of adapter_config.json.
     """
 
@@ -94,7 +94,7 @@ class Adapter:
                 f"{file}: init_lora_weights {start!r} changes the base's weights before the adapter is applied; save "
                 "it as a plain LoRA (peft's path_initial_model_for_weight_conversion), or merge it yourself"
             )
-        adapter = cls(folder, place.text, content)
+        adapter = cls(folder, place.said, content)
         if with_weights:
             adapter._check_weights()
         return adapter
@@ -121,9 +121,8 @@ class Adapter:
 
     @property
     def base(self) -> str | None:
-        """What its config says that it is of, which nothing opens; None where that is nothing readable."""
-        named = self.content.get("base_model_name_or_path")
-        return named if isinstance(named, str) and named and named.isprintable() else None
+        """What its config says that it is of, which nothing opens; None where that is nothing that can be read."""
+        return files.base_named(self.content)
 
     def check_base(self, base: Place) -> None:
         """Refuse a base where its config names another one that is here, with other weights.
@@ -133,10 +132,16 @@ class Adapter:
         found = None if self.base is None or base.text.startswith(f"{self.base}@") else known_folder(self.base)
         if found is not None and (changed := _first_difference(found, base.folder)) is not None:
             raise InputError(
-                f"adapter {self.place} is of {self.base}, which has other weights than {base.text} ({changed}); give "
+                f"adapter {self.place} is of {self.base}, which has other weights than {base.said} ({changed}); give "
                 f"{self.base}+{self.place}, or change base_model_name_or_path in {self.folder / files.ADAPTER_CONFIG} "
                 "where that is wrong"
             )
+
+    def doubt(self, base: Place) -> str | None:
+        """What a person should know where its config names a base of another name."""
+        if self.base is None or self.base.rstrip("/").rpartition("/")[2].lower() == base.name.lower():
+            return None
+        return f"adapter {self.place} names {self.base} as its base; it is merged into {base.said}, where it fits"
 
     @cached_property
     def digest(self) -> str:

@@ -99,7 +99,9 @@ class Checkpoint:
             origin = Origin.find(given, with_weights=with_weights)
             path = origin.base.folder
             on = origin.adapter
-            files.check_folder(path, with_weights=with_weights, adapter=None if on is None else on.folder)
+            files.check_folder(
+                path, origin.base.said, with_weights=with_weights, adapter=None if on is None else on.folder
+            )
             adapter = None if on is None else Adapter.open(on, with_weights=with_weights)
             stamp = _stamp(path, adapter, with_weights=with_weights)
             config_json = files.read_config(path)
@@ -181,7 +183,7 @@ class Checkpoint:
             return None
         skeleton = self.skeleton
         try:
-            return Merge.fit(self.adapter, skeleton, self.origin.base.text)
+            return Merge.fit(self.adapter, skeleton, self.origin.base.said)
         except InputError as error:
             raise InputError(f"checkpoint {self.label}: {error}") from error
 
@@ -218,6 +220,11 @@ class Checkpoint:
         if backend is None:
             return encoder, files.digest_tokenizer_files(self._tokenizer_folder)
         return encoder, hashlib.sha256(backend.to_str().encode()).hexdigest()
+
+    def left_undone(self) -> list[str]:
+        """What a person should know of what is done with it and what is not."""
+        doubt = None if self.adapter is None else self.adapter.doubt(self.origin.base)
+        return [*([] if doubt is None else [doubt]), *self.encoder.left_undone()]
 
     @cached_property
     def end_ids(self) -> frozenset[int]:

@@ -51,36 +51,41 @@ _IMPLEMENTATIONS = {
 }
 
 
-def check_folder(path: Path, *, with_weights: bool, adapter: Path | None = None) -> None:
+def check_folder(path: Path, said: str, *, with_weights: bool, adapter: Path | None = None) -> None:
     """Raise InputError unless a model can be read from this folder, or, ``with_weights`` or not, from what it is of.
 
-    An adapter in it is refused, unless it is the folder of the ``adapter`` that is given.
+    An adapter in it is refused, unless it is the folder of the ``adapter`` that is given. ``said`` names the folder.
     """
     if not path.is_dir():
-        raise InputError(f"{path} is not a folder; {_way_on(path)}")
+        raise InputError(f"{said} is not a folder; {_way_on(path)}")
     found = next((name for name in ADAPTER_FILES if (path / name).exists()), None)
-    if found is not None and not (path / CONFIG).is_file():
+    whole = (path / CONFIG).is_file() and ((path / _WEIGHTS).exists() or (path / _INDEX).exists())
+    if found is not None and not whole:
         base = _base_of_adapter(path)
-        of = "" if base is None else f", here probably {base}+{path}"
-        raise InputError(f"{path} is an adapter alone ({found}); give BASE+ADAPTER{of}")
+        of = "" if base is None else f", here probably {base}+{said}"
+        raise InputError(f"{said} is an adapter alone ({found}); give BASE+ADAPTER{of}")
     if found is not None and (adapter is None or not adapter.samefile(path)):
         raise InputError(
-            f"{path} holds a model and an adapter ({found}), which may be in its weights or not; give {path}+{path} to "
+            f"{said} holds a model and an adapter ({found}), which may be in its weights or not; give {said}+{said} to "
             "merge it, or move the adapter's files away"
         )
     if not (path / CONFIG).is_file():
-        raise InputError(f"{path} has no config.json; {_way_on(path)}")
+        raise InputError(f"{said} has no config.json; {_way_on(path)}")
     if with_weights:
         weight_files(path)
 
 
 def _base_of_adapter(path: Path) -> str | None:
-    """What an adapter's config says that it is of."""
     try:
-        base = read_object(path / ADAPTER_CONFIG).get("base_model_name_or_path")
+        return base_named(read_object(path / ADAPTER_CONFIG))
     except (InputError, OSError):
         return None
-    return base if isinstance(base, str) and base and base.isprintable() else None
+
+
+def base_named(adapter_config: dict[str, Any]) -> str | None:
+    """What an adapter's config says that it is of; None where that is nothing that can be read."""
+    named = adapter_config.get("base_model_name_or_path")
+    return named if isinstance(named, str) and named and named.isprintable() else None
 
 
 def _way_on(path: Path) -> str:

@@ -261,7 +261,7 @@ class Lineup:
     def _left_undone(self) -> Iterator[str]:
         labels_of: dict[str, list[str]] = {}
         for label, checkpoint in self.checkpoints.items():
-            for line in checkpoint.encoder.left_undone():
+            for line in checkpoint.left_undone():
                 labels_of.setdefault(line, []).append(label)
         for line, labels in labels_of.items():
             yield f"checkpoint{'s' * (len(labels) > 1)} {', '.join(labels)}: {line}"

@@ -44,6 +44,16 @@ class Place:
     folder: Path
     text: str
 
+    @property
+    def said(self) -> str:
+        """For messages: a folder as it was given, or the id."""
+        return str(self.folder) if Path(self.text).is_absolute() else self.text
+
+    @property
+    def name(self) -> str:
+        """Of the folder, or the last part of the id."""
+        return re.sub(r"@.*", "", self.text).rpartition("/")[2]
+
 
 @dataclass(frozen=True)
 class Origin:
