@@ -33,8 +33,11 @@ def is_text(value: str) -> bool:
 
 def is_shallow(value: Any, n_levels: int = MAX_LEVELS) -> bool:
     """Whether lists and objects lie within each other at most this deep."""
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return n_levels > 0 and all(is_shallow(one, n_levels - 1) for one in inner)
+    if not isinstance(value, dict | list):
+        return n_levels > 0
+    inner = value.values() if isinstance(value, dict) else value
+    nested = [one for one in inner if isinstance(one, dict | list)]
+    return n_levels > (len(inner) > len(nested)) and all(is_shallow(one, n_levels - 1) for one in nested)
 
 
 def keys_of(texts: Iterable[str]) -> frozenset[str]:

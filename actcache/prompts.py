@@ -216,7 +216,7 @@ def check_carried(record: dict[str, Any], where: str) -> None:
 
 
 def _prompt_of(row: Row, number: int, *, is_table: bool) -> Prompt:
-    record, where = dict(row.record), row.where
+    record, where = row.record, row.where
     given = [key for key in _FORMS if key in record]
     if len(given) > 1:
         raise InputError(f"{where}: {' and '.join(map(repr, given))}; a line has one of {', '.join(map(repr, _FORMS))}")

@@ -9,6 +9,7 @@ no stores and no files.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -154,8 +155,11 @@ class CaptureWork:
         token a step; whole-vocabulary logits each time."""
         share = expected.event_share
         steps = share * expected.shared_tokens + (1 - share) * expected.eventless_tokens
-        products = 0.0
+        of_length: Counter[int] = Counter()
         for longest, n in batches:
+            of_length[longest] += n
+        products = 0.0
+        for longest, n in of_length.items():
             products += n * shape.products(np.array([longest], np.float64))
             # What attention does grows with every step; the one half-way stands for all.
             products += n * steps * shape.step_products(np.array([longest + (steps - 1) / 2]))
