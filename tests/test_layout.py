@@ -50,7 +50,7 @@ FLOW = {
         *("tokens", "quantized", "digests", "checkpoint_files", "origin", "adapters", "shared", "checkpoint"),
         *("vocabulary", "templates", "lineup", "prompt_ids"),
         *("blocks", "probe", "parts", "packing", "linear", "readout"),
-        *("regimes", "cost", "backbone", "streamed", "gather"),
+        *("regimes", "cost", "backbone", "streamed", "gather", "devices"),
     ),
     "capture": (
         *("settings", "token_class", "supports", "growth", "given", "events", "decode", "counter", "forward"),
@@ -58,7 +58,7 @@ FLOW = {
     ),
     "replay": (
         *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "sizes"),
-        *("passes", "late_stack", "sweep"),
+        *("passes", "late_stack", "streamed_late", "sweep"),
     ),
     "study": (
         *("statistics", "regression", "families", "overlap", "contrasts", "subsets", "left_out"),

@@ -99,11 +99,14 @@ def test_a_part_reads_its_own_bytes_only(tmp_path, monkeypatch, tie):
 
 def test_blocks_stay_no_longer_than_they_run(tmp_path):
     streamed = Streamed(Checkpoint.open("a", make_checkpoint(tmp_path, "llama")), torch.float32)
-    told: list[int] = []
-    for _ in streamed.pass_over(told=told.append):
+    told: list[str] = []
+    for _ in streamed.pass_over(doing=told.append):
         assert len(streamed.backbone.blocks) == 1
     assert not len(streamed.backbone.blocks)
-    assert streamed.n_bytes == sum(told) > 0
+    assert [words.split(",")[0] for words in told] == [f"block {n} of 5" for n in range(1, 6)]
+    assert (
+        streamed.n_bytes == sum(p.nbytes for p in Frame.load(streamed.checkpoint, None).load_block(0).parameters()) * 5
+    )
     for index in streamed.pass_over(first=2):  # left in the middle
         if index == 3:
             break

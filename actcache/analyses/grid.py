@@ -103,6 +103,7 @@ def run_grid(
     folder: str | Path,
     settings: GridSettings,
     *,
+    one_at_a_time: bool = False,
     on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
 ) -> pa.Table:
@@ -114,6 +115,7 @@ def run_grid(
             once per label.
         folder: where the results of jobs lie; created.
         settings: what to score.
+        one_at_a_time: whether a late stack is let go before another checkpoint's is loaded.
         on_progress: told of replays, an (event, scope, upstream, late, variant) each, after every pack.
         say: told, in one line, what a person should know.
 
@@ -157,7 +159,7 @@ def run_grid(
         return late
 
     said: list[str] = []
-    run_replays(jobs, LocalEngine(store, load, finished), folder, tally.add)
+    run_replays(jobs, LocalEngine(store, load, finished, one_at_a_time=one_at_a_time), folder, tally.add)
     cells = gather_cells(folder, store, strict=settings.strict, max_tokens=settings.max_tokens)
     asked = (
         (boundary, scope, [variant.name for variant in settings.variants_at(boundary)])

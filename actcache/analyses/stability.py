@@ -272,7 +272,7 @@ class Stability(Analysis[StabilityOptions]):
             run.folder.stability,
             options.samples,
             max_tokens=options.max_tokens or store.fingerprint.max_tokens,
-            device=run.device,
+            device=run.placement.kind,
             on_progress=on_progress,
             say=say,
         )

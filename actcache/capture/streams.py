@@ -7,7 +7,6 @@ pass over the blocks decides many tokens at the price of one. Knows models and r
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -86,14 +85,8 @@ class Streaming:
 
     def _pass_over(self) -> Iterator[int]:
         self._n_passes += 1
-        start_s, n_before = time.monotonic(), self._streamed.n_bytes
-        for index in self._streamed.pass_over():
-            n_bytes, seconds = self._streamed.n_bytes - n_before, time.monotonic() - start_s
-            self._doing(
-                f"{self._label}: pass {self._n_passes}, block {index + 1} of {self._streamed.n_blocks}, "
-                f"{n_bytes / 1e9:.2f} GB read, {n_bytes / 1e6 / max(seconds, 1e-3):,.0f} MB/s"
-            )
-            yield index
+        place = f"{self._label}: pass {self._n_passes}"
+        return self._streamed.pass_over(doing=lambda words: self._doing(f"{place}, {words}"))
 
 
 class _Ragged:

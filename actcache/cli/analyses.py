@@ -11,8 +11,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from actcache.analyses import ANALYSES, Named
-from actcache.cli.arguments import Verbs, add_verb, check_device
-from actcache.cli.captured import add_captured_arguments, moved
+from actcache.cli.arguments import Verbs, add_verb
+from actcache.cli.captured import add_captured_arguments, held, moved
 from actcache.cli.memory import enough_memory
 from actcache.cli.parser import Parser
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
@@ -63,9 +63,7 @@ def _answer(named: Named, args: argparse.Namespace) -> None:
     options = _options(analysis, args)
     folder = RunFolder(args.run)
     record = folder.record()
-    device = args.device or record.device
-    check_device(device)
-    found = analyse(analysis, folder, device, checkpoints=moved(args, record), **options)
+    found = analyse(analysis, folder, held(args, record), checkpoints=moved(args, record), **options)
     _print_of_run(analysis, folder, found, args)
 
 
@@ -113,7 +111,7 @@ def _print(analysis: Analysis[Any], found: Mapping[str, Any], file: str | None, 
 def analyse(
     analysis: Analysis[Any],
     folder: RunFolder,
-    device: str,
+    how: Mapping[str, Any],
     *,
     checkpoints: Mapping[str, str] = MappingProxyType({}),
     lineup: Lineup | None = None,
@@ -124,7 +122,7 @@ def analyse(
     Args:
         analysis: which.
         folder: of the run.
-        device: to run on.
+        how: the checkpoints are held (see :func:`actcache.cli.captured.held`).
         checkpoints: where they are now, of those that moved.
         lineup: the checkpoints, where they are open already.
         options: of the analysis.
@@ -133,7 +131,8 @@ def analyse(
 
     clock = AnalysisClock(folder, analysis)
     line = LiveLine(analysis.name)
-    run = WatchedRun(folder.path, clock, line, checkpoints=checkpoints, device=device)
+    run = WatchedRun(folder.path, clock, line, checkpoints=checkpoints, **how)
+    _ = run.placement
     if lineup is not None:
         run.lineup = lineup
     analysis.check(run.store, analysis.options_of(options))

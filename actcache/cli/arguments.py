@@ -15,9 +15,12 @@ from actcache.schema import ROLES
 if TYPE_CHECKING:
     from actcache.analyses.grid import GridSettings
     from actcache.capture.settings import CaptureSettings
+    from actcache.models.devices import Placement
     from actcache.models.lineup import Lineup
     from actcache.models.templates import Rendering
 
+DEVICES = "where to compute: cpu, cuda, cuda:1, a list such as cuda:0,cuda:1 to deal the checkpoints to, or auto"
+STREAM = "read one block at a time from the files whenever it runs, for models larger than the memory"
 READOUTS = "native,common_it,common_pt"
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -201,9 +204,8 @@ def add_capture_settings(parser: argparse.ArgumentParser, *, fixed: bool = False
         action="store_true",
         help="read quantized weights (fp8, mxfp8, mxfp4) as numbers of the run's dtype, on every device",
     )
-    parser.add_argument(
-        "--device", choices=["cpu", "cuda"], default="cpu", help="device to run on (default %(default)s)"
-    )
+    parser.add_argument("--device", default="cpu", metavar="DEVICES", help=f"{DEVICES} (default %(default)s)")
+    parser.add_argument("--stream", action="store_true", help=STREAM)
     parser.add_argument(
         "--max-new",
         type=positive,
@@ -245,6 +247,7 @@ def capture_settings(
     """
     from actcache.capture.settings import CaptureSettings, parse_boundaries, parse_sites
     from actcache.capture.supports import ROLLOUT_TOKENS, ROLLOUTS
+    from actcache.models.devices import kind_of
 
     max_new = CaptureSettings.max_new if args.max_new is None else args.max_new
     if args.support == ROLLOUTS:
@@ -260,7 +263,7 @@ def capture_settings(
     return CaptureSettings(
         boundaries=parse_boundaries(args.boundary, lineup.n_blocks),
         dtype=dtype,
-        device=args.device,
+        device=kind_of(args.device),
         max_new=max_new,
         row_selection=args.rows,
         strict=args.strict,
@@ -395,10 +398,15 @@ def numbers(text: str) -> list[int] | None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, such as 5,10, nor all") from error
 
 
-def check_device(device: str) -> None:
-    """Raise InputError where ``cuda`` is asked and there is none."""
-    if device == "cuda":
-        import torch
+def placed(device: str, labels: Sequence[str]) -> Placement:
+    """Where each checkpoint computes, by what ``--device`` says; copies between devices are tried.
 
-        if not torch.cuda.is_available():
-            raise InputError("--device cuda: this torch sees no CUDA device; use --device cpu")
+    Raises:
+        InputError: it says no devices that are there, or more than there are checkpoints.
+        CheckError: a tensor that is copied from one device to another changes.
+    """
+    from actcache.models.devices import check_copies, place
+
+    placement = place(device, labels)
+    check_copies(placement.devices)
+    return placement

@@ -1,12 +1,12 @@
-"""A captured run whose checkpoints are loaded again: where they are now, and that they are the ones captured."""
+"""A captured run whose checkpoints are loaded again: where they are now, and how they are held in memory."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from actcache.cli.arguments import add_checkpoint_arguments, check_device, checkpoints_given
+from actcache.cli.arguments import DEVICES, STREAM, add_checkpoint_arguments, checkpoints_given
 from actcache.errors import InputError
 from actcache.study.run_folder import RunFolder, RunRecord
 
@@ -15,14 +15,27 @@ if TYPE_CHECKING:
 
 
 def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which run, and what may have moved since."""
+    """Which run, what may have moved since, and how its checkpoints are held."""
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     add_checkpoint_arguments(parser, "present folder of a checkpoint, by its label (default: that of the capture)")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="device to run on (default: that of the capture)")
+    parser.add_argument("--device", metavar="DEVICES", help=f"{DEVICES} (default: that of the capture)")
+    parser.add_argument(
+        "--resident",
+        choices=["all", "one"],
+        default="all",
+        help="which late stacks are in memory together, all or only one (default %(default)s)",
+    )
+    parser.add_argument("--stream", action="store_true", help=STREAM)
 
 
-def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup, str]:
-    """The run that these arguments name, its checkpoints, and the device to load them on; no weights are read.
+def held(args: argparse.Namespace, record: RunRecord | None = None) -> dict[str, Any]:
+    """How a :class:`actcache.study.run.Run` holds its checkpoints, as its arguments; ``record`` gives a default."""
+    device = args.device or (record.device if record is not None else None)
+    return {"device": device, "one_at_a_time": getattr(args, "resident", "all") == "one", "stream": args.stream}
+
+
+def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup]:
+    """The run that these arguments name, and its checkpoints; no weights are read.
 
     What was dequantized for the capture is dequantized again: the store's fingerprint says whether it is the same.
     """
@@ -30,9 +43,7 @@ def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup, str]:
 
     folder = RunFolder(args.run)
     record = folder.record()
-    device = args.device or record.device
-    check_device(device)
-    return folder, Lineup.open({**record.checkpoints, **moved(args, record)}, dequantize=True), device
+    return folder, Lineup.open({**record.checkpoints, **moved(args, record)}, dequantize=True)
 
 
 def moved(args: argparse.Namespace, record: RunRecord) -> dict[str, str]:

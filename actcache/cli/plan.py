@@ -17,10 +17,10 @@ from actcache.cli.arguments import (
     add_lineup_arguments,
     add_verb,
     capture_settings,
-    check_device,
     checkpoints_given,
     grid_settings,
     open_lineup,
+    placed,
     rendering_asked,
 )
 from actcache.cli.captured import moved
@@ -213,9 +213,9 @@ def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptio
             sources[name] = "given"
     rate, source = args.rate, "given"
     if rate is None and not assumed.rates:
-        check_device(study.capture.device)
+        device = placed(args.device, lineup.labels).devices[0]
         n_tokens = max(1, min(study.capture.max_tokens, study.capture.shard_prompts * max(study.lengths)))
-        rate = measure_rate(study.shape, n_tokens, study.capture.dtype, study.capture.device)
+        rate = measure_rate(study.shape, n_tokens, study.capture.dtype, device)
         source = _MEASURED_HERE
     if rate is not None:
         assumed = replace(assumed, rates=dict.fromkeys(RATED, rate), search_call_s=0.0)

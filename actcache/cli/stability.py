@@ -38,7 +38,7 @@ def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup) -> No
     if samples := samples_asked(args, folder.open_store().fingerprint.dtype):
         asked = ",".join(f"{dtype}={'all' if n is None else n}" for dtype, n in samples.items())
         analysis = find_analysis("stability")
-        found = analyse(analysis, folder, args.device, lineup=lineup, sample=asked)
+        found = analyse(analysis, folder, {"device": args.device}, lineup=lineup, sample=asked)
         for line in analysis.lines(found) if found["groups"] else ():
             say(line)
 

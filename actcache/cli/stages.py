@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,13 +15,13 @@ from actcache.cli.arguments import (
     add_strict_and_pack,
     add_verb,
     capture_settings,
-    check_device,
     checkpoints_given,
     grid_settings,
     open_lineup,
+    placed,
     rendering_asked,
 )
-from actcache.cli.captured import add_captured_arguments, open_captured
+from actcache.cli.captured import add_captured_arguments, held, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.stability import add_run_arguments, check_run
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
@@ -140,7 +140,7 @@ def run_study(args: argparse.Namespace) -> tuple[RunFolder, dict[str, Any]]:
     lineup = _capture_lineup(args, prompts)
     folder = RunFolder(args.out)
     check_run(args, folder, lineup)
-    _score(folder, lineup, args, None, args.device)
+    _score(folder, lineup, args, None, held(args))
     from actcache.analyses.effects import ANALYSIS, EffectsOptions
 
     store = folder.open_store()
@@ -209,8 +209,8 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     quiet_libraries()
     from actcache.study.capture import capture
 
-    check_device(args.device)
     lineup = open_lineup(args)
+    devices = placed(args.device, lineup.labels)
     settings = capture_settings(args, lineup, say)
     rendering = rendering_asked(args, lineup)
     given = _read_events(args, lineup, prompts, rendering)
@@ -218,12 +218,12 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     record = RunRecord(
         checkpoints={label: c.place for label, c in lineup.checkpoints.items()},
         prompts=str((args.prompts or args.events).resolve()),
-        device=args.device,
+        device=devices.kind,
         command=args.command,
         store=absolute_place(args.store),
     )
     part = getattr(args, "part", (0, 1))
-    clock = CaptureClock(lineup, settings)
+    clock = CaptureClock(lineup, settings, devices.of)
     less = "a lower --max-tokens or --shard-prompts, in a new RUN, needs less"
     with (
         folder.being_captured(record, alone=part[1] == 1),
@@ -256,15 +256,18 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
 
 def _grid(args: argparse.Namespace) -> None:
     quiet_libraries()
-    folder, lineup, device = open_captured(args)
-    n_cells = _score(folder, lineup, args, args.boundary, device)
+    folder, lineup = open_captured(args)
+    n_cells = _score(folder, lineup, args, args.boundary, held(args, folder.record()))
     say(f"{folder.cells} holds {n_cells:,} cells; next: actcache effects {args.run}")
 
 
-def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, device: str) -> int:
-    """Score what is not scored yet; how many cells there are now."""
+def _score(
+    folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, how: Mapping[str, Any]
+) -> int:
+    """Score what is not scored yet, with late stacks held as ``how`` says; how many cells there are now."""
     from actcache.analyses.grid import check_settings, run_grid
     from actcache.replay.late_stack import LateStack
+    from actcache.replay.streamed_late import load_late
     from actcache.study.cells import publish_cells
 
     store = folder.open_store()
@@ -276,24 +279,28 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
     check_settings(store, settings)
     check_same_checkpoints(store, lineup)
     lineup.follow(captured.vocabulary)
+    devices = placed(how["device"], store.checkpoints)
     clock = GridClock(folder, store)
 
     less = "a lower --max-tokens needs less"
     fewer = "a later --boundary has fewer late blocks; captured with --dtype bfloat16 they take half"
     with enough_memory("grid", less), LiveLine("grid") as line:
 
-        def load_late(label: str, boundary: int) -> LateStack:
+        def load(label: str, boundary: int) -> LateStack:
             what = f"loading {label} from block {boundary} on"
+            at: dict[str, Any] = {"dtype": store.dtype, "device": devices.of[label]}
             with enough_memory(what, fewer), clock.loading(), line.during(what):
-                late = LateStack.load(lineup.checkpoints[label], boundary, dtype=store.dtype, device=device)
+                late = load_late(lineup.checkpoints[label], boundary, **at, stream=how["stream"])
                 late.readout.mask(lineup.masked_ids)
             check_same_checkpoints(store, lineup)  # what was loaded lies between two looks at the files
             return late
 
-        run_grid(store, load_late, folder.cell_groups, settings, on_progress=line, say=say)
+        one_at_a_time = how["one_at_a_time"] or how["stream"]
+        told: dict[str, Any] = {"on_progress": line, "say": say}
+        run_grid(store, load, folder.cell_groups, settings, one_at_a_time=one_at_a_time, **told)
     clock.write(lineup)
-    how: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
-    return publish_cells(folder.cells, folder.cell_groups, store, **how).num_rows
+    exactness: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
+    return publish_cells(folder.cells, folder.cell_groups, store, **exactness).num_rows
 
 
 def _report(args: argparse.Namespace) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from actcache.cli.analyses import analyse
-from actcache.cli.arguments import Verbs, add_verb, check_device
-from actcache.cli.captured import add_captured_arguments, moved
+from actcache.cli.arguments import Verbs, add_verb
+from actcache.cli.captured import add_captured_arguments, held, moved
 from actcache.cli.stages import write_report
 from actcache.cli.terminal import clock, quiet_libraries, say
 from actcache.study.run_folder import RunFolder
@@ -46,14 +46,13 @@ def _study(args: argparse.Namespace) -> None:
 
     folder = RunFolder(args.run)
     record = folder.record()
-    device = args.device or record.device
-    check_device(device)
-    run = Run(folder.path, checkpoints=moved(args, record), device=device)
+    how = held(args, record)
+    run = Run(folder.path, checkpoints=moved(args, record), **how)
     planned = whole.plan_study(run, args.only, args.also)
     print("\n".join(_described(run, planned)), flush=True)
 
     def answer(analysis: Analysis[Any]) -> dict[str, Any]:
-        return analyse(analysis, folder, device, lineup=run.lineup)
+        return analyse(analysis, folder, how, lineup=run.lineup)
 
     for before, after in zip(planned, whole.answered(planned, answer), strict=True):
         if after.refused is not None and before.refused is None:
@@ -76,7 +75,10 @@ def _described(run: Run, planned: Sequence[Planned]) -> list[str]:
         rate, at_least = replay_rate(run.folder.timings()), ""
         if rate is None:
             captured, shape = run.store.fingerprint, next(iter(shapes.values()))
-            rate, at_least = measure_rate(shape, captured.max_tokens, captured.dtype, run.device), "at least "
+            rate, at_least = (
+                measure_rate(shape, captured.max_tokens, captured.dtype, run.placement.devices[0]),
+                "at least ",
+            )
     else:
         costs, rate, at_least = [(0, 0.0)] * len(planned), 1.0, ""
 

@@ -42,11 +42,11 @@ class _Clock:
 class CaptureClock(_Clock):
     """Times a capture and counts what its searches compute: pass :meth:`load` to it."""
 
-    def __init__(self, lineup: Lineup, settings: CaptureSettings) -> None:
+    def __init__(self, lineup: Lineup, settings: CaptureSettings, devices: Mapping[str, str]) -> None:
         from actcache.capture.counter import SearchCounter
 
         super().__init__()
-        self._lineup, self._settings, self._counter = lineup, settings, SearchCounter()
+        self._lineup, self._settings, self._devices, self._counter = lineup, settings, devices, SearchCounter()
 
     def load(self, label: str) -> Backbone:
         """The backbone of a checkpoint, watched."""
@@ -54,7 +54,7 @@ class CaptureClock(_Clock):
         from actcache.study.capture import load_backbone
 
         with self.loading():
-            backbone = load_backbone(self._lineup, label, self._settings)
+            backbone = load_backbone(self._lineup, label, self._settings, self._devices[label])
             if label not in self._lineup.paired:  # others are not searched
                 return backbone
             return self._counter.watch(backbone, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))

@@ -77,8 +77,8 @@ class Backbone:
 
     @property
     def device(self) -> torch.device:
-        """Where the last block is."""
-        return next(self.blocks[-1].parameters()).device
+        """Where it is."""
+        return self.readout.device
 
     def forward(self, bounds: Sequence[int], **inputs: torch.Tensor) -> torch.Tensor:
         """Run the sequences that lie between ``bounds`` (``[n + 1]``) in one forward, without a key-value cache.

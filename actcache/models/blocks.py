@@ -273,13 +273,18 @@ def cut_upstream(model: PreTrainedModel, boundary: int) -> StateSource:
     blocks = model.get_submodule(anatomy.blocks)
     for index in range(boundary):
         blocks[index] = UpstreamStandIn(blocks[index], source)  # type: ignore[index,operator]
+    drop_embedding(model)
+    return source
+
+
+def drop_embedding(model: PreTrainedModel) -> None:
+    """Replace token embeddings that the head does not share, in place."""
     embedding = model.get_input_embeddings()
     if model.get_output_embeddings().weight is not embedding.weight and not is_tied(model):
         path = next((path for path, module in model.named_modules() if module is embedding), None)
         if path is None:
             raise UnsupportedModelError(f"{type(model).__name__}: its token embeddings are not among its modules")
         replace(model, path, NoEmbedding())
-    return source
 
 
 def upstream_names(model: PreTrainedModel, boundary: int) -> list[str]:

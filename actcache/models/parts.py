@@ -20,7 +20,14 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import UnsupportedModelError
 from actcache.models import checkpoint_files as files
-from actcache.models.blocks import StateSource, UpstreamStandIn, cut_upstream, find_anatomy, upstream_names
+from actcache.models.blocks import (
+    StateSource,
+    UpstreamStandIn,
+    cut_upstream,
+    drop_embedding,
+    find_anatomy,
+    upstream_names,
+)
 from actcache.models.checkpoint import Checkpoint, load_weights
 
 
@@ -58,8 +65,9 @@ class Frame:
     _stand_ins: tuple[nn.Module, ...]
 
     @classmethod
-    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype | None) -> Frame:
-        """Of this checkpoint, on the CPU (errors as :func:`load_weights`).
+    def load(cls, checkpoint: Checkpoint, dtype: torch.dtype | None, *, reads_ids: bool = True) -> Frame:
+        """Of this checkpoint, on the CPU (errors as :func:`load_weights`); without token embeddings that the head does
+        not share, unless it ``reads_ids``.
 
         Raises:
             UnsupportedModelError: blocks share weights.
@@ -76,7 +84,10 @@ class Frame:
             for index, block in enumerate(own):
                 blocks[index] = UpstreamStandIn(block, source)
             found.append((source, path, own, tuple(blocks)))
-            return [rf"(^|\.){path.rpartition('.')[2]}\.\d+\."]
+            *_, of_embedding = upstream_names(model, 1)
+            if not reads_ids:
+                drop_embedding(model)
+            return [rf"(^|\.){path.rpartition('.')[2]}\.\d+\.", *(() if reads_ids else (of_embedding,))]
 
         with checkpoint.named():
             model = _load(checkpoint, dtype, cut)

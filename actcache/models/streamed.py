@@ -7,6 +7,7 @@ whatever else a block is given are the model's. Knows checkpoints and tensors; k
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,15 +34,28 @@ class Streamed:
         n_bytes: bytes that have been read from the files for blocks.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype | None,
+        device: str | torch.device = "cpu",
+        *,
+        reads_ids: bool = True,
+    ) -> None:
         """Load what stands around the blocks.
+
+        Args:
+            checkpoint: whose.
+            dtype: of weights and states; None keeps the checkpoint's own.
+            device: where to compute.
+            reads_ids: whether the first block is run, from token ids; otherwise states are given to later ones only.
 
         Raises:
             UnsupportedModelError: the model's blocks are not given one residual stream.
             InputError: see :func:`actcache.models.checkpoint.load_weights`.
         """
-        self.checkpoint, self.device = checkpoint, torch.device(device)
-        self._frame = Frame.load(checkpoint, dtype)
+        self.checkpoint, self.device, self._reads_ids = checkpoint, torch.device(device), reads_ids
+        self._frame = Frame.load(checkpoint, dtype, reads_ids=reads_ids)
         self._frame.model.to(self.device)  # type: ignore[arg-type]
         with checkpoint.named():
             probe_frame(self._frame.model, self._frame.source)
@@ -53,12 +67,12 @@ class Streamed:
         self._sizes = self._frame.block_bytes()
         self._proven: set[int] = set()
 
-    def pass_over(self, first: int = 0, told: Callable[[int], object] = lambda n_bytes: None) -> Iterator[int]:
+    def pass_over(self, first: int = 0, doing: Callable[[str], object] = lambda words: None) -> Iterator[int]:
         """Have each block in its place, from ``first`` on; each is gone when the next one is asked for.
 
         Args:
             first: block to begin with.
-            told: hears of the bytes of each block, when it is there.
+            doing: told, for people to read, which block is there, what has been read for the pass, and how fast.
 
         Yields:
             the number of the block that is there.
@@ -67,6 +81,7 @@ class Streamed:
             UnsupportedModelError: a block reads more than the state that enters it.
             InputError: the files changed, or lack a weight.
         """
+        start_s, n_before = time.monotonic(), self.n_bytes
         with ThreadPoolExecutor(1, thread_name_prefix="actcache-load") as pool:
             coming = pool.submit(self._load, first)
             try:
@@ -74,7 +89,9 @@ class Streamed:
                     self._put(index, coming.result())
                     coming = pool.submit(self._load, index + 1) if index + 1 < self.n_blocks else coming
                     self.n_bytes += self._sizes[index]
-                    told(self._sizes[index])
+                    n_bytes, seconds = self.n_bytes - n_before, time.monotonic() - start_s
+                    rate = f"{n_bytes / 1e9:.2f} GB read, {n_bytes / 1e6 / max(seconds, 1e-3):,.0f} MB/s"
+                    doing(f"block {index + 1} of {self.n_blocks}, {rate}")
                     self._prove(index)
                     yield index
                     self._take_away(index)
@@ -117,7 +134,8 @@ class Streamed:
         ids = torch.randint(self.readout.vocab_size, (10,), generator=generator)
         states = torch.randn(10, self.width, generator=generator).to(self.dtype)
         kinds = {_kind(block): index for index, block in reversed(list(enumerate(empty))) if index}
-        for index in (0, *kinds.values()):  # what is made of positions may be added before the first one
+        # What is made of positions may be added before the first one.
+        for index in (*((0,) if self._reads_ids else ()), *kinds.values()):
             self._put(index, self._load(index))
             try:
                 self._prove(index)

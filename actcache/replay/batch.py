@@ -36,6 +36,7 @@ class Batch:
         moves: is told which edits moved something.
         mode: how sequences share a forward.
         budget: tokens of one forward.
+        boundary: first block that runs.
         sizes: whether how large the outputs at every position are is wanted, in place of the output at p.
     """
 
@@ -48,6 +49,7 @@ class Batch:
     moves: Moves
     mode: Mode
     budget: int
+    boundary: int = 0
     sizes: bool = False
 
     @classmethod
@@ -95,7 +97,7 @@ class Batch:
         moves = moves or Moves()
         moves.begin(variants, keys, lengths)
         budget = tokens_of_pack(backbone.device, max_tokens)
-        return cls(rows, spans, keys, prompts, donors, variants, moves, mode, budget, sizes)
+        return cls(rows, spans, keys, prompts, donors, variants, moves, mode, budget, forwards.boundary, sizes)
 
     @cached_property
     def lengths(self) -> torch.Tensor:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -292,8 +293,31 @@ class LateStack:
             NotFiniteError: finite rows become NaN or infinity, or their squares do, in a block, which it names;
                 InputError, where the edits of a variant do that.
         """
+        how: dict[str, Any] = {"strict": strict, "max_tokens": max_tokens, "moves": moves}
+        given: dict[str, Any] = {"positions": positions, "donors": donors, "keys": keys, "prompts": prompts}
+        yield from self.replay(self.prepare(rows, offsets, variants, **given, **how))
+
+    def prepare(
+        self,
+        rows: torch.Tensor,
+        offsets: torch.Tensor | Sequence[int],
+        variants: Sequence[Variant],
+        *,
+        positions: Positions | None = None,
+        donors: Mapping[str, torch.Tensor] | None = None,
+        keys: Sequence[str] | None = None,
+        prompts: Sequence[str] | None = None,
+        strict: bool = False,
+        max_tokens: int | None = None,
+        moves: Moves | None = None,
+    ) -> Batch:
+        """What :meth:`iterate_variants` replays, checked, for :meth:`replay` (arguments and errors as there)."""
         given = rows, offsets, variants, positions, donors, keys, prompts, moves
-        batch = Batch.of(self._forwards, self._mode(strict), max_tokens, *given)
+        return Batch.of(self._forwards, self._mode(strict), max_tokens, *given)
+
+    @torch.no_grad()
+    def replay(self, batch: Batch) -> Iterator[Result]:
+        """Replay what was prepared by this stack (as :meth:`iterate_variants`)."""
         yield from self._iterate(batch)
 
     def packs(self, lengths: Sequence[int], *, strict: bool = False, max_tokens: int | None = None) -> list[range]:
@@ -343,8 +367,12 @@ class LateStack:
                 f"variant {variant.name!r}: what its edits make of sequence {key!r} is not finite in {self.dtype}, "
                 "or its squares are not in float32; leave it out, or make its values smaller"
             )
-        (own,) = copies_of(self._forwards, 1)
-        where = own.first_not_finite(batch.rows[span.start : span.stop].to(self.device))
+        where = self._where_not_finite(batch.rows[span.start : span.stop].to(self.device))
         return NotFiniteError(
             f"the replay of sequence {key!r} from finite states is not finite, or its squares are not; {where}"
         )
+
+    def _where_not_finite(self, state: torch.Tensor) -> str:
+        """In words, which block is the first whose output over one sequence's states ``[T, D]`` is not finite."""
+        (own,) = copies_of(self._forwards, 1)
+        return own.first_not_finite(state)

@@ -90,14 +90,14 @@ def _passes(spans: Sequence[range], of_event: Sequence[Hashable]) -> list[Pass]:
 @torch.no_grad()
 def run_pack(forwards: Forwards, batch: Batch, work: Work, pack: range) -> Iterator[Result]:
     """Run some passes in one forward, for each of their variants: every pair of event and variant once."""
-    run = _Pack(forwards, batch, work.passes[pack.start : pack.stop])
+    run = PackedPasses(forwards, batch, work.passes[pack.start : pack.stop])
     for number in work.whole:
         yield run.whole(number)
     if work.branches:
         yield from run.branches(work.branches)
 
 
-class _Pack:
+class PackedPasses:
     """Passes that share a forward.
 
     Attributes:
@@ -132,20 +132,28 @@ class _Pack:
 
     def whole(self, number: int) -> Result:
         """Run all passes with one variant."""
-        variant = self.batch.variants[number]
-        at = replace(self.at, watch=self.batch.moves.watch(number, self.events, self.at.sequence[self.ends]))
-        numbers = torch.full_like(self.events, number)
-        state = variant.edit_states(self.state, at)
+        state, at = self.edited(number)
         if self.batch.sizes:
-            outputs = self.forwards.outputs(state, self.bounds, self.batch.mode)
-            spans = zip(self.begins.tolist(), (self.ends + 1).tolist(), strict=True)
-            return self.events, numbers, torch.stack([sizes_of(outputs[begin:end]) for begin, end in spans]).cpu()
+            return self.sized(number, self.forwards.outputs(state, self.bounds, self.batch.mode))
         distinct, of_event = self.ends.unique_consecutive(return_inverse=True)
-        hidden = self.forwards.final(state, self.bounds, distinct, self.batch.mode, self._inside(variant, at))
-        return self.events, numbers, hidden[of_event.to(hidden.device)].cpu()
+        inside = self._inside(self.batch.variants[number], at)
+        hidden = self.forwards.final(state, self.bounds, distinct, self.batch.mode, inside)
+        return self.events, torch.full_like(self.events, number), hidden[of_event.to(hidden.device)].cpu()
+
+    def edited(self, number: int) -> tuple[torch.Tensor, Rows]:
+        """The states that a variant's replay begins with, ``[T, D]``, and where they stand, with what watches its
+        edits."""
+        at = replace(self.at, watch=self.batch.moves.watch(number, self.events, self.at.sequence[self.ends]))
+        return self.batch.variants[number].edit_states(self.state, at), at
+
+    def sized(self, number: int, outputs: torch.Tensor) -> Result:
+        """How large a variant's outputs ``[T, D]`` are."""
+        spans = zip(self.begins.tolist(), (self.ends + 1).tolist(), strict=True)
+        sizes = torch.stack([sizes_of(outputs[begin:end]) for begin, end in spans]).cpu()
+        return self.events, torch.full_like(self.events, number), sizes
 
     def _inside(self, variant: Variant, at: Rows) -> Inside:
-        return lambda rows, index: self._editing([(variant, index, at.chosen(rows))])
+        return lambda rows, index: self.editing([(variant, index, at.chosen(rows))])
 
     def branches(self, numbers: Sequence[int]) -> Iterator[Result]:
         """Run all passes once, and some variants of some events' last positions at a time from there."""
@@ -162,7 +170,7 @@ class _Pack:
                 variants = [self.batch.variants[number] for number in few]
                 edited = [variant.edit_states(end_rows, place) for variant, place in zip(variants, places, strict=True)]
                 tokens = torch.arange(len(some) * len(few)).view(len(some), len(few))
-                with self._editing(list(zip(variants, tokens.T, places, strict=True))):
+                with self.editing(list(zip(variants, tokens.T, places, strict=True))):
                     hidden = self.forwards.branches(
                         prefix,
                         sequence_of[some].repeat_interleave(len(few)).tolist(),
@@ -173,14 +181,16 @@ class _Pack:
                 yield events.repeat_interleave(len(few)), torch.tensor(few).repeat(len(some)), hidden.cpu()
 
     @contextmanager
-    def _editing(self, parts: Sequence[tuple[Variant, torch.Tensor, Rows]]) -> Iterator[None]:
-        """Within this context, forwards apply the edits inside the stack.
+    def editing(self, parts: Sequence[tuple[Variant, torch.Tensor, Rows]], only: int | None = None) -> Iterator[None]:
+        """Within this context, forwards apply the edits inside the stack, or those in the block ``only``.
 
         Each part is a variant, which rows of the flattened batch are its own, and where those stand.
         """
         by_site: dict[tuple[int, str], list[tuple[Edit, torch.Tensor, Rows]]] = {}
         for variant, index, at in parts:
             for layer, edit in variant.inside():
+                if only not in (None, layer):
+                    continue
                 by_site.setdefault((layer, edit.site), []).append((edit, index, replace(at, layer=layer)))
         with ExitStack() as hooks:
             for (layer, site), edits in by_site.items():

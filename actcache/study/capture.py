@@ -302,15 +302,16 @@ def weight_bytes(lineup: Lineup, dtype: str) -> float:
     return float(sum(weight.numel() for model in models for weight in model.parameters()) * DTYPES[dtype].itemsize)
 
 
-def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings) -> Backbone:
-    """A checkpoint's backbone, from its folder; one that could not be replayed is refused before anything is captured.
+def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings, device: str | None = None) -> Backbone:
+    """A checkpoint's backbone, from its folder, on a device (None: of the settings' kind); one that could not be
+    replayed is refused before anything is captured.
 
     Raises:
         UnsupportedModelError: the architecture cannot be replayed from its states, and prefix rows are asked for; or it
             has no such site.
     """
     checkpoint = lineup.checkpoints[label]
-    model = checkpoint.load(DTYPES[settings.dtype], settings.device)
+    model = checkpoint.load(DTYPES[settings.dtype], device or settings.device)
     with checkpoint.named():
         if settings.row_selection == "prefix":
             for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):

@@ -7,6 +7,7 @@ that it is given.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -55,6 +56,7 @@ class LocalEngine:
         finished: Finished | None = None,
         *,
         load_backbone: LoadBackbone = _refuse,
+        one_at_a_time: bool = False,
     ) -> None:
         """Over this store.
 
@@ -63,7 +65,10 @@ class LocalEngine:
             load_late: gives the late stack of a checkpoint, by label, from a boundary on, in the store's dtype.
             finished: see :class:`LocalEngine`.
             load_backbone: gives the backbone of a checkpoint, by label, in a dtype.
+            one_at_a_time: whether a late stack is let go before another checkpoint's is loaded; heads stay.
         """
+        self.one_at_a_time = one_at_a_time
+        self._heads: dict[str, Readout] = {}
         self.store, self.finished, self._load_late = store, finished or {}, load_late
         self._load_backbone = load_backbone
         self._backbone: tuple[tuple[str, str], Backbone] | None = None
@@ -157,9 +162,19 @@ class LocalEngine:
         """The late stack of a checkpoint from a boundary on."""
         first = min(boundary, self._first.get(label, boundary))
         if label not in self._lates or self._lates[label].boundary > first:
-            self._lates.pop(label, None)  # before another is loaded
+            self._let_go(label)  # before another is loaded
             self._lates[label] = self._load_late(label, first)
         return self._lates[label].at(boundary)
+
+    def _let_go(self, label: str) -> None:
+        """Have room for the late stack of a checkpoint."""
+        self._lates.pop(label, None)
+        if self.one_at_a_time:
+            self._heads.pop(label, None)
+            self._lates.clear()
+            gc.collect()  # modules and their hooks refer to one another
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
 
     def backbone(self, label: str, dtype: str) -> Backbone:
         """The backbone of a checkpoint; one is let go before another is loaded, so that memory holds one model."""
@@ -171,6 +186,10 @@ class LocalEngine:
     def readout(self, label: str) -> Readout:
         """The final norm and head of a checkpoint; beside them the last block alone, where no more is needed."""
         last = self.store.fingerprint.n_blocks - 1
+        if self.one_at_a_time and label not in self._lates:
+            if label not in self._heads:
+                self._heads[label] = self._load_late(label, last).readout
+            return self._heads[label]
         return self.late(label, self._first.get(label, last)).readout
 
     def native(self, segment: str, late: str, whose: str, final: torch.Tensor, pair_ids: torch.Tensor) -> Scores:

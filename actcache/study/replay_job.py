@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from actcache.errors import CheckError, NotFiniteError
 from actcache.models.cost import ModelShape
 from actcache.models.readout import Readout
 from actcache.progress import Told, nobody_told
+from actcache.replay.batch import Batch
 from actcache.replay.edits import PLAIN, Edit, Replace, Variant
 from actcache.replay.late_stack import LateStack
 from actcache.replay.moves import Moves
@@ -89,6 +91,61 @@ class _Replay:
     name: str  # of the variant asked for
     cells: tuple[tuple[str, str], ...]
     n_of_scope: int = 0  # how many of its first edits are the scope's own, not the variant's
+
+
+@dataclass
+class Part:
+    """What a job replays from one checkpoint's rows.
+
+    Attributes:
+        base: label of the checkpoint.
+        replays: all of them; a replay's number is that of its variant in the batch.
+        table: where scores go.
+        plain: final states of the plain replays, ``[n, D]`` by number; filled as they come in.
+        moves: of the edits; None where nothing is replayed, and so is ``batch``, what is replayed.
+    """
+
+    base: str
+    replays: Sequence[_Replay]
+    table: ScoreTable
+    plain: Mapping[int, torch.Tensor]
+    moves: Moves | None = None
+    batch: Batch | None = None
+
+    def take(self, result: tuple[torch.Tensor, torch.Tensor, torch.Tensor], told: Told) -> None:
+        """Score final states: events and replays ``[m]``, and ``[m, D]``."""
+        of_events, numbers, hidden = result
+        self.table.add(of_events, numbers, hidden)
+        for number, states in self.plain.items():
+            of_replay = numbers == number
+            states[of_events[of_replay]] = hidden[of_replay]
+        told(sum(len(self.replays[number].cells) for number in numbers.tolist()))
+
+    def take_kept(self, kept: Mapping[str, torch.Tensor], told: Told) -> None:
+        """Score the final states that an earlier job kept, by ``scope/upstream``."""
+        for number, states in self.plain.items():
+            scope, upstream = self.replays[number].cells[0]
+            states.copy_(kept[f"{scope}/{upstream}"])
+            at = torch.arange(len(states))
+            self.table.add(at, torch.full_like(at, number), states)
+            told(len(self.replays[number].cells) * len(states))
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A job whose replays are prepared.
+
+    Attributes:
+        events: of its segment.
+        whose: the label of the checkpoint whose head a readout is.
+        natives: what heads make of the late checkpoint's own final states, by label.
+        parts: by the checkpoint whose rows are replayed.
+    """
+
+    events: pa.Table
+    whose: Mapping[str, str]
+    natives: Mapping[str, Scores]
+    parts: Sequence[Part]
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,15 +262,23 @@ class ReplayJob:
             NotFiniteError: a state or logit is NaN or infinite.
             InputError: an edit that moves nothing, or whose vectors do not fit.
         """
+        begun = self.begin(engine, read)
+        for part in begun.parts:
+            if part.batch is not None:
+                with self.naming(part):
+                    for result in engine.late(self.late, self.boundary).replay(part.batch):
+                        part.take(result, told)
+        return self.end(engine, read, begun, told)
+
+    def begin(self, engine: ReplayEngine, read: States) -> Begun:
+        """What is to be replayed of each checkpoint's rows, prepared, and where scores go (errors as :meth:`run`)."""
+        late = engine.late(self.late, self.boundary) if read.kept is None else None
         events = engine.events(self.segment)
         pair_ids = torch.tensor([events["y_pt"].to_pylist(), events["y_it"].to_pylist()]).T
         whose = {name: whose_head(name, self.late) for name in self.readouts}
         readouts = {one: engine.readout(one) for one in whose.values()}  # one head may go by two names
         natives = {one: self._native(engine, events, pair_ids, one, read) for one in readouts}
-        columns: list[dict[str, Any]] = []
-        final: dict[str, torch.Tensor] = {}
-        still: Counter[str] = Counter()
-        mode = None
+        parts = []
         for base in self.checkpoints:
             if not (replays := self._replays(base)):
                 continue
@@ -227,72 +292,66 @@ class ReplayJob:
             )
             plain = [number for number, replay in enumerate(replays) if replay.name == PLAIN.name]
             states = {number: torch.empty_like(read.final[base]) for number in plain}
-            mode, moves = self._fill(engine, read, base, replays, table, states, told)
-            for number, replay in enumerate(replays):
+            part = Part(base, replays, table, states)
+            if late is not None:
+                part.moves = Moves()
+                part.batch = late.prepare(
+                    read.rows[base],
+                    read.offsets,
+                    [replay.variant for replay in replays],
+                    positions=read.positions,
+                    donors=read.rows,
+                    keys=read.keys,
+                    prompts=read.prompts,
+                    strict=self.strict,
+                    max_tokens=self.max_tokens,
+                    moves=part.moves,
+                )
+            parts.append(part)
+        return Begun(events, whose, natives, parts)
+
+    def end(self, engine: ReplayEngine, read: States, begun: Begun, told: Told = nobody_told) -> Result:
+        """The table, of parts that have all their final states, or as an earlier job kept them (errors as
+        :meth:`run`)."""
+        columns: list[dict[str, Any]] = []
+        final: dict[str, torch.Tensor] = {}
+        still: Counter[str] = Counter()
+        mode = "kept" if read.kept is not None else "single" if self.strict else None
+        for part in begun.parts:
+            if read.kept is not None:
+                part.take_kept(read.kept, told)
+            elif mode is None:
+                mode = engine.late(self.late, self.boundary).mode
+            with self.naming(part):
+                part.table.finish()
+            for number, replay in enumerate(part.replays):
                 if replay.name == PLAIN.name:
-                    final |= {f"{scope}/{upstream}": states[number].clone() for scope, upstream in replay.cells}
-                elif moves is not None:
-                    still[replay.name] += len(replay.cells) * int(moves.still(number, after=replay.n_of_scope).sum())
+                    final |= {f"{scope}/{upstream}": part.plain[number].clone() for scope, upstream in replay.cells}
+                elif part.moves is not None:
+                    n_still = int(part.moves.still(number, after=replay.n_of_scope).sum())
+                    still[replay.name] += len(replay.cells) * n_still
                 for (scope, upstream), name in ((cell, name) for cell in replay.cells for name in self.readouts):
-                    scored, noop = table.scores(number, whose[name]), None
+                    scored, noop = part.table.scores(number, begun.whose[name]), None
                     if upstream == self.late and replay.name == PLAIN.name:
-                        native = natives[whose[name]]
+                        native = begun.natives[begun.whose[name]]
                         noop = scored.margin - native.margin
-                        self._check_noop(engine.dtype, events, name, native, noop)
+                        self._check_noop(engine.dtype, begun.events, name, native, noop)
                         scored = native
                     column = {"boundary": self.boundary, "scope": scope, "upstream": upstream, "late": self.late}
                     column |= {"readout": name, "variant": replay.name, "kl": scored.kl}
                     columns.append(column | {"margin": scored.margin, "top1_id": scored.top1, "noop_delta": noop})
         notes = {"mode": mode, "still": {name: n for name, n in sorted(still.items()) if n}, **self._apart}
-        return Result(cell_table(events, sorted(columns, key=self._place), with_kl=self.kl), notes, final)
+        return Result(cell_table(begun.events, sorted(columns, key=self._place), with_kl=self.kl), notes, final)
 
-    def _fill(
-        self,
-        engine: ReplayEngine,
-        read: States,
-        base: str,
-        replays: Sequence[_Replay],
-        table: ScoreTable,
-        plain: Mapping[int, torch.Tensor],
-        told: Told,
-    ) -> tuple[str, Moves | None]:
-        """Give the table all final states, replayed or as an earlier job kept them, and fill in those of the ``plain``
-        replays, ``[n, D]`` by number."""
-        at = torch.arange(self.n_events)
-        if read.kept is not None:
-            for number, states in plain.items():
-                scope, upstream = replays[number].cells[0]
-                states.copy_(read.kept[f"{scope}/{upstream}"])
-                table.add(at, torch.full_like(at, number), states)
-                told(len(replays[number].cells) * self.n_events)
-            table.finish()
-            return "kept", None
-        late = engine.late(self.late, self.boundary)
-        moves = Moves()
+    @contextmanager
+    def naming(self, part: Part) -> Iterator[None]:
+        """Within this context a value that is not finite is said to be of this late stack, over a checkpoint's rows."""
         try:
-            for of_events, numbers, hidden in late.iterate_variants(
-                read.rows[base],
-                read.offsets,
-                [replay.variant for replay in replays],
-                positions=read.positions,
-                donors=read.rows,
-                keys=read.keys,
-                prompts=read.prompts,
-                strict=self.strict,
-                max_tokens=self.max_tokens,
-                moves=moves,
-            ):
-                table.add(of_events, numbers, hidden)
-                for number, states in plain.items():
-                    of_replay = numbers == number
-                    states[of_events[of_replay]] = hidden[of_replay]
-                told(sum(len(replays[number].cells) for number in numbers.tolist()))
-            table.finish()
+            yield
         except NotFiniteError as error:
-            place = f"late stack of checkpoint {self.late}, states of {base} at boundary {self.boundary}"
-            variant = "" if error.row is None else f", variant {replays[error.row].name!r}"
+            place = f"late stack of checkpoint {self.late}, states of {part.base} at boundary {self.boundary}"
+            variant = "" if error.row is None else f", variant {part.replays[error.row].name!r}"
             raise NotFiniteError(f"{place}{variant}: {error}") from error
-        return "single" if self.strict else late.mode, moves
 
     def _replays(self, base: str) -> list[_Replay]:
         """What is replayed from one checkpoint's rows.

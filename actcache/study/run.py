@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from actcache.models.backbone import Backbone
+    from actcache.models.devices import Placement
     from actcache.models.lineup import Lineup
     from actcache.models.readout import Readout
     from actcache.replay.late_stack import LateStack
@@ -41,7 +42,9 @@ class Run:
     Attributes:
         path: its folder.
         folder: names of its files.
-        device: on which models are loaded.
+        device: on which models are loaded, as ``--device`` says it.
+        one_at_a_time: whether a late stack is let go before another checkpoint's is loaded.
+        stream: whether late stacks have one block in memory at a time.
     """
 
     def __init__(
@@ -50,13 +53,16 @@ class Run:
         *,
         checkpoints: Mapping[str, str | Path] | None = None,
         device: str | None = None,
+        one_at_a_time: bool = False,
+        stream: bool = False,
     ) -> None:
         """Open the run in a folder.
 
         Args:
             path: the folder.
             checkpoints: label -> where a checkpoint is now, of those that moved since capture.
-            device: to load models on; None for the one of the capture.
+            device: to load models on, such as ``cuda:0,cuda:1`` or ``auto``; None for the one of the capture.
+            one_at_a_time, stream: see :class:`Run`; what streams is one at a time.
 
         Raises:
             InputError: the folder holds no run.
@@ -67,6 +73,7 @@ class Run:
         self._record = self.folder.record()
         self._moved = {label: str(place) for label, place in (checkpoints or {}).items()}
         self.device = device or self._record.device
+        self.one_at_a_time, self.stream = one_at_a_time or stream, stream
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {len(self.store)} events of {', '.join(self.store.checkpoints)}>"
@@ -143,6 +150,20 @@ class Run:
         """Ids that no readout of this run chooses."""
         return self.lineup.masked_ids
 
+    @cached_property
+    def placement(self) -> Placement:
+        """The device of each checkpoint.
+
+        Raises:
+            InputError: :attr:`device` names one that is not there, or more than there are checkpoints.
+            CheckError: what is copied between two of them changes.
+        """
+        from actcache.models.devices import check_copies, place
+
+        placement = place(self.device, self.store.checkpoints)
+        check_copies(placement.devices)
+        return placement
+
     def load_late(self, label: str, boundary: int, device: str | None = None) -> LateStack:
         """The late stack of a checkpoint, in the store's dtype.
 
@@ -150,11 +171,12 @@ class Run:
             InputError: no such label, or a boundary that is none.
             IncompatibleError: the checkpoint is not the one captured.
         """
-        from actcache.replay.late_stack import LateStack
+        from actcache.replay.streamed_late import load_late
 
         self._check_label(label)
         checkpoint = self.lineup.checkpoints[label]
-        late = LateStack.load(checkpoint, boundary, dtype=self.store.dtype, device=device or self.device)
+        device = device or self.placement.of[label]
+        late = load_late(checkpoint, boundary, dtype=self.store.dtype, device=device, stream=self.stream)
         late.readout.mask(self.masked_ids)
         check_same_checkpoints(self.store, self.lineup)  # what was loaded lies between two looks at the files
         return late
@@ -166,7 +188,7 @@ class Run:
 
         self._check_label(label)
         checkpoint = self.lineup.checkpoints[label]
-        model = checkpoint.load(dtype or self.store.dtype, self.device)
+        model = checkpoint.load(dtype or self.store.dtype, self.placement.of[label])
         with checkpoint.named():
             backbone = Backbone(model)
         backbone.readout.mask(self.masked_ids)

@@ -6,6 +6,7 @@ that jobs read and run; knows nothing of what they compute.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from actcache.progress import Told, nobody_told
+from actcache.replay.streamed_late import StreamedLate
 from actcache.study.engine import LateJob, LocalEngine
 from actcache.study.jobs import Job, Result
+from actcache.study.replay_job import ReplayJob
 from actcache.study.results import write_result
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any, Any, Any])
@@ -36,13 +39,66 @@ def run_jobs(
 
 
 def run_replays(jobs: Sequence[LateJob], engine: LocalEngine, folder: Path, told: Told = nobody_told) -> None:
-    """Run replays; the result of each is a file in ``folder``, which exists."""
+    """Run replays; the result of each is a file in ``folder``, which exists.
+
+    Where the engine keeps one late stack at a time, those of one stack follow one another. Where its blocks are in
+    memory one at a time, as many jobs share a pass over them as their rows are in memory.
+    """
     engine.expect(jobs)
 
     def keep(job: LateJob, result: Result) -> None:
         write_result(folder, job.key | result.notes, result.table, result.final)
 
-    run_jobs(jobs, engine, keep, told)
+    if not engine.one_at_a_time:
+        run_jobs(jobs, engine, keep, told)
+        return
+    for late, own in itertools.groupby(sorted(jobs, key=lambda job: job.late), key=lambda job: job.late):
+        of_late = list(own)
+        shared = [job for job in of_late if isinstance(job, ReplayJob) and not engine.has_kept(job)]
+        if shared and isinstance(stack := engine.late(late, min(job.boundary for job in shared)), StreamedLate):
+            for group in _groups(shared, engine):
+                for job, result in _in_one_pass(group, engine, stack, told):
+                    keep(job, result)
+            of_late = [job for job in of_late if job not in set(shared)]
+        run_jobs(of_late, engine, keep, told)
+
+
+# Bytes of the rows of jobs that share a pass over blocks: these are in memory, what becomes of them need not be.
+_ROWS_AT_ONCE = 512 << 20
+
+
+def _groups(jobs: Sequence[ReplayJob], engine: LocalEngine) -> Iterator[list[ReplayJob]]:
+    """Jobs in their order, in groups whose rows fit into memory."""
+    group: list[ReplayJob] = []
+    n_bytes = 0
+    for job in jobs:
+        longest: dict[int, int] = {}
+        for sequence, length in zip(job.sequences, job.lengths, strict=True):
+            longest[sequence] = max(length, longest.get(sequence, 0))
+        own = sum(longest.values()) * engine.store.width * engine.dtype.itemsize * len(job.checkpoints)
+        if group and n_bytes + own > _ROWS_AT_ONCE:
+            yield group
+            group, n_bytes = [], 0
+        group.append(job)
+        n_bytes += own
+    if group:
+        yield group
+
+
+def _in_one_pass(
+    jobs: Sequence[ReplayJob], engine: LocalEngine, stack: StreamedLate, told: Told
+) -> Iterator[tuple[ReplayJob, Result]]:
+    """Jobs of one late stack, in one pass over its blocks."""
+    begun = [(job, read := job.read(engine), job.begin(engine, read)) for job in jobs]
+    parts = [(job, part) for job, _, one in begun for part in one.parts]
+    batches = [part.batch for _, part in parts if part.batch is not None]
+    label = jobs[0].late
+    for number, result in stack.replay_all(batches, lambda words: told(doing=f"late stack of {label}: {words}")):
+        job, part = parts[number]
+        with job.naming(part):
+            part.take(result, told)
+    for job, read, one in begun:
+        yield job, job.end(engine, read, one, told)
 
 
 def _read_ahead(jobs: Iterable[AnyJob], engine: Any) -> Iterator[tuple[AnyJob, Any]]:

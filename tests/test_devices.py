@@ -1,0 +1,78 @@
+"""Checkpoints dealt to devices, and tensors copied between these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from actcache.errors import CheckError, InputError
+from actcache.models.devices import check_copies, place
+
+LABELS = ("a", "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("given", "n_cuda", "kind", "devices"),
+    [
+        ("cpu", 0, "cpu", ["cpu", "cpu", "cpu"]),
+        ("cuda", 2, "cuda", ["cuda", "cuda", "cuda"]),
+        ("cuda:1", 2, "cuda", ["cuda:1", "cuda:1", "cuda:1"]),
+        ("cuda:0,cuda:1", 2, "cuda", ["cuda:0", "cuda:1", "cuda:0"]),
+        ("cuda:2, cuda:0", 3, "cuda", ["cuda:2", "cuda:0", "cuda:2"]),
+        ("auto", 0, "cpu", ["cpu", "cpu", "cpu"]),
+        ("auto", 2, "cuda", ["cuda:0", "cuda:1", "cuda:0"]),
+        ("auto", 8, "cuda", ["cuda:0", "cuda:1", "cuda:2"]),
+    ],
+)
+def test_checkpoints_are_dealt_in_order(given, n_cuda, kind, devices):
+    placement = place(given, LABELS, lambda: n_cuda)
+    assert placement.kind == kind
+    assert [placement.of[label] for label in LABELS] == devices
+
+
+@pytest.mark.parametrize(
+    ("given", "n_cuda", "said"),
+    [
+        ("cuda", 0, "sees no CUDA device; use --device cpu"),
+        ("cuda:2", 2, "sees 2 CUDA devices"),
+        ("cuda:0,cuda:1,cuda:2,cuda:3", 8, "4 devices for 3 checkpoints"),
+        ("cuda:0,cuda:0", 2, "cuda:0 is named twice"),
+        ("cpu,cuda:0", 2, "devices of one kind"),
+        ("tpu", 2, "'tpu' is no device"),
+        ("cuda:", 2, "'cuda:' is no device"),
+        ("", 2, "'' is no device"),
+    ],
+)
+def test_what_is_no_placement_is_refused(given, n_cuda, said):
+    with pytest.raises(InputError, match=said):
+        place(given, LABELS, lambda: n_cuda)
+
+
+def test_a_tensor_goes_there_and_back_between_each_pair():
+    trips = []
+
+    def copied(tensor, device):
+        trips.append(device)
+        return tensor.clone()
+
+    check_copies(["x", "y", "z"], copied)
+    assert len(trips) == 6 * 4
+    assert {(trips[n], trips[n + 1]) for n in range(0, 24, 4)} == {(a, b) for a in "xyz" for b in "xyz" if a != b}
+    check_copies(["cpu"])
+
+
+def test_a_link_that_changes_values_is_named():
+    def broken(tensor, device):
+        out = tensor.clone()
+        if device == "y":
+            out[-1] += 1
+        return out
+
+    with pytest.raises(CheckError, match="from x to y and back came back with 1 of"):
+        check_copies(["x", "y"], broken)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two CUDA devices")
+def test_copies_between_real_devices():
+    check_copies([f"cuda:{n}" for n in range(torch.cuda.device_count())])
