@@ -131,7 +131,7 @@ KINDS = {
 PLACES = {
     "loading": (Checkpoint, "load", "capture", "actcache: loading pt: out of memory", "--dtype bfloat16"),
     "capture": (forward, "forward_and_gather", "capture", "actcache: capture: out of memory", "--max-tokens"),
-    "grid": (replay.LateStack, "iterate_variants", "grid", "actcache: grid: out of memory", "--max-tokens"),
+    "grid": (replay.LateStack, "replay", "grid", "actcache: grid: out of memory", "--max-tokens"),
     "grid, loading": (replay.LateStack, "load", "grid", "loading pt from block 3 on: out of memory", "--boundary"),
     "stability": (decisions, "_choose", "stability", "actcache: stability: out of memory", "--max-tokens"),
     "compact": (compact, "merge", "compact", "actcache: compact: out of memory", "--max-mb"),
