@@ -14,7 +14,7 @@ Run::
 
     python scripts/make_example_checkpoints.py --out OUT
 
-The same torch build on the same kind of CPU gives the same bytes. Progress goes to stderr.
+Progress goes to stderr.
 """
 
 from __future__ import annotations
@@ -42,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"steps of the adapter's training (default {STEPS})")
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)
     args.out.mkdir(parents=True)
     for name, demo in (("base", "pt"), ("tuned", "it")):
         shutil.copytree(DEMO / demo, args.out / name)

@@ -94,7 +94,7 @@ def _split(given: str) -> tuple[str, str | None]:
         return given, None
 
     def names(half: str) -> bool:
-        return Path(half).is_dir() or _ID.fullmatch(half) is not None
+        return half != "" and (Path(half).is_dir() or _ID.fullmatch(half) is not None)
 
     halves = [(given[:at], given[at + 1 :]) for at, letter in enumerate(given) if letter == "+"]
     found = [pair for pair in halves if all(map(names, pair))]
@@ -163,11 +163,12 @@ class _Hub:
 
         try:
             folder = fetch(_SMALL)
-            if self.with_weights and not self._is_whole(folder, is_adapter):
-                folder = fetch(map(glob.escape, _weights(folder, is_adapter)))
-            if not self._is_whole(folder, is_adapter):
-                raise no_weights(given, HfApi().list_repo_files(repo, revision=folder.name))
-            return folder
+            if self._is_whole(folder, is_adapter):
+                return folder
+            names, there = _weights(folder, is_adapter), HfApi().list_repo_files(repo, revision=folder.name)
+            if not set(names) <= set(there):
+                raise no_weights(given, there)
+            return fetch(map(glob.escape, names))
         except InputError:
             raise
         except GatedRepoError as error:
@@ -207,6 +208,8 @@ def _weights(folder: Path, is_adapter: bool) -> list[str]:
     """The files that hold the weights of a repository whose configs are in this folder."""
     from actcache.models.checkpoint_files import indexed_names
 
+    if is_adapter and not (folder / "adapter_config.json").exists():
+        return []
     if is_adapter or not (folder / "config.json").exists():
         return ["adapter_model.safetensors"]
     index = folder / "model.safetensors.index.json"
