@@ -76,6 +76,11 @@ EVENT_KEY = (
 
 PAIR = Column("pair", "string", "labels in the roles pt and it, as 'base,dpo'", required=False)
 
+OUTVOTED = of_roles(
+    "outvoted", "int64", "token of the best logit, never chosen; -1 for none", "token id", required=False
+)
+"""Columns that events have where vocabularies differ in their tail."""
+
 EVENTS = (
     *EVENT_KEY[:3],
     PAIR,
@@ -88,6 +93,7 @@ EVENTS = (
     Column("carried", "string", "further keys of the prompt line, as a JSON object"),
     *of_roles("special", "int32", "1 where the chosen token is a special one", required=False),
     *of_roles("gap", "float32", "the best logit less the next one", "logits", required=False),
+    *OUTVOTED,
     *of_roles("margin", "float32", "logit(y_it) - logit(y_pt) of the checkpoint itself", "logits", required=False),
 )
 """One row per event. A column ``margin_LABEL`` per checkpoint may follow, and the reader adds ``segment``."""

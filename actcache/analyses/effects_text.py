@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from actcache.schema import EFFECT_KEY, IT, NATIVE, PLAIN, ROLES, common_readout, names
+from actcache.schema import EFFECT_KEY, IT, NATIVE, OUTVOTED, PLAIN, ROLES, common_readout, names
 from actcache.study.section import Lines, Section, in_words
 from actcache.study.statistics import FEWEST_PROMPTS
 from actcache.study.subsets import ALL, LEAST_STEPS
@@ -71,6 +71,16 @@ def reasons_of(store: Store) -> str:
     for reason in store.excluded["reason"].to_pylist():
         counts[reason] = counts.get(reason, 0) + 1
     return ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
+
+
+def vocabulary_of(store: Store) -> str:
+    """Which ids were chosen, and at how many events another one would have won; empty where all ids might be."""
+    rule, events = store.fingerprint.vocabulary or "", store.events
+    if not store.fingerprint.shares_tokens:
+        return rule
+    won = [events[name].to_pylist() for name in names(OUTVOTED) if name in events.column_names]
+    n = sum(max(ids) >= 0 for ids in zip(*won, strict=True))
+    return f"{rule}; at {n} of {len(store)} events a token that not every checkpoint has would have won"
 
 
 def _no_event(store: Store) -> str:

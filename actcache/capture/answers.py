@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from actcache.capture.asks import Ask, Forward, GoOn, Ran, Score, Steps, T, Whose
+from actcache.capture.events import Scored
 from actcache.capture.forward import Forwarder, Pack, PackRows, first_wrong, said_of_site
 from actcache.capture.residency import Checkpoints
 from actcache.capture.search import Proposal, SearchLimits, propose
@@ -51,6 +52,8 @@ class Answers:
         max_tokens: int,
         between: Callable[[], None] = lambda: None,
         folder: Path | None = None,
+        *,
+        has_tails: bool = False,
     ) -> None:
         """By these.
 
@@ -59,7 +62,9 @@ class Answers:
             limits, regimes, max_tokens: of searches.
             between: called before each forward; may raise.
             folder: where rows wait; None for the system's temporary one.
+            has_tails: whether vocabularies differ, so that a masked token may have the best logit.
         """
+        self._has_tails = has_tails
         self.checkpoints, self._limits, self._regimes = checkpoints, limits, regimes
         self._max_tokens, self._between, self._folder = max_tokens, between, folder
         self.n_sequences = self.n_choices = 0  # gone on from, and compared of each checkpoint, in searches
@@ -201,21 +206,29 @@ class Answers:
 
     # ---- what pairs of tokens score ----
 
-    def _scored(self, asks: list[Score]) -> list[list[dict[str, float]]]:
-        """``logit(second) - logit(first)`` of each pair of tokens."""
-        margins: list[list[dict[str, float]]] = [[{} for _ in ask.tokens] for ask in asks]
+    def _scored(self, asks: list[Score]) -> list[list[Scored]]:
+        """``logit(second) - logit(first)`` of each pair of tokens, and what was never to be chosen there."""
+        scored = [[Scored({}, {}) for _ in ask.tokens] for ask in asks]
         tokens = torch.tensor([pair for ask in asks for pair in ask.tokens])
         for label in self._resident_first():
             readout = self.checkpoints.readout(label)
-            scores = readout.scores(torch.cat([ask.final[label] for ask in asks]), tokens)
-            own = iter((scores[:, 1] - scores[:, 0]).tolist())
-            for ask, of_ask in zip(asks, margins, strict=True):
+            final = torch.cat([ask.final[label] for ask in asks])
+            scores = readout.scores(final, tokens)
+            # One by one, so that it does not depend on what else is asked for.
+            outvoted = torch.cat([readout.outvoted(row) for row in final.split(1)]).tolist() if self._has_tails else ()
+            own, own_outvoted = iter((scores[:, 1] - scores[:, 0]).tolist()), iter(outvoted)
+            for ask, of_ask in zip(asks, scored, strict=True):
                 for whose, of_pair in zip(ask.whose, of_ask, strict=True):
-                    of_pair[label] = next(own)
-                    if not math.isfinite(of_pair[label]):
+                    of_pair.margins[label] = next(own)
+                    if not math.isfinite(of_pair.margins[label]):
                         reader = self.checkpoints.forwarder(label)
                         raise reader.not_finite(f"checkpoint {label}, {whose.name}", "a scored logit", whose.sequence)
+                    if self._has_tails:
+                        of_pair.outvoted[label] = next(own_outvoted)
         # As each was put together in the order of labels, whichever was read first.
         self.checkpoints.rest()
         labels = self.checkpoints.labels
-        return [[{label: of_pair[label] for label in labels} for of_pair in of_ask] for of_ask in margins]
+        return [
+            [Scored({label: one.margins[label] for label in labels}, one.outvoted) for one in of_ask]
+            for of_ask in scored
+        ]

@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from actcache.capture.events import Scored
 from actcache.capture.forward import Pack, Places
 from actcache.capture.search import Proposal
 from actcache.capture.spill import Rows
@@ -98,7 +99,7 @@ class Ran:
 
 @dataclass(frozen=True)
 class Score:
-    """What does every checkpoint make of pairs of tokens? Answered by their margins, by label, for each.
+    """What does every checkpoint make of pairs of tokens? Answered by a :class:`Scored` for each.
 
     Attributes:
         final: by label: a final state for each pair, ``[n, D]``.
@@ -125,6 +126,6 @@ def ran(ask: Forward) -> Steps[Iterable[Ran]]:
     return (yield ask) if ask.packs else []
 
 
-def margins(ask: Score) -> Steps[list[dict[str, float]]]:
+def scored(ask: Score) -> Steps[list[Scored]]:
     """Ask, where there is something to ask for."""
     return (yield ask) if ask.tokens else []

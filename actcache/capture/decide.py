@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 
 from actcache.capture.answers import Answers
-from actcache.capture.asks import Forward, GoOn, Ran, Score, Steps, T, Whose, margins, proposals, ran
-from actcache.capture.events import Captured, Event, Excluded, segment_of
+from actcache.capture.asks import Forward, GoOn, Ran, Score, Steps, T, Whose, proposals, ran, scored
+from actcache.capture.events import Captured, Event, Excluded, Scored, segment_of
 from actcache.capture.forward import Pack
 from actcache.capture.given import GivenEvent, GivenPrompt
 from actcache.capture.rerun import rows_to_add
@@ -137,6 +137,7 @@ class Decider:
             known: what others say that the checkpoints write, which the search then takes for a proposal.
             folder: where rows wait if not all checkpoints are in memory; None for the system's temporary one.
         """
+        self._has_tails = lineup.has_tails
         self.pair, self.pairs, self.paired, self.labels = lineup.pair, lineup.pairs, lineup.paired, lineup.labels
         self.checkpoints, self.settings, self.known = checkpoints, settings, known or {}
         self.decode, self.special, self._width = lineup.decode, lineup.special_ids, lineup.width
@@ -150,7 +151,9 @@ class Decider:
             if (reason := next(reasons, None)) is not None:
                 say(f"one sequence per forward: {reason}")
                 self.pack_tokens = 0
-        self._answers = Answers(checkpoints, self.limits, self.regimes, settings.max_tokens, between, folder)
+        self._answers = Answers(
+            checkpoints, self.limits, self.regimes, settings.max_tokens, between, folder, has_tails=self._has_tails
+        )
         self._named: set[str] = set()  # prompts of which something is known
         self._corrected: set[str] = set()  # those of them where a capture forward has contradicted what was proposed
 
@@ -198,9 +201,9 @@ class Decider:
                         excluded[search.index] = "undecided" if isinstance(result, _Search) else result
             final = {label: self._stacked(decided, label) for label in self.labels}
             tokens = [one.tokens(self.pair) for one in decided]
-            of_each = yield from margins(Score(final, tokens, [one.search for one in decided]))
+            of_each = yield from scored(Score(final, tokens, [one.search for one in decided]))
             for one, of_one in zip(decided, of_each, strict=True):
-                if not of_one[self.pair[0]] < 0 < of_one[self.pair[1]]:
+                if not of_one.margins[self.pair[0]] < 0 < of_one.margins[self.pair[1]]:
                     excluded[one.search.index] = "tie"
                 else:
                     captured.append(self._captured(one, of_one))
@@ -290,15 +293,17 @@ class Decider:
         empty = torch.empty(0, self._width, dtype=DTYPES[self.settings.dtype])
         return torch.cat([empty, *(one.ran.final[label][one.row : one.row + 1] for one in decided)])
 
-    def _captured(self, one: _Decided, of_event: dict[str, float]) -> Captured:
+    def _captured(self, one: _Decided, of_event: Scored) -> Captured:
         search, found, row = one.search, one.ran, one.row
         logits = [found.best[label][1] for label in self.pair]
         gaps = tuple(float(of[row, 0] - of[row, 1]) for of in logits)
         step = len(search.shared)
         proposed = step if search.first_step is None else search.first_step  # a capture forward may be first
         position = len(search.sequence) - 1
-        of_choice = (position, FIRST_DIVERGENCE, self.pair, one.tokens(self.pair), gaps, of_event, found.final_of(row))
-        event = Event(*of_choice, step, proposed, search.prompt.carried)
+        event = Event(
+            *(position, FIRST_DIVERGENCE, self.pair, one.tokens(self.pair), gaps, of_event, found.final_of(row)),
+            *(step, proposed, search.prompt.carried),
+        )
         return Captured(search.index, search.prompt.id, search.sequence, [event], found.rows_of(one.rows))
 
     def given(self, prompts: Sequence[GivenPrompt], told: Told) -> Steps[SegmentData]:
@@ -326,7 +331,7 @@ class Decider:
         everyone: list[Whose] = [run for pack in packed for run in pack for _ in run.events]
         tokens = [one.tokens for pack in packed for run in pack for one in run.events]
         final = {label: torch.cat([of_pack.final[label][:] for of_pack in found]) for label in self.labels if found}
-        of_each = iter((yield from margins(Score(final, tokens, everyone))))
+        of_each = iter((yield from scored(Score(final, tokens, everyone))))
         captured: list[Captured] = []
         excluded: list[Excluded] = []
         for pack, of_pack in zip(packed, found, strict=True):
@@ -336,7 +341,7 @@ class Decider:
         return self.segment(captured, excluded)
 
     def _given_pack(
-        self, pack: list[_Given], found: Ran, of_each: list[dict[str, float]], excluded: list[Excluded]
+        self, pack: list[_Given], found: Ran, of_each: list[Scored], excluded: list[Excluded]
     ) -> Iterator[Captured]:
         """What each of the events of these sequences is; those that contradict their kind are excluded."""
         prefix = self.settings.row_selection == "prefix"
@@ -347,7 +352,7 @@ class Decider:
             own_rows: list[int] = []
             for one, row in zip(run.events, at, strict=True):
                 pair = one.pair or self.pair
-                first, second = (of_each[row][label] for label in pair)
+                first, second = (of_each[row].margins[label] for label in pair)
                 ids, logits = zip(*(found.best[label] for label in pair), strict=True)
                 if one.kind in CHOSEN_KINDS and not (
                     first < 0 < second and one.tokens == tuple(int(of[row, 0]) for of in ids)
@@ -394,6 +399,7 @@ class Decider:
             excluded,
             labels=self.labels,
             of_pairs=len(self.pairs) > 1,
+            has_tails=self._has_tails,
             sites=self.settings.places,
             empty=torch.empty(0, self._width, dtype=DTYPES[self.settings.dtype]),
             decode=self.decode,

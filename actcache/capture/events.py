@@ -17,12 +17,25 @@ import torch
 from actcache import carried
 from actcache.models.packing import offsets_of
 from actcache.prompts import Prompt
-from actcache.schema import EVENTS, ROLES, arrow_type, margin_column
+from actcache.schema import EVENTS, OUTVOTED, ROLES, arrow_type, margin_column
 from actcache.store import SegmentData
 from actcache.store.layout import STATE
 from actcache.store.segment_data import SiteRows
 
 CONTEXT_TOKENS = 48  # of text kept with an event, for people to read
+
+
+class Scored(NamedTuple):
+    """What every checkpoint makes of a pair of tokens.
+
+    Attributes:
+        margins: ``logit(second) - logit(first)``, by label.
+        outvoted: by label, the masked token that has the best logit of all there, -1 for none; empty where
+            vocabularies do not differ.
+    """
+
+    margins: dict[str, float]
+    outvoted: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -35,7 +48,7 @@ class Event:
         pair: labels of the checkpoints in the roles pt and it.
         tokens: of the pair, by role.
         gaps: of the pair: the best logit less the next one.
-        margins: of every checkpoint, by label.
+        scored: what every checkpoint makes of the tokens.
         final: the last block's output there, ``[D]`` by label.
         step: tokens that were generated before it.
         proposed_step: the step that a search proposed first.
@@ -47,7 +60,7 @@ class Event:
     pair: tuple[str, str]
     tokens: tuple[int, ...]
     gaps: tuple[float, ...]
-    margins: dict[str, float]
+    scored: Scored
     final: dict[str, torch.Tensor]
     step: int
     proposed_step: int
@@ -80,6 +93,7 @@ def segment_of(
     *,
     labels: Sequence[str],
     of_pairs: bool,
+    has_tails: bool,
     sites: Sequence[tuple[str, int]],
     empty: torch.Tensor,
     decode: Callable[[Sequence[int]], str],
@@ -92,6 +106,7 @@ def segment_of(
         excluded: prompts, or their events, that were left out.
         labels: of all checkpoints.
         of_pairs: whether events may be of several pairs, so that their names and what is excluded tell it.
+        has_tails: whether vocabularies differ, so that it is told what is never chosen and would have been.
         sites: a site and a block each, that there are rows of.
         empty: ``[0, D]`` in the store's dtype.
         decode: gives the text of tokens.
@@ -116,7 +131,7 @@ def segment_of(
         states={(label, block): rows.pop((site, label, block)) for site, label, block in keys if site == STATE},
         sites=rows,
         final=final,
-        events=_table(captured, labels, of_pairs, decode, special),
+        events=_table(captured, labels, of_pairs, has_tails, decode, special),
         excluded=pa.table({name: pa.array(values, pa.string()) for name, values in left_out.items()}),
     )
 
@@ -125,15 +140,16 @@ def _table(
     captured: Sequence[Captured],
     labels: Sequence[str],
     of_pairs: bool,
+    has_tails: bool,
     decode: Callable[[Sequence[int]], str],
     special: Collection[int],
 ) -> pa.Table:
     owned = [(number, one, event) for number, one in enumerate(captured) for event in one.events]
     events = [event for _, _, event in owned]
     margins = {
-        margin_column(role): [event.margins[event.pair[at]] for event in events] for at, role in enumerate(ROLES)
+        margin_column(role): [event.scored.margins[event.pair[at]] for event in events] for at, role in enumerate(ROLES)
     }
-    margins |= {margin_column(label): [event.margins[label] for event in events] for label in labels}
+    margins |= {margin_column(label): [event.scored.margins[label] for event in events] for label in labels}
     values: dict[str, Iterable[Any]] = {
         "event_id": _distinct([_name(one.prompt_id, event, of_pairs) for _, one, event in owned]),
         "prompt_id": (one.prompt_id for _, one, _ in owned),
@@ -153,7 +169,9 @@ def _table(
         values[f"token_{role}"] = (decode([token]) for token in tokens)
         values[f"special_{role}"] = (int(token in special) for token in tokens)
         values[f"gap_{role}"] = [event.gaps[at] for event in events]
-    types = {column.name: arrow_type(column.type) for column in EVENTS}
+        values[f"outvoted_{role}"] = [event.scored.outvoted.get(event.pair[at], -1) for event in events]
+    columns = [column for column in EVENTS if has_tails or column not in OUTVOTED]
+    types = {column.name: arrow_type(column.type) for column in columns}
     order = [*types, *(name for name in margins if name not in types)]
     return pa.table({name: pa.array(list(values[name]), types.get(name, pa.float32())) for name in order})
 

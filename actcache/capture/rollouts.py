@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from actcache.capture.asks import Forward, Ran, Score, Steps, margins, proposals, ran
+from actcache.capture.asks import Forward, Ran, Score, Steps, proposals, ran, scored
 from actcache.capture.decide import MAX_ROUNDS, Decider, consecutive
-from actcache.capture.events import Captured, Event, Excluded
+from actcache.capture.events import Captured, Event, Excluded, Scored
 from actcache.capture.forward import Pack
 from actcache.capture.search import Outcome
 from actcache.capture.supports import ROLLOUTS, Chosen, choose, first_disagreement
@@ -320,15 +320,15 @@ class Rollouts:
             if rollout.legs
             for chosen in self._chosen(rollout, pair)
         ]
-        of_each = yield from self._margins(placed)
+        of_each = yield from self._scored(placed)
         excluded: dict[int, list[Excluded]] = {}
         events: dict[int, list[tuple[_Placed, Event]]] = {}
-        for one, margin in zip(placed, of_each, strict=True):
+        for one, of_event in zip(placed, of_each, strict=True):
             rollout, pair = one.rollout, one.pair
-            if one.chosen.kind in CHOSEN_KINDS and not margin[pair[0]] < 0 < margin[pair[1]]:
+            if one.chosen.kind in CHOSEN_KINDS and not of_event.margins[pair[0]] < 0 < of_event.margins[pair[1]]:
                 excluded.setdefault(rollout.index, []).append(Excluded(rollout.prompt, "tie", pair))
             else:
-                events.setdefault(rollout.index, []).append((one, self._event(one, margin)))
+                events.setdefault(rollout.index, []).append((one, self._event(one, of_event)))
         for rollout in rollouts:
             found = {one.pair for one, _ in events.get(rollout.index, ())}
             found |= {one.pair for one in excluded.get(rollout.index, ())}
@@ -365,16 +365,16 @@ class Rollouts:
     def _is_special(self, token: int) -> bool:
         return token in self._decider.special
 
-    def _margins(self, placed: list[_Placed]) -> Steps[list[dict[str, float]]]:
+    def _scored(self, placed: list[_Placed]) -> Steps[list[Scored]]:
         """What every checkpoint makes of each event's two tokens."""
         if not placed:
             return []
         states = [one.leg.final_of(one.row) for one in placed]
         final = {label: torch.stack([state[label] for state in states]) for label in self._decider.labels}
-        return (yield from margins(Score(final, [one.chosen.tokens for one in placed], placed)))
+        return (yield from scored(Score(final, [one.chosen.tokens for one in placed], placed)))
 
     @staticmethod
-    def _event(one: _Placed, margins: dict[str, float]) -> Event:
+    def _event(one: _Placed, of_event: Scored) -> Event:
         rollout, chosen, leg = one.rollout, one.chosen, one.leg
         return Event(
             position=len(rollout.ids) - 1 + chosen.step,
@@ -382,7 +382,7 @@ class Rollouts:
             pair=one.pair,
             tokens=chosen.tokens,
             gaps=tuple(leg.gaps[label][one.row] for label in one.pair),
-            margins=margins,
+            scored=of_event,
             final=leg.final_of(one.row),
             step=chosen.step,
             proposed_step=chosen.step,

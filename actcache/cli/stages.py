@@ -247,10 +247,12 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     folder.bind_store(record, len(prompts if given is None else given))
     clock.write(folder, len(prompts if given is None else given), searched)
     store = folder.open_store()
-    from actcache.analyses.effects_text import reasons_of
+    from actcache.analyses.effects_text import reasons_of, vocabulary_of
 
     each = ", by pair" if len(store.fingerprint.event_pairs) > 1 else ""
     say(f"{len(store)} events" + (f"; without one: {reasons_of(store)}{each}" if store.excluded.num_rows else ""))
+    if store.fingerprint.shares_tokens:
+        say(f"chosen were {vocabulary_of(store)}")
     return lineup
 
 

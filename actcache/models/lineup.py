@@ -14,7 +14,7 @@ from actcache.models.checkpoint import DTYPES, Checkpoint
 from actcache.models.templates import NONE, PLAIN, ChatTemplate, Rendering
 from actcache.models.vocabulary import Tokens, Vocabulary
 from actcache.prompts import Prompt
-from actcache.schema import ROLES, Fingerprint, several_pairs
+from actcache.schema import ROLES, SHARED_TOKENS, Fingerprint, several_pairs
 
 # What must be equal for states of one checkpoint to be read by the late blocks of another.
 _ALIGNED_FIELDS = ("model_type", "hidden_size", "num_hidden_layers")
@@ -129,6 +129,11 @@ class Lineup:
         """Choose ids by the rule of a store from here on, which may be of an earlier version; returns itself."""
         self.rule = rule
         return self
+
+    @property
+    def has_tails(self) -> bool:
+        """Whether vocabularies differ in their tail, which is never chosen."""
+        return SHARED_TOKENS in (self.rule or "")
 
     @property
     def masked_ids(self) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 from actcache.analyses import ANALYSES
 from actcache.analyses.effects import ANALYSIS as EFFECTS
 from actcache.analyses.effects import EffectsOptions, selected_cells
+from actcache.analyses.effects_text import vocabulary_of
 from actcache.files import write_atomically
 from actcache.report.page import build_report
 from actcache.sealed import html_bytes
@@ -94,6 +95,8 @@ def _settings_shown(record: RunRecord, store: Store) -> dict[str, str]:
         shown["attention"] = captured.attention
     shown |= {
         "prompts": f"{record.prompts} ({store.n_prompts} prompts, digest {fingerprint.prompts[:12]})",
+        **({"vocabulary": said} if (said := vocabulary_of(store)) else {}),
+        **({"template": fingerprint.template} if fingerprint.template else {}),
         "dtype": fingerprint.dtype,
         "boundaries": ", ".join(str(boundary) for boundary in store.boundaries),
         "choices compared a prompt": f"at most {fingerprint.max_new}",

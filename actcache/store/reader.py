@@ -319,6 +319,7 @@ class Store:
             "row_selection": self.fingerprint.row_selection,
             "codec": layout.codec_of("states/", self.fingerprint).name,
             "segments": len(self.segments),
+            "vocabulary": self.fingerprint.vocabulary,
             "events": _counts(self.events["kind"]) | {"total": len(self)},
             "excluded_prompts": _counts(self.excluded["reason"]) | {"total": self.excluded.num_rows},
             "sequences": sum(segment.n_sequences for segment in self.segments),
