@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 
 import families
+import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import TinyRun
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_checkpoint, write_tokenizer
 
 from actcache.capture.forward import Pack, Resident
 from actcache.capture.streams import Streaming, guess
+from actcache.cli import main
 from actcache.errors import NotFiniteError, UnsupportedModelError
 from actcache.models import checkpoint_files
 from actcache.models.backbone import Backbone
@@ -163,3 +167,33 @@ def test_a_large_scratch_lies_in_a_file_that_nobody_sees(tmp_path, monkeypatch):
     assert rows.tolist() == torch.arange(12).view(3, 4).tolist()
     assert list(tmp_path.iterdir()) == []
     assert scratch((0, 4), torch.float32).shape == (0, 4)
+
+
+def captured(run: TinyRun, out: Path, *more: str) -> dict[str, bytes]:
+    """The files of a store captured strictly, by name, but what says who wrote it when."""
+    words = [*run.arguments("capture"), "--strict", "--shard-prompts", "3", "--limit", "7", "--site", "mlp:1", *more]
+    words[words.index("--out") + 1] = str(out)
+    assert main(words) == 0
+    return {str(path.relative_to(out)): path.read_bytes() for path in (out / "store").rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "gpt2", "phi3"])
+def test_a_streamed_capture_has_the_bytes_of_a_plain_one(tiny_run, tmp_path, arch):
+    run = tiny_run(arch, torch.float32)
+    plain = captured(run, tmp_path / "plain")
+    assert captured(run, tmp_path / "streamed", "--stream") == plain
+    assert not [path for path in Path(tempfile.gettempdir()).iterdir() if path.name.startswith("actcache-")]
+
+
+@pytest.mark.slow
+def test_a_streamed_run_is_a_plain_one(tiny_run, tmp_path):
+    run = tiny_run("llama", torch.float32)
+    found = {}
+    for way in ((), ("--stream",)):
+        words = [*run.arguments(), "--strict", "--stability", "0", *way]
+        words[words.index("--out") + 1] = str(tmp_path / "-".join(("run", *way)))
+        assert main(words) == 0
+        table = pq.read_table(Path(words[words.index("--out") + 1]) / "cells.parquet")
+        found[way] = table.replace_schema_metadata()
+    assert found[()].equals(found["--stream",])

@@ -34,7 +34,8 @@ def run(
     sites: str | Mapping[str, str | int | Iterable[int]] | Iterable[str] = (),
     dtype: str | None = None,
     dequantize: bool = False,
-    device: str | None = None,
+    device: str | Iterable[str] | None = None,
+    stream: bool = False,
     template: str | None = None,
     add_special_tokens: bool = True,
     max_new: int | None = None,
@@ -72,7 +73,8 @@ def run(
         sites: further rows to keep: ``{"mlp": [29, 30], "attention": "all"}``, or texts as ``--site`` takes them.
         dtype: of weights and states; ``auto``, the default, is the checkpoints' own.
         dequantize: whether quantized weights may be dequantized.
-        device: to run on.
+        device: to run on: ``cpu``, ``cuda``, ``["cuda:0", "cuda:1"]`` or ``auto``.
+        stream: whether one block at a time is read from the files, for models larger than the memory.
         template: label of the checkpoint whose chat template renders messages, or ``none``.
         add_special_tokens: whether tokenizers put a BOS and its like before plain text.
         max_new: choices to compare per prompt, at most.

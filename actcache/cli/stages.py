@@ -240,6 +240,8 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
             "given": given,
             "part": part,
             "load": load,
+            "stream": args.stream,
+            "devices": devices.of,
             "on_progress": line,
             "say": say,
         }

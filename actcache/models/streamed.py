@@ -100,6 +100,10 @@ class Streamed:
                 for index in range(first, self.n_blocks):
                     self._take_away(index)
 
+    def empty_block(self, index: int) -> nn.Module:
+        """A block without weights."""
+        return self._frame.empty_block(index)
+
     @torch.no_grad()
     def forward(self, bounds: Sequence[int], given: torch.Tensor) -> torch.Tensor:
         """Run the block that is there over the sequences between ``bounds`` (``[n + 1]``).

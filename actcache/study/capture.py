@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,7 @@ import numpy as np
 from actcache import prompts as prompts_module
 from actcache.capture.asks import Steps
 from actcache.capture.decide import Decider, Known, Searched
-from actcache.capture.forward import Resident
+from actcache.capture.forward import Forwarder, Resident
 from actcache.capture.given import FIXED, GivenPrompt
 from actcache.capture.growth import (
     digests_of_segments,
@@ -33,6 +33,7 @@ from actcache.capture.growth import (
 )
 from actcache.capture.residency import AllResident, Checkpoints, OneResident
 from actcache.capture.settings import CaptureSettings
+from actcache.capture.streams import Streaming
 from actcache.errors import InputError
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import check_boundary, find_site
@@ -42,8 +43,9 @@ from actcache.models.parts import Frame
 from actcache.models.probe import check_replayable
 from actcache.models.prompt_ids import PromptIds
 from actcache.models.readout import Readout
+from actcache.models.streamed import Streamed
 from actcache.models.templates import PLAIN, Rendering
-from actcache.progress import OnProgress, Tally, Told, untold
+from actcache.progress import OnProgress, Tally, Told, nobody_told, untold
 from actcache.prompts import Prompt
 from actcache.room import free_bytes
 from actcache.schema import FIRST_DIVERGENCE, Fingerprint, order_of_labels
@@ -75,6 +77,8 @@ class LocalCapture:
         resident: str = "all",
         known: Known | None = None,
         folder: Path | None = None,
+        stream: bool = False,
+        devices: Mapping[str, str] | None = None,
     ) -> None:
         """Of these checkpoints.
 
@@ -86,10 +90,14 @@ class LocalCapture:
             resident: see :data:`RESIDENT`.
             known: see :class:`Decider`.
             folder: where rows wait, if one checkpoint is in memory at a time.
+            stream: whether a checkpoint has one block in memory at a time; then there is one checkpoint at a time, too.
+            devices: of each checkpoint, by label; None for the settings' device.
         """
         self._lineup, self._settings, self._say = lineup, settings, say
         self._load = load or (lambda label: load_backbone(lineup, label, settings))
-        self._resident, self._known, self._folder = resident, known, folder
+        self._resident, self._known, self._folder = "one" if stream else resident, known, folder
+        self._stream, self._devices = stream, devices or dict.fromkeys(lineup.labels, settings.device)
+        self._told: Told = nobody_told
         self._segments: dict[str, Segment] = {}
         self.between: Callable[[], None] = lambda: None
 
@@ -131,6 +139,7 @@ class LocalCapture:
             publish: told of each job and what it gave.
             told: hears of their units.
         """
+        self._told = told
         jobs = iter(jobs)
         while first := next(jobs, None):
             most = TOGETHER if self.is_together else PER_LOAD
@@ -147,14 +156,22 @@ class LocalCapture:
         """A stored one."""
         return self._segments[name]
 
-    def _forwarder(self, label: str) -> Resident:
-        return Resident(self._load(label), self._settings.max_tokens)
+    def _forwarder(self, label: str) -> Forwarder:
+        if not self._stream:
+            return Resident(self._load(label), self._settings.max_tokens)
+        settings, checkpoint = self._settings, self._lineup.checkpoints[label]
+        streamed = Streamed(checkpoint, DTYPES[settings.dtype], self._devices[label])
+        streamed.readout.mask(self._lineup.masked_ids)
+        with checkpoint.named():
+            for site, block in settings.sites:
+                find_site(streamed.empty_block(block), site)
+        return Streaming(label, streamed, lambda words: self._told(doing=words))
 
     def _readout(self, label: str) -> Readout:
         checkpoint = self._lineup.checkpoints[label]
         model: Any = Frame.load(checkpoint, DTYPES[self._settings.dtype]).model
         with checkpoint.named():
-            readout = Readout(model.to(self._settings.device))
+            readout = Readout(model.to(self._devices[label]))
         readout.mask(self._lineup.masked_ids)
         return readout
 
@@ -174,6 +191,8 @@ def capture(
     resident: str = "all",
     known: Known | None = None,
     folder: Path | None = None,
+    stream: bool = False,
+    devices: Mapping[str, str] | None = None,
 ) -> Searched:
     """Find the events of every prompt and store what their replay needs; resumable by the same call.
 
@@ -195,6 +214,7 @@ def capture(
         resident: which checkpoints are in memory at once (see :data:`RESIDENT`). The store does not depend on it.
         known: what others say that checkpoints write, by prompt id and label, for the search to propose.
         folder: where rows wait if one checkpoint is in memory at a time; None for the system's temporary one.
+        stream, devices: see :class:`LocalCapture`; the store does not depend on them.
 
     Returns:
         What its searches did.
@@ -229,7 +249,9 @@ def capture(
         if any(kept.values()):
             say(f"the store has {said_of_sites(kept)} too, which stay")
         settings = settings.with_sites(joined(stored, asked))
-    engine = LocalCapture(lineup, settings, load, say, resident=resident, known=known, folder=folder)
+    engine = LocalCapture(
+        lineup, settings, load, say, resident=resident, known=known, folder=folder, stream=stream, devices=devices
+    )
     shards = list(segments.items())[part[0] :: part[1]]
     committed = writer.committed
     tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)
