@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from huggingface_hub import constants
 
 import actcache
 from actcache.analyses import ANALYSES
@@ -93,6 +94,13 @@ def folder(pair, tmp_path, monkeypatch, request):
         shutil.copytree(pair / "RUN", tmp_path / "RUN")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    if request.node.callspec.params["path"].name == "checkpoints.md":
+        monkeypatch.syspath_prepend(ROOT / "scripts")
+        import make_example_checkpoints as script
+
+        monkeypatch.setattr(script, "NEW_TOKENS", 2)
+        script.main(["--out", "EXAMPLES", "--steps", "2"])
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", "EXAMPLES/hub")
     return tmp_path
 
 

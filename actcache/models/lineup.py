@@ -192,7 +192,7 @@ class Lineup:
         if (of := found[label]) is None:
             having = ", ".join(one for one, known in found.items() if known) or "none of the others"
             raise InputError(
-                f"--template {template}: the tokenizer of checkpoint {label} ({self.checkpoints[label].path}) has no "
+                f"--template {template}: the tokenizer of checkpoint {label} ({self.checkpoints[label].given}) has no "
                 f"chat template; {having} has one"
             )
         return Rendering(of, add_special_tokens)
