@@ -47,9 +47,9 @@ FLOW = {
         *("rows", "feed"),
     ),
     "models": (
-        *("tokens", "quantized", "digests", "checkpoint_files", "origin", "adapters", "shared", "checkpoint"),
-        *("vocabulary", "templates", "lineup", "prompt_ids"),
-        *("blocks", "probe", "parts", "packing", "linear", "readout"),
+        *("tokens", "quantized", "digests", "checkpoint_files", "origin", "adapters", "shared", "blocks", "text_tower"),
+        *("checkpoint", "vocabulary", "templates", "lineup", "prompt_ids"),
+        *("probe", "parts", "packing", "linear", "readout"),
         *("regimes", "cost", "backbone", "streamed", "gather", "devices"),
     ),
     "capture": (

@@ -10,7 +10,7 @@ import copy
 import inspect
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -294,6 +294,29 @@ def upstream_names(model: PreTrainedModel, boundary: int) -> list[str]:
     embedding = next((path for path, part in model.named_modules() if part is model.get_input_embeddings()), "")
     names = [path.rpartition(".")[2] for path in (anatomy.blocks, embedding)]
     return [rf"(^|\.){names[0]}\.({upstream})\.", rf"(^|\.){names[1]}\.\w+$"]
+
+
+def class_without(
+    model_class: type[PreTrainedModel], cut: Callable[[PreTrainedModel], Iterable[str]], *, build: bool = True
+) -> type[PreTrainedModel]:
+    """A model class whose objects lack what ``cut`` takes away from them, which gives patterns of the names that weight
+    files give to it; without ``build``, it makes them of an object that is not built at all."""
+
+    class Part(model_class):  # type: ignore[misc,valid-type]
+        _keys_to_ignore_on_load_unexpected: Any
+
+        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+            if build:
+                super().__init__(config, *args, **kwargs)
+            unread = cut(self)
+            own = self._keys_to_ignore_on_load_unexpected  # None, a list or a set, by transformers' version
+            own = [] if own is None else own
+            self._keys_to_ignore_on_load_unexpected = type(own)([*own, *unread])
+
+    # transformers loads a class that is not its own by other rules (and leaves some computed buffers unset).
+    Part.__name__ = Part.__qualname__ = model_class.__name__
+    Part.__module__ = model_class.__module__
+    return Part
 
 
 def is_tied(model: PreTrainedModel) -> bool:

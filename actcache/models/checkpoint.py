@@ -24,6 +24,7 @@ from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_b
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -38,6 +39,7 @@ from actcache.models.adapters import Adapter, Merge
 from actcache.models.origin import Origin, Recorded
 from actcache.models.quantized import Quantization, dequantized, find_quantization
 from actcache.models.shared import find_shared, hold, take
+from actcache.models.text_tower import check_chooses_tokens, text_tower
 from actcache.models.tokens import Encoder
 from actcache.schema import CheckpointFingerprint
 
@@ -146,13 +148,19 @@ class Checkpoint:
 
     @cached_property
     def model_class(self) -> type[PreTrainedModel]:
-        """The causal LM class that transformers has for this config."""
-        mapping: Any = AutoModelForCausalLM._model_mapping
-        if type(self.config) not in mapping:
-            raise UnsupportedModelError(f"{self.given}: {self.config.model_type!r} has no causal language model")
-        if getattr(type(self.config), "extra_files", ()):
-            raise UnsupportedModelError(f"{self.given}: {self.config.model_type!r} has weights in files of other names")
-        return mapping[type(self.config)]
+        """The causal LM class that transformers has for this config, or the text tower of its class for images and
+        text."""
+        causal: Any = AutoModelForCausalLM._model_mapping
+        with_images: Any = AutoModelForImageTextToText._model_mapping
+        kind, name = type(self.config), repr(self.config.model_type)
+        if kind not in causal and kind not in with_images:
+            raise UnsupportedModelError(f"{self.given}: {name} has no causal language model")
+        if getattr(kind, "extra_files", ()):
+            raise UnsupportedModelError(f"{self.given}: {name} has weights in files of other names")
+        found: type[PreTrainedModel] = causal[kind] if kind in causal else text_tower(with_images[kind])
+        with self.named():
+            check_chooses_tokens(found, self.config)
+        return found
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -162,10 +170,12 @@ class Checkpoint:
             InputError: no model can be built of the config.
             UnsupportedModelError: it has no causal language model.
         """
-        _ = self.model_class
+        model_class: Any = self.model_class
         try:
             with torch.device("meta"):
-                return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+                if type(self.config) in AutoModelForCausalLM._model_mapping:  # it may want the part for text alone
+                    return AutoModelForCausalLM.from_config(self.config, trust_remote_code=False)
+                return model_class._from_config(self.config)
         except _BAD_VALUE as error:
             raise InputError(
                 f"checkpoint {self.label}: {self.path / files.CONFIG} describes no {self.config.model_type} model: "

@@ -12,6 +12,7 @@ import torch
 from actcache.errors import IncompatibleError, InputError
 from actcache.models.checkpoint import DTYPES, Checkpoint
 from actcache.models.templates import NONE, PLAIN, ChatTemplate, Rendering
+from actcache.models.text_tower import placeholders
 from actcache.models.vocabulary import Tokens, Vocabulary
 from actcache.prompts import Prompt
 from actcache.schema import ROLES, SHARED_TOKENS, Fingerprint, several_pairs
@@ -252,6 +253,11 @@ class Lineup:
             self._check_ids(prompt, ids)
         return ids_of
 
+    @cached_property
+    def _placeholders(self) -> dict[int, str]:
+        """Ids of tokens that stand for something else than text, and what a config calls them."""
+        return {key: name for c in self.checkpoints.values() for key, name in placeholders(c.config).items()}
+
     @property
     def special_ids(self) -> frozenset[int]:
         """Ids that are special tokens of any of the tokenizers."""
@@ -286,6 +292,12 @@ class Lineup:
         if prompt.token_ids is not None and (unknown := [index for index in ids if index not in self.ids.shared]):
             raise InputError(
                 f"{prompt.named}: token id {unknown[0]} is not the id of a token that every checkpoint has"
+            )
+        if placed := self._placeholders.keys() & set(ids):
+            first = min(placed, key=ids.index)
+            raise InputError(
+                f"{prompt.named}: token {ids.index(first)} is {encoder.describe(first)}, "
+                f"{self._placeholders[first]} of the config: prompts are text alone; leave it out"
             )
         if (at := encoder.second_start(ids)) is not None:
             raise InputError(

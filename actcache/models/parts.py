@@ -23,6 +23,7 @@ from actcache.models import checkpoint_files as files
 from actcache.models.blocks import (
     StateSource,
     UpstreamStandIn,
+    class_without,
     cut_upstream,
     drop_embedding,
     find_anatomy,
@@ -175,18 +176,4 @@ def _load(
     """Fill what ``cut`` leaves of the checkpoint's model class, or what it makes of an object that is not built at all;
     it gives patterns of the names of tensors that are not read."""
 
-    class Part(checkpoint.model_class):  # type: ignore[name-defined]
-        _keys_to_ignore_on_load_unexpected: Any
-
-        def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-            if build:
-                super().__init__(config, *args, **kwargs)
-            unread = cut(self)
-            own = self._keys_to_ignore_on_load_unexpected  # None, a list or a set, by transformers' version
-            own = [] if own is None else own
-            self._keys_to_ignore_on_load_unexpected = type(own)([*own, *unread])
-
-    # transformers loads a class that is not its own by other rules (and leaves some computed buffers unset).
-    Part.__name__ = Part.__qualname__ = checkpoint.model_class.__name__
-    Part.__module__ = checkpoint.model_class.__module__
-    return load_weights(Part, checkpoint, dtype)
+    return load_weights(class_without(checkpoint.model_class, cut, build=build), checkpoint, dtype)

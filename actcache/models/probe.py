@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import torch
@@ -56,6 +57,76 @@ def check_replayable(model: PreTrainedModel, boundary: int) -> None:
 
 
 @torch.no_grad()
+def check_text_alone(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError unless the decoder alone gives its first block, of token ids, what the whole model
+    gives it: the same states, positions and mask. Blocks may be stand-ins: none is run.
+
+    A model for images and text may do more to its token embeddings, or count positions otherwise.
+    """
+    anatomy = find_anatomy(model)
+    decoder, block = model.get_submodule(anatomy.decoder), model.get_submodule(f"{anatomy.blocks}.0")
+    device = model.get_output_embeddings().weight.device
+    ids = torch.randint(_N_PROBE_IDS, (1, _N_PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    seen: list[dict[str, Any]] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append({str(at): value for at, value in enumerate(args)} | kwargs)
+        raise _ReachedError
+
+    handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+    try:
+        for part in (model, decoder):
+            with suppress(_ReachedError):
+                part(input_ids=ids, use_cache=False)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}".split("\n", 1)[0]
+        raise UnsupportedModelError(f"{type(model).__name__}: it does not run on text alone; {said[:100]}") from error
+    finally:
+        handle.remove()
+    if len(seen) != 2:
+        raise UnsupportedModelError(f"{type(model).__name__}: given text alone, it does not call its first block")
+    whole, alone = seen
+    for name in (*whole, *alone):
+        a, b = whole.get(name), alone.get(name)
+        # Positions are told once more to kernels that look for packs in them.
+        if not _same(a, b) and not (name == "position_ids" and (a is None or b is None)):
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: given text alone, it hands its blocks another {_NAMED.get(name, name)} than "
+                "its decoder does"
+            )
+
+
+@torch.no_grad()
+def check_reads_back(model: PreTrainedModel) -> None:
+    """Raise UnsupportedModelError where what a model computes at a position depends on the tokens after it: it chooses
+    no next token there."""
+    decoder = model.get_submodule(find_anatomy(model).decoder)
+    device = model.get_output_embeddings().weight.device
+    ids = torch.randint(_N_PROBE_IDS - 1, (1, _N_PROBE_TOKENS), generator=torch.Generator().manual_seed(0)).to(device)
+    other = ids.clone()
+    other[0, -1] += 1
+    first, second = (decoder(input_ids=one, use_cache=False).last_hidden_state[0, :-1] for one in (ids, other))
+    if not (second - first).abs().max() <= _SAME[first.dtype] * first.abs().max():
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: what it computes at a position depends on the tokens after it"
+        )
+
+
+_NAMED = {"0": "state", "hidden_states": "state"}
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments of a block hold equal tensors; what holds none counts for nothing."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return torch.equal(a, b)
+    return not _holds_tensor(a) and not _holds_tensor(b)
+
+
+@torch.no_grad()
 def probe_late_blocks(model: PreTrainedModel, boundary: int, source: StateSource) -> None:
     """Learn what a model expects its blocks to return (``source.in_tuple``, ``source.n_more``), and show that its late
     blocks read the state at the boundary and nothing else.
@@ -83,7 +154,8 @@ def probe_late_blocks(model: PreTrainedModel, boundary: int, source: StateSource
 @torch.no_grad()
 def probe_frame(model: PreTrainedModel, source: StateSource) -> None:
     """Learn what a model expects its blocks to return, where all of them are stand-ins (errors as
-    :func:`probe_late_blocks`)."""
+    :func:`check_text_alone` and :func:`probe_late_blocks`)."""
+    check_text_alone(model)
     _Probe(model, 1, source).learn_block_output()
 
 

@@ -40,7 +40,7 @@ from actcache.models.blocks import check_boundary, find_site
 from actcache.models.checkpoint import DTYPES
 from actcache.models.lineup import Lineup
 from actcache.models.parts import Frame
-from actcache.models.probe import check_replayable
+from actcache.models.probe import check_reads_back, check_replayable, check_text_alone
 from actcache.models.prompt_ids import PromptIds
 from actcache.models.readout import Readout
 from actcache.models.streamed import Streamed
@@ -329,12 +329,14 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings, device:
     replayed is refused before anything is captured.
 
     Raises:
-        UnsupportedModelError: the architecture cannot be replayed from its states, and prefix rows are asked for; or it
-            has no such site.
+        UnsupportedModelError: the model does more to text than its decoder, or reads it both ways; the architecture
+            cannot be replayed from its states, and prefix rows are asked for; or it has no such site.
     """
     checkpoint = lineup.checkpoints[label]
     model = checkpoint.load(DTYPES[settings.dtype], device or settings.device)
     with checkpoint.named():
+        check_text_alone(model)
+        check_reads_back(model)
         if settings.row_selection == "prefix":
             for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
                 check_replayable(model, boundary)
