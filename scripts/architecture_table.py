@@ -21,6 +21,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.errors import UnsupportedModelError
+from actcache.models.probe import check_reads_back, check_text_alone
+from actcache.models.text_tower import check_chooses_tokens
 from actcache.replay.late_stack import LateStack
 
 ROOT = Path(__file__).parent.parent
@@ -40,13 +42,15 @@ _NUMBER = re.compile(r" by \d[\d.e+-]*")
 HEAD = """\
 # Architectures
 
-Every model type that transformers {version} has a causal language model for ({n_types}), and some second forms, built
-tiny and random: four blocks of width 32, cut at block 2, sequences of {lengths} tokens, float32, on the CPU. Of a
-family that is not *refused*, strict replay equals the full forward with a hook on block 2 bit for bit, and replay of
-many sequences at once equals strict replay within 1e-4: *packed* (concatenated, without padding), *padded* on the
-right, or *one at a time*, the first of these that is exact when the late stack is loaded. The note says why it is not
-the first, or why the family is refused; a refusal is an `UnsupportedModelError` with these words. Heads: whether the
-head shares the embeddings' weights, as replayed here. Window: of the blocks that have one, in tokens.
+Every model type that transformers {version} has a causal language model for ({n_types}), some second forms, and the
+text towers of {n_towers} models for images and text, which transformers has in another map. Each is built tiny and
+random: four blocks of width 32, cut at block 2, sequences of {lengths} tokens, float32, on the CPU. Of a family that
+is not *refused*, strict replay equals the full forward with a hook on block 2 bit for bit. Replay of many sequences at
+once equals strict replay within 1e-4: *packed* (concatenated, without padding), *padded* on the right, or *one at a
+time*, the first of these that is exact when the late stack is loaded. The full forward of a text tower is that of the
+whole model, vision and all, given token ids alone. The note says why a family is not packed, or why it is refused; a
+refusal is an `UnsupportedModelError` with these words. Heads: whether the head shares the embeddings' weights, as
+replayed here. Window: of the blocks that have one, in tokens.
 
 {counts}.
 
@@ -101,7 +105,10 @@ def examine(name: str) -> Outcome:
     model = families.build(name)
     class_name = type(model).__name__
     try:
+        check_chooses_tokens(type(model), model.config)
         late = LateStack.load(model, families.BOUNDARY)
+        check_text_alone(model)
+        check_reads_back(model)
     except UnsupportedModelError as error:
         return Outcome(name, class_name, REFUSED, _NUMBER.sub("", str(error).removeprefix(f"{class_name}: ")))
     rows, offsets, expected = hooked(model, LENGTHS)
@@ -180,7 +187,8 @@ def page(outcomes: Sequence[Outcome]) -> str:
     said = ", ".join(f"{counts[status]} {status}" for status in (*STATUS.values(), REFUSED) if counts[status])
     head = HEAD.format(
         version=transformers.__version__,
-        n_types=len({families.model_type_of(outcome.name) for outcome in outcomes}),
+        n_types=len({families.model_type_of(outcome.name) for outcome in outcomes} - set(families.TOWERS)),
+        n_towers=len(families.TOWERS),
         lengths=f"{', '.join(map(str, LENGTHS[:-1]))} and {LENGTHS[-1]}",
         counts=f"{len(outcomes)} rows: {said}",
     )

@@ -1,4 +1,5 @@
-"""A tiny random model of every decoder family that transformers has a causal language model for.
+"""A tiny random model of every decoder family that transformers has a causal language model for, and of models for
+images and text.
 
 A family is a model type; some have a second form that takes another path (`falcon, ALiBi`). Every model has four
 blocks of width 32, a window of five tokens where it knows one, and both kinds of blocks on either side of block 2 where
@@ -14,7 +15,10 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 N_BLOCKS, WIDTH, VOCAB_SIZE, WINDOW, BOUNDARY = 4, 32, 61, 5, 2
 # What configs call a window.
@@ -61,6 +65,7 @@ _INKLING = {"unpadded_vocab_size": VOCAB_SIZE - 1, "rel_extent": 16, "d_rel": 4}
 _GEMMA3N = {"vocab_size_per_layer_input": VOCAB_SIZE, "hidden_size_per_layer_input": 8}
 _NO_LAYER_INPUTS = {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
+_SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
 
 # What a family needs beside these, by its model type (of a part, too).
 _SPECIAL: dict[str, dict[str, Any]] = {
@@ -91,6 +96,15 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "backbone_hidden_size": WIDTH,
     },
     "gemma4_unified_assistant": {"backbone_hidden_size": WIDTH},
+    "qwen2_vl_vision": {"depth": 1, "embed_dim": WIDTH},
+    **{
+        f"{name}_vision": {"depth": 1, "out_hidden_size": WIDTH, "deepstack_visual_indexes": [0]}
+        for name in ("glm4v", "glm4v_moe", "glm_ocr", "qwen3_vl", "qwen3_vl_moe")
+    },
+    "cohere2_vision": {"alignment_intermediate_size": 48},
+    **dict.fromkeys(("glm4v_text", "glm_ocr_text", "qwen2_vl_text", "qwen2_5_vl_text"), _SECTIONS),
+    "paddleocr_vl_text": {**_SECTIONS, "rope_theta": 1e4},
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
     "inkling_text": _INKLING,
@@ -148,12 +162,26 @@ def model_type_of(name: str) -> str:
     return name.partition(",")[0]
 
 
+# Models for images and text whose part for text is an ordinary decoder, beside those of the map of causal models. Of
+# those that are left out, no tiny form is known here.
+TOWERS = (
+    *("aria", "aya_vision", "cohere2_vision", "cohere_compass", "deepseek_vl", "deepseek_vl_hybrid", "diffusion_gemma"),
+    *("evolla", "exaone4_5", "glm46v", "glm4v", "glm4v_moe", "glm_ocr", "hyperclovax_vision_v2", "idefics", "idefics2"),
+    *("idefics3", "inkling_mm_model", "internvl", "kimi_k25", "kosmos-2", "lfm2_vl", "lfm3_vl", "lighton_ocr"),
+    *("llava", "llava_next", "llava_next_video", "llava_onevision", "minicpmv4_6", "minicpmv4_7", "minimax_m3_vl"),
+    *("mistral3", "mistral4", "mistral_large4", "ovis2", "paddleocr_vl", "paligemma", "qianfan_ocr", "qwen2_5_vl"),
+    *("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "smolvlm", "step3p7", "unlimited_ocr", "video_llama_3", "video_llava"),
+    "vipllava",
+)
+CLASS_NAMES: dict[str, str] = {
+    **{name: MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(name, "") for name in TOWERS},
+    **MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
+
 # What the installed transformers knows.
 NAMES = tuple(
     sorted(
-        name
-        for name in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *_FORMS)
-        if model_type_of(name) in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        name for name in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *TOWERS, *_FORMS) if CLASS_NAMES.get(model_type_of(name))
     )
 )
 
@@ -198,7 +226,7 @@ def build(name: str, *, tie: bool | None = None, seed: int = 0) -> PreTrainedMod
     config = getattr(config, "decoder", config) if name.startswith("musicgen") else config
     if name == "gemma3n":  # its tower for images comes from another package; any tower does where there are no images
         config.__dict__["vision_config"] = config.audio_config
-    model_class: Any = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type_of(name)])
+    model_class: Any = getattr(transformers, CLASS_NAMES[model_type_of(name)])
     if not issubclass(model_class.config_class, type(config)) and "text_config" in config.sub_configs:
         config = config.get_text_config(decoder=True)
     for part in {id(part): part for part in (config, config.get_text_config(decoder=True))}.values():

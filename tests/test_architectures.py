@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ REQUIRED = (
     *("gpt2", "gpt_neox", "gptj", "opt", "bloom", "falcon", "falcon, ALiBi", "stablelm", "cohere", "cohere2"),
     *("granite", "starcoder2", "smollm3", "glm4", "nemotron", "exaone4", "mixtral", "qwen3_moe", "olmoe"),
     *("deepseek_v3", "gpt_oss", "mamba", "mamba2", "jamba", "lfm2", "falcon_h1", "nemotron_h", "llama4_text"),
+    *("aya_vision", "glm4v", "idefics3", "internvl", "llava", "mistral3", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"),
 )
 # Their late blocks read more than the state at the boundary.
 READ_MORE = {
@@ -49,6 +51,7 @@ READ_MORE = {
 FROM_FOLDER = (
     *("bloom", "deepseek_v3", "falcon, ALiBi", "falcon_h1", "gemma3_text", "gpt_neox", "gpt_oss", "jamba", "lfm2"),
     *("llama4_text", "mamba", "mixtral", "opt", "phi3", "qwen3_5_moe_text", "qwen3_moe", "xlstm"),
+    *("idefics3", "llava", "qwen2_vl"),
 )
 
 
@@ -69,6 +72,14 @@ SAME_VERSION = transformers.__version__ == VERSION
 REPLAYED = [name for name in families.NAMES if STATUSES.get(name) in table.STATUS.values()]
 
 
+def marked(names: Iterable[str], deep: Callable[[str], bool]) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.deep) if deep(name) else name for name in names]
+
+
+def is_further_tower(name: str) -> bool:
+    return name in families.TOWERS and name not in (*REQUIRED, "paligemma", "diffusion_gemma")
+
+
 @pytest.fixture(autouse=True)
 def quiet():
     before = transformers.logging.get_verbosity()
@@ -77,7 +88,7 @@ def quiet():
     transformers.logging.set_verbosity(before)
 
 
-@pytest.mark.parametrize("name", sorted({*families.NAMES, *STATUSES}))
+@pytest.mark.parametrize("name", marked(sorted({*families.NAMES, *STATUSES}), is_further_tower))
 def test_a_family_replays_exactly_or_is_refused_as_the_table_says(name):
     if name not in families.NAMES:
         assert not SAME_VERSION, f"{table.PAGE.name} has a family that transformers {VERSION} does not: {name}"
@@ -138,9 +149,7 @@ def test_late_blocks_that_read_more_than_the_state_are_found_out(name):
 
 
 @pytest.mark.usefixtures("three_workers")
-@pytest.mark.parametrize(
-    "name", [name if name in REQUIRED else pytest.param(name, marks=pytest.mark.deep) for name in REPLAYED]
-)
+@pytest.mark.parametrize("name", marked(REPLAYED, lambda name: name not in REQUIRED))
 def test_several_packs_at_once_are_what_they_are_one_by_one(name):
     model = families.build(name)
     late = LateStack.load(model, families.BOUNDARY)
@@ -203,7 +212,7 @@ def test_a_leak_between_neighbours_is_found_at_load(part, put, mode, block):
     torch.testing.assert_close(late.run(rows, offsets), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize("name", marked(REPLAYED, is_further_tower))
 def test_no_family_with_its_own_mixing_of_tokens_is_packed(name):
     mixing = [mixes_tokens(block) for block in reference.parts(families.build(name)).blocks[families.BOUNDARY :]]
     if any(mixing):
@@ -220,7 +229,7 @@ def test_mixing_of_tokens_is_named():
     assert of("deepseek_v32") == ["self_attn.indexer"] * families.N_BLOCKS
 
 
-@pytest.mark.parametrize("name", REPLAYED)
+@pytest.mark.parametrize("name", marked(REPLAYED, is_further_tower))
 def test_sites_are_the_attention_and_the_mlp(name):
     model = families.build(name)
     sites: list[nn.Module] = []

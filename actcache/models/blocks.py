@@ -296,6 +296,9 @@ def upstream_names(model: PreTrainedModel, boundary: int) -> list[str]:
     return [rf"(^|\.){names[0]}\.({upstream})\.", rf"(^|\.){names[1]}\.\w+$"]
 
 
+_UNREAD = "_keys_to_ignore_on_load_unexpected"
+
+
 def class_without(
     model_class: type[PreTrainedModel], cut: Callable[[PreTrainedModel], Iterable[str]], *, build: bool = True
 ) -> type[PreTrainedModel]:
@@ -303,15 +306,14 @@ def class_without(
     files give to it; without ``build``, it makes them of an object that is not built at all."""
 
     class Part(model_class):  # type: ignore[misc,valid-type]
-        _keys_to_ignore_on_load_unexpected: Any
-
+        # No annotation: transformers evaluates those of a class among the names of its module, which is not this one.
         def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
             if build:
                 super().__init__(config, *args, **kwargs)
             unread = cut(self)
-            own = self._keys_to_ignore_on_load_unexpected  # None, a list or a set, by transformers' version
+            own = getattr(self, _UNREAD)  # None, a list or a set, by transformers' version
             own = [] if own is None else own
-            self._keys_to_ignore_on_load_unexpected = type(own)([*own, *unread])
+            setattr(self, _UNREAD, type(own)([*own, *unread]))
 
     # transformers loads a class that is not its own by other rules (and leaves some computed buffers unset).
     Part.__name__ = Part.__qualname__ = model_class.__name__

@@ -76,7 +76,7 @@ class ModelShape:
             UnsupportedModelError: its blocks cannot be found.
             InputError: its blocks have experts, and its config does not say how many of them a token is sent to.
         """
-        anatomy, config = find_anatomy(model), model.config
+        anatomy, config = find_anatomy(model), text_config(model.config)
         blocks: Any = model.get_submodule(anatomy.blocks)
         head = model.get_output_embeddings()
         active = _active_experts(model)
@@ -86,7 +86,7 @@ class ModelShape:
         value_dim = getattr(config, "v_head_dim", None) or head_dim
         matrices = [p for block in blocks for name, p in block.named_parameters() if _is_matrix(name, p)]
         return cls(
-            architecture=config.model_type,
+            architecture=model.config.model_type,
             n_blocks=anatomy.n_blocks,
             width=anatomy.width,
             vocab_size=head.weight.shape[0],
@@ -100,7 +100,7 @@ class ModelShape:
             widest=tuple(max(matrices, key=torch.Tensor.numel).shape[-2:]),
             widest_side=max(max(p.shape[-2:]) for p in matrices),
             active_experts=active,
-            regimes=Regimes.of_config(text_config(config)),
+            regimes=Regimes.of_config(config),
         )
 
     @property
@@ -158,7 +158,7 @@ def _active_experts(model: PreTrainedModel) -> tuple[int, int] | None:
         ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts"),
         ("num_local_experts", "n_routed_experts", "num_experts", "moe_num_experts"),
     ):
-        values = [value for name in names if isinstance(value := getattr(model.config, name, None), int)]
+        values = [value for name in names if isinstance(value := getattr(text_config(model.config), name, None), int)]
         if not values:
             raise InputError(
                 f"{model.config.model_type} has experts, and its config has none of {', '.join(names)}: the "

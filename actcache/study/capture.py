@@ -335,11 +335,11 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings, device:
     checkpoint = lineup.checkpoints[label]
     model = checkpoint.load(DTYPES[settings.dtype], device or settings.device)
     with checkpoint.named():
-        check_text_alone(model)
-        check_reads_back(model)
         if settings.row_selection == "prefix":
             for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
                 check_replayable(model, boundary)
+        check_text_alone(model)
+        check_reads_back(model)
         backbone = Backbone(model)
         backbone.readout.mask(lineup.masked_ids)
         for site, block in settings.sites:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 
 class Parts(NamedTuple):
@@ -37,7 +37,9 @@ class Cell(NamedTuple):
 
 def load(folder: str | Path, dtype: torch.dtype) -> PreTrainedModel:
     """The checkpoint in `folder`, in `dtype` and evaluation mode, with the attention that transformers picks."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    causal = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    return auto.from_pretrained(folder, dtype=dtype).eval()
 
 
 # Blocks, final norm and head of the architectures that keep them elsewhere than most do, by dotted name.
@@ -52,7 +54,13 @@ _ELSEWHERE = {
     ("model.decoder.layers", "model.decoder.layer_norm", "lm_head"): "blenderbot mbart pegasus",
     ("model.decoder.layers", "model.decoder.layer_norm", "proj_out"): "whisper",
     ("model.language_model.layers", "model.language_model.norm", "lm_head"): "gemma3 gemma4_unified got_ocr2 "
-    "moss_transcribe_diarize",
+    "moss_transcribe_diarize aria aya_vision cohere2_vision cohere_compass deepseek_vl deepseek_vl_hybrid exaone4_5 "
+    "glm46v glm4v glm4v_moe glm_ocr hyperclovax_vision_v2 inkling_mm_model internvl kimi_k25 lighton_ocr llava "
+    "llava_next llava_next_video llava_onevision minicpmv4_6 minicpmv4_7 minimax_m3_vl mistral3 mistral_large4 ovis2 "
+    "paddleocr_vl paligemma qianfan_ocr qwen2_5_vl qwen2_vl qwen3_vl qwen3_vl_moe step3p7 unlimited_ocr video_llama_3 "
+    "video_llava vipllava",
+    ("model.language_model.layers", "model.language_model.embedding_norm", "lm_head"): "lfm2_vl lfm3_vl",
+    ("model.text_model.layers", "model.text_model.norm", "lm_head"): "idefics2 idefics3 smolvlm",
     ("model.language_model.layers", "model.language_model.final_layernorm", "lm_head"): "fuyu",
     ("transformer.h", "transformer.ln_f", "lm_head"): "bloom codegen falcon gpt2 gpt_bigcode gpt_neo gptj",
     ("transformer.h", "transformer.layernorm", "lm_head"): "ctrl",
