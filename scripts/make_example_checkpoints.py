@@ -3,10 +3,11 @@
 ::
 
     OUT/base          the demo's pretrained checkpoint
-    OUT/tuned         its tuned descendant
+    OUT/tuned         its tuned descendant, with a chat template
     OUT/adapter       a LoRA adapter on OUT/base, trained for a short while on what OUT/tuned answers
     OUT/hub           a cache of the Hugging Face Hub with example/base, example/tuned and example/adapter in it
     OUT/prompts.jsonl the demo's prompts
+    OUT/messages.jsonl those of them that are questions, as messages of a chat
 
 Nothing is downloaded: OUT/hub is what a download would leave. Use it by ``HF_HUB_CACHE=OUT/hub HF_HUB_OFFLINE=1``.
 
@@ -34,6 +35,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 DEMO = Path(__file__).resolve().parents[1] / "actcache" / "demo"
 STEPS, NEW_TOKENS, RATE = 40, 24, 4e-3
+TEMPLATE = """{% for message in messages %}{% if message['role'] == 'user' %}Question: {{ message['content'] | trim }}
+{% elif message['role'] == 'assistant' %}Answer: {{ message['content'] | trim }}
+{% else %}{{ message['content'] | trim }}
+{% endif %}{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,9 +51,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, demo in (("base", "pt"), ("tuned", "it")):
         shutil.copytree(DEMO / demo, args.out / name)
     shutil.copy(DEMO / "prompts.jsonl", args.out)
+    (args.out / "tuned" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    write_messages(args.out)
     train_adapter(args.out, args.steps)
     for name in ("base", "tuned", "adapter"):
         add_to_cache(args.out / "hub", f"example/{name}", args.out / name)
+
+
+def write_messages(out: Path) -> None:
+    """The questions of the prompts, each as the one message of a chat."""
+    lines = []
+    for line in (out / "prompts.jsonl").read_text(encoding="utf-8").splitlines():
+        prompt = json.loads(line)
+        if prompt["category"] == "question":
+            question = prompt["prompt"].removeprefix("Question: ").removesuffix("\nAnswer:")
+            message = {"role": "user", "content": question}
+            lines.append(json.dumps({"id": prompt["id"], "messages": [message], "category": "question"}) + "\n")
+    (out / "messages.jsonl").write_text("".join(lines), encoding="utf-8")
 
 
 def train_adapter(out: Path, n_steps: int) -> None:

@@ -41,6 +41,13 @@ def test_a_bench_at_a_small_size(name, page, monkeypatch, capsys):
     assert page(result).count("\n| --- |") >= 1
 
 
+def test_a_large_prompts_file_at_a_small_size(benches, capfd):
+    assert importlib.import_module("bench_prompts").main(["--smoke"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert result["n_prompts"] == 30_000
+    assert set(result["ways"]) == {"loads", "read", "plan"}
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_rival_of_packed_attention_computes_the_same(window, monkeypatch):
     monkeypatch.syspath_prepend(BENCHES)

@@ -127,7 +127,7 @@ def test_what_a_template_does_not_render_whole_is_refused_by_prompt(templated, t
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("pt", "the tokenizer of checkpoint pt .* has no chat template; it has one"),
+        ("pt", "the tokenizer of checkpoint pt .* has no chat template; give --template it"),
         ("pt,it", "another estimand"),
         ("dpo", "expected none, or one of pt, it"),
     ],

@@ -191,10 +191,10 @@ class Lineup:
             raise InputError(f"--template {template}: expected none, or one of {', '.join(self.labels)}")
         found = {one: ChatTemplate.of(one, checkpoint.tokenizer) for one, checkpoint in self.checkpoints.items()}
         if (of := found[label]) is None:
-            having = ", ".join(one for one, known in found.items() if known) or "none of the others"
+            having = [f"--template {one}" for one, known in found.items() if known]
             raise InputError(
                 f"--template {template}: the tokenizer of checkpoint {label} ({self.checkpoints[label].given}) has no "
-                f"chat template; {having} has one"
+                f"chat template; {'give ' + ' or '.join(having) if having else 'nor has another one: write text'}"
             )
         return Rendering(of, add_special_tokens)
 
