@@ -53,8 +53,19 @@ FLOW = {
         *("regimes", "cost", "backbone", "streamed", "gather", "devices"),
     ),
     "capture": (
-        *("settings", "token_class", "supports", "growth", "given", "events", "decode", "counter", "forward"),
-        *("streams", "residency", "search", "spill", "asks", "answers", "rerun", "decide", "rollouts"),
+        *(
+            "settings",
+            "token_class",
+            "supports",
+            "growth",
+            "given",
+            "continuations",
+            "events",
+            "decode",
+            "counter",
+            "forward",
+        ),
+        *("forward", "streams", "residency", "search", "spill", "asks", "answers", "rerun", "decide", "rollouts"),
     ),
     "replay": (
         *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "sizes"),

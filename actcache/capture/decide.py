@@ -9,7 +9,7 @@ sequence. The search goes on from what the forward chose. Or the prompt is exclu
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ import torch
 
 from actcache.capture.answers import Answers
 from actcache.capture.asks import Forward, GoOn, Ran, Score, Steps, T, Whose, proposals, ran, scored
+from actcache.capture.continuations import Known
 from actcache.capture.events import Captured, Event, Excluded, Scored, segment_of
 from actcache.capture.forward import Pack
 from actcache.capture.given import GivenEvent, GivenPrompt
@@ -38,9 +39,6 @@ from actcache.store.layout import Sites
 from actcache.store.segment_data import SiteRows
 
 MAX_ROUNDS = 4  # a search that the capture forward contradicts this often in a row hangs on rounding alone
-
-Known = Mapping[str, Mapping[str, Sequence[int]]]
-"""What others say that checkpoints write: by prompt id, and by label."""
 
 
 class Searched(NamedTuple):
@@ -284,7 +282,9 @@ class Decider:
         best = [found.best[label][0][:, 0].tolist() for label in self.pair]
         for search, rows, choices in zip(pack, rows_of, compared_of, strict=True):
             decided = self._decide(search, *(ids[choices.start : choices.stop] for ids in best))
-            if decided is not None and not (isinstance(decided, _Search) and decided.shared[:-1] == search.shared):
+            went_on = isinstance(decided, _Search) and not search.proposed and decided.shared[:-1] == search.shared
+            ended = isinstance(decided, str) and not search.proposed
+            if not (decided is None or went_on or ended):
                 self.correct(search.prompt)
             yield search, _Decided(search, found, rows, choices.stop - 1) if decided is None else decided
 

@@ -142,7 +142,8 @@ def _own(
 ) -> dict[str, list[int]]:
     """What is known of these checkpoints after a sequence, where that is a beginning of what they wrote."""
     shared = list(ids[len(ids) - n_compared :]) if n_compared else []
-    return {label: list(known[label]) for label in labels if label in known and known[label][:n_compared] == shared}
+    own = {label: list(known[label]) for label in labels if label in known}
+    return {label: tokens for label, tokens in own.items() if tokens[:n_compared] == shared}
 
 
 @dataclass

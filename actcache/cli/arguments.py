@@ -57,9 +57,22 @@ def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
         help="events of --support fixed: per line prompt_id, prompt or token_ids, position, y_pt and y_it; "
         "or those of another run",
     )
+    parser.add_argument(
+        "--continuations",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="what another engine had checkpoints write, taken for proposals in place of a search: per line prompt_id, "
+        "label and token_ids",
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--store", metavar="URL", help="place of the store, as s3://bucket/prefix (default RUN/store)")
     add_capture_settings(parser, fixed=True)
+    parser.add_argument(
+        "--resident",
+        choices=["auto", "one", "all"],
+        default="auto",
+        help="checkpoints in memory at once: one after another, all, or all if their weights fit (default %(default)s)",
+    )
 
 
 def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:

@@ -29,6 +29,7 @@ def run(
     support: str | None = None,
     rollout_tokens: int | None = None,
     events: str | Path | None = None,
+    continuations: str | Path | None = None,
     store: str | None = None,
     boundary: str | float | Iterable[float] | None = None,
     sites: str | Mapping[str, str | int | Iterable[int]] | Iterable[str] = (),
@@ -50,6 +51,7 @@ def run(
     max_tokens: int | None = None,
     stability: int | str | None = None,
     stable_only: bool = False,
+    resident: str | None = None,
     threads: int | None = None,
     quiet: bool = False,
     **options: Any,
@@ -68,6 +70,7 @@ def run(
         support: how events are chosen: ``first_divergence``, ``rollouts`` or ``fixed``.
         rollout_tokens: tokens of each rollout, at most.
         events: file of events, or folder of another run, of ``fixed``.
+        continuations: file of what another engine had checkpoints write, for the search to propose.
         store: place of the store, as ``s3://bucket/prefix``.
         boundary: first late block: ``18``, ``0.6`` of the depth, ``[0.6, -3]`` or ``"all"``.
         sites: further rows to keep: ``{"mlp": [29, 30], "attention": "all"}``, or texts as ``--site`` takes them.
@@ -89,6 +92,7 @@ def run(
         max_tokens: tokens per forward.
         stability: how many events to check for changes by rounding, or ``"all"``.
         stable_only: whether to leave out of the effects what rounding changes.
+        resident: checkpoints in memory at once: ``one``, ``all``, or ``auto``, the default: all if they fit.
         threads: of the CPU.
         quiet: whether stderr shows no progress.
         options: none; a name that is no option is an InputError, which says which one was probably meant.

@@ -168,6 +168,8 @@ def _read_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
         raise InputError("--support fixed and --events belong together: give both, or neither")
     if args.prompts is None and events is None:
         raise InputError("the following arguments are required: --prompts, or --support fixed with --events")
+    if args.continuations is not None and events is not None:
+        raise InputError("--continuations are proposals for a search, and --support fixed searches nothing: give one")
     if events is None:
         return read_prompts(args.prompts, args.limit, args.shard_prompts)
     return [] if args.prompts is None else read_prompts(args.prompts)
@@ -214,6 +216,11 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     settings = capture_settings(args, lineup, say)
     rendering = rendering_asked(args, lineup)
     given = _read_events(args, lineup, prompts, rendering)
+    known = None
+    if args.continuations is not None:
+        from actcache.capture.continuations import read_continuations
+
+        known = read_continuations(args.continuations, lineup, prompts, limit=args.limit)
     folder = RunFolder(args.out)
     record = RunRecord(
         checkpoints={label: c.place for label, c in lineup.checkpoints.items()},
@@ -236,6 +243,9 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
                 return clock.load(label)
 
         how: dict[str, Any] = {
+            "resident": args.resident,
+            "known": known,
+            "folder": None if args.store else folder.path,
             "rendering": rendering,
             "given": given,
             "part": part,
@@ -248,6 +258,8 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
         searched = capture(lineup, prompts, folder.store, settings, **how)
     folder.bind_store(record, len(prompts if given is None else given))
     clock.write(folder, len(prompts if given is None else given), searched)
+    if known is not None:
+        say(f"the capture forward corrected {searched.n_corrected} of {searched.n_known} prompts with continuations")
     store = folder.open_store()
     from actcache.analyses.effects_text import reasons_of, vocabulary_of
 

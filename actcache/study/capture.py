@@ -18,7 +18,8 @@ import numpy as np
 
 from actcache import prompts as prompts_module
 from actcache.capture.asks import Steps
-from actcache.capture.decide import Decider, Known, Searched
+from actcache.capture.continuations import N_COMPARED, Known, check_beginnings
+from actcache.capture.decide import Decider, Searched
 from actcache.capture.forward import Forwarder, Resident
 from actcache.capture.given import FIXED, GivenPrompt
 from actcache.capture.growth import (
@@ -232,6 +233,8 @@ def capture(
     if len(lineup.labels) < 2:
         raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
     prompt_ids = PromptIds(lineup, prompts, rendering, say) if given is None else None
+    if known and prompt_ids is not None:
+        check_beginnings(known, prompts[:N_COMPARED], prompt_ids[:N_COMPARED])
     prompts = prompts if given is None else [one.as_prompt() for one in given]
     settings = settings if given is None else replace(settings, support=FIXED)
     before = existing(store)
