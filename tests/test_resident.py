@@ -102,7 +102,7 @@ def lineup_of(labels: Sequence[str], pairs: Sequence[tuple[str, str]]) -> Any:
     config = LlamaConfig(max_position_embeddings=64)
     return SimpleNamespace(
         pair=pairs[0], pairs=tuple(pairs), paired=list(labels), labels=list(labels), decode=str,
-        special_ids=frozenset(), width=WIDTH, end_ids=frozenset({END}), max_positions=64,
+        special_ids=frozenset(), has_tails=False, width=WIDTH, end_ids=frozenset({END}), max_positions=64,
         checkpoints={label: SimpleNamespace(config=config) for label in labels},
     )  # fmt: skip
 

@@ -123,14 +123,16 @@ class LocalCapture:
         """Whether all checkpoints are in memory at once."""
         if self._resident != "auto":
             return self._resident == "all"
-        needed, free = weight_bytes(self._lineup, self._settings.dtype), free_bytes(self._settings.device)
-        if needed <= FOR_WEIGHTS * free:
-            return True
-        self._say(
-            f"one checkpoint in memory at a time: the weights of all {len(self._lineup.labels)} take "
-            f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free; --resident all loads them all the same"
-        )
-        return False
+        for device in dict.fromkeys(self._devices.values()):
+            labels = [label for label in self._lineup.labels if self._devices[label] == device]
+            needed, free = weight_bytes(self._lineup, labels, self._settings.dtype), free_bytes(device)
+            if needed > FOR_WEIGHTS * free:
+                self._say(
+                    f"one checkpoint in memory at a time: on {device} the weights of {', '.join(labels)} take "
+                    f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free; --resident all loads all"
+                )
+                return False
+        return True
 
     def complete(self, jobs: Iterable[CaptureJob | RowsJob], publish: Callable[..., object], told: Told) -> None:
         """Run jobs, many together, and hand over what each gives as soon as it is there.
@@ -321,9 +323,9 @@ def _add_rows(
         engine.complete(jobs, add, tally.add)
 
 
-def weight_bytes(lineup: Lineup, dtype: str) -> float:
-    """Bytes of the weights of all checkpoints in this dtype."""
-    models = (checkpoint.skeleton for checkpoint in lineup.checkpoints.values())
+def weight_bytes(lineup: Lineup, labels: Sequence[str], dtype: str) -> float:
+    """Bytes of the weights of these checkpoints in this dtype."""
+    models = (lineup.checkpoints[label].skeleton for label in labels)
     return float(sum(weight.numel() for model in models for weight in model.parameters()) * DTYPES[dtype].itemsize)
 
 
