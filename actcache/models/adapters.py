@@ -12,10 +12,9 @@ import hashlib
 import inspect
 import json
 import logging
-import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -261,16 +260,14 @@ class Merge:
     @torch.no_grad()
     def apply(self, model: PreTrainedModel) -> None:
         """Merge into the model those parameters that it has of :attr:`names`; a model may lack parts of the base."""
-        host = copy.deepcopy(self._skeleton)
-        present = {name: own for name in self.names if (own := _own(model, host, name)) is not None}
+        present = {name: own for name in self.names if (own := _own(model, self._skeleton, name)) is not None}
         if not present:
             return
+        host = self._host(present)
         uses = Counter(id(own) for _, own in model.named_parameters(remove_duplicate=False))
         for name, own in present.items():
             tied = uses[id(own)] > 1  # the adapter changes it in one place only, as in peft's forward
             _set(host, name, own.data.clone() if tied else own.data)
-        if self.adapter.content["peft_type"] == "LORA":
-            self._drop_absent(host, present)
         try:
             with _quietly():
                 wrapped = _wrap(host, self.adapter)
@@ -281,13 +278,17 @@ class Merge:
         for name in present:
             _set(model, name, merged.get_parameter(name).data)
 
-    def _drop_absent(self, host: PreTrainedModel, present: Mapping[str, Any]) -> None:
-        """Spare peft the modules of blocks that the model lacks; one stays, as it refuses a model without targets."""
-        absent = [name for name in self._modules if not any(one.startswith(f"{name}.") for one in present)]
-        for name in absent[1:]:
-            parent, _, last = name.rpartition(".")
-            if re.search(r"\.\d+\.", name):
-                del host.get_submodule(parent)._modules[last]
+    def _host(self, present: Collection[str]) -> PreTrainedModel:
+        """A copy of the skeleton, empty where it has blocks that the model lacks: what peft need not look at. One that
+        it wraps stays, as it refuses a model without any."""
+        names = [*present, self._modules[0]]
+        empty: dict[int, Any] = {}
+        for path, module in self._skeleton.named_modules():
+            if isinstance(module, nn.ModuleList):
+                for index, block in enumerate(module):
+                    if not any(name.startswith(f"{path}.{index}.") for name in names):
+                        empty[id(block)] = nn.Module()
+        return copy.deepcopy(self._skeleton, empty)
 
 
 def _wrap(model: PreTrainedModel, adapter: Adapter) -> Any:
@@ -317,15 +318,16 @@ def _fill(wrapped: Any, tensors: dict[str, torch.Tensor]) -> tuple[list[str], li
 
 
 def _wrapped_modules(wrapped: Any) -> list[str]:
+    """Names of the base's modules that peft has wrapped: first those of the adapter's kind, then those kept whole."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    found: list[str] = []
+    found: dict[str, bool] = {}
     for name, module in wrapped.base_model.model.named_modules():
-        outer = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
-        if outer and not any(name.startswith(f"{one}.") for one in found):
-            found.append(name)
-    return found
+        whole = isinstance(module, AuxiliaryTrainingWrapper)
+        if (whole or isinstance(module, BaseTunerLayer)) and not any(name.startswith(f"{one}.") for one in found):
+            found[name] = whole
+    return sorted(found, key=found.__getitem__)
 
 
 def _own(model: PreTrainedModel, host: PreTrainedModel, name: str) -> nn.Parameter | None:

@@ -11,7 +11,7 @@ import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ import torch
 
 from actcache.errors import IncompatibleError
 from actcache.models.backbone import Backbone
-from actcache.models.checkpoint import DTYPES, Checkpoint
+from actcache.models.checkpoint import DTYPES
 from actcache.models.lineup import Lineup
 from actcache.models.readout import Readout
 from actcache.replay.late_stack import LateStack
@@ -87,14 +87,12 @@ class LocalEngine:
         masked_ids = lineup.follow(store.fingerprint.vocabulary).masked_ids
 
         def load_late(label: str, boundary: int) -> LateStack:
-            how: dict[str, Any] = {"dtype": store.dtype, "device": device, "dequantize": True}
-            late = LateStack.load(checkpoints[label], boundary, **how)
+            late = LateStack.load(lineup.checkpoints[label], boundary, dtype=store.dtype, device=device)
             late.readout.mask(masked_ids)
             return late
 
         def load_backbone(label: str, dtype: torch.dtype) -> Backbone:
-            checkpoint = Checkpoint.open(label, checkpoints[label], dequantize=True)
-            backbone = Backbone(checkpoint.load(dtype, device))
+            backbone = Backbone(lineup.checkpoints[label].load(dtype, device))
             backbone.readout.mask(masked_ids)
             return backbone
 
