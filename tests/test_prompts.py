@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import csv
+import datetime
+import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from stores import read_tree
 
 from actcache import carried
+from actcache import prompts as prompts_module
 from actcache.carried import as_columns, encode
+from actcache.cli import main
 from actcache.errors import InputError
-from actcache.prompts import Prompt, digest, read_prompts
+from actcache.models import prompt_ids
+from actcache.prompts import Prompt, Prompts, digest, digests, n_messages, read_prompts
+from actcache.store import open_store
 
 
 def write(path: Path, *lines: str) -> Path:
@@ -197,3 +209,209 @@ def test_digest_sees_every_part_and_nothing_else():
     assert digest(one) == digest([Prompt("a", "x", {"l": 2, "k": 1})])
     others = [[Prompt("b", "x", {"k": 1, "l": 2})], [Prompt("a", "y", {"k": 1, "l": 2})], [Prompt("a", "x", {"k": 1})]]
     assert len({digest(one), *map(digest, others), digest(one * 2)}) == 5
+
+
+# ---- messages and token ids ----
+
+ASKED = {"role": "user", "content": "Why?"}
+
+
+def test_a_line_has_text_messages_or_token_ids(tmp_path):
+    lines = [
+        {"id": "a", "prompt": "x", "k": 1},
+        {"id": "b", "messages": [ASKED], "k": 2},
+        {"id": "c", "token_ids": [3, 0, 3]},
+    ]
+    found = read_prompts(write(tmp_path / "p.jsonl", *map(json.dumps, lines)))
+    assert found == [
+        Prompt("a", "x", {"k": 1}),
+        Prompt("b", "", {"k": 2}, messages=[ASKED]),
+        Prompt("c", "", token_ids=[3, 0, 3]),
+    ]
+    assert found[1].named == f"{tmp_path / 'p.jsonl'}, line 2: prompt 'b'"
+    assert n_messages(found) == 1
+    as_text = [Prompt(one.id, json.dumps(one.content), one.carried) for one in found]
+    assert len({digest([one]) for one in (*found, *as_text)}) == 6
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"prompt": "x", "messages": [ASKED]}, "'prompt' and 'messages'; a line has one of 'prompt', 'messages', 'tok"),
+        ({"token_ids": [1], "messages": [ASKED]}, "'messages' and 'token_ids'"),
+        ({"messages": []}, r"'messages' is \[\], expected"),
+        ({"messages": "Why?"}, "'messages' is .Why.., expected"),
+        ({"messages": ["Why?"]}, "message 1 of 1 is .Why.., expected"),
+        ({"messages": [ASKED, {"role": "user"}]}, "message 2 of 2: 'content' is null, expected text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, r"'content' is \[.*expected text"),
+        ({"messages": [{"role": "user", "content": " "}]}, "'content' is empty"),
+        ({"messages": [{**ASKED, "tool_calls": []}]}, "has 'tool_calls', which is not rendered"),
+        ({"messages": [ASKED, {"role": "assistant", "content": "So."}]}, "last message is the assistant's own"),
+        ({"token_ids": []}, "'token_ids' is .., expected a list of whole numbers"),
+        ({"token_ids": [1, -1]}, "'token_ids' is .*expected"),
+        ({"token_ids": [1, True]}, "'token_ids' is .*expected"),
+        ({"token_ids": [1, 2**31]}, "'token_ids' is .*expected"),
+        ({"token_ids": "1 2"}, "'token_ids' is .*expected"),
+    ],
+)
+def test_what_is_no_chat_and_no_ids_is_named(tmp_path, given, words):
+    path = write(tmp_path / "p.jsonl", '{"id": "a", "prompt": "x"}', json.dumps({"id": "b", **given}))
+    with pytest.raises(InputError, match=f"line 2: .*{words}|line 2: {words}") as caught:
+        read_prompts(path)
+    assert "\n" not in str(caught.value)
+
+
+# ---- tables, and large files ----
+
+FORMATS = ("jsonl", "jsonl.gz", "csv", "csv.gz", "tsv", "parquet")
+
+
+def written(path: Path, rows: list[dict[str, str]], row_group_size: int = 3) -> Path:
+    """A file of rows with the same keys, by the end of its name."""
+    plain = path.with_suffix("") if path.suffix == ".gz" else path
+    if plain.suffix == ".parquet":
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        pq.write_table(pa.table(columns), path, row_group_size=row_group_size)
+        return path
+    with plain.open("w", encoding="utf-8", newline="") as file:
+        if plain.suffix == ".jsonl":
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        else:
+            writer = csv.DictWriter(file, list(rows[0]), delimiter="," if plain.suffix == ".csv" else "\t")
+            writer.writeheader()
+            writer.writerows(rows)
+    if path != plain:
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    return path
+
+
+ROWS = [
+    {"id": f"p{i}", "prompt": 'one, "two"\n' + "\u00e9" * i + "\tthree", "category": "x,y"[: i + 1]} for i in range(8)
+]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_prompts(tmp_path, name):
+    found = read_prompts(written(tmp_path / f"p.{name}", ROWS))
+    assert found == [Prompt(row["id"], row["prompt"], {"category": row["category"]}) for row in ROWS]
+    kind = "row" if name == "parquet" else "line"
+    assert all(f"p.{name}, {kind} " in prompt.where for prompt in found)
+
+
+@pytest.mark.parametrize("name", ["csv", "parquet"])
+def test_rows_of_a_table_may_have_no_ids(tmp_path, name):
+    found = read_prompts(written(tmp_path / f"p.{name}", [{"prompt": "a"}, {"prompt": "b"}]))
+    assert [(one.id, one.text) for one in found] == [("0", "a"), ("1", "b")]
+
+
+def parquet(path: Path, **columns: list[Any]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def test_a_parquet_table_has_lists_numbers_and_nulls(tmp_path):
+    columns = {
+        "id": [7, 8, 9],
+        "prompt": [None, None, "x"],
+        "token_ids": [[1, 2], None, None],
+        "messages": [None, [{"role": "user", "content": "Why?", "name": None}], None],
+        "n": [1, None, 3],
+    }
+    assert read_prompts(parquet(tmp_path / "p.parquet", **columns)) == [
+        Prompt("7", "", {"n": 1}, token_ids=[1, 2]),
+        Prompt("8", "", {}, messages=[ASKED]),
+        Prompt("9", "x", {"n": 3}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"text": ["a"]}, "row 1: no 'prompt'"),
+        ({"prompt": ["a", None]}, "row 2: no 'prompt'"),
+        ({"prompt": ["a"], "at": [datetime.datetime(2024, 1, 1)]}, "row 1: 'at' is a datetime, which is not JSON"),
+        ({"prompt": ["a"], "x": [float("nan")]}, "row 1: 'x' is nan, which is not JSON; make it null"),
+        ({"prompt": ["a"], "margin": [1.0]}, "row 1: key 'margin' is the name of a result column"),
+        ({"prompt": ["a", "b"], "id": [1, 1]}, "row 2: id '1' is already the id of row 1"),
+        ({"prompt": []}, "no prompts in it"),
+    ],
+)
+def test_a_row_of_a_table_that_is_none_is_named(tmp_path, columns, words):
+    with pytest.raises(InputError, match=words):
+        read_prompts(parquet(tmp_path / "p.parquet", **columns))
+
+
+@pytest.fixture
+def nothing_held(monkeypatch):
+    monkeypatch.setattr(prompts_module, "MAX_HELD", 2)
+    monkeypatch.setattr(prompt_ids, "MAX_HELD", 2)
+    monkeypatch.setattr(prompt_ids, "N_SAMPLED", 2)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.sampled_from(FORMATS),
+    st.lists(st.text('ab \n,"\t\u00e9', min_size=1).filter(str.strip), min_size=3, max_size=12),
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), max_size=4),
+    st.integers(1, 5),
+    st.none() | st.integers(3, 12),
+)
+def test_prompts_read_again_are_those_of_a_list(tmp_path, nothing_held, name, texts, parts, size, limit):
+    """The slow twin: all of them in a list."""
+    rows = [{"id": str(i), "prompt": text, "category": "x"} for i, text in enumerate(texts)]
+    held = [Prompt(row["id"], row["prompt"], {"category": "x"}) for row in rows][:limit]
+    found = read_prompts(written(tmp_path / f"p.{name}", rows), limit, size)
+    assert isinstance(found, Prompts)
+    assert len(found) == len(held)
+    assert [found[i] for i in reversed(range(len(found)))] == held[::-1]
+    assert list(found) == held
+    assert found[-1] == held[-1]
+    assert found[::2] == held[::2]
+    for start, stop in parts:
+        assert found[start:stop] == held[start:stop]
+        assert digest(found, min(start, stop), min(max(start, stop), len(held))) == digest(
+            held[min(start, stop) : max(start, stop)]
+        )
+    assert {*found.digests.values()} >= {digest(held[i : i + size]) for i in range(0, len(held), size)}
+    assert digest(found) == digest(held) == [*digests(held)][-1]
+
+
+def test_a_large_file_that_changes_is_noticed(tmp_path, nothing_held):
+    found = read_prompts(written(tmp_path / "p.jsonl", ROWS))
+    assert found[3].id == "p3"
+    written(tmp_path / "p.jsonl", ROWS[1:])
+    with pytest.raises(InputError, match="has changed since it was read; start again"):
+        found[3]
+
+
+def test_ids_of_a_large_file_are_unique(tmp_path, nothing_held, monkeypatch):
+    path = written(tmp_path / "p.jsonl", [*ROWS, {**ROWS[0], "id": "p5"}])
+    with pytest.raises(InputError, match="line 9: id 'p5' is already the id of line 6"):
+        read_prompts(path)
+    monkeypatch.setattr(prompts_module, "hash", lambda text: 0, raising=False)  # all the same
+    assert len(read_prompts(written(tmp_path / "p.jsonl", ROWS))) == len(ROWS)
+
+
+@pytest.mark.slow
+def test_a_large_file_gives_the_store_of_a_small_one_and_says_late_what_is_wrong(tmp_path, monkeypatch, capfd):
+    pair = tiny.make_pair(tmp_path, "llama")
+    path = tiny.write_prompts(tmp_path / "p.jsonl", 12)
+    words = ["capture", "--pt", str(pair[0]), "--it", str(pair[1]), "--prompts", str(path), "--shard-prompts", "3"]
+    words += ["--max-new", "8", "--strict"]
+    assert main([*words, "--out", str(tmp_path / "small")]) == 0
+    monkeypatch.setattr(prompts_module, "MAX_HELD", 2)
+    monkeypatch.setattr(prompt_ids, "MAX_HELD", 2)
+    monkeypatch.setattr(prompt_ids, "N_SAMPLED", 2)
+    assert main([*words, "--out", str(tmp_path / "large")]) == 0
+    small, large = (read_tree(tmp_path / name / "store") for name in ("small", "large"))
+    assert small == large
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines, *(json.dumps({"id": f"q{i}", "prompt": "many " * 300}) for i in range(2))]))
+    capfd.readouterr()
+    assert main([*words, "--out", str(tmp_path / "large")]) == 2
+    assert f"{path}, line 13: prompt 'q0' has" in capfd.readouterr().err
+    assert len(open_store(tmp_path / "large" / "store").segments) == 4
+    path.write_text("\n".join([*lines, json.dumps({"id": "q0", "prompt": "fewer"})]))
+    assert main([*words, "--out", str(tmp_path / "large")]) == 0
+    assert len(open_store(tmp_path / "large" / "store").segments) == 5
