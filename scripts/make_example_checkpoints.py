@@ -5,6 +5,8 @@
     OUT/base          the demo's pretrained checkpoint
     OUT/tuned         its tuned descendant, with a chat template
     OUT/adapter       a LoRA adapter on OUT/base, trained for a short while on what OUT/tuned answers
+    OUT/base-fp8, OUT/tuned-fp8: both with their blocks' weights in 8 bits
+    OUT/base-vl, OUT/tuned-vl: both as the text towers of models for images and text, whose vision is random
     OUT/hub           a cache of the Hugging Face Hub with example/base, example/tuned and example/adapter in it
     OUT/prompts.jsonl the demo's prompts
     OUT/messages.jsonl those of them that are questions, as messages of a chat
@@ -27,14 +29,23 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from torch.nn.functional import cross_entropy, pad
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 DEMO = Path(__file__).resolve().parents[1] / "actcache" / "demo"
 STEPS, NEW_TOKENS, RATE = 40, 24, 4e-3
+BLOCK = 128  # rows and columns under one scale
 TEMPLATE = """{% for message in messages %}{% if message['role'] == 'user' %}Question: {{ message['content'] | trim }}
 {% elif message['role'] == 'assistant' %}Answer: {{ message['content'] | trim }}
 {% else %}{{ message['content'] | trim }}
@@ -50,12 +61,56 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.out.mkdir(parents=True)
     for name, demo in (("base", "pt"), ("tuned", "it")):
         shutil.copytree(DEMO / demo, args.out / name)
+        write_fp8(args.out / name, args.out / f"{name}-fp8")
+        write_tower(args.out / name, args.out / f"{name}-vl")
     shutil.copy(DEMO / "prompts.jsonl", args.out)
     (args.out / "tuned" / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
     write_messages(args.out)
     train_adapter(args.out, args.steps)
     for name in ("base", "tuned", "adapter"):
         add_to_cache(args.out / "hub", f"example/{name}", args.out / name)
+
+
+def write_fp8(source: Path, folder: Path) -> None:
+    """A checkpoint whose blocks have their matrices in 8 bits, with a scale per tile, as DeepSeek's have."""
+    shutil.copytree(source, folder)
+    tensors = {}
+    for name, weight in load_file(folder / "model.safetensors").items():
+        tensors[name] = weight
+        if weight.ndim == 2 and ".layers." in name:
+            n, k = weight.shape
+            padded = pad(weight.float(), (0, -k % BLOCK, 0, -n % BLOCK))
+            tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+            scales = tiles.abs().amax(dim=(1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+            packed = (tiles / scales[:, None, :, None]).flatten(2).flatten(0, 1)[:n, :k]
+            tensors[name] = packed.to(torch.float8_e4m3fn).contiguous()
+            tensors[f"{name}_scale_inv"] = scales
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK]}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tower(source: Path, folder: Path) -> None:
+    """A LLaVA whose part for text is this checkpoint, beside a random part for images."""
+    text = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    config = LlavaConfig(
+        text_config=text.config,
+        vision_config=CLIPVisionConfig(**sizes, num_hidden_layers=2, image_size=28, patch_size=14),
+        image_token_index=text.config.vocab_size,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model: Any = LlavaForConditionalGeneration(config).to(torch.bfloat16)  # type: ignore[arg-type]
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
 
 
 def write_messages(out: Path) -> None:

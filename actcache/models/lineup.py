@@ -158,7 +158,7 @@ class Lineup:
         own = {label: checkpoint.own_dtype for label, checkpoint in self.checkpoints.items()}
         if len(set(own.values())) > 1:
             said = ", ".join(f"{label} {_name(dtype)}" for label, dtype in own.items())
-            return "float32", f"the checkpoints differ ({said}); --dtype says otherwise"
+            return "float32", f"the checkpoints differ ({said}); give --dtype to choose"
         (dtype,) = set(own.values())
         if dtype not in name_of:
             return "float32", f"the checkpoints are in {_name(dtype)}, and a run is in {' or '.join(DTYPES)}"
