@@ -94,7 +94,7 @@ def folder(pair, tmp_path, monkeypatch, request):
         shutil.copytree(pair / "RUN", tmp_path / "RUN")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
-    if request.node.callspec.params["path"].name == "checkpoints.md":
+    if request.node.callspec.params["path"].name in ("checkpoints.md", "prompts.md"):
         monkeypatch.syspath_prepend(ROOT / "scripts")
         import make_example_checkpoints as script
 
