@@ -26,11 +26,13 @@ class Hub:
         models: folder by id; each has the branch main, at COMMIT.
         files: that were sent, as ``id/file``.
         asked: how many questions there were.
+        address: where it is.
     """
 
     models: dict[str, Path] = field(default_factory=dict)
     files: list[str] = field(default_factory=list)
     asked: int = 0
+    address: str = ""
 
     def answer(self, path: str, *, sends: bool) -> tuple[int, dict[str, str], bytes]:
         """Code, headers and body, which is sent or not."""
@@ -94,12 +96,12 @@ def serving(cache: Path) -> Iterator[Hub]:
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}"
-    url = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    hub.address = f"http://127.0.0.1:{server.server_address[1]}"
+    url = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     with (
         mock.patch.object(constants, "HF_HUB_CACHE", str(cache)),
         mock.patch.object(constants, "HF_HUB_OFFLINE", False),
-        mock.patch.object(constants, "ENDPOINT", address),
+        mock.patch.object(constants, "ENDPOINT", hub.address),
         mock.patch.object(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url),
     ):
         yield hub

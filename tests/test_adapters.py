@@ -384,7 +384,12 @@ def test_nothing_that_an_adapter_names_is_asked_for(made, adapter, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     auto = {"base_model_class": "evil", "parent_library": "evil"}
     change_config(base_model_name_or_path="some/model", revision="main", auto_mapping=auto)(adapter)
-    Checkpoint.open("it", f"{made()[0]}+{adapter}").load(torch.float32)
+    tiny.write_tokenizer(adapter)
+    for given in (made()[0], f"{made()[0]}+{adapter}"):
+        checkpoint = Checkpoint.open("it", given)
+        assert checkpoint.fingerprint
+        checkpoint.load(torch.float32)
+        LateStack.load(checkpoint, 3)
 
 
 def test_a_model_with_an_adapter_in_its_folder(made, adapter, tmp_path):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import string
+import subprocess
+import sys
 from pathlib import Path
 
 import hub as of_hub
@@ -70,6 +73,8 @@ def test_base_and_adapter_are_read_at_the_plus(base, adapter, tmp_path, monkeypa
         assert [one.folder.name for one in (origin.base, origin.adapter)] == ["my+base", "my+adapter"]
         assert origin.text == f"{tmp_path}/my+base+{tmp_path}/my+adapter"
         assert Origin.find(origin.text).text == origin.text
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Origin.find("~/my+base+~/my+adapter").text == origin.text
     shutil.copytree(base, "my")
     shutil.copytree(adapter, "base+my+adapter")
     with pytest.raises(InputError, match=r"may be read as my and base.my.adapter or as my.base and my.adapter"):
@@ -235,6 +240,20 @@ def test_a_run_of_ids(served, tmp_path, monkeypatch, capsys):
     assert served.asked == asked
     again = [f"--checkpoint={label}={place}" for label, place in recorded.items()]
     assert main(["grid", str(run), "--scope", "position", *again]) == 0
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_downloads(served, tmp_path):
+    """Nothing that the command line sets keeps it from the Hub."""
+    prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", 2)
+    words = ["capture", "--pt", "some/base", "--it", "some/base+some/adapter", "--prompts", prompts, "--max-new", "2"]
+    environment = os.environ | {"HF_ENDPOINT": served.address, "HF_HUB_CACHE": str(tmp_path / "cache")}
+    del environment["HF_HUB_OFFLINE"]
+    code = "import sys; from actcache.cli import main; sys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, *words, "--out", tmp_path / "RUN"]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert (tmp_path / "cache/models--some--adapter/refs/main").read_text() == COMMIT
 
 
 @pytest.mark.slow

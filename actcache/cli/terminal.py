@@ -30,8 +30,7 @@ def be_quiet(quiet: bool) -> None:
 
 
 def quiet_libraries() -> None:
-    """transformers logs, draws bars, and asks the Hub for what a folder lacks; errors still come through."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    """transformers logs and draws bars; errors still come through."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

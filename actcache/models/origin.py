@@ -88,13 +88,18 @@ class Origin:
         return "+".join(place.text for place in (self.base, self.adapter) if place is not None)
 
 
+def _folder(given: str) -> Path:
+    """A shell leaves ``~`` as it is after a ``+``."""
+    return Path(given).expanduser() if given.startswith("~/") else Path(given)
+
+
 def _split(given: str) -> tuple[str, str | None]:
     """Base and adapter."""
     if "+" not in given or Path(given).exists():
         return given, None
 
     def names(half: str) -> bool:
-        return half != "" and (Path(half).is_dir() or _ID.fullmatch(half) is not None)
+        return half != "" and (_folder(half).is_dir() or _ID.fullmatch(half) is not None)
 
     halves = [(given[:at], given[at + 1 :]) for at, letter in enumerate(given) if letter == "+"]
     found = [pair for pair in halves if all(map(names, pair))]
@@ -118,7 +123,7 @@ class _Hub:
 
     def place(self, given: str, *, is_adapter: bool = False) -> Place:
         """Of one side."""
-        folder, named = Path(given), _ID.fullmatch(given)
+        folder, named = _folder(given), _ID.fullmatch(given)
         if named is not None and not folder.exists():
             folder = self._snapshot(given, named["id"], named["revision"], is_adapter)
             return Place(folder, f"{named['id']}@{folder.name}")
@@ -184,7 +189,8 @@ class _Hub:
             if cached is not None:
                 return cached
             raise InputError(
-                f"{given} is not a folder, and the Hub cannot be asked for it ({one_line(error)}); give a local folder"
+                f"{given} is not a folder, and the Hub cannot be asked for it ({one_line(error.__cause__ or error)}); "
+                "give a local model folder"
             ) from error
 
 

@@ -90,7 +90,9 @@ def _settings_shown(record: RunRecord, store: Store) -> dict[str, str]:
     shown = {"command": record.command}
     for label, path in record.checkpoints.items():
         captured = fingerprint.checkpoints[label]
-        shown[f"checkpoint {label}"] = f"{path} (weights {captured.weights[:12]}, tokenizer {captured.tokenizer[:12]})"
+        digests = {"weights": captured.weights, "adapter": captured.adapter, "tokenizer": captured.tokenizer}
+        said = ", ".join(f"{name} {found[:12]}" for name, found in digests.items() if found is not None)
+        shown[f"checkpoint {label}"] = f"{path} ({said})"
         shown["architecture"] = f"{captured.architecture}, {fingerprint.n_blocks} blocks of width {store.width}"
         shown["attention"] = captured.attention
     shown |= {
