@@ -97,7 +97,6 @@ def write_tower(source: Path, folder: Path) -> None:
     sizes: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
-        "num_hidden_layers": 2,
         "num_attention_heads": 4,
     }
     config = LlavaConfig(
