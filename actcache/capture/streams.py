@@ -7,6 +7,7 @@ pass over the blocks decides many tokens at the price of one. Knows models and r
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -29,17 +30,20 @@ class Streaming:
 
     backbone, guesses = None, True
 
-    def __init__(self, label: str, streamed: Streamed, doing: Saying = lambda words: None) -> None:
+    def __init__(
+        self, label: str, streamed: Streamed, doing: Saying = lambda words: None, passes: Iterator[int] | None = None
+    ) -> None:
         """Of a checkpoint.
 
         Args:
             label: of it.
             streamed: its blocks.
             doing: told what is under way, for people to read, at every block.
+            passes: gives the number of each pass; None to count from 1 on.
         """
         self._label, self._streamed, self._doing = label, streamed, doing
+        self._passes = itertools.count(1) if passes is None else passes
         self.readout, self.regimes = streamed.readout, streamed.regimes
-        self._n_passes = 0
 
     def why_not_packable(self) -> str | None:
         """As :class:`Forwarder`; one block of each kind is looked at."""
@@ -84,8 +88,7 @@ class Streaming:
         return said_not_finite(whose, what, len(ids), said_of_block(found), self._streamed.dtype)
 
     def _pass_over(self) -> Iterator[int]:
-        self._n_passes += 1
-        place = f"{self._label}: pass {self._n_passes}"
+        place = f"{self._label}: pass {next(self._passes)}"
         return self._streamed.pass_over(doing=lambda words: self._doing(f"{place}, {words}"))
 
 

@@ -41,6 +41,7 @@ class Streamed:
         device: str | torch.device = "cpu",
         *,
         reads_ids: bool = True,
+        proven: set[int] | None = None,
     ) -> None:
         """Load what stands around the blocks.
 
@@ -49,6 +50,7 @@ class Streamed:
             dtype: of weights and states; None keeps the checkpoint's own.
             device: where to compute.
             reads_ids: whether the first block is run, from token ids; otherwise states are given to later ones only.
+            proven: blocks that were looked at before, as this checkpoint was loaded; those looked at now are added.
 
         Raises:
             UnsupportedModelError: the model's blocks are not given one residual stream.
@@ -65,7 +67,7 @@ class Streamed:
         self.max_positions, self.config = backbone.max_positions, backbone.config
         self.n_bytes = 0
         self._sizes = self._frame.block_bytes()
-        self._proven: set[int] = set()
+        self._proven = set() if proven is None else proven
 
     def pass_over(self, first: int = 0, doing: Callable[[str], object] = lambda words: None) -> Iterator[int]:
         """Have each block in its place, from ``first`` on; each is gone when the next one is asked for.

@@ -99,6 +99,8 @@ class LocalCapture:
         self._resident, self._known, self._folder = "one" if stream else resident, known, folder
         self._stream, self._devices = stream, devices or dict.fromkeys(lineup.labels, settings.device)
         self._told: Told = nobody_told
+        self._proven: dict[str, set[int]] = {label: set() for label in lineup.labels}
+        self._passes = itertools.count(1)
         self._segments: dict[str, Segment] = {}
         self.between: Callable[[], None] = lambda: None
 
@@ -163,12 +165,12 @@ class LocalCapture:
         if not self._stream:
             return Resident(self._load(label), self._settings.max_tokens)
         settings, checkpoint = self._settings, self._lineup.checkpoints[label]
-        streamed = Streamed(checkpoint, DTYPES[settings.dtype], self._devices[label])
+        streamed = Streamed(checkpoint, DTYPES[settings.dtype], self._devices[label], proven=self._proven[label])
         streamed.readout.mask(self._lineup.masked_ids)
         with checkpoint.named():
             for site, block in settings.sites:
                 find_site(streamed.empty_block(block), site)
-        return Streaming(label, streamed, lambda words: self._told(doing=words))
+        return Streaming(label, streamed, lambda words: self._told(doing=words), self._passes)
 
     def _readout(self, label: str) -> Readout:
         checkpoint = self._lineup.checkpoints[label]
