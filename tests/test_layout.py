@@ -76,7 +76,7 @@ FLOW = {
         *("results", "scores", "work", "cells", "jobs"),
         *("replay_job", "prefix_job", "size_job", "earlier_job", "forward_job"),
         *("decode_job", "capture_job", "engine", "runner", "decisions", "capture"),
-        *("plan", "finished", "run_folder", "lens"),
+        *("plan", "reads", "finished", "run_folder", "lens"),
         *("run", "section", "analysis", "further"),
     ),
     "analyses": (

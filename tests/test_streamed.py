@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -197,3 +199,36 @@ def test_a_streamed_run_is_a_plain_one(tiny_run, tmp_path):
         table = pq.read_table(Path(words[words.index("--out") + 1]) / "cells.parquet")
         found[way] = table.replace_schema_metadata()
     assert found[()].equals(found["--stream",])
+
+
+@pytest.mark.slow
+def test_a_plan_says_what_a_stream_reads(tiny_run, capsys):
+    run = tiny_run("llama", torch.float32)
+    words = ["plan", *run.arguments()[1:], "--rate", "1e9", "--json"]
+    del words[words.index("--out") : words.index("--out") + 2]
+    rows = {}
+    for way in ((), ("--stream",)):
+        capsys.readouterr()
+        assert main([*words, *way]) == 0
+        rows[way] = json.loads(capsys.readouterr().out)["estimate"]
+    plain, streamed = rows[()], rows["--stream",]
+    assert streamed["capture_memory_bytes"] < plain["capture_memory_bytes"]
+    assert streamed["search_multiply_adds"] > plain["search_multiply_adds"]
+    assert streamed["grid_passes"] == 2
+    size = (run.pt / "model.safetensors").stat().st_size
+    assert streamed["capture_read_bytes"] == pytest.approx(streamed["capture_passes"] * size, rel=0.1)
+    assert "grid_passes" not in plain
+    assert main([word for word in [*words, "--stream"] if word != "--json"]) == 0
+    assert "a pass decides 1 token of each prompt" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_checks_of_stability_stream_too(tiny_run, tmp_path):
+    run = tiny_run("llama", torch.float32)
+    tables = []
+    for way in ((), ("--stream",)):
+        out = shutil.copytree(run.out, tmp_path / "-".join(("run", *way)))
+        (out / "stability.parquet").unlink(missing_ok=True)
+        assert main(["stability", str(out), "--sample", "float32=3", *way]) == 0
+        tables.append(pq.read_table(out / "stability.parquet").replace_schema_metadata())
+    assert tables[0].equals(tables[1])

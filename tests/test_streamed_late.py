@@ -91,7 +91,7 @@ def test_a_grid_of_one_late_stack_at_a_time_is_that_of_all(tiny_run, tmp_path, m
         strict=True,
     )
     loaded: list[tuple[str, int]] = []
-    monkeypatch.setattr("actcache.study.runner._ROWS_AT_ONCE", 100_000)
+    monkeypatch.setattr("actcache.study.runner.ROWS_AT_ONCE", 100_000)
     monkeypatch.setattr("actcache.scratch.IN_MEMORY", 0)
     tables, files = {}, {}
     for way in ("all", "one", "stream"):

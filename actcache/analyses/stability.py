@@ -21,11 +21,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-import torch
 
 from actcache.errors import InputError
 from actcache.files import locked, write_atomically
-from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import DTYPES
 from actcache.progress import OnProgress, Tally, untold
 from actcache.schema import CHOSEN_KINDS
@@ -34,6 +32,7 @@ from actcache.store import Store
 from actcache.study.analysis import Analysis, option
 from actcache.study.cells import identity
 from actcache.study.decisions import DECIDED, UNIT, check_dtype, check_stability, n_decisions
+from actcache.study.engine import LoadBackbone
 from actcache.study.run_folder import RunFolder
 from actcache.study.section import Section
 from actcache.study.statistics import Sample
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
 def run_stability(
     store: Store,
-    load: Callable[[str, torch.dtype], Backbone],
+    load: LoadBackbone,
     path: str | Path,
     samples: Mapping[str, int | None],
     *,
@@ -268,7 +267,7 @@ class Stability(Analysis[StabilityOptions]):
             say("the tokens of all events were given: nothing decides them, so rounding cannot change them")
         table = run_stability(
             store,
-            run.load_backbone,
+            run.load_blocks,
             run.folder.stability,
             options.samples,
             max_tokens=options.max_tokens or store.fingerprint.max_tokens,

@@ -7,7 +7,10 @@ from contextlib import contextmanager
 
 from actcache.errors import NoMemoryError
 
-LESS_MODEL = "--dtype bfloat16 halves the weights; 'actcache plan' tells what a run takes"
+LESS_MODEL = (
+    "--resident one holds one checkpoint at a time, --stream one block; --dtype bfloat16 halves the weights; "
+    "'actcache plan' tells what a run takes"
+)
 _REFUSED = "can't allocate memory"  # torch's allocator for the CPU raises a plain RuntimeError that says so
 
 

@@ -61,6 +61,10 @@ _LABELS = {
     "hooks_multiply_adds": "               by hooks",
     "capture_memory_bytes": "memory: capture",
     "grid_memory_bytes": "        grid",
+    "capture_passes": "passes: capture",
+    "grid_passes": "        grid",
+    "capture_read_bytes": "read: capture",
+    "grid_read_bytes": "      grid",
     "capture_s": "time: capture",
     "stability_s": "      stability",
     "grid_s": "      grid",
@@ -172,9 +176,14 @@ def _plan(args: argparse.Namespace) -> None:
     study = Study(shapes_of(lineup), ids.lengths, capture, work, checked, lineup.pairs)
     assumed = _assume(args, lineup, study)
     found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
+    held = "block" if args.stream else "checkpoint" if getattr(args, "resident", "all") == "one" else ""
+    if held:
+        from actcache.study.reads import estimate_apart
+
+        found["estimate"] = estimate_apart(study, assumed, stream=args.stream)
     if args.out is not None:
         RunFolder(args.out).write_plan(found, digest(prompts))
-    _print(args.json, study, assumed, found)
+    _print(args.json, study, assumed, found, held)
 
 
 def _work_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettings) -> list[ReplayWork]:
@@ -314,7 +323,8 @@ def _untimed(folder: RunFolder, timings: Mapping[str, Any]) -> dict[str, str]:
     return why
 
 
-def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, Any]) -> None:
+def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, Any], held: str = "") -> None:
+    """``held`` says of which there is one in memory at a time, a block or a checkpoint, if not all are there."""
     estimated, true = found["estimate"], found.get("truth")
     if as_json:
         shape = study.shape
@@ -324,7 +334,12 @@ def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, A
         ratios = {} if true is None else {"ratio": _ratios(estimated, true)}
         print(json.dumps({"model": model, **found, **ratios}, indent=1))
         return
-    print("\n".join([*_heading(study, assumed), "", *_table(study, assumed, estimated, true)]))
+    lines = _heading(study, assumed)
+    if held:
+        from actcache.study.reads import said
+
+        lines.append(said(stream=held == "block"))
+    print("\n".join([*lines, "", *_table(study, assumed, estimated, true, held)]))
     if untimed := found.get("untimed"):
         print("without a time: " + "; ".join(f"{stage}: {why}" for stage, why in untimed.items()))
 
@@ -360,9 +375,9 @@ def _heading(study: Study, assumed: Assumptions) -> list[str]:
 
 
 def _table(
-    study: Study, assumed: Assumptions, estimated: Mapping[str, float], true: Mapping[str, float] | None
+    study: Study, assumed: Assumptions, estimated: Mapping[str, float], true: Mapping[str, float] | None, held: str
 ) -> list[str]:
-    notes = _notes(study, assumed)
+    notes = _notes(study, assumed, held)
     at_least = assumed.sources.get("rates") == _MEASURED_HERE
     head = "" if true is None else f"{'truth':>12} {'ratio':>7}"
     lines = [f"{'':30}{'estimate':>12} {head}".rstrip()]
@@ -384,11 +399,18 @@ def _table(
     return lines
 
 
-def _notes(study: Study, assumed: Assumptions) -> dict[str, str]:
+_HELD = {
+    "": ("weights of all checkpoints", "late blocks and readouts of all checkpoints"),
+    "checkpoint": ("weights of one checkpoint", "late blocks of one checkpoint, and heads"),
+    "block": ("two blocks, embeddings and head", "two blocks, and heads"),
+}
+
+
+def _notes(study: Study, assumed: Assumptions, held: str) -> dict[str, str]:
     work, n_checkpoints = study.work, study.n_checkpoints
     notes = {
-        "capture_memory_bytes": "weights of all checkpoints, one batch, segments being written; above the imports",
-        "grid_memory_bytes": "late blocks and readouts of all checkpoints, one pack; above the imports",
+        "capture_memory_bytes": f"{_HELD[held][0]}, one batch, segments being written; above the imports",
+        "grid_memory_bytes": f"{_HELD[held][1]}, one pack; above the imports",
     }
     if assumed.sources.get("rates") == _MEASURED_HERE:
         notes["capture_s"] = (

@@ -231,7 +231,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     )
     part = getattr(args, "part", (0, 1))
     clock = CaptureClock(lineup, settings, devices.of)
-    less = "a lower --max-tokens or --shard-prompts, in a new RUN, needs less"
+    less = "a lower --max-tokens or --shard-prompts, in a new RUN, needs less; so does --resident one, or --stream"
     with (
         folder.being_captured(record, alone=part[1] == 1),
         enough_memory("capture", less),
@@ -298,8 +298,11 @@ def _score(
     devices = placed(how["device"], store.checkpoints)
     clock = GridClock(folder, store)
 
-    less = "a lower --max-tokens needs less"
-    fewer = "a later --boundary has fewer late blocks; captured with --dtype bfloat16 they take half"
+    less = "a lower --max-tokens needs less; so does --resident one, or --stream"
+    fewer = (
+        "--resident one holds one late stack at a time, --stream one block; a later --boundary has fewer late blocks; "
+        "captured with --dtype bfloat16 they take half"
+    )
     with enough_memory("grid", less), LiveLine("grid") as line:
 
         def load(label: str, boundary: int) -> LateStack:

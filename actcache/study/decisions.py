@@ -18,12 +18,11 @@ import pyarrow as pa
 import torch
 
 from actcache.errors import InputError
-from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import DTYPES
 from actcache.progress import Tally, untold
 from actcache.schema import HISTORIES, ROLES, digest_of
 from actcache.store import Store
-from actcache.study.engine import LocalEngine
+from actcache.study.engine import LoadBackbone, LocalEngine
 from actcache.study.forward_job import ForwardJob
 from actcache.study.jobs import Result
 from actcache.study.runner import run_jobs
@@ -56,7 +55,7 @@ Bools = npt.NDArray[np.bool_]
 
 def check_stability(
     store: Store,
-    load: Callable[[str, torch.dtype], Backbone],
+    load: LoadBackbone,
     dtypes: Sequence[str],
     *,
     max_tokens: int,

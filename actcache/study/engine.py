@@ -17,7 +17,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from actcache.errors import IncompatibleError
+from actcache.capture.forward import Forwarder, Resident
+from actcache.capture.streams import Streaming
+from actcache.errors import IncompatibleError, InputError
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import DTYPES
 from actcache.models.lineup import Lineup
@@ -32,7 +34,7 @@ from actcache.study.size_job import SizeJob
 
 LateJob = ReplayJob | SizeJob | EarlierJob
 LoadLate = Callable[[str, int], LateStack]
-LoadBackbone = Callable[[str, torch.dtype], Backbone]
+LoadBackbone = Callable[[str, torch.dtype], Backbone | Streaming]
 
 _STATES_KEPT = 2  # those that are replayed, and those read ahead
 
@@ -64,14 +66,14 @@ class LocalEngine:
             store: with prefix rows, where late stacks are asked for.
             load_late: gives the late stack of a checkpoint, by label, from a boundary on, in the store's dtype.
             finished: see :class:`LocalEngine`.
-            load_backbone: gives the backbone of a checkpoint, by label, in a dtype.
+            load_backbone: gives the backbone of a checkpoint, by label, in a dtype; or its blocks, one at a time.
             one_at_a_time: whether a late stack is let go before another checkpoint's is loaded; heads stay.
         """
         self.one_at_a_time = one_at_a_time
         self._heads: dict[str, Readout] = {}
         self.store, self.finished, self._load_late = store, finished or {}, load_late
         self._load_backbone = load_backbone
-        self._backbone: tuple[tuple[str, str], Backbone] | None = None
+        self._backbone: tuple[tuple[str, str], Backbone | Streaming] | None = None
         self._segments: dict[str, Segment] = {segment.name: segment for segment in store.segments}
         self._first: dict[str, int] = {}  # the boundary to load a late stack from, where it is known
         self._lates: dict[str, LateStack] = {}
@@ -175,7 +177,25 @@ class LocalEngine:
                 torch.cuda.empty_cache()
 
     def backbone(self, label: str, dtype: str) -> Backbone:
-        """The backbone of a checkpoint; one is let go before another is loaded, so that memory holds one model."""
+        """The backbone of a checkpoint.
+
+        Raises:
+            InputError: its blocks are in memory one at a time.
+        """
+        found = self._whole(label, dtype)
+        if isinstance(found, Streaming):
+            raise InputError(
+                f"checkpoint {label} decodes token by token, for which it is read whole: leave out --stream"
+            )
+        return found
+
+    def forwarder(self, label: str, dtype: str) -> Forwarder:
+        """What runs sequences through a checkpoint."""
+        found = self._whole(label, dtype)
+        return found if isinstance(found, Streaming) else Resident(found)
+
+    def _whole(self, label: str, dtype: str) -> Backbone | Streaming:
+        """One is let go before another is loaded, so that memory holds one model."""
         if self._backbone is None or self._backbone[0] != (label, dtype):
             self._backbone = None
             self._backbone = (label, dtype), self._load_backbone(label, DTYPES[dtype])

@@ -15,11 +15,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actcache.capture.forward import Forwarder, Pack
 from actcache.errors import NotFiniteError
-from actcache.finite import not_finite
 from actcache.models.backbone import Backbone
 from actcache.models.cost import ModelShape
-from actcache.models.packing import offsets_of
 from actcache.models.regimes import Regimes
 from actcache.progress import Told, nobody_told
 from actcache.schema import digest_of
@@ -36,6 +35,9 @@ class ModelEngine(Protocol):
 
     def backbone(self, label: str, dtype: str) -> Backbone:
         """The backbone of a checkpoint, in ``float32`` or ``bfloat16``."""
+
+    def forwarder(self, label: str, dtype: str) -> Forwarder:
+        """What runs sequences through a checkpoint, whether all of its blocks are in memory or not."""
 
 
 @dataclass(frozen=True)
@@ -99,24 +101,28 @@ class ForwardJob:
         Raises:
             NotFiniteError: a logit is NaN or infinite; names the sequence and the first block.
         """
-        backbone = engine.backbone(self.label, self.dtype)
-        reason = None if self.strict else backbone.why_not_packable()
+        reader = engine.forwarder(self.label, self.dtype)
+        reason = None if self.strict else reader.why_not_packable()
         pack_tokens = 0 if self.strict or reason else self.max_tokens
-        legs = list(self._legs(backbone.regimes))
+        legs = list(self._legs(reader.regimes))
         tokens, gaps = [torch.empty(0, dtype=torch.int64)], [torch.empty(0)]
-        for pack in backbone.regimes.packs([leg.length for leg in legs], pack_tokens):
-            members = [legs[i] for i in pack]
-            bounds = offsets_of([leg.length for leg in members]).tolist()
-            ids = torch.tensor([token for leg in members for token in self.sequences[leg.sequence][: leg.length]])
-            rows = [torch.arange(end - leg.n_compared, end) for leg, end in zip(members, bounds[1:], strict=True)]
-            hidden = backbone.forward(bounds, input_ids=ids[None].to(backbone.device))
+        packed = [[legs[i] for i in pack] for pack in reader.regimes.packs([leg.length for leg in legs], pack_tokens)]
+        packs = [
+            Pack.of(
+                [self.sequences[leg.sequence][: leg.length] for leg in members],
+                [[] for _ in members],
+                [range(leg.length - leg.n_compared, leg.length) for leg in members],
+            )
+            for members in packed
+        ]
+        for members, ran in zip(packed, reader.run(packs, ()), strict=True):
             try:
-                best, logits = backbone.readout.top2(hidden[torch.cat(rows).to(hidden.device)])
+                best, logits = reader.readout.top2(ran.final)
             except NotFiniteError as error:
-                raise self._not_finite(backbone, members, error.row or 0) from error
+                raise self._not_finite(reader, members, error.row or 0) from error
             tokens.append(best[:, 0])
             gaps.append(logits[:, 0] - logits[:, 1])
-            told(sum(leg.is_last for leg in members), tokens=bounds[-1])
+            told(sum(leg.is_last for leg in members), tokens=sum(leg.length for leg in members))
         places = [range(first, len(ids)) for ids, first in zip(self.sequences, self.first, strict=True)]
         columns = [
             pa.array(np.repeat(np.arange(len(places)), [len(of) for of in places])),
@@ -132,11 +138,11 @@ class ForwardJob:
             for shortest, longest in regimes.legs(first + 1, len(ids)):
                 yield _Leg(number, longest, longest - shortest + 1, longest == len(ids))
 
-    def _not_finite(self, backbone: Backbone, pack: Sequence[_Leg], row: int) -> NotFiniteError:
+    def _not_finite(self, reader: Forwarder, pack: Sequence[_Leg], row: int) -> NotFiniteError:
         at = bisect_right(np.cumsum([leg.n_compared for leg in pack]).tolist(), row)
         ids = list(self.sequences[pack[at].sequence][: pack[at].length])
         name = self.names[pack[at].sequence] if self.names else f"sequence {pack[at].sequence}"
-        return not_finite(f"checkpoint {self.label} in {self.dtype}, {name}", "a logit", backbone, ids)
+        return reader.not_finite(f"checkpoint {self.label} in {self.dtype}, {name}", "a logit", ids)
 
 
 class _Leg(NamedTuple):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import torch
 
+    from actcache.capture.streams import Streaming
     from actcache.models.backbone import Backbone
     from actcache.models.devices import Placement
     from actcache.models.lineup import Lineup
@@ -194,6 +195,19 @@ class Run:
         backbone.readout.mask(self.masked_ids)
         check_same_checkpoints(self.store, self.lineup)
         return backbone
+
+    def load_blocks(self, label: str, dtype: torch.dtype | None = None) -> Backbone | Streaming:
+        """The same, or, where this run streams, a checkpoint whose blocks are in memory one at a time."""
+        if not self.stream:
+            return self.load_backbone(label, dtype)
+        from actcache.capture.streams import Streaming
+        from actcache.models.streamed import Streamed
+
+        self._check_label(label)
+        streamed = Streamed(self.lineup.checkpoints[label], dtype or self.store.dtype, self.placement.of[label])
+        streamed.readout.mask(self.masked_ids)
+        check_same_checkpoints(self.store, self.lineup)
+        return Streaming(label, streamed)
 
     def load_readout(self, label: str, device: str | None = None) -> Readout:
         """The final norm and head of a checkpoint, in the store's dtype; of its blocks no more than the last is loaded,

@@ -64,7 +64,7 @@ def run_replays(jobs: Sequence[LateJob], engine: LocalEngine, folder: Path, told
 
 
 # Bytes of the rows of jobs that share a pass over blocks: these are in memory, what becomes of them need not be.
-_ROWS_AT_ONCE = 512 << 20
+ROWS_AT_ONCE = 512 << 20
 
 
 def _groups(jobs: Sequence[ReplayJob], engine: LocalEngine) -> Iterator[list[ReplayJob]]:
@@ -76,7 +76,7 @@ def _groups(jobs: Sequence[ReplayJob], engine: LocalEngine) -> Iterator[list[Rep
         for sequence, length in zip(job.sequences, job.lengths, strict=True):
             longest[sequence] = max(length, longest.get(sequence, 0))
         own = sum(longest.values()) * engine.store.width * engine.dtype.itemsize * len(job.checkpoints)
-        if group and n_bytes + own > _ROWS_AT_ONCE:
+        if group and n_bytes + own > ROWS_AT_ONCE:
             yield group
             group, n_bytes = [], 0
         group.append(job)
