@@ -19,7 +19,7 @@ import torch
 
 from actcache.capture.asks import Ask, Forward, GoOn, Ran, Score, Steps, T, Whose
 from actcache.capture.events import Scored
-from actcache.capture.forward import Forwarder, Pack, PackRows, first_wrong, said_of_site
+from actcache.capture.forward import Forwarder, Pack, PackRows, Places, first_wrong, said_of_site
 from actcache.capture.residency import Checkpoints
 from actcache.capture.search import Proposal, SearchLimits, propose
 from actcache.capture.spill import Spill
@@ -157,23 +157,29 @@ class Answers:
         for number, ask in enumerate(asks):
             of_places.setdefault(tuple(ask.places), []).extend((number, at) for at in range(len(ask.packs)))
         for label in self._resident_first():
-            reader = self.checkpoints.forwarder(label)
             spill = Spill(self._folder)
             for places, at in of_places.items():
                 packed = [_Packed(asks[n].packs[i], asks[n].whose[i], asks[n]) for n, i in at]
-                running = reader.run([one.pack for one in packed], places)
-                for (n, i), one in zip(at, packed, strict=True):
-                    self._between()
-                    ran, of_pack = found[n][i], self._checked(label, reader, one, next(running))
-                    if label in one.ask.read:
-                        ran.best[label] = self._best(label, reader, one, of_pack.final)
-                    for (site, block), rows in of_pack.rows.items():
-                        ran.rows[site, label, block] = spill.put(rows)
-                    ran.final[label] = spill.put(of_pack.final.cpu())
-                    told(doing=f"{label} runs: {one.pack.ids.shape[1]:,} tokens")
+                self._run_all(label, packed, places, [found[n][i] for n, i in at], spill, told)
         self.checkpoints.rest()
         told(tokens=sum(pack.ids.shape[1] for ask in asks for pack in ask.packs))
         return found
+
+    def _run_all(
+        self, label: str, packed: Sequence[_Packed], places: Places, found: Sequence[Ran], spill: Spill, told: Told
+    ) -> None:
+        """One checkpoint over packs; nothing here keeps it when another one is loaded."""
+        reader = self.checkpoints.forwarder(label)
+        running = reader.run([one.pack for one in packed], places)
+        for one, ran in zip(packed, found, strict=True):
+            self._between()
+            of_pack = self._checked(label, reader, one, next(running))
+            if label in one.ask.read:
+                ran.best[label] = self._best(label, reader, one, of_pack.final)
+            for (site, block), rows in of_pack.rows.items():
+                ran.rows[site, label, block] = spill.put(rows)
+            ran.final[label] = spill.put(of_pack.final.cpu())
+            told(doing=f"{label} runs: {one.pack.ids.shape[1]:,} tokens")
 
     def _resident_first(self) -> list[str]:
         """All labels, the one that costs no load first."""
@@ -211,11 +217,7 @@ class Answers:
         scored = [[Scored({}, {}) for _ in ask.tokens] for ask in asks]
         tokens = torch.tensor([pair for ask in asks for pair in ask.tokens])
         for label in self._resident_first():
-            readout = self.checkpoints.readout(label)
-            final = torch.cat([ask.final[label] for ask in asks])
-            scores = readout.scores(final, tokens)
-            # One by one, so that it does not depend on what else is asked for.
-            outvoted = torch.cat([readout.outvoted(row) for row in final.split(1)]).tolist() if self._has_tails else ()
+            scores, outvoted = self._scored_by(label, torch.cat([ask.final[label] for ask in asks]), tokens)
             own, own_outvoted = iter((scores[:, 1] - scores[:, 0]).tolist()), iter(outvoted)
             for ask, of_ask in zip(asks, scored, strict=True):
                 for whose, of_pair in zip(ask.whose, of_ask, strict=True):
@@ -225,10 +227,16 @@ class Answers:
                         raise reader.not_finite(f"checkpoint {label}, {whose.name}", "a scored logit", whose.sequence)
                     if self._has_tails:
                         of_pair.outvoted[label] = next(own_outvoted)
-        # As each was put together in the order of labels, whichever was read first.
         self.checkpoints.rest()
         labels = self.checkpoints.labels
         return [
             [Scored({label: one.margins[label] for label in labels}, one.outvoted) for one in of_ask]
             for of_ask in scored
         ]
+
+    def _scored_by(self, label: str, final: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, list[Any]]:
+        """Logits of pairs of tokens ``[n, 2]``, and what was never to be chosen (see :class:`Scored`)."""
+        readout = self.checkpoints.readout(label)
+        # One by one, so that it does not depend on what else is asked for.
+        outvoted = torch.cat([readout.outvoted(row) for row in final.split(1)]).tolist() if self._has_tails else []
+        return readout.scores(final, tokens), outvoted

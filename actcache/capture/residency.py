@@ -35,7 +35,7 @@ class Checkpoints(Protocol):
         """The label of the one that is in memory, where one is; what is asked of it first costs no load."""
 
     def forwarder(self, label: str) -> Forwarder:
-        """One of them, for now: unless all are together, asking for another one lets it go."""
+        """One of them, for now: unless all are together, asking for another one lets it go. So keep it no longer."""
 
     def why_not_packable(self, label: str) -> str | None:
         """What the forwarder says of it, which is asked once."""

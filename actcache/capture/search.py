@@ -309,13 +309,7 @@ class _Search:
         n_draft = 1 if self.checkpoints.together else _FIRST_LOADED_DRAFT
         step = 0
         while walks:
-            writer = self.checkpoints.forwarder(self.labels[0])
-            asked = [min(n_draft, self.room(walk)) for walk in walks]
-            try:
-                drafts = writer.write([walk.sequence for walk in walks], asked, self.limits.end_ids)
-            except NotFiniteError as error:
-                raise self.not_finite(self.labels[0], writer, walks[error.row or 0]) from error
-            own = self.read(self.labels[0], walks, drafts) if writer.guesses else drafts
+            drafts, own = self.write(walks, [min(n_draft, self.room(walk)) for walk in walks])
             choices = [own, *(self.read(label, walks, drafts) for label in self.labels[1:])]
             step += max(map(len, drafts))
             n_tokens = sum(len(walk.sequence) + len(draft) - 1 for walk, draft in zip(walks, drafts, strict=True))
@@ -324,6 +318,15 @@ class _Search:
             walks = [walk for walk in walks if walk.is_open]
             self.on_step(n_tokens, step, len(walks))
             n_draft = n_draft if self.checkpoints.together else 2 * n_draft
+
+    def write(self, walks: Sequence[_Walk], n_new: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
+        """What the writer drafts, and what it chooses there, which is the same unless it guesses."""
+        writer = self.checkpoints.forwarder(self.labels[0])
+        try:
+            drafts = writer.write([walk.sequence for walk in walks], n_new, self.limits.end_ids)
+        except NotFiniteError as error:
+            raise self.not_finite(self.labels[0], writer, walks[error.row or 0]) from error
+        return drafts, self.read(self.labels[0], walks, drafts) if writer.guesses else drafts
 
     def read(self, label: str, walks: Sequence[_Walk], drafts: Sequence[Sequence[int]]) -> list[list[int]]:
         """What a checkpoint chooses in place of each token of a draft; of one that has parted, nobody asks any more."""
