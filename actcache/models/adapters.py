@@ -231,7 +231,7 @@ class Merge:
         own = dict(skeleton.named_parameters(remove_duplicate=False))
         with _quietly():
             try:
-                wrapped = _wrap(copy.deepcopy(skeleton), adapter)
+                wrapped = _wrap(copy.deepcopy(skeleton), adapter, empty=True)
                 expected = {name: tuple(one.shape) for name, one in _tensors_of(wrapped).items()}
                 for name in sorted(stored.keys() & expected.keys()):
                     if stored[name] != expected[name]:
@@ -291,12 +291,12 @@ class Merge:
         return copy.deepcopy(self._skeleton, empty)
 
 
-def _wrap(model: PreTrainedModel, adapter: Adapter) -> Any:
-    """The model with the adapter around its modules, as ``PeftModel.from_pretrained`` makes it."""
+def _wrap(model: PreTrainedModel, adapter: Adapter, *, empty: bool = False) -> Any:
+    """The model with the adapter around its modules, as ``PeftModel.from_pretrained`` makes it, or without values."""
     import peft
 
     with torch.random.fork_rng(devices=[]):  # what is drawn is replaced by what is stored
-        return peft.PeftModel(model, adapter.config(), autocast_adapter_dtype=True)
+        return peft.PeftModel(model, adapter.config(), autocast_adapter_dtype=True, low_cpu_mem_usage=empty)
 
 
 def _tensors_of(wrapped: Any) -> dict[str, torch.Tensor]:
