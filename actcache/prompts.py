@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -24,6 +24,7 @@ from actcache.schema import RESERVED_NAMES, RESERVED_PREFIXES
 
 MAX_ID = 1000  # characters: it is repeated in every cell of its events, and a path or a URL fits
 MAX_HELD = 20_000  # prompts of a file that are held, and encoded before anything runs
+MAX_HELD_BYTES = 2**26  # of them in the file
 PART = 64  # prompts of a segment, unless told otherwise
 
 _FORMS = ("prompt", "messages", "token_ids")
@@ -131,7 +132,7 @@ def read_prompts(path: str | Path, limit: int | None = None, part: int = PART) -
         part: of so many prompts each, digests are known afterwards without reading again.
 
     Returns:
-        a list, or :class:`Prompts` where there are more than ``MAX_HELD``.
+        a list, or :class:`Prompts` where there are more than ``MAX_HELD``, or they are long.
 
     Raises:
         InputError: the file is missing, not UTF-8, damaged or empty; a row is not a JSON object; its ``id`` or its
@@ -147,12 +148,12 @@ def read_prompts(path: str | Path, limit: int | None = None, part: int = PART) -
         raise InputError(f"limit is {limit}; it must be at least 1")
     file = open_prompt_file(path)
     offsets, numbers, hashes = array("q"), array("q"), array("q")
-    held: list[Prompt] = []
+    held: list[Prompt] | None = []
     digests = _Digests(part)
     keys: set[str] = set()
-    n_carried = n_messages = 0
+    n_bytes = n_carried = n_messages = 0
     for at, row in enumerate(file.rows()):
-        prompt = _prompt_of(row, at, is_table=file.is_table)
+        prompt = _prompt_of(row, at, is_table=file.is_table, known=keys)
         keys |= prompt.carried.keys()
         if len(keys) > carried.MAX_KEYS:
             raise InputError(
@@ -171,14 +172,16 @@ def read_prompts(path: str | Path, limit: int | None = None, part: int = PART) -
         if limit is None or at < limit:
             n_messages += prompt.messages is not None
             digests.add(prompt)
-            if at <= MAX_HELD:
+            n_bytes += row.n_bytes
+            if held is not None:
                 held.append(prompt)
+                held = None if at >= MAX_HELD or n_bytes > MAX_HELD_BYTES else held
     if not offsets:
         raise InputError(f"{path}: no prompts in it; give one JSON object per line")
     places = np.stack([np.frombuffer(offsets, np.int64), np.frombuffer(numbers, np.int64)], axis=1)
     found = Prompts(file, path, places, n_messages, {})
     _check_distinct(found, np.frombuffer(hashes, np.int64))
-    if len(held) <= MAX_HELD:
+    if held is not None:
         return held
     return Prompts(file, path, places[: digests.n], n_messages, digests.known())
 
@@ -201,9 +204,11 @@ def _check_distinct(prompts: Prompts, hashes: np.ndarray) -> None:
             raise InputError(f"{second.where}: id {second.id!r} is already the id of {line}; ids are unique")
 
 
-def check_carried(record: dict[str, Any], where: str) -> None:
-    """Raise InputError unless each further key of a line can become a column of the results."""
+def check_carried(record: dict[str, Any], where: str, known: Collection[str] = ()) -> None:
+    """Raise InputError unless each further key of a line can become a column of the results; ``known`` ones can."""
     for key in record:
+        if key in known:
+            continue
         if key in RESERVED_NAMES or key.startswith(RESERVED_PREFIXES):
             raise InputError(f"{where}: key {key!r} is the name of a result column; rename it")
         if not key.strip() or "\0" in key or len(key) > carried.MAX_KEY:
@@ -215,7 +220,7 @@ def check_carried(record: dict[str, Any], where: str) -> None:
         raise InputError(f"{where}: lists and objects lie more than {carried.MAX_LEVELS} deep within each other")
 
 
-def _prompt_of(row: Row, number: int, *, is_table: bool) -> Prompt:
+def _prompt_of(row: Row, number: int, *, is_table: bool, known: Collection[str] = ()) -> Prompt:
     record, where = row.record, row.where
     given = [key for key in _FORMS if key in record]
     if len(given) > 1:
@@ -239,7 +244,7 @@ def _prompt_of(row: Row, number: int, *, is_table: bool) -> Prompt:
         ids = record.pop("token_ids")
         if not isinstance(ids, list) or not ids or not all(type(one) is int and 0 <= one < 2**31 for one in ids):
             raise InputError(f"{where}: 'token_ids' is {json.dumps(ids)[:40]}, expected a list of whole numbers")
-    check_carried(record, where)
+    check_carried(record, where, known)
     return Prompt(name, text, record, messages, ids, where)
 
 

@@ -33,8 +33,11 @@ def parse_object(line: str, where: str, kind: str = "", expected: str = "an obje
 
 def parse_value(text: str, where: str, kind: str = "") -> Any:
     """The JSON value of a text (arguments and errors as :func:`parse_object`)."""
+    text = text.strip(" \t\r\n")
     try:
-        value = _DECODER.decode(text)
+        value, end = _DECODER.raw_decode(text)
+        if end < len(text):
+            raise json.JSONDecodeError("Extra data", text, end)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON ({error.msg} at column {error.colno}){kind}") from error
     except _RefusedError as error:

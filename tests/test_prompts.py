@@ -6,6 +6,8 @@ import csv
 import datetime
 import gzip
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -345,7 +347,6 @@ def test_a_row_of_a_table_that_is_none_is_named(tmp_path, columns, words):
 @pytest.fixture
 def nothing_held(monkeypatch):
     monkeypatch.setattr(prompts_module, "MAX_HELD", 2)
-    monkeypatch.setattr(prompt_ids, "MAX_HELD", 2)
     monkeypatch.setattr(prompt_ids, "N_SAMPLED", 2)
 
 
@@ -401,7 +402,6 @@ def test_a_large_file_gives_the_store_of_a_small_one_and_says_late_what_is_wrong
     words += ["--max-new", "8", "--strict"]
     assert main([*words, "--out", str(tmp_path / "small")]) == 0
     monkeypatch.setattr(prompts_module, "MAX_HELD", 2)
-    monkeypatch.setattr(prompt_ids, "MAX_HELD", 2)
     monkeypatch.setattr(prompt_ids, "N_SAMPLED", 2)
     assert main([*words, "--out", str(tmp_path / "large")]) == 0
     small, large = (read_tree(tmp_path / name / "store") for name in ("small", "large"))
@@ -415,3 +415,27 @@ def test_a_large_file_gives_the_store_of_a_small_one_and_says_late_what_is_wrong
     path.write_text("\n".join([*lines, json.dumps({"id": "q0", "prompt": "fewer"})]))
     assert main([*words, "--out", str(tmp_path / "large")]) == 0
     assert len(open_store(tmp_path / "large" / "store").segments) == 5
+
+
+PEAK = """
+import re, sys
+from pathlib import Path
+from actcache.prompts import Prompts, digest, read_prompts
+def peak(): return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+before = peak()
+prompts = read_prompts(sys.argv[1])
+assert isinstance(prompts, Prompts) and len(prompts) == int(sys.argv[2])
+assert len(prompts[-64:]) == 64
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("n", "length"), [(60_000, 50), (1_500, 100_000)], ids=["many", "long"])
+def test_a_large_file_is_never_held(tmp_path, n, length):
+    """In a process of its own: peak memory above the imports; the second file has 150 MB."""
+    path = tmp_path / "p.jsonl"
+    with path.open("w") as file:
+        file.writelines(json.dumps({"id": f"p{i}", "prompt": "x" * length}) + "\n" for i in range(n))
+    done = subprocess.run([sys.executable, "-c", PEAK, path, str(n)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1.5 * prompts_module.MAX_HELD_BYTES

@@ -12,16 +12,21 @@ import numpy as np
 from actcache.errors import InputError
 from actcache.models.lineup import Lineup
 from actcache.models.templates import PLAIN, ChatTemplate, Rendering
-from actcache.prompts import MAX_HELD, Prompt, n_messages
+from actcache.prompts import Prompt, Prompts, n_messages
 
 N_SAMPLED = 2000  # prompts of a large file that are encoded before anything runs
+_AT_ONCE = 1024
+
+
+def _silent(line: str) -> None:
+    """What was said once is not said again."""
 
 
 class PromptIds:
     """What the tokenizers of a lineup make of some prompts.
 
-    What is wrong with a prompt is said at once where there are at most ``MAX_HELD``. Of a larger file, it is said of a
-    sample at once, and of the others when they are reached.
+    What is wrong with a prompt is said at once where they are a list. Of a large file, it is said of a sample at once,
+    and of the others when they are reached.
     """
 
     def __init__(
@@ -38,8 +43,12 @@ class PromptIds:
         """
         check_template(prompts, rendering, say)
         self._lineup, self._prompts, self._rendering = lineup, prompts, rendering
-        step = 1 if len(prompts) <= MAX_HELD else len(prompts) // N_SAMPLED
-        self._sample = lineup.encode(prompts[::step], say, rendering)
+        step = max(1, len(prompts) // N_SAMPLED) if isinstance(prompts, Prompts) else 1
+        self._sample: list[list[int]] = []
+        for start in range(0, len(prompts), step * _AT_ONCE):
+            part = prompts[start : start + step * _AT_ONCE : step]
+            self._sample += lineup.encode(part, say, rendering)
+            say = _silent
 
     def __getitem__(self, part: slice) -> list[list[int]]:
         """Of consecutive prompts."""
