@@ -105,6 +105,7 @@ def test_what_is_written_down_is_found_again(tmp_path_factory, names):
         ("nothing+some/adapter", "as BASE+ADAPTER its 'nothing' is neither a folder nor an id"),
         ("some/base+", "as BASE+ADAPTER its '' is neither a folder nor an id"),
         ("+", "as BASE+ADAPTER its '' is neither a folder nor an id"),
+        ("a--b/c", "a--b/c is not a folder, and not in the Hub's cache"),
         ("some/base", "some/base is not a folder, and not in the Hub's cache"),
         ("some/base@v1.0", "some/base@v1.0 is not a folder, and not in the Hub's cache"),
         ("some/base+some/adapter", "some/base is not a folder, and not in the Hub's cache"),

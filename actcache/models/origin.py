@@ -196,8 +196,11 @@ class _Hub:
 
 def known_folder(named: str) -> Path | None:
     """A folder that a file names, absolutely or by an id: where it is here already. Nothing is downloaded for it."""
-    if Path(named).is_absolute():
-        return Path(named) if Path(named).is_dir() else None
+    try:
+        if Path(named).is_absolute():
+            return Path(named) if Path(named).is_dir() else None
+    except OSError:  # a name that is too long
+        return None
     match = _ID.fullmatch(named)
     return None if match is None else _cached(match["id"], match["revision"])
 
@@ -206,7 +209,10 @@ def _cached(repo: str, revision: str | None) -> Path | None:
     """The snapshot of an id that holds a config."""
     from huggingface_hub import try_to_load_from_cache
 
-    found = (try_to_load_from_cache(repo, name, revision=revision) for name in _DEFINE)
+    try:
+        found = [try_to_load_from_cache(repo, name, revision=revision) for name in _DEFINE]
+    except ValueError:  # an id that the Hub does not give
+        return None
     return next((Path(file).parent for file in found if isinstance(file, str)), None)
 
 
