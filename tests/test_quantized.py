@@ -17,6 +17,7 @@ from actcache.errors import InputError
 from actcache.models import quantized
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.lineup import Lineup
+from actcache.models.parts import Frame
 from actcache.models.quantized import Quantization, dequantized
 from actcache.replay.late_stack import LateStack
 
@@ -121,9 +122,12 @@ def test_a_quantized_checkpoint_is_what_transformers_makes_of_it(folders, method
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
-def test_a_late_stack_has_the_same_numbers(folders, method):
+def test_a_late_stack_and_a_block_alone_have_the_same_numbers(folders, method):
     checkpoint = Checkpoint.open("it", folders[method], dequantize=True)
     whole = dict(checkpoint.load(torch.bfloat16).named_parameters())
+    block = Frame.load(checkpoint, torch.bfloat16).load_block(BOUNDARY)
+    for name, parameter in block.named_parameters():
+        assert torch.equal(parameter, whole[f"model.layers.{BOUNDARY}.{name}"]), name
     late = LateStack.load(folders[method], BOUNDARY, dequantize=True)
     assert late.dtype == torch.bfloat16  # the config's
     found = [

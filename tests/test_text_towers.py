@@ -17,6 +17,7 @@ from actcache.errors import InputError, UnsupportedModelError
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.probe import check_reads_back, check_text_alone
+from actcache.models.streamed import Streamed
 from actcache.models.text_tower import placeholders, text_tower
 from actcache.replay.late_stack import LateStack
 
@@ -37,6 +38,15 @@ def write(folder: Path, name: str, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     tiny.write_tokenizer(folder)
     return folder
+
+
+def streamed(checkpoint: Checkpoint, ids: list[int]) -> torch.Tensor:
+    """The last block's output [T, D], with one block in memory at a time."""
+    model = Streamed(checkpoint, torch.float32)
+    state = torch.tensor(ids)
+    for _ in model.pass_over():
+        state = model.forward([0, len(ids)], state)
+    return state
 
 
 @pytest.mark.slow
@@ -64,6 +74,7 @@ def test_a_tower_is_the_whole_model_given_text_alone(name, tmp_path):
     own = reference.forward(whole, IDS)[-1]
     assert own.argmax() == ids[0, 0]
     torch.testing.assert_close(logits[0], own[ids[0]], rtol=1e-4, atol=1e-4)
+    assert torch.equal(streamed(checkpoint, IDS), final)
     late = LateStack.load(tmp_path, 2)
     states = reference.states(whole, IDS, 2)
     assert torch.equal(late.run(states, [0, len(IDS)], strict=True)[0], final[-1])
