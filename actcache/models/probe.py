@@ -154,8 +154,7 @@ def probe_late_blocks(model: PreTrainedModel, boundary: int, source: StateSource
 @torch.no_grad()
 def probe_frame(model: PreTrainedModel, source: StateSource) -> None:
     """Learn what a model expects its blocks to return, where all of them are stand-ins (errors as
-    :func:`check_text_alone` and :func:`probe_late_blocks`)."""
-    check_text_alone(model)
+    :func:`probe_late_blocks`)."""
     _Probe(model, 1, source).learn_block_output()
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.parts import Frame
-from actcache.models.probe import probe_block, probe_frame
+from actcache.models.probe import check_text_alone, probe_block, probe_frame
 
 
 class Streamed:
@@ -60,6 +60,8 @@ class Streamed:
         self._frame = Frame.load(checkpoint, dtype, reads_ids=reads_ids)
         self._frame.model.to(self.device)  # type: ignore[arg-type]
         with checkpoint.named():
+            if reads_ids:
+                check_text_alone(self._frame.model)
             probe_frame(self._frame.model, self._frame.source)
             self.backbone = backbone = Backbone(self._frame.model)
         self.readout, self.regimes = backbone.readout, backbone.regimes
