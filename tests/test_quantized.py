@@ -10,6 +10,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, FineGrainedFP8Config, GptOssForCausalLM, Mxfp4Config
 
@@ -257,3 +258,19 @@ def test_large_weights_are_scaled_in_pieces(monkeypatch):
     whole = up[...]
     monkeypatch.setattr(quantized, "_AT_ONCE", 40)
     assert torch.equal(up[...], whole)
+
+
+@pytest.mark.slow
+def test_an_adapter_is_merged_into_the_dequantized_base(folders, tmp_path):
+    base = Checkpoint.open("pt", folders["fp8"], dequantize=True).load(torch.float32)
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    adapted = get_peft_model(base, config)
+    adapted.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    checkpoint = Checkpoint.open("it", f"{folders['fp8']}+{tmp_path / 'adapter'}", dequantize=True)
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        expected = adapted(input_ids=ids).logits
+        torch.testing.assert_close(checkpoint.load(torch.float32)(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert checkpoint.fingerprint.quantization == "fp8, dequantized in float32"
+    assert checkpoint.fingerprint.adapter
