@@ -122,15 +122,23 @@ class Resident:
 
     guesses = False
 
-    def __init__(self, backbone: Backbone, max_tokens: int = 4096) -> None:
-        """Of this backbone, which decodes batches of at most so many prompt tokens, padding among them."""
-        self.backbone, self._max_tokens = backbone, max_tokens
+    def __init__(
+        self, backbone: Backbone, max_tokens: int = 4096, say: Callable[[str], object] = lambda line: None
+    ) -> None:
+        """Of this backbone, which decodes batches of at most so many prompt tokens, padding among them; ``say`` is told
+        where it cannot decode in padded batches."""
+        self.backbone, self._max_tokens, self._say = backbone, max_tokens, say
         self.readout, self.regimes = backbone.readout, backbone.regimes
 
     @functools.cached_property
     def decoding(self) -> Found:
         """How it decodes; found by forwards."""
-        return find_decoding(self.backbone)
+        found = find_decoding(self.backbone)
+        if found.decoding is Decoding.EVEN:
+            self._say(f"searches share a batch where their prompts are of one length: {found.reason}")
+        elif found.decoding is Decoding.FULL:
+            self._say(f"the search goes by full forwards: {found.reason}")
+        return found
 
     def why_not_packable(self) -> str | None:
         """As :class:`Forwarder`."""

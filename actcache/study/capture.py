@@ -99,6 +99,7 @@ class LocalCapture:
         self._resident, self._known, self._folder = "one" if stream else resident, known, folder
         self._stream, self._devices = stream, devices or dict.fromkeys(lineup.labels, settings.device)
         self._told: Told = nobody_told
+        self._said: set[str] = set()
         self._proven: dict[str, set[int]] = {label: set() for label in lineup.labels}
         self._passes = itertools.count(1)
         self._segments: dict[str, Segment] = {}
@@ -161,9 +162,14 @@ class LocalCapture:
         """A stored one."""
         return self._segments[name]
 
+    def _say_once(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            self._say(line)
+
     def _forwarder(self, label: str) -> Forwarder:
         if not self._stream:
-            return Resident(self._load(label), self._settings.max_tokens)
+            return Resident(self._load(label), self._settings.max_tokens, self._say_once)
         settings, checkpoint = self._settings, self._lineup.checkpoints[label]
         streamed = Streamed(checkpoint, DTYPES[settings.dtype], self._devices[label], proven=self._proven[label])
         streamed.readout.mask(self._lineup.masked_ids)
