@@ -223,6 +223,19 @@ def _store_chunks(result: Mapping[str, Any]) -> str:
     return table(["chunk KiB", "ratio", "write GB/s", "random GB/s", "sequential GB/s"], rows)
 
 
+def _stream(result: Mapping[str, Any]) -> str:
+    rows = []
+    for tokens, of in result["tokens"].items():
+        rate = result["block_bytes"] / 1e6 / of["cold"]
+        rows.append([f"{int(tokens):,}", *(_seconds(of[name]) for name in _STREAMED), f"{rate:,.0f} MB/s"])
+    said = f"{result['n_parameters'] / 1e9:.2f} billion parameters, {result['block_bytes'] / 1e9:.2f} GB of blocks."
+    means = ["plain forward", "pass, files cached", "pass, from disk", "files read alone"]
+    return f"{said}\n\n{table(['tokens', *means, 'of blocks, from disk'], rows)}"
+
+
+_STREAMED = ("plain", "warm", "cold", "disk")
+
+
 def _rates(of: Mapping[str, Mapping[str, Any]], ceiling: str) -> str:
     rows = [[name, f"{one['gb_s']:.2f}", f"{one[ceiling]:.0f}%"] for name, one in of.items()]
     return table(["", "GB/s", "of memcpy"], rows)
@@ -305,6 +318,7 @@ _TITLES = {
     "linear": "Linear layers in float32",
     "kernels": "Kernels exchanged for short rivals",
     "feed": "Feeding a trainer",
+    "stream": "Blocks read one at a time",
 }
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "study": _workloads,
@@ -317,6 +331,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "linear": _linear,
     "kernels": _kernels,
     "feed": _feed,
+    "stream": _stream,
 }
 
 

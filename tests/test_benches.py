@@ -26,7 +26,7 @@ TRANSFORMER_LENS = int(version("transformer-lens").split(".")[0]) if find_spec("
 BENCHES = Path(__file__).parent.parent / "benches"
 
 
-@pytest.mark.parametrize("name", ["codec", "feed", "gather", "kernels", "linear", "store"])
+@pytest.mark.parametrize("name", ["codec", "feed", "gather", "kernels", "linear", "store", "stream"])
 def test_a_bench_at_a_small_size(name, page, monkeypatch, capsys):
     """Each compares what it times first, bit for bit or to rounding, and exits otherwise; the docs can show what it
     finds."""

@@ -21,6 +21,7 @@ import re, sys, torch
 from pathlib import Path
 from actcache.replay.late_stack import LateStack
 from actcache.models.checkpoint import Checkpoint
+from actcache.models.streamed import Streamed
 what, folder = sys.argv[1:]
 if what == "model":
     model = Checkpoint.open("x", folder).load(torch.float32)
@@ -29,6 +30,12 @@ if what == "model":
 elif what == "late":
     late = LateStack.load(folder, 22)
     late.readout.top2(late.run(torch.zeros(8, late.width), [0, 8]))
+elif what == "streamed":
+    streamed = Streamed(Checkpoint.open("x", folder), torch.float32)
+    state = torch.zeros(8, dtype=torch.int64)
+    for _ in streamed.pass_over():
+        state = streamed.forward([0, 8], state)
+    streamed.readout.top2(state)
 print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 """
 
@@ -54,7 +61,7 @@ def test_dtype_is_converted_on_load(tmp_path, dtype):
     assert late.run(torch.zeros(4, late.width, dtype=dtype), [0, 4]).dtype == dtype
 
 
-def test_peak_memory_is_that_of_the_late_blocks(tmp_path):
+def test_peak_memory_is_that_of_what_is_held(tmp_path):
     folder = tiny.make_checkpoint(
         tmp_path, "llama", num_hidden_layers=24, hidden_size=512, intermediate_size=1536, num_attention_heads=8
     )
@@ -62,10 +69,11 @@ def test_peak_memory_is_that_of_the_late_blocks(tmp_path):
     peak = {
         what: int(subprocess.run([sys.executable, "-c", PEAK, what, folder], check=True, capture_output=True).stdout)
         * 1024
-        for what in ("imports", "model", "late")
+        for what in ("imports", "model", "late", "streamed")
     }
     assert peak["model"] - peak["imports"] > 0.7 * weights, "the measure would see the upstream weights"
     assert peak["late"] - peak["imports"] < 0.4 * weights
+    assert peak["streamed"] - peak["imports"] < 0.4 * weights, "two of 24 blocks, and one that is being read"
 
 
 FAULTS = """
