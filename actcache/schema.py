@@ -332,8 +332,8 @@ class CheckpointFingerprint(_AsJson):
 class Fingerprint(_AsJson):
     """Everything that the bytes of a store depend on. Two equal fingerprints name the same work.
 
-    The layout needs the first five fields. A capture records all but ``vocabulary``, ``support``, ``lineup`` and
-    ``pairs``, which stand only where they say something; ``check_captured`` names what a store of another origin lacks.
+    The layout needs the first five fields. A capture records all but those that are None by default, which stand only
+    where they say something; ``check_captured`` names what a store of another origin lacks.
 
     Attributes:
         checkpoints: what identifies each checkpoint, by label.

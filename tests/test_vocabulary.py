@@ -13,15 +13,18 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stores import read_tree
 from test_rollouts import following, planted
 from test_tokens import add
 from transformers import AutoModelForCausalLM
 
 import actcache
+from actcache.capture.continuations import read_continuations
 from actcache.cli import main
-from actcache.errors import IncompatibleError
+from actcache.errors import IncompatibleError, InputError
 from actcache.models.lineup import Lineup
 from actcache.models.vocabulary import Tokens, Vocabulary
+from actcache.prompts import Prompt
 from actcache.report.visible import plain
 
 V = tiny.VOCAB_SIZE
@@ -129,9 +132,8 @@ def plain_run(pair, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tail", [1, 256])
-@pytest.mark.parametrize("longer", ["pt", "it"])
-def test_a_tail_changes_nothing_but_what_it_says(pair, plain_run, tmp_path, tail, longer, capfd):
+@pytest.mark.parametrize(("longer", "tail"), [("pt", 1), ("it", 256)])
+def test_a_tail_changes_nothing_but_what_it_says(pair, plain_run, tmp_path, longer, tail, capfd):
     """Events, states and cells are those of the pair whose models have the shared rows alone; the page tells the
     rule."""
     folders = pair | {longer: resized(pair[longer], tmp_path / longer, V + tail, torch.Generator().manual_seed(1))}
@@ -193,6 +195,31 @@ def test_an_added_token_of_one_tokenizer_is_a_tail(tmp_path):
     assert lineup.rule == f"{V} shared tokens"
     found = run(folders, tiny.write_prompts(tmp_path / "p.jsonl", 12), tmp_path / "run", "--max-new", "40")
     assert {*found.store.events["outvoted_it"].to_pylist(), *found.store.events["outvoted_pt"].to_pylist()} == {V}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [["--resident", "one"], ["--stream"]], ids=["one resident", "streamed"])
+def test_a_tail_is_told_alike_however_checkpoints_are_held(pair, plain_run, tmp_path, how):
+    prompts = plain_run.folder.path.parent / "p.jsonl"
+    longer = resized(pair["it"], tmp_path / "it", V + 256, torch.Generator().manual_seed(1))
+    stores = []
+    for name, words in (("all", ["--resident", "all"]), ("other", how)):
+        given = ["capture", "--pt", pair["pt"], "--it", longer, "--prompts", prompts, "--out", tmp_path / name]
+        assert main([str(word) for word in [*given, "--strict", "--max-new", "16", *words]]) == 0
+        stores.append(read_tree(tmp_path / name / "store"))
+    assert stores[0] == stores[1]
+
+
+def test_a_continuation_ends_where_the_tail_begins(pair, tmp_path):
+    longer = resized(pair["it"], tmp_path / "it", V + 3)
+    lineup = Lineup.open({"pt": pair["pt"], "it": longer})
+    lines = [{"prompt_id": f"p{i}", "label": "it", "token_ids": ids} for i, ids in enumerate([[5, V + 2, 6], [V]])]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    known = read_continuations(tmp_path / "c.jsonl", lineup, [Prompt("p0", "x"), Prompt("p1", "x")])
+    assert {name: {label: list(ids) for label, ids in of.items()} for name, of in known.items()} == {"p0": {"it": [5]}}
+    (tmp_path / "c.jsonl").write_text(json.dumps({**lines[0], "token_ids": [V + 3]}))
+    with pytest.raises(InputError, match=f"token id {V + 3} is beyond the {V + 3} rows"):
+        read_continuations(tmp_path / "c.jsonl", lineup, [Prompt("p0", "x")])
 
 
 def test_the_first_different_token_is_named_on_the_command_line(pair, tmp_path, capfd):

@@ -12,6 +12,7 @@ tokens and files; knows no forwards.
 
 from __future__ import annotations
 
+import itertools
 import json
 from array import array
 from collections.abc import Mapping, Sequence
@@ -67,7 +68,8 @@ def read_continuations(
                         f"{where}: a second continuation of prompt {prompt_id[:40]!r} by {label}, after line {first}; "
                         "leave one of them out"
                     )
-                known.setdefault(prompt_id, {})[label] = tokens
+                if tokens:
+                    known.setdefault(prompt_id, {})[label] = tokens
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not known:
@@ -107,7 +109,10 @@ def _read(record: dict[str, Any], where: str, lineup: Lineup) -> tuple[str, str,
         )
     if not isinstance(tokens, list) or not tokens or not all(type(one) is int for one in tokens):
         raise InputError(f"{where}: token_ids is {json.dumps(tokens)[:40]}, expected a list of whole numbers")
-    wrong = [one for one in tokens if not 0 <= one < lineup.vocab_size]
+    n_rows = max(one.n_rows for one in lineup.ids.tokens)
+    wrong = [one for one in tokens if not 0 <= one < n_rows]
     if wrong:
-        raise InputError(f"{where}: token id {wrong[0]} is beyond the {lineup.vocab_size} rows of the embeddings")
+        raise InputError(f"{where}: token id {wrong[0]} is beyond the {n_rows} rows of the embeddings")
+    if lineup.has_tails:  # what not every checkpoint has is never chosen, and what follows it is another text
+        tokens = list(itertools.takewhile(lineup.ids.shared.__contains__, tokens))
     return record[named[0]], str(label), array("i", tokens)
