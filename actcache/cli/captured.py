@@ -21,9 +21,9 @@ def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", metavar="DEVICES", help=f"{DEVICES} (default: that of the capture)")
     parser.add_argument(
         "--resident",
-        choices=["all", "one"],
-        default="all",
-        help="which late stacks are in memory together, all or only one (default %(default)s)",
+        choices=["auto", "one", "all"],
+        default="auto",
+        help="late stacks in memory at once: one after another, all, or all if they fit (default %(default)s)",
     )
     parser.add_argument("--stream", action="store_true", help=STREAM)
 
@@ -31,7 +31,7 @@ def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
 def held(args: argparse.Namespace, record: RunRecord | None = None) -> dict[str, Any]:
     """How a :class:`actcache.study.run.Run` holds its checkpoints, as its arguments; ``record`` gives a default."""
     device = args.device or (record.device if record is not None else None)
-    return {"device": device, "one_at_a_time": getattr(args, "resident", "all") == "one", "stream": args.stream}
+    return {"device": device, "resident": args.resident, "stream": args.stream}
 
 
 def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup]:

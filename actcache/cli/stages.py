@@ -28,7 +28,7 @@ from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import InputError
 from actcache.schema import ROLES
-from actcache.study.run import check_complete, check_same_checkpoints
+from actcache.study.run import check_complete, check_same_checkpoints, keeps_one
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
 
 if TYPE_CHECKING:
@@ -314,7 +314,7 @@ def _score(
             check_same_checkpoints(store, lineup)  # what was loaded lies between two looks at the files
             return late
 
-        one_at_a_time = how["one_at_a_time"] or how["stream"]
+        one_at_a_time = how["stream"] or keeps_one(how["resident"], store, lineup, devices)
         told: dict[str, Any] = {"on_progress": line, "say": say}
         run_grid(store, load, folder.cell_groups, settings, one_at_a_time=one_at_a_time, **told)
     clock.write(lineup)

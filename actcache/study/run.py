@@ -44,7 +44,7 @@ class Run:
         path: its folder.
         folder: names of its files.
         device: on which models are loaded, as ``--device`` says it.
-        one_at_a_time: whether a late stack is let go before another checkpoint's is loaded.
+        resident: which late stacks are in memory at once, ``one`` after another, ``all``, or ``auto``: all if they fit.
         stream: whether late stacks have one block in memory at a time.
     """
 
@@ -54,7 +54,7 @@ class Run:
         *,
         checkpoints: Mapping[str, str | Path] | None = None,
         device: str | None = None,
-        one_at_a_time: bool = False,
+        resident: str = "auto",
         stream: bool = False,
     ) -> None:
         """Open the run in a folder.
@@ -63,7 +63,7 @@ class Run:
             path: the folder.
             checkpoints: label -> where a checkpoint is now, of those that moved since capture.
             device: to load models on, such as ``cuda:0,cuda:1`` or ``auto``; None for the one of the capture.
-            one_at_a_time, stream: see :class:`Run`; what streams is one at a time.
+            resident, stream: see :class:`Run`; what streams is one at a time.
 
         Raises:
             InputError: the folder holds no run.
@@ -74,7 +74,7 @@ class Run:
         self._record = self.folder.record()
         self._moved = {label: str(place) for label, place in (checkpoints or {}).items()}
         self.device = device or self._record.device
-        self.one_at_a_time, self.stream = one_at_a_time or stream, stream
+        self.resident, self.stream = resident, stream
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {len(self.store)} events of {', '.join(self.store.checkpoints)}>"
@@ -164,6 +164,11 @@ class Run:
         placement = place(self.device, self.store.checkpoints)
         check_copies(placement.devices)
         return placement
+
+    @cached_property
+    def one_at_a_time(self) -> bool:
+        """Whether a late stack is let go before another checkpoint's is loaded."""
+        return self.stream or keeps_one(self.resident, self.store, self.lineup, self.placement)
 
     def load_late(self, label: str, boundary: int, device: str | None = None) -> LateStack:
         """The late stack of a checkpoint, in the store's dtype.
@@ -381,6 +386,22 @@ class Run:
         write_report(self.folder, self.folder.open_store(), say=say)
         answers = {one.analysis.name: one.content for one in found if one.content is not None}
         return Studied(answers, {one.analysis.name: one.refused for one in found if one.refused is not None})
+
+
+def keeps_one(resident: str, store: Store, lineup: Lineup, placement: Placement) -> bool:
+    """Whether late stacks of a store's first boundary are held one at a time (see :class:`Run`)."""
+    if resident != "auto":
+        return resident == "one"
+    from actcache.models.cost import ModelShape
+    from actcache.room import free_bytes
+    from actcache.study.capture import FOR_WEIGHTS
+
+    needed = dict.fromkeys(placement.devices, 0)
+    for label, device in placement.of.items():
+        shape = ModelShape.of_checkpoint(lineup.checkpoints[label])
+        late = sum(shape.block_parameters[min(store.boundaries) :]) + shape.readout_parameters
+        needed[device] += late * store.dtype.itemsize
+    return any(n_bytes > FOR_WEIGHTS * free_bytes(device) for device, n_bytes in needed.items())
 
 
 class Studied(NamedTuple):
