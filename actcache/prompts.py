@@ -99,11 +99,12 @@ class Prompts(Sequence[Prompt]):
         if isinstance(numbers, int):
             return next(self._from(numbers))
         if numbers.step == 1:
-            return [prompt for prompt, _ in zip(self._from(numbers.start), numbers, strict=False)] if numbers else []
+            # In this order, so that no row is read beyond the last one.
+            return [prompt for _, prompt in zip(numbers, self._from(numbers.start), strict=False)] if numbers else []
         return [next(self._from(number)) for number in numbers]
 
     def __iter__(self) -> Iterator[Prompt]:
-        return iter(prompt for prompt, _ in zip(self._from(0), range(len(self)), strict=False))
+        return iter(prompt for _, prompt in zip(range(len(self)), self._from(0), strict=False))
 
     def _from(self, number: int) -> Iterator[Prompt]:
         if _stamp(self._path) != self._stamp:

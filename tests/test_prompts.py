@@ -378,6 +378,16 @@ def test_prompts_read_again_are_those_of_a_list(tmp_path, nothing_held, name, te
     assert digest(found) == digest(held) == [*digests(held)][-1]
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_segment_after_segment_reads_a_file_once(tmp_path, nothing_held, name, monkeypatch):
+    found, n_started = read_prompts(written(tmp_path / f"p.{name}", ROWS)), []
+    for of, method in ((gzip._GzipReader, "_rewind"), (pq.ParquetFile, "iter_batches")):
+        own = getattr(of, method)
+        monkeypatch.setattr(of, method, lambda *a, own=own, **k: (n_started.append(1), own(*a, **k))[1])
+    assert [one.id for start in range(0, 8, 3) for one in found[start : start + 3]] == [row["id"] for row in ROWS]
+    assert len(n_started) == (name in ("jsonl.gz", "csv.gz", "parquet"))
+
+
 def test_a_large_file_that_changes_is_noticed(tmp_path, nothing_held):
     found = read_prompts(written(tmp_path / "p.jsonl", ROWS))
     assert found[3].id == "p3"
