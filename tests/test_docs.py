@@ -81,7 +81,7 @@ def pair(tmp_path_factory):
     lines = [{"id": f"chat-{i}", "prompt": f"User: {text}\nAssistant:"} for i, text in enumerate(tiny.PROMPTS)]
     (place / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--pt", place / "PT_FOLDER", "--it", place / "IT_FOLDER", "--prompts", place / "prompts.jsonl"]
-    assert main([str(word) for word in ["run", *words, "--out", place / "RUN"]]) == 0
+    assert main([str(word) for word in ["run", *words, "--out", place / "RUN", "--dtype", "float32"]]) == 0
     return place
 
 
