@@ -149,7 +149,7 @@ def test_a_template_that_asks_for_the_date_renders_alike_on_every_day(templated)
     lineup, said = Lineup.open(templated(it=DATED)), []
     rendering = lineup.rendering("it")
     ids = PromptIds(lineup, [chat(ASKED)], rendering, said.append)
-    assert lineup.decode(ids[:][0]).startswith("26 Jul 2024\n[user]")
+    assert lineup.decode(ids.of(0, [chat(ASKED)])[0]).startswith("26 Jul 2024\n[user]")
     assert said == ["the template of it asks for the date: it is told that of 26 July 2024, always"]
     assert rendering.identity.endswith(" 2024-07-26")
 

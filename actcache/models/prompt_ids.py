@@ -42,7 +42,7 @@ class PromptIds:
             InputError: besides, see :func:`check_template`.
         """
         check_template(prompts, rendering, say)
-        self._lineup, self._prompts, self._rendering = lineup, prompts, rendering
+        self._lineup, self._rendering, self._n = lineup, rendering, len(prompts)
         step = max(1, len(prompts) // N_SAMPLED) if isinstance(prompts, Prompts) else 1
         self._sample: list[list[int]] = []
         for start in range(0, len(prompts), step * _AT_ONCE):
@@ -50,22 +50,22 @@ class PromptIds:
             self._sample += lineup.encode(part, say, rendering)
             say = _silent
 
-    def __getitem__(self, part: slice) -> list[list[int]]:
-        """Of consecutive prompts."""
-        if len(self._sample) == len(self._prompts):
-            return self._sample[part]
-        return self._lineup.encode(self._prompts[part], rendering=self._rendering)
+    def of(self, start: int, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Of consecutive prompts, the first of which has this number."""
+        if self.is_sampled:
+            return self._lineup.encode(prompts, rendering=self._rendering)
+        return self._sample[start : start + len(prompts)]
 
     @property
     def is_sampled(self) -> bool:
         """Whether there are more prompts than were encoded at once."""
-        return len(self._sample) < len(self._prompts)
+        return len(self._sample) < self._n
 
     @property
     def lengths(self) -> Sequence[int]:
         """Tokens of every prompt; of a large file, each has the number of the sampled one before it."""
         counts = np.array([len(ids) for ids in self._sample], np.int64)
-        at = np.arange(len(self._prompts)) * len(counts) // max(1, len(self._prompts))
+        at = np.arange(self._n) * len(counts) // max(1, self._n)
         return counts[at].tolist() if self.is_sampled else counts.tolist()
 
 

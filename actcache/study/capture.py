@@ -244,7 +244,8 @@ def capture(
         raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
     prompt_ids = PromptIds(lineup, prompts, rendering, say) if given is None else None
     if known and prompt_ids is not None:
-        check_beginnings(known, prompts[:N_COMPARED], prompt_ids[:N_COMPARED])
+        first = prompts[:N_COMPARED]
+        check_beginnings(known, first, prompt_ids.of(0, first))
     prompts = prompts if given is None else [one.as_prompt() for one in given]
     settings = settings if given is None else replace(settings, support=FIXED)
     before = existing(store)
@@ -276,12 +277,13 @@ def capture(
                 tally.add(found=len(shard))
                 continue
             own = slice(shard.start, shard.stop)
+            of_segment = tuple(prompts[own])  # of a large file, read once
             yield CaptureJob(
                 store=found.digest,
                 segment=name,
                 settings=settings,
-                prompts=tuple(prompts[own]),
-                ids=tuple(map(tuple, prompt_ids[own])) if prompt_ids is not None else (),
+                prompts=of_segment,
+                ids=tuple(map(tuple, prompt_ids.of(shard.start, of_segment))) if prompt_ids is not None else (),
                 given=tuple(given or ())[own],
                 n_pairs=len(lineup.pairs),
                 n_paired=len(lineup.paired),
