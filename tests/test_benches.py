@@ -95,6 +95,7 @@ def test_sweep_has_everything_beside_every_rival_that_is_there(page):
     for workload, name in zip(workloads, WORKLOADS, strict=True):
         assert workload["name"].startswith(name)
         rivals = set() if name in REPLAYS else {"hooks", *installed}
+        rivals |= {"in lockstep"} if name == "cold grid" else set()
         assert workload["seconds"].keys() == {"actcache", *rivals}
         if name == "added readout":  # replays nothing: its final states were kept
             assert workload["limit_s"] is None
@@ -133,7 +134,8 @@ def test_sweep_without_the_rivals(tmp_path):
     assert result["prompts"] == 4, "of six: seconds, whatever the pair and its prompts"
     for workload in result["workloads"]:
         alone = workload["name"].startswith("replay")
-        assert workload["seconds"].keys() == ({"actcache"} if alone else {"hooks", "actcache"})
+        others = {"in lockstep"} if workload["name"].startswith("cold") else set()
+        assert workload["seconds"].keys() == ({"actcache"} if alone else {"hooks", "actcache", *others})
 
 
 def test_a_pair_without_events_is_said(tmp_path):

@@ -30,7 +30,7 @@ OnStep: TypeAlias = Callable[[int, int, int], object]  # tokens run, number of t
 # Tokens of a draft. Where all checkpoints are in memory, the first choice after a prompt is compared before anything is
 # drafted, and what is drafted behind a divergence costs decodes: drafts begin short. Where one is loaded for each
 # draft, and another to read it, they begin long.
-_FIRST_DRAFT, _LONGEST_DRAFT = 1, 16
+_FIRST_DRAFT, _LONGEST_DRAFT = 1, 8
 _FIRST_LOADED_DRAFT = 32
 
 

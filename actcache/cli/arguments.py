@@ -67,12 +67,6 @@ def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--store", metavar="URL", help="place of the store, as s3://bucket/prefix (default RUN/store)")
     add_capture_settings(parser, fixed=True)
-    parser.add_argument(
-        "--resident",
-        choices=["auto", "one", "all"],
-        default="auto",
-        help="checkpoints in memory at once: one after another, all, or all if their weights fit (default %(default)s)",
-    )
 
 
 def add_lineup_arguments(parser: argparse.ArgumentParser) -> None:
@@ -218,6 +212,12 @@ def add_capture_settings(parser: argparse.ArgumentParser, *, fixed: bool = False
         help="read quantized weights (fp8, mxfp8, mxfp4) as numbers of the run's dtype, on every device",
     )
     parser.add_argument("--device", default="cpu", metavar="DEVICES", help=f"{DEVICES} (default %(default)s)")
+    parser.add_argument(
+        "--resident",
+        choices=["auto", "one", "all"],
+        default="auto",
+        help="checkpoints in memory at once: one after another, all, or all if their weights fit (default %(default)s)",
+    )
     parser.add_argument("--stream", action="store_true", help=STREAM)
     parser.add_argument(
         "--max-new",

@@ -176,7 +176,7 @@ def _plan(args: argparse.Namespace) -> None:
     study = Study(shapes_of(lineup), ids.lengths, capture, work, checked, lineup.pairs)
     assumed = _assume(args, lineup, study)
     found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
-    held = "block" if args.stream else "checkpoint" if getattr(args, "resident", "all") == "one" else ""
+    held = "block" if args.stream else "checkpoint" if args.resident == "one" else ""
     if held:
         from actcache.study.reads import estimate_apart
 
