@@ -392,6 +392,9 @@ def test_memory_holds_one_checkpoint_whatever_their_number(tmp_path):
 
 # ---- files of continuations, spilled rows ----
 
+TOKENS = SimpleNamespace(tokens=[SimpleNamespace(n_rows=120)])
+KNOWN_LABELS: Any = SimpleNamespace(labels=["pt", "it"], vocab_size=120, has_tails=False, ids=TOKENS)
+
 
 @pytest.mark.parametrize(
     ("lines", "said"),
@@ -410,13 +413,13 @@ def test_memory_holds_one_checkpoint_whatever_their_number(tmp_path):
 )  # fmt: skip
 def test_lines_that_are_no_continuations(tmp_path, lines, said):
     (tmp_path / "c.jsonl").write_text("\n".join(lines))
-    lineup = SimpleNamespace(labels=["pt", "it"], vocab_size=120)
+    lineup = KNOWN_LABELS
     with pytest.raises(InputError, match=said):
         read_continuations(tmp_path / "c.jsonl", lineup, PROMPTS[:2])
 
 
 def test_a_file_that_is_none(tmp_path):
-    lineup = SimpleNamespace(labels=["pt", "it"], vocab_size=120)
+    lineup = KNOWN_LABELS
     with pytest.raises(InputError, match=r"no such file.*JSON Lines"):
         read_continuations(tmp_path / "c.jsonl", lineup, PROMPTS)
     (tmp_path / "c.jsonl").write_bytes(b"\xff\xfe")
@@ -427,7 +430,7 @@ def test_a_file_that_is_none(tmp_path):
 def test_with_a_limit_lines_of_other_prompts_are_left_out(tmp_path):
     line = '{"id": "p%d", "label": "it", "token_ids": [5]}\n'
     (tmp_path / "c.jsonl").write_text(line % 0 + line % 7)
-    lineup = SimpleNamespace(labels=["pt", "it"], vocab_size=120)
+    lineup = KNOWN_LABELS
     known = read_continuations(tmp_path / "c.jsonl", lineup, PROMPTS[:2], limit=2)
     assert {name: {label: list(of) for label, of in own.items()} for name, own in known.items()} == {"p0": {"it": [5]}}
 
