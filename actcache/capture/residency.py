@@ -14,6 +14,10 @@ import torch
 from actcache.capture.forward import Forwarder
 from actcache.models.readout import Readout
 
+# Prompts whose segments are computed together. Where all checkpoints are in memory, their searches share batches, which
+# would run half empty otherwise. Where one is, they share each load of it.
+TOGETHER, PER_LOAD = 512, 4096
+
 LoadForwarder = Callable[[str], Forwarder]
 LoadReadout = Callable[[str], Readout]
 

@@ -11,6 +11,7 @@ position and decides. Knows tokens; knows no text, no files and no rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -32,6 +33,18 @@ OnStep: TypeAlias = Callable[[int, int, int], object]  # tokens run, number of t
 # draft, and another to read it, they begin long.
 _FIRST_DRAFT, _LONGEST_DRAFT = 1, 8
 _FIRST_LOADED_DRAFT = 32
+
+
+def n_drafted(n_shared: float) -> float:
+    """How many tokens drafts have in all, on average, where so many of them are shared: about half of the last one is
+    for nothing."""
+    return n_shared + min(n_shared / 3, (_LONGEST_DRAFT - 1) / 2)
+
+
+def n_drafts(n_tokens: float) -> float:
+    """How many drafts have so many tokens in all."""
+    growing = 2 * _LONGEST_DRAFT - 1  # 1 + 2 + 4 + ..., up to the longest
+    return math.log2(1 + min(n_tokens, growing)) + max(0.0, n_tokens - growing) / _LONGEST_DRAFT
 
 
 class Outcome(StrEnum):

@@ -32,7 +32,7 @@ from actcache.capture.growth import (
     segments_of,
     sites_of_store,
 )
-from actcache.capture.residency import AllResident, Checkpoints, OneResident
+from actcache.capture.residency import PER_LOAD, TOGETHER, AllResident, Checkpoints, OneResident
 from actcache.capture.settings import CaptureSettings
 from actcache.capture.streams import Streaming
 from actcache.errors import InputError
@@ -53,10 +53,6 @@ from actcache.schema import FIRST_DIVERGENCE, Fingerprint, order_of_labels
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
 from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob
-
-# Prompts whose segments are computed together. Where all checkpoints are in memory, their searches share batches, which
-# would run half empty otherwise. Where one is, they share each load of it.
-TOGETHER, PER_LOAD = 512, 4096
 
 # The share of the memory that is free which weights may take: the rest is for a batch.
 FOR_WEIGHTS = 0.8

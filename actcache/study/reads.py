@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from actcache.study.capture import PER_LOAD
+from actcache.capture.residency import PER_LOAD
 from actcache.study.plan import Assumptions, Study, estimate
 from actcache.study.runner import ROWS_AT_ONCE
 

@@ -10,13 +10,15 @@ no stores and no files.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from actcache.capture.residency import TOGETHER
+from actcache.capture.search import n_drafted, n_drafts
 from actcache.capture.settings import CaptureSettings
 from actcache.capture.supports import ROLLOUTS
 from actcache.models.checkpoint import DTYPES
@@ -144,17 +146,27 @@ class CaptureWork:
         n = expected.sequences if self.settings.support == ROLLOUTS else expected.all_sequences
         return Cost(
             {
-                "search": self._searches(shape, expected, self.batches(shapes)),
+                "search": self._searches(shape, expected, self.batches(shapes), self.drafted),
                 "capture": forwards(shapes, sequences, n * len(prompts) * (1 + expected.shared_tokens), n),
                 "hooks": self._searches(shape, expected, [(length, 1) for length in self.lengths]),
             }
         )
 
-    def _searches(self, shape: ModelShape, expected: Expected, batches: Sequence[tuple[int, int]]) -> float:
-        """Multiply-adds of the searches: each prompt's tokens, padded to the longest of its batch, then one
-        token a step; whole-vocabulary logits each time."""
+    def drafted(self, n_shared: float) -> float:
+        """Tokens that a search runs behind a prompt, of which so many are shared; a rollout is no search."""
+        return n_shared if self.settings.support == ROLLOUTS else min(n_drafted(n_shared), self.settings.max_new - 1.0)
+
+    def _searches(
+        self,
+        shape: ModelShape,
+        expected: Expected,
+        batches: Sequence[tuple[int, int]],
+        length: Callable[[float], float] = float,
+    ) -> float:
+        """Multiply-adds of the searches: each prompt's tokens, padded to the longest of its batch, then as many as
+        ``length`` says where so many are shared; whole-vocabulary logits each time."""
         share = expected.event_share
-        steps = share * expected.shared_tokens + (1 - share) * expected.eventless_tokens
+        steps = share * length(expected.shared_tokens) + (1 - share) * length(expected.eventless_tokens)
         of_length: Counter[int] = Counter()
         for longest, n in batches:
             of_length[longest] += n
@@ -169,7 +181,8 @@ class CaptureWork:
     def batches(self, shapes: Mapping[str, ModelShape]) -> list[tuple[int, int]]:
         """``(longest prompt, number of prompts)`` of every batch that the searches begin with."""
         regimes = Regimes.joined(shape.regimes for shape in shapes.values())
-        batches, n = [], self.settings.shard_prompts
+        n = self.settings.shard_prompts
+        batches, n = [], n * max(1, TOGETHER // n)
         for start in range(0, len(self.lengths), n):
             ordered = sorted(self.lengths[start : start + n])
             packs = regimes.packs(ordered, self.settings.max_tokens, padded=True)
@@ -178,12 +191,15 @@ class CaptureWork:
 
     def search_calls(self, shapes: Mapping[str, ModelShape], shared_counts: Sequence[int]) -> float:
         """Expected number of forwards of all searches, where 0, 1, 2, ... tokens are shared so often: a batch goes on
-        until the last of its prompts is decided."""
+        until the last of its prompts is decided. One checkpoint drafts token by token, the others read each draft."""
         counts = np.asarray(shared_counts, np.float64)
         if not counts.sum():
             return 0.0
         decided = np.cumsum(counts) / counts.sum()  # share of prompts that shared at most 0, 1, 2, ... tokens
-        return self.n_paired * sum(1 + float((1 - decided**n).sum()) for _, n in self.batches(shapes))
+        drafted = [self.drafted(float((1 - decided**n).sum())) for _, n in self.batches(shapes)]
+        if self.settings.support == ROLLOUTS:  # each writes its own
+            return self.n_paired * sum(1 + tokens for tokens in drafted)
+        return sum(self.n_paired + tokens + (self.n_paired - 1) * n_drafts(tokens) for tokens in drafted)
 
     def memory(self, shapes: Mapping[str, ModelShape], expected: Expected) -> float:
         """Bytes at most, above what the imports take: tokenizers, weights, the largest forward or the caches of a
