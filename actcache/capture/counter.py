@@ -35,7 +35,7 @@ class SearchCounter:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             now = time.perf_counter()
             self._end_forward(now)
-            if not kwargs.get("use_cache"):  # only a search decodes with a cache
+            if backbone.is_probed or not kwargs.get("use_cache"):  # only a search decodes with a cache
                 return
             n, n_new = kwargs["input_ids"].shape
             n_seen = searches.get(kwargs[name], 0) + n_new

@@ -133,7 +133,8 @@ class Resident:
     @functools.cached_property
     def decoding(self) -> Found:
         """How it decodes; found by forwards."""
-        found = find_decoding(self.backbone)
+        with self.backbone.being_probed():
+            found = find_decoding(self.backbone)
         if found.decoding is Decoding.EVEN:
             self._say(f"searches share a batch where their prompts are of one length: {found.reason}")
         elif found.decoding is Decoding.FULL:

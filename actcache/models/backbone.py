@@ -6,7 +6,8 @@ Knows transformers modules; knows no files, no stores, no prompts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ class Backbone:
         max_positions: longest sequence, or None.
         config: the model's.
         regimes: which sequences may share a forward, or a cache, at all.
+        is_probed: whether it is being looked at, so that its forwards are no part of a study.
     """
 
     def __init__(self, model: PreTrainedModel, readout: Readout | None = None) -> None:
@@ -74,11 +76,21 @@ class Backbone:
         self.config = text_config(model.config)
         self.max_positions: int | None = getattr(self.config, "max_position_embeddings", None)
         self.regimes = Regimes.of_config(self.config)
+        self.is_probed = False
 
     @property
     def device(self) -> torch.device:
         """Where it is."""
         return self.readout.device
+
+    @contextmanager
+    def being_probed(self) -> Iterator[None]:
+        """Within this block, forwards are looked at, and not counted."""
+        self.is_probed = True
+        try:
+            yield
+        finally:
+            self.is_probed = False
 
     def forward(self, bounds: Sequence[int], **inputs: torch.Tensor) -> torch.Tensor:
         """Run the sequences that lie between ``bounds`` (``[n + 1]``) in one forward, without a key-value cache.
