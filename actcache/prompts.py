@@ -227,8 +227,9 @@ def _prompt_of(row: Row, number: int, *, is_table: bool, known: Collection[str] 
     if len(given) > 1:
         raise InputError(f"{where}: {' and '.join(map(repr, given))}; a line has one of {', '.join(map(repr, _FORMS))}")
     if not given:
+        filled = f" among its filled columns, {', '.join(map(repr, record)) or 'none'}" if is_table else ""
         raise InputError(
-            f"{where}: no 'prompt'; a prompt line is {{'id': str, 'prompt': str, ...}}, or has 'messages' or "
+            f"{where}: no 'prompt'{filled}; a prompt line is {{'id': str, 'prompt': str, ...}}, or has 'messages' or "
             "'token_ids' in its place"
         )
     if is_table and "id" not in record:

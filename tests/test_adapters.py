@@ -357,6 +357,10 @@ def test_a_base_that_is_known_to_be_another_is_refused(made, adapter, tmp_path):
         Checkpoint.open("it", f"{other}+{adapter}")
     assert f"is of {base}, which" in str(caught.value)
     assert f"give {base}+{adapter}" in str(caught.value)
+    for kind in ({"dtype": torch.bfloat16}, {"vocab_size": tiny.VOCAB_SIZE + 8}):  # in a dtype, or a size, of its own
+        another = tiny.make_checkpoint(tmp_path / "-".join(kind), "llama", seed=5, **kind)
+        with pytest.raises(InputError, match="which has other weights than"):
+            Checkpoint.open("it", f"{another}+{adapter}")
     change_config(base_model_name_or_path="some/model")(adapter)
     assert Checkpoint.open("it", f"{other}+{adapter}").left_undone()[0] == (
         f"adapter {adapter} names some/model as its base; it is merged into {other}, where it fits"

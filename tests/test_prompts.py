@@ -330,7 +330,7 @@ def test_a_parquet_table_has_lists_numbers_and_nulls(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"text": ["a"]}, "row 1: no 'prompt'"),
+        ({"text": ["a"]}, "row 1: no 'prompt' among its filled columns, 'text';"),
         ({"prompt": ["a", None]}, "row 2: no 'prompt'"),
         ({"prompt": ["a"], "at": [datetime.datetime(2024, 1, 1)]}, "row 1: 'at' is a datetime, which is not JSON"),
         ({"prompt": ["a"], "x": [float("nan")]}, "row 1: 'x' is nan, which is not JSON; make it null"),

@@ -408,7 +408,7 @@ KNOWN_LABELS: Any = SimpleNamespace(labels=["pt", "it"], vocab_size=120, has_tai
         (['{"label": "it", "token_ids": [5]}'], "line 1: a continuation names its prompt by 'prompt_id'"),
         (['{"id": "p0", "label": "it", "token_ids": [5]}'] * 2, "line 2: a second continuation of prompt 'p0'"),
         (["5"], "line 1: a JSON int"),
-        (["", ""], "no continuation of any prompt"),
+        (["", ""], "no continuation of any of these prompts"),
     ],
 )  # fmt: skip
 def test_lines_that_are_no_continuations(tmp_path, lines, said):
@@ -436,11 +436,12 @@ def test_with_a_limit_lines_of_other_prompts_are_left_out(tmp_path):
 
 
 def test_whole_sequences_are_no_continuations():
-    known = {f"p{i}": {"it": [i, 5, 9]} for i in range(3)}
-    prompt_ids = [[0, 5], [1, 5], [8, 8]]
+    known = {f"p{i}": {"it": [i, 5, 9, 9, 4]} for i in range(3)}
+    prompt_ids = [[0, 5, 9, 9], [1, 5, 9, 9], [8, 8, 8, 8]]
     with pytest.raises(InputError, match=r"'p0' by it begins with the prompt's own ids, as do 2 of 3: give the tokens"):
         check_beginnings(known, PROMPTS[:3], prompt_ids)
-    check_beginnings(known, PROMPTS[:3], [[0, 5], [1, 6], [8, 8]])
+    check_beginnings(known, PROMPTS[:3], [[0, 5, 9, 9], [1, 6, 9, 9], [8, 8, 8, 8]])
+    check_beginnings(known, PROMPTS[:3], [[0, 5], [1, 5], [2, 5]])  # which a checkpoint may well repeat
 
 
 @pytest.mark.slow

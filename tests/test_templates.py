@@ -112,8 +112,13 @@ def test_token_ids_are_used_as_they_are(templated):
         (CHAT.replace("messages", "messages[1:]"), [ASKED, ASKED], "leaves out what its user message says"),
         (BOS + " " + BOS + CHAT, [ASKED], "token 2 is a second '<|bos|>'"),
         ("{{ nowhere.to_be }}", [ASKED], "does not render it: 'nowhere' is undefined"),
+        (
+            "U: a{{ messages[-1]['content'] }}",
+            [{"role": "system", "content": "a"}, {"role": "user", "content": "ba"}],
+            "leaves out what a system message says in a chat like this",
+        ),
     ],
-    ids=["drops", "refuses", "changes", "drops one of two", "two BOS", "broken"],
+    ids=["drops", "refuses", "changes", "drops one of two", "two BOS", "broken", "drops what its own words are"],
 )
 def test_what_a_template_does_not_render_whole_is_refused_by_prompt(templated, template, messages, said):
     lineup = Lineup.open(templated(it=template))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import families
+import peft
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -47,6 +48,23 @@ def streamed(checkpoint: Checkpoint, ids: list[int]) -> torch.Tensor:
     for _ in model.pass_over():
         state = model.forward([0, len(ids)], state)
     return state
+
+
+def test_an_adapter_of_the_whole_model_changes_the_tower_as_it_changes_the_whole(tmp_path):
+    """peft finds its targets by their names, also among what reads images."""
+    base = write(tmp_path / "base", "llava")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(reference.load(base, torch.float32), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert any("vision_tower" in name for name, _ in adapted.named_parameters() if "lora" in name)
+    model = Checkpoint.open("it", f"{base}+{tmp_path / 'adapter'}").load(torch.float32)
+    with torch.no_grad():
+        expected, plain = (
+            one(input_ids=torch.tensor([IDS])).logits for one in (adapted, reference.load(base, torch.float32))
+        )
+        found = model(input_ids=torch.tensor([IDS])).logits
+    assert (found - expected).abs().max() < 1e-4 < (found - plain).abs().max()
 
 
 @pytest.mark.slow

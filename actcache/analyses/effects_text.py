@@ -173,7 +173,8 @@ def _heading(groups: Sequence[Group], store: Store | None) -> str:
         kind = group["kind"], group["pair"]
         of_kind[kind] = max(of_kind.get(kind, 0), group["n_events"])
     n_events, n_prompts = sum(of_kind.values()), max(group["n_prompts"] for group in groups)
-    without = f" ({store.n_without_event} prompts without one)" if store else ""
+    n_without = store.n_without_event if store else 0
+    without = f" ({n_without} prompt{'s' * (n_without != 1)} without one)" if store else ""
     return f"{n_events} events of {n_prompts} prompts{without}; {', '.join(said)}"
 
 

@@ -54,6 +54,7 @@ class Answers:
         folder: Path | None = None,
         *,
         has_tails: bool = False,
+        alone: bool = False,
     ) -> None:
         """By these.
 
@@ -63,8 +64,9 @@ class Answers:
             between: called before each forward; may raise.
             folder: where rows wait; None for the system's temporary one.
             has_tails: whether vocabularies differ, so that a masked token may have the best logit.
+            alone: see :func:`propose`.
         """
-        self._has_tails = has_tails
+        self._has_tails, self._alone = has_tails, alone
         self.checkpoints, self._limits, self._regimes = checkpoints, limits, regimes
         self._max_tokens, self._between, self._folder = max_tokens, between, folder
         self.n_sequences = self.n_choices = 0  # gone on from, and compared of each checkpoint, in searches
@@ -119,6 +121,7 @@ class Answers:
                 [n for number in own for n in asks[number].n_compared],
                 self._limits,
                 max_tokens=self._max_tokens,
+                alone=self._alone,
                 on_step=on_step,
                 regimes=self._regimes,
                 names=[name for number in own for name in asks[number].names],

@@ -28,6 +28,7 @@ from actcache.strict_json import parse_object
 Known = Mapping[str, Mapping[str, Sequence[int]]]
 """What others say that checkpoints write: by prompt id, and by label."""
 
+_TELLING = 4  # tokens of a prompt that is not repeated by chance
 N_COMPARED = 256  # prompts whose ids are looked for at the beginnings of continuations
 
 
@@ -52,6 +53,7 @@ def read_continuations(
     ids = {prompt.id for prompt in prompts}
     known: dict[str, dict[str, array[int]]] = {}
     lines: dict[tuple[str, str], int] = {}
+    other: str | None = None  # the first prompt that is not among these
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, 1):
@@ -61,6 +63,7 @@ def read_continuations(
                 prompt_id, label, tokens = _read(parse_object(line, where), where, lineup)
                 if prompt_id not in ids:
                     if limit is not None:
+                        other = prompt_id if other is None else other
                         continue
                     raise InputError(f"{where}: no prompt {prompt_id[:40]!r} in the prompts file")
                 if (first := lines.setdefault((prompt_id, label), number)) != number:
@@ -73,19 +76,22 @@ def read_continuations(
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     if not known:
-        raise InputError(f"{path}: no continuation of any prompt is in it; give one JSON object per line")
+        unknown = f"; its first line is of {other[:40]!r}, which is none of them" if other is not None else ""
+        raise InputError(
+            f"{path}: no continuation of any of these prompts is in it{unknown}; give one JSON object per line"
+        )
     return known
 
 
 def check_beginnings(known: Known, prompts: Sequence[Prompt], prompt_ids: Sequence[Sequence[int]]) -> None:
     """Raise InputError where continuations begin with the prompts themselves.
 
-    A checkpoint may repeat a prompt; more than half of all prompts, none does.
+    A checkpoint may repeat a prompt; more than half of all prompts, none does. Prompts of a few tokens say nothing.
     """
     whole: dict[str, list[str]] = {}
     n_of: dict[str, int] = {}
     for prompt, ids in zip(prompts, prompt_ids, strict=True):
-        for label, tokens in known.get(prompt.id, {}).items():
+        for label, tokens in known.get(prompt.id, {}).items() if len(ids) >= _TELLING else ():
             n_of[label] = n_of.get(label, 0) + 1
             if list(tokens[: len(ids)]) == list(ids):
                 whole.setdefault(label, []).append(prompt.id)

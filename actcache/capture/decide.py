@@ -150,7 +150,9 @@ class Decider:
                 say(f"one sequence per forward: {reason}")
                 self.pack_tokens = 0
         self._answers = Answers(
-            checkpoints, self.limits, self.regimes, settings.max_tokens, between, folder, has_tails=self._has_tails
+            *(checkpoints, self.limits, self.regimes, settings.max_tokens, between, folder),
+            has_tails=self._has_tails,
+            alone=settings.strict,
         )
         self._named: set[str] = set()  # prompts of which something is known
         self._corrected: set[str] = set()  # those of them where a capture forward has contradicted what was proposed

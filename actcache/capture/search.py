@@ -103,6 +103,7 @@ def propose(
     limits: SearchLimits,
     *,
     max_tokens: int = 4096,
+    alone: bool = False,
     on_step: OnStep = lambda tokens, step, n_open: None,
     regimes: Regimes | None = None,
     names: Sequence[str] = (),
@@ -119,6 +120,7 @@ def propose(
         n_compared: how many choices of each sequence were compared before (0 for a bare prompt).
         limits: when to give up.
         max_tokens: tokens of one forward: of the prompts of a padded batch, or of a pack.
+        alone: whether a forward without a cache is over one sequence, as a strict capture's.
         on_step: called after each draft of a batch with the tokens that each checkpoint has run in it, its number from
             1 on, and how many sequences are searched further.
         regimes: in which the sequences are captured; by default those of these checkpoints.
@@ -136,7 +138,7 @@ def propose(
     known = known or [{}] * len(sequences)
     if regimes is None:
         regimes = Regimes.joined(checkpoints.forwarder(label).regimes for label in labels)
-    search = _Search(checkpoints, labels, limits, regimes, max_tokens, on_step)
+    search = _Search(checkpoints, labels, limits, regimes, max_tokens, on_step, alone)
     walks = [
         _Walk(
             name, list(ids), n, Proposal(Outcome.DIVERGED, parted=[None] * (len(labels) - 1)), _own(labels, ids, n, of)
@@ -194,9 +196,10 @@ class _Search:
         regimes: Regimes,
         max_tokens: int,
         on_step: OnStep,
+        alone: bool,
     ) -> None:
         self.checkpoints, self.labels, self.limits = checkpoints, labels, limits
-        self.regimes, self.max_tokens, self.on_step = regimes, max_tokens, on_step
+        self.regimes, self.max_tokens, self.on_step, self.alone = regimes, max_tokens, on_step, alone
 
     def run(self, walks: list[_Walk]) -> None:
         """Search them all, in their order."""
@@ -320,16 +323,15 @@ class _Search:
         """The writer drafts for all, then each of the others reads all, and so on."""
         # Without a cache a drafted token costs a forward, whoever reads it.
         n_draft = 1 if self.checkpoints.together else _FIRST_LOADED_DRAFT
-        step = 0
         while walks:
             drafts, own = self.write(walks, [min(n_draft, self.room(walk)) for walk in walks])
             choices = [own, *(self.read(label, walks, drafts) for label in self.labels[1:])]
-            step += max(map(len, drafts))
             n_tokens = sum(len(walk.sequence) + len(draft) - 1 for walk, draft in zip(walks, drafts, strict=True))
             for number, walk in enumerate(walks):
                 self.take(walk, drafts[number], [of[number] for of in choices])
+            n_compared = 1 + max(walk.n_shared for walk in walks)
             walks = [walk for walk in walks if walk.is_open]
-            self.on_step(n_tokens, step, len(walks))
+            self.on_step(n_tokens, min(n_compared, self.limits.max_new), len(walks))
             n_draft = n_draft if self.checkpoints.together else 2 * n_draft
 
     def write(self, walks: Sequence[_Walk], n_new: Sequence[int]) -> tuple[list[list[int]], list[list[int]]]:
@@ -355,7 +357,7 @@ class _Search:
         if not walks:
             return []
         reader = self.checkpoints.forwarder(label)
-        pack_tokens = 0 if self.checkpoints.why_not_packable(label) else self.max_tokens
+        pack_tokens = 0 if self.alone or self.checkpoints.why_not_packable(label) else self.max_tokens
         sequences = [[*walk.sequence, *draft[:-1]] for walk, draft in zip(walks, drafts, strict=True)]
         order = sorted(range(len(walks)), key=lambda number: len(sequences[number]))
         found = [[] for _ in walks]

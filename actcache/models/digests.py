@@ -58,7 +58,9 @@ def _name_of_blob(file: Path, real: Path) -> bytes | None:
     """
     blobs = real.parent
     inside = file.is_symlink() and blobs.name == "blobs" and blobs.parent.name.startswith("models--")
-    if inside and _SHA256.fullmatch(real.name) and real.stat().st_mtime_ns <= file.lstat().st_mtime_ns:
+    if not inside or not _SHA256.fullmatch(real.name):
+        return None
+    if max((blob := real.stat()).st_mtime_ns, blob.st_ctime_ns) <= file.lstat().st_ctime_ns:
         return bytes.fromhex(real.name)
     return None
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -46,6 +47,7 @@ class ChatTemplate:
     label: str
     text: str
     _tokenizer: PreTrainedTokenizerBase
+    _drops: dict[tuple[str, ...], str | None] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def of(cls, label: str, tokenizer: PreTrainedTokenizerBase) -> ChatTemplate | None:
@@ -79,14 +81,11 @@ class ChatTemplate:
             InputError: the template refuses them, or leaves a part of them out; names the prompt.
         """
         messages = prompt.messages or []
-        how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
-        how["chat_template"] = _on_the_day() + self.text if self.is_dated else self.text
         try:
-            text = self._tokenizer.apply_chat_template([dict(one) for one in messages], **how)
+            text = self._apply(messages)
         except Exception as error:  # the template is a program, and raises what it likes
             said = " ".join(str(error).split())[:200]
             raise InputError(f"{prompt.named}: the template of {self.label} does not render it: {said}") from error
-        assert isinstance(text, str)
         # A text that two messages have, or that is a part of another, must come so often.
         wanted = Counter(one["content"].strip() for one in messages)
         for content in wanted:
@@ -97,7 +96,32 @@ class ChatTemplate:
                     f"{prompt.named}: the template of {self.label} leaves out what its {role} message says, "
                     f"{content[:40]!r}, or changes it; give messages that it renders whole"
                 )
+        if (dropped := self._dropped(tuple(one["role"] for one in messages))) is not None:
+            raise InputError(
+                f"{prompt.named}: the template of {self.label} leaves out what a {dropped} message says in a chat like "
+                "this; give messages that it renders whole"
+            )
         return text
+
+    def _apply(self, messages: Sequence[Mapping[str, str]]) -> str:
+        how: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True}
+        how["chat_template"] = _on_the_day() + self.text if self.is_dated else self.text
+        text = self._tokenizer.apply_chat_template([dict(one) for one in messages], **how)
+        assert isinstance(text, str)
+        return text
+
+    def _dropped(self, roles: tuple[str, ...]) -> str | None:
+        """A role whose message the template drops from a chat of these: the words of a short one may stand in the text
+        without it."""
+        if roles in self._drops:
+            return self._drops[roles]
+        marks = [f"mark{number:04d}of{len(roles):04d}" for number in range(len(roles))]
+        try:
+            text = self._apply([{"role": r, "content": m} for r, m in zip(roles, marks, strict=True)])
+        except Exception:  # it asks more of messages than that
+            text = "".join(marks)
+        self._drops[roles] = next((r for r, mark in zip(roles, marks, strict=True) if mark not in text), None)
+        return self._drops[roles]
 
 
 @dataclass(frozen=True)
