@@ -411,6 +411,12 @@ def numbers(text: str) -> list[int] | None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, such as 5,10, nor all") from error
 
 
+def check_residency(args: argparse.Namespace) -> None:
+    """Raise InputError where the arguments ask for all checkpoints in memory, and for one block."""
+    if args.stream and args.resident == "all":
+        raise InputError("--stream has one block in memory, --resident all has all checkpoints: give one of the two")
+
+
 def placed(device: str, labels: Sequence[str]) -> Placement:
     """Where each checkpoint computes, by what ``--device`` says; copies between devices are tried.
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.cli.arguments import DEVICES, STREAM, add_checkpoint_arguments, checkpoints_given
+from actcache.cli.arguments import DEVICES, STREAM, add_checkpoint_arguments, check_residency, checkpoints_given
 from actcache.errors import InputError
 from actcache.study.run_folder import RunFolder, RunRecord
 
@@ -30,6 +30,7 @@ def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
 
 def held(args: argparse.Namespace, record: RunRecord | None = None) -> dict[str, Any]:
     """How a :class:`actcache.study.run.Run` holds its checkpoints, as its arguments; ``record`` gives a default."""
+    check_residency(args)
     device = args.device or (record.device if record is not None else None)
     return {"device": device, "resident": args.resident, "stream": args.stream}
 

@@ -15,6 +15,7 @@ from actcache.cli.arguments import (
     add_strict_and_pack,
     add_verb,
     capture_settings,
+    check_residency,
     checkpoints_given,
     grid_settings,
     open_lineup,
@@ -163,6 +164,7 @@ def _read_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
     from actcache.prompts import read_prompts
 
     checkpoints_given(args, fewest=2)
+    check_residency(args)
     events = args.events
     if (args.support == "fixed") != (events is not None):
         raise InputError("--support fixed and --events belong together: give both, or neither")
