@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 
 from actcache.errors import CheckError, InputError
+from actcache.models import fit
 from actcache.models.devices import check_copies, place
+from actcache.models.lineup import Lineup
 
 LABELS = ("a", "b", "c")
 
@@ -76,3 +79,27 @@ def test_a_link_that_changes_values_is_named():
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two CUDA devices")
 def test_copies_between_real_devices():
     check_copies([f"cuda:{n}" for n in range(torch.cuda.device_count())])
+
+
+def test_what_fits_is_in_memory_together_on_each_device(monkeypatch, tmp_path):
+    pt, it = tiny.make_pair(tmp_path, "llama")
+    lineup = Lineup.open({"pt": pt, "it": it})
+    n_bytes = sum(weight.numel() for weight in lineup.checkpoints["pt"].skeleton.parameters()) * 4
+    free: dict[str, float] = {}
+    monkeypatch.setattr(fit, "free_bytes", free.__getitem__)
+    said: list[str] = []
+
+    def together(devices, resident="auto", **how):
+        return fit.are_together(resident, lineup, "float32", devices, say=said.append, **how)
+
+    one, two = {"pt": "a", "it": "a"}, {"pt": "a", "it": "b"}
+    free |= {"a": 1.9 * n_bytes / fit.FOR_WEIGHTS, "b": 1.1 * n_bytes / fit.FOR_WEIGHTS}
+    assert not together(one)
+    assert "on a the weights of pt, it take" in said.pop()
+    assert together(two)
+    assert together(one, "all")
+    assert not together(two, "one")
+    assert together(one, first=lineup.n_blocks - 1)  # late stacks of one block each
+    free["a"] = 1000.0
+    assert not together(one, first=lineup.n_blocks - 1)
+    assert f"blocks {lineup.n_blocks - 1} to {lineup.n_blocks - 1} of pt, it" in said.pop()

@@ -50,7 +50,7 @@ FLOW = {
         *("tokens", "quantized", "digests", "checkpoint_files", "origin", "adapters", "shared", "blocks", "text_tower"),
         *("checkpoint", "vocabulary", "templates", "lineup", "prompt_ids"),
         *("probe", "parts", "packing", "linear", "readout"),
-        *("regimes", "cost", "backbone", "streamed", "gather", "devices"),
+        *("regimes", "cost", "backbone", "streamed", "gather", "devices", "fit"),
     ),
     "capture": (
         *(

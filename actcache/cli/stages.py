@@ -29,7 +29,7 @@ from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import InputError
 from actcache.schema import ROLES
-from actcache.study.run import check_complete, check_same_checkpoints, keeps_one
+from actcache.study.run import check_complete, check_same_checkpoints
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
 
 if TYPE_CHECKING:
@@ -284,6 +284,7 @@ def _score(
 ) -> int:
     """Score what is not scored yet, with late stacks held as ``how`` says; how many cells there are now."""
     from actcache.analyses.grid import check_settings, run_grid
+    from actcache.models.fit import are_together
     from actcache.replay.late_stack import LateStack
     from actcache.replay.streamed_late import load_late
     from actcache.study.cells import publish_cells
@@ -316,9 +317,10 @@ def _score(
             check_same_checkpoints(store, lineup)  # what was loaded lies between two looks at the files
             return late
 
-        one_at_a_time = how["stream"] or keeps_one(how["resident"], store, lineup, devices)
+        resident, first = "one" if how["stream"] else how["resident"], min(settings.boundaries)
+        together = are_together(resident, lineup, captured.dtype, devices.of, first=first, say=say)
         told: dict[str, Any] = {"on_progress": line, "say": say}
-        run_grid(store, load, folder.cell_groups, settings, one_at_a_time=one_at_a_time, **told)
+        run_grid(store, load, folder.cell_groups, settings, one_at_a_time=not together, **told)
     clock.write(lineup)
     exactness: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
     return publish_cells(folder.cells, folder.cell_groups, store, **exactness).num_rows

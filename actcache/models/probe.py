@@ -106,7 +106,7 @@ def check_reads_back(model: PreTrainedModel) -> None:
     other = ids.clone()
     other[0, -1] += 1
     first, second = (decoder(input_ids=one, use_cache=False).last_hidden_state[0, :-1] for one in (ids, other))
-    if not (second - first).abs().max() <= _SAME[first.dtype] * first.abs().max():
+    if (second - first).abs().max() > _SAME[first.dtype] * first.abs().max():  # what is no number is named elsewhere
         raise UnsupportedModelError(
             f"{type(model).__name__}: what it computes at a position depends on the tokens after it"
         )
@@ -122,7 +122,7 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return torch.equal(a, b)
+        return a.shape == b.shape and a.dtype == b.dtype and bool(((a == b) | ((a != a) & (b != b))).all())
     return not _holds_tensor(a) and not _holds_tensor(b)
 
 

@@ -39,6 +39,7 @@ from actcache.errors import InputError
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import check_boundary, find_site
 from actcache.models.checkpoint import DTYPES
+from actcache.models.fit import are_together
 from actcache.models.lineup import Lineup
 from actcache.models.parts import Frame
 from actcache.models.probe import check_reads_back, check_replayable, check_text_alone
@@ -48,17 +49,10 @@ from actcache.models.streamed import Streamed
 from actcache.models.templates import PLAIN, Rendering
 from actcache.progress import OnProgress, Tally, Told, nobody_told, untold
 from actcache.prompts import Prompt
-from actcache.room import free_bytes
 from actcache.schema import FIRST_DIVERGENCE, Fingerprint, order_of_labels
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
 from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob
-
-# The share of the memory that is free which weights may take: the rest is for a batch.
-FOR_WEIGHTS = 0.8
-
-RESIDENT = ("auto", "one", "all")
-"""Which checkpoints are in memory at once; ``auto`` chooses by what fits."""
 
 
 class LocalCapture:
@@ -84,7 +78,7 @@ class LocalCapture:
             settings: what to compute.
             load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
             say: told, in one line, what a person should know.
-            resident: see :data:`RESIDENT`.
+            resident: see :data:`actcache.models.fit.RESIDENT`.
             known: see :class:`Decider`.
             folder: where rows wait, if one checkpoint is in memory at a time.
             stream: whether a checkpoint has one block in memory at a time; then there is one checkpoint at a time, too.
@@ -120,18 +114,7 @@ class LocalCapture:
     @functools.cached_property
     def is_together(self) -> bool:
         """Whether all checkpoints are in memory at once."""
-        if self._resident != "auto":
-            return self._resident == "all"
-        for device in dict.fromkeys(self._devices.values()):
-            labels = [label for label in self._lineup.labels if self._devices[label] == device]
-            needed, free = weight_bytes(self._lineup, labels, self._settings.dtype), free_bytes(device)
-            if needed > FOR_WEIGHTS * free:
-                self._say(
-                    f"one checkpoint in memory at a time: on {device} the weights of {', '.join(labels)} take "
-                    f"{needed / 2**30:.1f} GiB of {free / 2**30:.1f} GiB that are free; --resident all loads all"
-                )
-                return False
-        return True
+        return are_together(self._resident, self._lineup, self._settings.dtype, self._devices, say=self._say)
 
     def complete(self, jobs: Iterable[CaptureJob | RowsJob], publish: Callable[..., object], told: Told) -> None:
         """Run jobs, many together, and hand over what each gives as soon as it is there.
@@ -218,7 +201,8 @@ def capture(
         on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
             of sequences that run again.
         say: told, in one line, what a person should know (packing not possible, for example).
-        resident: which checkpoints are in memory at once (see :data:`RESIDENT`). The store does not depend on it.
+        resident: which checkpoints are in memory at once (see :data:`actcache.models.fit.RESIDENT`). The store does not
+            depend on it.
         known: what others say that checkpoints write, by prompt id and label, for the search to propose.
         folder: where rows wait if one checkpoint is in memory at a time; None for the system's temporary one.
         stream, devices: see :class:`LocalCapture`; the store does not depend on them.
@@ -327,12 +311,6 @@ def _add_rows(
             background.add_rows(name_of_addition(segment, missing[job.segment]), segment.record, rows)
 
         engine.complete(jobs, add, tally.add)
-
-
-def weight_bytes(lineup: Lineup, labels: Sequence[str], dtype: str) -> float:
-    """Bytes of the weights of these checkpoints in this dtype."""
-    models = (lineup.checkpoints[label].skeleton for label in labels)
-    return float(sum(weight.numel() for model in models for weight in model.parameters()) * DTYPES[dtype].itemsize)
 
 
 def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings, device: str | None = None) -> Backbone:

@@ -168,7 +168,11 @@ class Run:
     @cached_property
     def one_at_a_time(self) -> bool:
         """Whether a late stack is let go before another checkpoint's is loaded."""
-        return self.stream or keeps_one(self.resident, self.store, self.lineup, self.placement)
+        from actcache.models.fit import are_together
+
+        captured, first = self.store.fingerprint, min(self.store.boundaries)
+        resident = "one" if self.stream else self.resident
+        return not are_together(resident, self.lineup, captured.dtype, self.placement.of, first=first)
 
     def load_late(self, label: str, boundary: int, device: str | None = None) -> LateStack:
         """The late stack of a checkpoint, in the store's dtype.
@@ -386,22 +390,6 @@ class Run:
         write_report(self.folder, self.folder.open_store(), say=say)
         answers = {one.analysis.name: one.content for one in found if one.content is not None}
         return Studied(answers, {one.analysis.name: one.refused for one in found if one.refused is not None})
-
-
-def keeps_one(resident: str, store: Store, lineup: Lineup, placement: Placement) -> bool:
-    """Whether late stacks of a store's first boundary are held one at a time (see :class:`Run`)."""
-    if resident != "auto":
-        return resident == "one"
-    from actcache.models.cost import ModelShape
-    from actcache.room import free_bytes
-    from actcache.study.capture import FOR_WEIGHTS
-
-    needed = dict.fromkeys(placement.devices, 0)
-    for label, device in placement.of.items():
-        shape = ModelShape.of_checkpoint(lineup.checkpoints[label])
-        late = sum(shape.block_parameters[min(store.boundaries) :]) + shape.readout_parameters
-        needed[device] += late * store.dtype.itemsize
-    return any(n_bytes > FOR_WEIGHTS * free_bytes(device) for device, n_bytes in needed.items())
 
 
 class Studied(NamedTuple):
