@@ -94,7 +94,7 @@ def run(checkpoint: Checkpoint, numbers: Sequence[int], repeat: int) -> dict[str
             f"{median['cold']:.2f} s ({n_block_bytes / 1e6 / median['cold']:,.0f} MB/s), the slower of plain and disk "
             f"{limit:.2f} s; disk {n_file_bytes / 1e6 / median['disk']:,.0f} MB/s"
         )
-    return {"n_parameters": checkpoint.skeleton.num_parameters(), "block_bytes": n_block_bytes, "tokens": found}
+    return {"n_parameters": checkpoint.skeleton.num_parameters(), "block_bytes": n_block_bytes, "passes": found}
 
 
 def forward(reader: Forwarder, given: Sequence[Pack]) -> None:

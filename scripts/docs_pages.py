@@ -225,7 +225,7 @@ def _store_chunks(result: Mapping[str, Any]) -> str:
 
 def _stream(result: Mapping[str, Any]) -> str:
     rows = []
-    for tokens, of in result["tokens"].items():
+    for tokens, of in result["passes"].items():
         rate = result["block_bytes"] / 1e6 / of["cold"]
         rows.append([f"{int(tokens):,}", *(_seconds(of[name]) for name in _STREAMED), f"{rate:,.0f} MB/s"])
     said = f"{result['n_parameters'] / 1e9:.2f} billion parameters, {result['block_bytes'] / 1e9:.2f} GB of blocks."

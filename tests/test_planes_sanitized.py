@@ -18,7 +18,7 @@ WARNINGS = ["-Wall", "-Wextra", "-Wconversion", "-Werror"]
 
 @pytest.mark.parametrize(("sanitizers", "parts"), [("address,undefined", []), ("thread", ["rows"])])
 def test_the_core_under_sanitizers(tmp_path: Path, sanitizers: str, parts: list[str]) -> None:
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    compiler = shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX")
     if compiler is None:
         pytest.skip("no C++ compiler")
     options = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]

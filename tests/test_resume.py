@@ -22,6 +22,7 @@ from actcache.analyses import grid
 from actcache.cli import main
 from actcache.errors import CheckError
 from actcache.files import write_atomically
+from actcache.models.checkpoint import Checkpoint
 from actcache.replay.late_stack import LateStack
 
 pytestmark = pytest.mark.slow
@@ -117,9 +118,9 @@ def test_readouts_add_up_and_modes_replace(whole, tmp_path):
 def test_a_replay_that_is_not_a_no_op_stops_the_grid(whole, tmp_path, monkeypatch, capfd):
     out = shutil.copytree(whole[2], tmp_path / "run")
     shutil.rmtree(out / "cells")
-    replay = LateStack.iterate_variants
+    prepare = LateStack.prepare
     monkeypatch.setattr(
-        LateStack, "iterate_variants", lambda self, rows, *args, **more: replay(self, rows * 1.01, *args, **more)
+        LateStack, "prepare", lambda self, rows, *args, **more: prepare(self, rows * 1.01, *args, **more)
     )
     assert main(["grid", str(out)]) == 1
     assert "is not a no-op: event p00@" in capfd.readouterr().err
@@ -235,11 +236,11 @@ def test_a_checkpoint_written_anew_while_it_is_loaded_is_noticed(whole, tmp_path
     shutil.rmtree(out / "cells")
     load = LateStack.load
 
-    def change_first(path: Path, *args: object, **more: object) -> LateStack:
-        if path == changed:
+    def change_first(checkpoint: Checkpoint, *args: object, **more: object) -> LateStack:
+        if checkpoint.path == changed:
             scale_norm(changed)
-        return load(path, *args, **more)
+        return load(checkpoint, *args, **more)
 
     monkeypatch.setattr(LateStack, "load", change_first)
     assert main(["grid", str(out), "--it", str(changed)]) == 2
-    assert "is not the one captured: its weights" in capfd.readouterr().err
+    assert "its files have changed since they were opened" in capfd.readouterr().err

@@ -173,7 +173,8 @@ def test_a_large_scratch_lies_in_a_file_that_nobody_sees(tmp_path, monkeypatch):
 
 def captured(run: TinyRun, out: Path, *more: str) -> dict[str, bytes]:
     """The files of a store captured strictly, by name, but what says who wrote it when."""
-    words = [*run.arguments("capture"), "--strict", "--shard-prompts", "3", "--limit", "7", "--site", "mlp:1", *more]
+    words = [*run.arguments("capture"), "--strict", "--shard-prompts", "3", "--limit", "7", "--max-new", "10", *more]
+    words += ["--site", "mlp:1"]
     words[words.index("--out") + 1] = str(out)
     assert main(words) == 0
     return {str(path.relative_to(out)): path.read_bytes() for path in (out / "store").rglob("*") if path.is_file()}
