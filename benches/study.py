@@ -257,7 +257,7 @@ class Ours:
         for segment in self.segments:
             rows, offsets = self.store.states(upstream, boundary, segment.events)
             donors = {donor: self.store.states(donor, boundary, segment.events)[0]} if donor else {}
-            for sequences, numbers, final_hidden in stack.iterate_variants(rows, offsets, variants, donors=donors):
+            for sequences, numbers, final_hidden in stack.replay(stack.prepare(rows, offsets, variants, donors=donors)):
                 events = segment.events.start + sequences
                 logits = stack.readout.scores(final_hidden, self.pair_ids[events])
                 margins[events, numbers] = logits[:, 1] - logits[:, 0]

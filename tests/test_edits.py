@@ -637,9 +637,8 @@ def test_chunks_are_bounded_and_every_pair_comes_once(lengths, kinds, max_tokens
     }
     variants = [Variant(f"{number}", edits[kind]) for number, kind in enumerate(kinds)]
     pairs = []
-    for sequences, numbers, hidden in late.iterate_variants(
-        rows, offsets, variants, max_tokens=max_tokens, strict=strict
-    ):
+    batch = late.prepare(rows, offsets, variants, max_tokens=max_tokens, strict=strict)
+    for sequences, numbers, hidden in late.replay(batch):
         assert len(sequences) == len(numbers) == len(hidden)
         assert len(hidden) <= max(max_tokens, len(set(sequences.tolist())))
         pairs += zip(sequences.tolist(), numbers.tolist(), strict=True)

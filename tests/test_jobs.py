@@ -390,7 +390,7 @@ def test_a_further_readout_replays_nothing(captured, tmp_path, monkeypatch, stri
     def refuse(*args, **more):
         raise AssertionError("something was replayed")
 
-    monkeypatch.setattr(LateStack, "iterate_variants", refuse)
+    monkeypatch.setattr(LateStack, "replay", refuse)
     loads = []
     found = run_grid(run.store, load_counted(checkpoints, loads), tmp_path / "cells", whole)
     assert found.equals(expected)

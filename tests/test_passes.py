@@ -325,8 +325,9 @@ def test_every_pair_of_event_and_variant_comes_once_in_bounded_parts():
     variants = [Variant(f"{n}", edits_of(kind, WIDTH, IDS)) for n, kind in enumerate(["last", "plain", "called"] * 3)]
     for max_tokens in (1, 12, 1024):
         pairs = []
-        for events, numbers, hidden in late.iterate_variants(
-            sequences.rows, sequences.offsets, variants, positions=EVENTS, keys=IDS, max_tokens=max_tokens
+        given = sequences.rows, sequences.offsets, variants
+        for events, numbers, hidden in late.replay(
+            late.prepare(*given, positions=EVENTS, keys=IDS, max_tokens=max_tokens)
         ):
             assert len(events) == len(numbers) == len(hidden) <= max(max_tokens, len(EVENTS))
             pairs += zip(events.tolist(), numbers.tolist(), strict=True)

@@ -279,12 +279,13 @@ def test_others_may_replay_while_variants_are_being_iterated():
     variants = [Variant(f"{layer}", [Edit(Add(SHIFT), site="mlp", layers=(layer,))]) for layer in (2, 3, 2, 3)]
     expected = late.run_variants(sequences.rows, sequences.offsets, variants, max_tokens=5)
     plain = late.run(sequences.rows, sequences.offsets, strict=True)
-    first, second = (late.iterate_variants(sequences.rows, sequences.offsets, variants, max_tokens=5) for _ in range(2))
+    batch = late.prepare(sequences.rows, sequences.offsets, variants, max_tokens=5)
+    first, second = late.replay(batch), late.replay(batch)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(late.run(sequences.rows, sequences.offsets, strict=True), plain)
         for numbers, indices, hidden in (one, other):
             assert torch.equal(hidden, expected[numbers, indices])
-    half = late.iterate_variants(sequences.rows, sequences.offsets, variants, max_tokens=5)
+    half = late.replay(batch)
     next(half)
     assert torch.equal(late.run(sequences.rows, sequences.offsets, strict=True), plain)
     assert not any(module._forward_hooks for module in model.modules())

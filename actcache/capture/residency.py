@@ -6,6 +6,7 @@ Knows how checkpoints are let go; loads them by functions that it is given.
 from __future__ import annotations
 
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -51,14 +52,15 @@ class Checkpoints(Protocol):
         """Let go what need not stay."""
 
 
-class _Asked:
+class _Asked(ABC):
     """Answers once what forwards are needed for."""
 
     def __init__(self) -> None:
         self._not_packable: dict[str, str | None] = {}
 
+    @abstractmethod
     def forwarder(self, label: str) -> Forwarder:
-        raise NotImplementedError
+        """As :class:`Checkpoints`."""
 
     def why_not_packable(self, label: str) -> str | None:
         """As :class:`Checkpoints`."""

@@ -32,7 +32,7 @@ OnStep: TypeAlias = Callable[[int, int, int], object]  # tokens run, number of t
 # drafted, and what is drafted behind a divergence costs decodes: drafts begin short. Where one is loaded for each
 # draft, and another to read it, they begin long.
 _FIRST_DRAFT, _LONGEST_DRAFT = 1, 8
-_FIRST_LOADED_DRAFT = 32
+FIRST_LOADED_DRAFT = 32
 
 
 def n_drafted(n_shared: float) -> float:
@@ -322,7 +322,7 @@ class _Search:
     def in_turns(self, walks: list[_Walk]) -> None:
         """The writer drafts for all, then each of the others reads all, and so on."""
         # Without a cache a drafted token costs a forward, whoever reads it.
-        n_draft = 1 if self.checkpoints.together else _FIRST_LOADED_DRAFT
+        n_draft = 1 if self.checkpoints.together else FIRST_LOADED_DRAFT
         while walks:
             drafts, own = self.write(walks, [min(n_draft, self.room(walk)) for walk in walks])
             choices = [own, *(self.read(label, walks, drafts) for label in self.labels[1:])]

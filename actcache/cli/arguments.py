@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from actcache.models.lineup import Lineup
     from actcache.models.templates import Rendering
 
-DEVICES = "where to compute: cpu, cuda, cuda:1, a list such as cuda:0,cuda:1 to deal the checkpoints to, or auto"
-STREAM = "read one block at a time from the files whenever it runs, for models larger than the memory"
 READOUTS = "native,common_it,common_pt"
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
@@ -211,14 +209,7 @@ def add_capture_settings(parser: argparse.ArgumentParser, *, fixed: bool = False
         action="store_true",
         help="read quantized weights (fp8, mxfp8, mxfp4) as numbers of the run's dtype, on every device",
     )
-    parser.add_argument("--device", default="cpu", metavar="DEVICES", help=f"{DEVICES} (default %(default)s)")
-    parser.add_argument(
-        "--resident",
-        choices=["auto", "one", "all"],
-        default="auto",
-        help="checkpoints in memory at once: one after another, all, or all if their weights fit (default %(default)s)",
-    )
-    parser.add_argument("--stream", action="store_true", help=STREAM)
+    add_holding_arguments(parser, "checkpoints", "cpu", "cpu")
     parser.add_argument(
         "--max-new",
         type=positive,
@@ -409,6 +400,29 @@ def numbers(text: str) -> list[int] | None:
         return [int(part) for part in text.split(",")]
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, such as 5,10, nor all") from error
+
+
+def add_holding_arguments(parser: argparse.ArgumentParser, what: str, device: str | None, said: str) -> None:
+    """How checkpoints are held: where, how many at once, and whether whole.
+
+    Args:
+        parser: to add them to.
+        what: is in memory.
+        device: the default one; ``said``: in words.
+    """
+    devices = "where to compute: cpu, cuda, cuda:1, a list such as cuda:0,cuda:1 to deal the checkpoints to, or auto"
+    parser.add_argument("--device", default=device, metavar="DEVICES", help=f"{devices} (default: {said})")
+    parser.add_argument(
+        "--resident",
+        choices=["auto", "one", "all"],
+        default="auto",
+        help=f"{what} in memory at once: one after another, all, or all if their weights fit (default %(default)s)",
+    )
+    parser.add_argument(
+        "--stream",
+        action="store_true",
+        help="read one block at a time from the files whenever it runs, for models larger than the memory",
+    )
 
 
 def check_residency(args: argparse.Namespace) -> None:

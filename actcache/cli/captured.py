@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.cli.arguments import DEVICES, STREAM, add_checkpoint_arguments, check_residency, checkpoints_given
+from actcache.cli.arguments import add_checkpoint_arguments, add_holding_arguments, check_residency, checkpoints_given
 from actcache.errors import InputError
 from actcache.study.run_folder import RunFolder, RunRecord
 
@@ -18,14 +18,7 @@ def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, what may have moved since, and how its checkpoints are held."""
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     add_checkpoint_arguments(parser, "present folder of a checkpoint, by its label (default: that of the capture)")
-    parser.add_argument("--device", metavar="DEVICES", help=f"{DEVICES} (default: that of the capture)")
-    parser.add_argument(
-        "--resident",
-        choices=["auto", "one", "all"],
-        default="auto",
-        help="late stacks in memory at once: one after another, all, or all if they fit (default %(default)s)",
-    )
-    parser.add_argument("--stream", action="store_true", help=STREAM)
+    add_holding_arguments(parser, "late stacks", None, "that of the capture")
 
 
 def held(args: argparse.Namespace, record: RunRecord | None = None) -> dict[str, Any]:

@@ -12,9 +12,6 @@ from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
 from actcache.room import free_bytes
 
-RESIDENT = ("auto", "one", "all")
-"""Which checkpoints are in memory at once; ``auto`` chooses by what fits."""
-
 # The share of the memory that is free which weights may take: the rest is for a batch.
 FOR_WEIGHTS = 0.8
 
@@ -31,7 +28,7 @@ def are_together(
     """Whether all checkpoints are in memory at once.
 
     Args:
-        resident: see :data:`RESIDENT`.
+        resident: ``one``, ``all``, or ``auto``, which is all if they fit.
         lineup: the checkpoints.
         dtype: of their weights.
         devices: of each, by label.

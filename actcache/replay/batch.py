@@ -69,7 +69,7 @@ class Batch:
         *,
         sizes: bool = False,
     ) -> Batch:
-        """What a call of :meth:`LateStack.iterate_variants` is given, checked (see there)."""
+        """What a call of :meth:`LateStack.prepare` is given, checked (see there)."""
         backbone = forwards.backbone
         bounds = _check_rows(backbone, rows, offsets)
         spans = _spans(bounds, positions)

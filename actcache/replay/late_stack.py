@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -238,7 +237,8 @@ class LateStack:
         max_tokens: int | None = None,
         moves: Moves | None = None,
     ) -> torch.Tensor:
-        """Replay sequences once for each variant (see :meth:`iterate_variants`): ``[m, n_variants, D]``."""
+        """Replay sequences once for each variant: ``[m, n_variants, D]`` (arguments as :meth:`prepare`, errors also of
+        :meth:`replay`)."""
         given = rows, offsets, variants, positions, donors, keys, prompts, moves
         batch = Batch.of(self._forwards, self._mode(strict), max_tokens, *given)
         out = torch.empty(len(batch.spans), len(variants), self.width, dtype=self.dtype)
@@ -246,8 +246,7 @@ class LateStack:
             out[events, numbers] = hidden
         return out
 
-    @torch.no_grad()
-    def iterate_variants(
+    def prepare(
         self,
         rows: torch.Tensor,
         offsets: torch.Tensor | Sequence[int],
@@ -260,8 +259,8 @@ class LateStack:
         strict: bool = False,
         max_tokens: int | None = None,
         moves: Moves | None = None,
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """Replay sequences once for each variant, a few at a time, so that memory stays bounded.
+    ) -> Batch:
+        """Check what is to be replayed, each sequence once for each variant; :meth:`replay` does it.
 
         Each event counts as a sequence of its own, cut after its position. So to an edit, ``last`` and -1 are the
         event's position, and ``all`` ends with it; what random edits draw, and a vector per event, is the event's.
@@ -281,43 +280,27 @@ class LateStack:
                 or by default the number of its sequence. Events of one sequence are of one prompt.
             moves: is told which edits moved something.
 
-        Yields:
-            events ``[m']`` and variants ``[m']`` (indices, int64) and their last block's output at p, ``[m', D]`` on
-            the CPU, each pair once, in no fixed order.
-
         Raises:
             InputError: as :meth:`run`; donors that do not match ``rows``; a sequence of two prompts; an edit of a layer
-                or position that does not exist; a vector that does not fit, or is missing for a key; an edit that moves
-                nothing (see :class:`actcache.replay.moves.Moves`).
-            UnsupportedModelError: an edit inside the stack of an architecture that has no such site.
-            NotFiniteError: finite rows become NaN or infinity, or their squares do, in a block, which it names;
-                InputError, where the edits of a variant do that.
+                or position that does not exist; a vector that does not fit, or is missing for a key.
         """
-        how: dict[str, Any] = {"strict": strict, "max_tokens": max_tokens, "moves": moves}
-        given: dict[str, Any] = {"positions": positions, "donors": donors, "keys": keys, "prompts": prompts}
-        yield from self.replay(self.prepare(rows, offsets, variants, **given, **how))
-
-    def prepare(
-        self,
-        rows: torch.Tensor,
-        offsets: torch.Tensor | Sequence[int],
-        variants: Sequence[Variant],
-        *,
-        positions: Positions | None = None,
-        donors: Mapping[str, torch.Tensor] | None = None,
-        keys: Sequence[str] | None = None,
-        prompts: Sequence[str] | None = None,
-        strict: bool = False,
-        max_tokens: int | None = None,
-        moves: Moves | None = None,
-    ) -> Batch:
-        """What :meth:`iterate_variants` replays, checked, for :meth:`replay` (arguments and errors as there)."""
         given = rows, offsets, variants, positions, donors, keys, prompts, moves
         return Batch.of(self._forwards, self._mode(strict), max_tokens, *given)
 
     @torch.no_grad()
     def replay(self, batch: Batch) -> Iterator[Result]:
-        """Replay what was prepared by this stack (as :meth:`iterate_variants`)."""
+        """Replay what was prepared by this stack, a few sequences and variants at a time, so that memory stays bounded.
+
+        Yields:
+            events ``[m']`` and variants ``[m']`` (indices, int64) and their last block's output at p, ``[m', D]`` on
+            the CPU, each pair once, in no fixed order.
+
+        Raises:
+            InputError: an edit that moves nothing (see :class:`actcache.replay.moves.Moves`).
+            UnsupportedModelError: an edit inside the stack of an architecture that has no such site.
+            NotFiniteError: finite rows become NaN or infinity, or their squares do, in a block, which it names;
+                InputError, where the edits of a variant do that.
+        """
         yield from self._iterate(batch)
 
     def packs(self, lengths: Sequence[int], *, strict: bool = False, max_tokens: int | None = None) -> list[range]:

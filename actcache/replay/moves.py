@@ -17,7 +17,7 @@ _NOWHERE = torch.iinfo(torch.int64).max  # behind every position
 
 
 class Moves:
-    """Watches the edits of one call of :meth:`actcache.replay.late_stack.LateStack.iterate_variants`."""
+    """Watches the edits of one call of :meth:`actcache.replay.late_stack.LateStack.replay`."""
 
     def begin(self, variants: Sequence[Variant], keys: Sequence[str], lengths: Sequence[int]) -> None:
         """Watch these variants over events with these names, whose sequences have these lengths, from the start."""

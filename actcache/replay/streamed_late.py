@@ -90,7 +90,7 @@ class StreamedLate(LateStack):
             the number of a batch, and a part of what it gives, as :meth:`LateStack.replay` does.
 
         Raises:
-            NotFiniteError, InputError: see :meth:`LateStack.iterate_variants`.
+            NotFiniteError, InputError: see :meth:`LateStack.replay`.
         """
         runs = [run for number, batch in enumerate(batches) for run in self._runs(number, batch)]
         states = scratch((sum(run.n_tokens for run in runs), self.width), self.dtype)

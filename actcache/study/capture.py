@@ -78,7 +78,7 @@ class LocalCapture:
             settings: what to compute.
             load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
             say: told, in one line, what a person should know.
-            resident: see :data:`actcache.models.fit.RESIDENT`.
+            resident: see :func:`actcache.models.fit.are_together`.
             known: see :class:`Decider`.
             folder: where rows wait, if one checkpoint is in memory at a time.
             stream: whether a checkpoint has one block in memory at a time; then there is one checkpoint at a time, too.
@@ -201,8 +201,7 @@ def capture(
         on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
             of sequences that run again.
         say: told, in one line, what a person should know (packing not possible, for example).
-        resident: which checkpoints are in memory at once (see :data:`actcache.models.fit.RESIDENT`). The store does not
-            depend on it.
+        resident: see :func:`actcache.models.fit.are_together`; the store does not depend on it.
         known: what others say that checkpoints write, by prompt id and label, for the search to propose.
         folder: where rows wait if one checkpoint is in memory at a time; None for the system's temporary one.
         stream, devices: see :class:`LocalCapture`; the store does not depend on them.

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from actcache.capture.residency import PER_LOAD
+from actcache.capture.search import FIRST_LOADED_DRAFT
 from actcache.study.plan import Assumptions, Study, estimate
 from actcache.study.runner import ROWS_AT_ONCE
 
 # Tokens that a pass over the blocks decides: guesses that come true add to it.
 TOKENS_PER_PASS = 1.0
-# Tokens that the first checkpoint writes in a round of a search, if one is in memory at a time; then twice as many.
-_FIRST_ROUND = 32
 # Capture forwards of each checkpoint: of what was proposed, and of what moved.
 _FORWARDS = 2
 
@@ -75,7 +74,7 @@ def _capture_reads(study: Study, assumed: Assumptions, *, stream: bool) -> Reads
     if stream:
         rounds = math.ceil((1 + longest) / TOKENS_PER_PASS)
     else:
-        rounds = 1 + max(0, math.ceil(math.log2((1 + longest) / _FIRST_ROUND + 1)) - 1)
+        rounds = 1 + max(0, math.ceil(math.log2((1 + longest) / FIRST_LOADED_DRAFT + 1)) - 1)
     passes = n_shards * (study.n_paired * rounds + study.n_checkpoints * _FORWARDS)
     return Reads(passes, passes * shape.n_parameters * size)
 
@@ -94,8 +93,7 @@ def _recompute(rows: dict[str, float], study: Study, assumed: Assumptions) -> No
     """Without a cache each round of a search runs whole sequences."""
     prompts = np.asarray(study.lengths, np.float64)
     expected = assumed.expected
-    share = expected.event_share
-    steps = share * expected.shared_tokens + (1 - share) * expected.eventless_tokens
+    steps = expected.searched_tokens()
     rounds = (1 + steps) / TOKENS_PER_PASS
     products = rounds * study.n_paired * study.shape.products(prompts + steps / 2)
     products += study.n_paired * len(prompts) * (1 + steps) * study.shape.head_products
@@ -109,6 +107,8 @@ def _recompute(rows: dict[str, float], study: Study, assumed: Assumptions) -> No
 def said(*, stream: bool) -> str:
     """One line of what was assumed."""
     how = (
-        f"a pass decides {TOKENS_PER_PASS:g} token of each prompt" if stream else "a round drafts 32 tokens, then 64..."
+        f"a pass decides {TOKENS_PER_PASS:g} token of each prompt"
+        if stream
+        else f"a round drafts {FIRST_LOADED_DRAFT} tokens, then twice as many"
     )
     return f"assumed: {how}; up to {PER_LOAD:,} prompts share {'a pass' if stream else 'a load'}"

@@ -110,6 +110,11 @@ class Expected:
         """Of all prompts, those without an event too."""
         return self.event_share * self.sequences
 
+    def searched_tokens(self, length: Callable[[float], float] = float) -> float:
+        """Mean number of tokens that a search runs behind a prompt, where it runs ``length`` of those shared."""
+        share = self.event_share
+        return share * length(self.shared_tokens) + (1 - share) * length(self.eventless_tokens)
+
     def places_of(self, prompts: Numbers, name: str = "") -> Places:
         """What is replayed of prompts of so many tokens."""
         place, last = (self.shared_tokens if n is None else n for n in (self.place_tokens, self.last_tokens))
@@ -165,8 +170,7 @@ class CaptureWork:
     ) -> float:
         """Multiply-adds of the searches: each prompt's tokens, padded to the longest of its batch, then as many as
         ``length`` says where so many are shared; whole-vocabulary logits each time."""
-        share = expected.event_share
-        steps = share * length(expected.shared_tokens) + (1 - share) * length(expected.eventless_tokens)
+        steps = expected.searched_tokens(length)
         of_length: Counter[int] = Counter()
         for longest, n in batches:
             of_length[longest] += n
