@@ -103,6 +103,26 @@ def test_a_part_reads_its_own_bytes_only(tmp_path, monkeypatch, tie):
     assert sizes[0] == sum(p.nbytes for p in frame.load_block(0).parameters())
 
 
+def test_a_block_alone_lies_as_far_behind_a_cache_line_as_in_the_whole_model(tmp_path):
+    """Some CPUs round the product with a single row by where a weight begins."""
+    folder = make_checkpoint(tmp_path, "llama")
+    weights = folder / "model.safetensors"
+    length = int.from_bytes(weights.read_bytes()[:8], "little")
+    header = weights.read_bytes()[8 : 8 + length].rstrip() + b" " * 64  # a longer header moves what follows it
+    distances = set()
+    for n in (0, 4, 20):
+        moved = header[: len(header) - len(header) % 4] + b" " * n
+        weights.write_bytes(len(moved).to_bytes(8, "little") + moved + weights.read_bytes()[8 + length :])
+        length = len(moved)
+        checkpoint = Checkpoint.open("a", folder)
+        whole, alone = checkpoint.load(torch.float32), Frame.load(checkpoint, torch.float32).load_block(2)
+        for one, other in zip(whole.model.layers[2].parameters(), alone.parameters(), strict=True):
+            assert one.data_ptr() % 64 == other.data_ptr() % 64
+            assert torch.equal(one, other)
+            distances.add(one.data_ptr() % 64)
+    assert len(distances) > 1
+
+
 def test_blocks_stay_no_longer_than_they_run(tmp_path):
     streamed = Streamed(Checkpoint.open("a", make_checkpoint(tmp_path, "llama")), torch.float32)
     told: list[str] = []
