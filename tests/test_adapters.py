@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny
@@ -56,7 +58,7 @@ def adapter(made, tmp_path) -> Path:
 
 def of_peft(base: Path, adapter: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The base under the adapter, as peft runs it."""
-    with warnings.catch_warnings():
+    with mock.patch.dict(os.environ), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return PeftModel.from_pretrained(plain_model(base, dtype), str(adapter)).eval()
 
@@ -145,6 +147,22 @@ def test_a_late_stack_of_base_and_adapter_by_its_name(made):
     late = LateStack.load(f"{base}+{adapter}", 3)
     whole = weights_of(Checkpoint.open("it", f"{base}+{adapter}").load(torch.float32))
     assert all(torch.equal(own, whole[name]) for name, own in weights_of(late._forwards.model).items() if name in whole)
+
+
+def test_the_environment_is_left_alone(made, monkeypatch):
+    """peft names a compiler there, for an extension of BOFT's; where that cannot be built, the name stays."""
+    from peft.tuners.boft import layer
+
+    def load(*args: Any, **options: Any) -> None:
+        raise OSError("no nvcc")
+
+    base, adapter = made("boft")
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    monkeypatch.setattr(layer, "_FBD_CUDA", None)
+    monkeypatch.setenv("CC", "mine")
+    before = dict(os.environ)
+    Checkpoint.open("x", f"{base}+{adapter}").load(torch.float32)
+    assert dict(os.environ) == before
 
 
 def test_random_numbers_and_warnings_are_left_alone(made, recwarn):

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import json
 import logging
+import os
 import re
 import warnings
 from collections import Counter
@@ -238,7 +239,7 @@ class Merge:
         says = f"adapter {adapter.place}{of} does not fit {base}"
         stored = {name: tuple(one.get_shape()) for name, one in files.open_tensors([adapter.weights]).items()}
         own = dict(skeleton.named_parameters(remove_duplicate=False))
-        with _quietly():
+        with _contained():
             try:
                 wrapped = _wrap(copy.deepcopy(skeleton), adapter, empty=True)
                 expected = {name: tuple(one.shape) for name, one in _tensors_of(wrapped).items()}
@@ -281,7 +282,7 @@ class Merge:
             tied = uses[id(own)] > 1  # the adapter changes it in one place only, as in peft's forward
             _set(host, name, own.data.clone() if tied else own.data)
         try:
-            with _quietly():
+            with _contained():
                 wrapped = _wrap(host, self.adapter)
                 _fill(wrapped, _loaded(self.adapter.weights))
                 merged = wrapped.merge_and_unload()
@@ -370,14 +371,18 @@ def _plain(name: str) -> str:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """What peft warns of is either refused here or meant for training."""
+def _contained() -> Iterator[None]:
+    """What peft warns of is either refused here or meant for training. What it puts into the environment goes: it names
+    a compiler there, and leaves it where it cannot build an extension."""
     logger = logging.getLogger("peft")
-    before = logger.level
+    level, environment = logger.level, dict(os.environ)
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(before)
+        logger.setLevel(level)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
