@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -13,11 +12,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import tiny
 import torch
 
 from actcache.analyses import ANALYSES
+from actcache.cli import main
 from actcache.models.packing import attend_in_core
 
 pytestmark = pytest.mark.slow
@@ -41,7 +42,7 @@ def test_a_bench_at_a_small_size(name, page, monkeypatch, capsys):
     assert page(result).count("\n| --- |") >= 1
 
 
-def test_a_large_prompts_file_at_a_small_size(benches, capfd):
+def test_a_large_prompts_file_at_a_small_size(benches, forking, capfd):
     assert importlib.import_module("bench_prompts").main(["--smoke"]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert result["n_prompts"] == 30_000
@@ -69,13 +70,11 @@ def test_a_kernel_that_gives_other_margins_than_its_rival_ends_the_bench(benches
         kernels.main(["--smoke", "--dtype", "bfloat16"])
 
 
-def test_the_verb_runs_them_and_keeps_the_figures(tmp_path):
+def test_the_verb_runs_them_and_keeps_the_figures(forking, tmp_path, capsys):
     out = tmp_path / "figures.json"
-    command = [sys.executable, "-m", "actcache.cli", "bench", "gather", "store", "--smoke", "--out", str(out)]
-    ran = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stderr
+    assert main(["bench", "gather", "store", "--smoke", "--out", str(out), "--folder", str(tmp_path)]) == 0
     assert [result["bench"] for result in json.loads(out.read_text())] == ["gather", "store"]
-    assert "TensorStore" in ran.stdout
+    assert "TensorStore" in capsys.readouterr().out
     assert [*tmp_path.iterdir()] == [out]
 
 
@@ -146,17 +145,18 @@ def test_a_pair_without_events_is_said(tmp_path):
     assert ran.stderr.splitlines()[-1] == "no event on 2 prompts within 8 choices: give more, or --max-new"
 
 
-def test_replay_reports_time_and_memory(tmp_path):
+def test_replay_reports_time_and_memory(benches, forking, tmp_path, capsys):
     pt, it = tiny.make_pair(tmp_path, "llama")
     prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", 6)
-    ran = run_smoke("replay", "--pt", pt, "--it", it, "--prompts", prompts, "--max-new", 12, "--boundaries", "2,3")
-    assert ran.returncode == 0, ran.stderr
-    result = json.loads(ran.stdout.splitlines()[-1])
+    words = ["--pt", pt, "--it", it, "--prompts", prompts, "--max-new", 12, "--boundaries", "2,3", "--smoke"]
+    assert importlib.import_module("bench_replay").main([*map(str, words)]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out.splitlines()[-1])
     assert [w["name"].split(",")[0] for w in result["workloads"]] == ["read", "run", "replay", "grid"] * 2 + [
         "replay"
     ] * 2, "two boundaries; the first again alone and beside busy processes"
     assert result["peak_bytes"].keys() == {"imports", "model", "late 3"}
-    assert "cells equal to the hooks'" in ran.stderr
+    assert "cells equal to the hooks'" in err
 
 
 def test_a_wrong_margin_ends_a_bench(benches):
@@ -217,7 +217,15 @@ def benches(monkeypatch):
     return SimpleNamespace(sweep=importlib.import_module("bench_sweep"), measure=importlib.import_module("measure"))
 
 
+@pytest.fixture
+def forking(monkeypatch):
+    """Processes that a bench starts are there at once."""
+    monkeypatch.setattr(subprocess, "Popen", forked.Process)
+
+
 def run_smoke(name, *words, path=None):
-    environment = os.environ | ({"PYTHONPATH": f"{path}:{os.environ.get('PYTHONPATH', '')}"} if path else {})
-    command = [sys.executable, BENCHES / f"bench_{name}.py", "--smoke", *words]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    """``path``: where modules are sought before all others."""
+    code = "import runpy, sys; path, *sys.argv = sys.argv[1:]; sys.path[:0] = path.split(':'); "
+    code += "runpy.run_path(sys.argv[0], run_name='__main__')"
+    before = ["-c", code, f"{path}:{BENCHES}"] if path else []
+    return forked.run([sys.executable, *before, BENCHES / f"bench_{name}.py", "--smoke", *map(str, words)])

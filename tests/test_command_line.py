@@ -7,10 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
 
 import pytest
 import torch
+from forked import Process
 
 from actcache.capture import forward
 from actcache.cli import build_parser, main
@@ -74,7 +74,7 @@ def test_a_prefix_of_an_option_is_enough(capsys):
 def test_a_reader_that_goes_is_no_error(tiny_run, words):
     """As 'actcache inspect RUN | head -1' does, whose reader has what it wants."""
     given = [*COMMAND, *words, *([] if words == ["--help"] else [str(tiny_run("llama", torch.float32).out)])]
-    ran = subprocess.Popen(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    ran = Process(given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     ran.stdout.close()
     err = ran.stderr.read()
     notes = ("next:", "see them as a hint")  # of effects; nothing is said of the reader
@@ -85,9 +85,7 @@ def test_a_reader_that_goes_is_no_error(tiny_run, words):
 def test_progress_whose_reader_goes(tiny_run, tmp_path):
     """2>&1 | head: the command ends, and without a traceback anywhere."""
     reading, writing = os.pipe()
-    ran = subprocess.Popen(
-        [*COMMAND, "verify", str(tiny_run("llama", torch.float32).out)], stdout=writing, stderr=writing
-    )
+    ran = Process([*COMMAND, "verify", str(tiny_run("llama", torch.float32).out)], stdout=writing, stderr=writing)
     os.close(writing)
     os.close(reading)
     assert ran.wait() == 0
@@ -105,10 +103,8 @@ def test_another_broken_pipe_is_an_error(tiny_run, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_ctrl_c_is_one_line(tmp_path):
-    # What starts in the background may ignore the signal, and its children with it.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     command = [*COMMAND, "demo", "--out", str(tmp_path / "run")]
-    ran = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    ran = Process(command, stderr=subprocess.PIPE, text=True)
     said = ran.stderr.readline()
     while said and "capture" not in said:
         said = ran.stderr.readline()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
+import forked
 import pytest
 
 import actcache
@@ -55,7 +55,7 @@ def test_the_demo_ends_in_words(run, capsys):
 
 def smoked(script, out):
     """What a script of the demo makes in a few steps, and what it says of it."""
-    made = subprocess.run([sys.executable, SCRIPTS / script, "--smoke", "--out", out], capture_output=True, text=True)
+    made = forked.run([sys.executable, SCRIPTS / script, "--smoke", "--out", out])
     assert made.returncode == 0, made.stderr
     return json.loads(made.stdout.splitlines()[-1])
 

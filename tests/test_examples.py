@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -26,10 +26,8 @@ def test_train_crosscoder(tiny_run):
     pytest.importorskip("sae_lens", reason="SAELens is not installed; pip install 'actcache[examples]'")
     store = tiny_run("llama", torch.float32).out / "store"
     words = [store, "--steps", 200, "--latents", 64, "--k", 8, "--batch-rows", 32]
-    ran = subprocess.run(
+    ran = forked.run(
         [sys.executable, EXAMPLES / "train_crosscoder.py", *map(str, words)],
-        capture_output=True,
-        text=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"},
     )
     assert ran.returncode == 0, ran.stderr

@@ -17,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import tiny
+from forked import Process
 from stores import FINGERPRINT, SEGMENTS, fill, make_segment, read_tree, write_store
 from twins.store import Twin
 
@@ -449,9 +450,7 @@ def pair(tmp_path_factory) -> tuple[Path, Path, Path]:
 def capture(pair: tuple[Path, Path, Path], out: Path, *more: str) -> subprocess.Popen[str]:
     given = ["--pt", str(pair[0]), "--it", str(pair[1]), "--prompts", str(pair[2]), "--out", str(out)]
     given += ["--shard-prompts", "2", "--max-new", "8", *more]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "actcache.cli", "capture", *given]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return Process([sys.executable, "-m", "actcache.cli", "capture", *given], stderr=subprocess.PIPE, text=True)
 
 
 @pytest.mark.slow

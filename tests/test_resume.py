@@ -15,6 +15,7 @@ import pytest
 import tiny
 import torch
 from conftest import MAX_NEW
+from forked import Process
 from safetensors.torch import load_file, save_file
 
 import actcache
@@ -49,7 +50,7 @@ def whole(tmp_path_factory):
 def test_a_killed_capture_goes_on_to_the_same_bytes(whole, tmp_path, after_segments):
     pair, prompts, reference = whole
     out = tmp_path / "run"
-    child = subprocess.Popen(
+    child = Process(
         [sys.executable, "-m", "actcache.cli", *command(pair, prompts, out)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
