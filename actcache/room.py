@@ -1,12 +1,14 @@
-"""Room: how many bytes this process may still take, of the machine's memory or of a device's.
+"""Room: how many bytes this process may still take, of the machine's memory or of a device's; and room given back.
 
-Knows the operating system's limits; loads torch only to ask a device.
+Knows the operating system's limits; loads torch only for a device.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +24,27 @@ def free_bytes(device: str = "cpu") -> float:
 
         return float(torch.cuda.mem_get_info(torch.device(device))[0])
     return free_memory(_MEMINFO, MEMBERSHIPS, MOUNTED)
+
+
+class Loads:
+    """Large objects that are loaded and let go, again and again, and freed at once whatever refers to one another among
+    them. Objects older than a load are not looked at, which may take longer than the load: they are frozen meanwhile.
+    """
+
+    def begin(self) -> None:
+        """Call it before a load."""
+        gc.freeze()
+
+    def give_back(self) -> None:
+        """Free what was loaded since the last :meth:`begin` and is let go, and what torch keeps of devices' memory."""
+        gc.collect()
+        gc.unfreeze()
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def __del__(self) -> None:
+        gc.unfreeze()
 
 
 def free_memory(meminfo: Path, memberships: Path, mounted: Path) -> float:

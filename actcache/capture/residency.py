@@ -5,15 +5,13 @@ Knows how checkpoints are let go; loads them by functions that it is given.
 
 from __future__ import annotations
 
-import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-import torch
-
 from actcache.capture.forward import Forwarder
 from actcache.models.readout import Readout
+from actcache.room import Loads
 
 # Prompts whose segments are computed together. Where all checkpoints are in memory, their searches share batches, which
 # would run half empty otherwise. Where one is, they share each load of it.
@@ -107,7 +105,7 @@ class OneResident(_Asked):
         """
         super().__init__()
         self.labels = list(labels)
-        self._load, self._load_readout = load, load_readout
+        self._load, self._load_readout, self._loads = load, load_readout, Loads()
         self.resident: str | None = None
         self._held: Forwarder | None = None
         self._head: tuple[str, Readout] | None = None
@@ -116,6 +114,7 @@ class OneResident(_Asked):
         """As :class:`Checkpoints`."""
         if self._held is None or self.resident != label:
             self.rest()
+            self._loads.begin()
             self._held, self.resident = self._load(label), label
         return self._held
 
@@ -125,6 +124,7 @@ class OneResident(_Asked):
             return self._held.readout
         if self._head is None or self._head[0] != label:
             self.rest()
+            self._loads.begin()
             self._head = label, self._load_readout(label)
         return self._head[1]
 
@@ -133,6 +133,4 @@ class OneResident(_Asked):
         if self._held is None and self._head is None:
             return
         self._held = self._head = self.resident = None
-        gc.collect()  # modules and their hooks refer to one another
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        self._loads.give_back()  # modules and their hooks refer to one another

@@ -7,7 +7,6 @@ that it is given.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from actcache.models.checkpoint import DTYPES
 from actcache.models.lineup import Lineup
 from actcache.models.readout import Readout
 from actcache.replay.late_stack import LateStack
+from actcache.room import Loads
 from actcache.store import Segment, Store
 from actcache.study.cells import Finished, Scored
 from actcache.study.earlier_job import EarlierJob
@@ -69,7 +69,7 @@ class LocalEngine:
             load_backbone: gives the backbone of a checkpoint, by label, in a dtype; or its blocks, one at a time.
             one_at_a_time: whether a late stack is let go before another checkpoint's is loaded; heads stay.
         """
-        self.one_at_a_time = one_at_a_time
+        self.one_at_a_time, self._loads = one_at_a_time, Loads()
         self._heads: dict[str, Readout] = {}
         self.store, self.finished, self._load_late = store, finished or {}, load_late
         self._load_backbone = load_backbone
@@ -168,13 +168,14 @@ class LocalEngine:
 
     def _let_go(self, label: str) -> None:
         """Have room for the late stack of a checkpoint."""
-        self._lates.pop(label, None)
-        if self.one_at_a_time:
-            self._heads.pop(label, None)
+        if not self.one_at_a_time:
+            self._lates.pop(label, None)
+            return
+        self._heads.pop(label, None)
+        if self._lates:
             self._lates.clear()
-            gc.collect()  # modules and their hooks refer to one another
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            self._loads.give_back()  # modules and their hooks refer to one another
+        self._loads.begin()
 
     def backbone(self, label: str, dtype: str) -> Backbone:
         """The backbone of a checkpoint.
