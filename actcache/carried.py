@@ -31,13 +31,15 @@ def is_text(value: str) -> bool:
     return True
 
 
-def is_shallow(value: Any, n_levels: int = MAX_LEVELS) -> bool:
-    """Whether lists and objects lie within each other at most this deep."""
-    if not isinstance(value, dict | list):
-        return n_levels > 0
-    inner = value.values() if isinstance(value, dict) else value
-    nested = [one for one in inner if isinstance(one, dict | list)]
-    return n_levels > (len(inner) > len(nested)) and all(is_shallow(one, n_levels - 1) for one in nested)
+def is_shallow(value: Any) -> bool:
+    """Whether lists and objects lie within each other at most ``MAX_LEVELS`` deep."""
+    level = [value]
+    for _ in range(MAX_LEVELS):
+        nested = (one.values() if type(one) is dict else one for one in level if isinstance(one, (dict, list)))
+        level = [inner for of in nested for inner in of]
+        if not level:
+            return True
+    return False
 
 
 def keys_of(texts: Iterable[str]) -> frozenset[str]:

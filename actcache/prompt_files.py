@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import gzip
+import io
 import math
 import weakref
 import zlib
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from actcache.errors import InputError
 from actcache.strict_json import parse_object, parse_value
@@ -22,6 +23,7 @@ from actcache.strict_json import parse_object, parse_value
 _GZIP, _ZSTD, _PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 _BOM = b"\xef\xbb\xbf"
 _ROWS_AT_ONCE = 1024  # of a Parquet file
+_BYTES_AT_ONCE = 2**16  # of a text, and the line in which they end
 _OF_JSON = ("messages", "token_ids")  # columns of a text table whose cells are JSON
 
 
@@ -79,19 +81,24 @@ class _Lines:
 
     def __init__(self, path: Path, *, gzipped: bool) -> None:
         self.path = path
-        opened = gzip.GzipFile if gzipped else open
-        self._stream = cast("IO[bytes]", opened(path, "rb"))
+        opened = cast("io.RawIOBase", gzip.GzipFile(path) if gzipped else path.open("rb", buffering=0))
+        self._stream = io.BufferedReader(opened, _BYTES_AT_ONCE)
         weakref.finalize(self, self._stream.close)
+        self._at, self._ahead = 0, iter(())  # type: tuple[int, Iterator[bytes]]
 
     def read(self, offset: int) -> Iterator[tuple[int, str, int]]:
         """First byte, text and number of bytes of each line. One that goes on where another ended costs no seek."""
         try:
             while True:
-                if self._stream.tell() != offset:
+                if self._at != offset:
                     self._stream.seek(offset)
-                if not (line := self._stream.readline()):
-                    return
+                    self._at, self._ahead = offset, iter(())
+                if (line := next(self._ahead, None)) is None:
+                    self._ahead = iter(self._stream.readlines(_BYTES_AT_ONCE))
+                    if (line := next(self._ahead, None)) is None:
+                        return
                 text = line[len(_BOM) :] if offset == 0 and line.startswith(_BOM) else line
+                self._at = offset + len(line)
                 yield offset, text.decode(), len(line)
                 offset += len(line)
         except UnicodeDecodeError as error:
@@ -108,10 +115,11 @@ class _JsonLines:
 
     def rows(self, offset: int = 0, number: int = 1) -> Iterator[Row]:
         path, is_first = self._lines.path, offset == 0
+        place = f"{path}, line "
         for at, (start, line, n_bytes) in enumerate(self._lines.read(offset), number):
             if line.isspace() or not line:
                 continue
-            where = f"{path}, line {at}"
+            where = f"{place}{at}"
             kind = _what_it_is(path, line) if is_first else ""
             record = parse_object(line, where, kind, "an object with 'id' and 'prompt'")
             yield Row(record, where, start, at, n_bytes)
@@ -152,6 +160,11 @@ class _Csv:
             nonlocal end, n_lines
             for start, text, n_bytes in self._lines.read(offset):
                 end, n_lines = start + n_bytes, n_lines + 1
+                if "\0" in text:
+                    raise InputError(
+                        f"{self._lines.path}, line {number + n_lines - 1}: a NUL byte, expected text; write the file "
+                        "again as UTF-8, without NULs"
+                    )
                 yield text
 
         csv.field_size_limit(2**31 - 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, overload
@@ -19,7 +19,7 @@ import numpy as np
 from actcache import carried
 from actcache.errors import InputError
 from actcache.files import no_file
-from actcache.prompt_files import PromptFile, Row, open_prompt_file
+from actcache.prompt_files import PromptFile, open_prompt_file
 from actcache.schema import RESERVED_NAMES, RESERVED_PREFIXES
 
 MAX_ID = 1000  # characters: it is repeated in every cell of its events, and a path or a URL fits
@@ -27,6 +27,7 @@ MAX_HELD = 20_000  # prompts of a file that are held, and encoded before anythin
 MAX_HELD_BYTES = 2**26  # of them in the file
 PART = 64  # prompts of a segment, unless told otherwise
 
+_HASHED_AT_ONCE = 2**16  # bytes
 _FORMS = ("prompt", "messages", "token_ids")
 
 
@@ -58,9 +59,7 @@ class Prompt:
     @property
     def content(self) -> Any:
         """What its digest is made of, as JSON: text is its own, as in earlier versions."""
-        if self.messages is not None:
-            return {"messages": self.messages}
-        return self.text if self.token_ids is None else {"token_ids": self.token_ids}
+        return _content(self.text, self.messages, self.token_ids)
 
 
 class Prompts(Sequence[Prompt]):
@@ -111,7 +110,7 @@ class Prompts(Sequence[Prompt]):
             raise InputError(f"{self._path} has changed since it was read; start again")
         offset, line = self._places[number].tolist()
         for at, row in enumerate(self._file.rows(offset, line), number):
-            yield _prompt_of(row, at, is_table=self._file.is_table)
+            yield Prompt(*_checked(row.record, row.where, at, is_table=self._file.is_table), row.where)
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -153,29 +152,29 @@ def read_prompts(path: str | Path, limit: int | None = None, part: int = PART) -
     digests = _Digests(part)
     keys: set[str] = set()
     n_bytes = n_carried = n_messages = 0
-    for at, row in enumerate(file.rows()):
-        prompt = _prompt_of(row, at, is_table=file.is_table, known=keys)
-        keys |= prompt.carried.keys()
+    for at, (record, where, offset, number, size) in enumerate(file.rows()):
+        checked = name, text, further, messages, ids = _checked(record, where, at, is_table=file.is_table, known=keys)
+        keys.update(further)
         if len(keys) > carried.MAX_KEYS:
             raise InputError(
-                f"{row.where}: the prompts to here carry {len(keys)} distinct keys, at most {carried.MAX_KEYS} can be "
+                f"{where}: the prompts to here carry {len(keys)} distinct keys, at most {carried.MAX_KEYS} can be "
                 "columns; put values that differ from prompt to prompt under one key"
             )
-        n_carried += row.n_bytes - len(prompt.text) if prompt.text else len(carried.encode(prompt.carried))
+        n_carried += size - len(text) if text else len(carried.encode(further))
         if n_carried > carried.MAX_BYTES:
             raise InputError(
-                f"{row.where}: the prompts to here carry more than {carried.MAX_BYTES} bytes besides their text; "
+                f"{where}: the prompts to here carry more than {carried.MAX_BYTES} bytes besides their text; "
                 "leave long documents out and join them to the tables by prompt_id"
             )
-        offsets.append(row.offset)
-        numbers.append(row.number)
-        hashes.append(hash(prompt.id))
+        offsets.append(offset)
+        numbers.append(number)
+        hashes.append(hash(name))
         if limit is None or at < limit:
-            n_messages += prompt.messages is not None
-            digests.add(prompt)
-            n_bytes += row.n_bytes
+            n_messages += messages is not None
+            digests.add(_line(name, _content(text, messages, ids), further))
+            n_bytes += size
             if held is not None:
-                held.append(prompt)
+                held.append(Prompt(*checked, where))
                 held = None if at >= MAX_HELD or n_bytes > MAX_HELD_BYTES else held
     if not offsets:
         raise InputError(f"{path}: no prompts in it; give one JSON object per line")
@@ -207,7 +206,9 @@ def _check_distinct(prompts: Prompts, hashes: np.ndarray) -> None:
 
 def check_carried(record: dict[str, Any], where: str, known: Collection[str] = ()) -> None:
     """Raise InputError unless each further key of a line can become a column of the results; ``known`` ones can."""
-    for key in record:
+    is_nested = False
+    for key, value in record.items():
+        is_nested = is_nested or isinstance(value, (dict, list))
         if key in known:
             continue
         if key in RESERVED_NAMES or key.startswith(RESERVED_PREFIXES):
@@ -217,12 +218,21 @@ def check_carried(record: dict[str, Any], where: str, known: Collection[str] = (
                 f"{where}: key {key[:40]!r} cannot be the name of a column: it is empty, has more than "
                 f"{carried.MAX_KEY} characters, or a NUL among them"
             )
-    if not carried.is_shallow(record):
+    if is_nested and not carried.is_shallow(record):
         raise InputError(f"{where}: lists and objects lie more than {carried.MAX_LEVELS} deep within each other")
 
 
-def _prompt_of(row: Row, number: int, *, is_table: bool, known: Collection[str] = ()) -> Prompt:
-    record, where = row.record, row.where
+def _content(text: str, messages: list[dict[str, str]] | None, token_ids: list[int] | None) -> Any:
+    """See :attr:`Prompt.content`."""
+    if messages is not None:
+        return {"messages": messages}
+    return text if token_ids is None else {"token_ids": token_ids}
+
+
+def _checked(
+    record: dict[str, Any], where: str, number: int, *, is_table: bool, known: Collection[str] = ()
+) -> tuple[str, str, dict[str, Any], list[dict[str, str]] | None, list[int] | None]:
+    """The fields of a row's prompt but where it is; most rows of a large file are checked, and held as nothing more."""
     given = [key for key in _FORMS if key in record]
     if len(given) > 1:
         raise InputError(f"{where}: {' and '.join(map(repr, given))}; a line has one of {', '.join(map(repr, _FORMS))}")
@@ -247,7 +257,7 @@ def _prompt_of(row: Row, number: int, *, is_table: bool, known: Collection[str] 
         if not isinstance(ids, list) or not ids or not all(type(one) is int and 0 <= one < 2**31 for one in ids):
             raise InputError(f"{where}: 'token_ids' is {json.dumps(ids)[:40]}, expected a list of whole numbers")
     check_carried(record, where, known)
-    return Prompt(name, text, record, messages, ids, where)
+    return name, text, record, messages, ids
 
 
 def _text(record: dict[str, Any], key: str, where: str) -> str:
@@ -256,7 +266,7 @@ def _text(record: dict[str, Any], key: str, where: str) -> str:
     value = record.pop(key)
     if not isinstance(value, str):
         raise InputError(f"{where}: {key!r} is {json.dumps(value)[:40]}, expected text")
-    if not value.strip():
+    if not value or value.isspace():
         raise InputError(f"{where}: {key!r} is empty")
     return value
 
@@ -289,18 +299,25 @@ class _Digests:
 
     def __init__(self, part: int) -> None:
         self.n, self._part, self._known = 0, part, dict[tuple[int, int], str]()
-        self._all, self._own = hashlib.sha256(), hashlib.sha256()
+        self._all, self._own, self._lines = hashlib.sha256(), hashlib.sha256(), bytearray()
 
-    def add(self, prompt: Prompt) -> None:
-        line = _line(prompt)
-        self._all.update(line)
-        self._own.update(line)
+    def add(self, line: bytes) -> None:
+        self._lines += line
         self.n += 1
-        if self.n % self._part == 0:
+        is_whole = self.n % self._part == 0
+        if is_whole or len(self._lines) >= _HASHED_AT_ONCE:
+            self._take()
+        if is_whole:
             self._known[self.n - self._part, self.n] = self._own.hexdigest()
             self._own = hashlib.sha256()
 
+    def _take(self) -> None:
+        self._all.update(self._lines)
+        self._own.update(self._lines)
+        self._lines.clear()
+
     def known(self) -> dict[tuple[int, int], str]:
+        self._take()
         start = self.n - self.n % self._part
         rest = {(start, self.n): self._own.hexdigest()} if start < self.n else {}
         return {**self._known, **rest, (0, self.n): self._all.hexdigest()}
@@ -318,7 +335,7 @@ def digest(prompts: Sequence[Prompt], start: int = 0, stop: int | None = None) -
         return prompts.digests[start, stop]
     sha = hashlib.sha256()
     for prompt in prompts if (start, stop) == (0, len(prompts)) else prompts[start:stop]:
-        sha.update(_line(prompt))
+        sha.update(_line(prompt.id, prompt.content, prompt.carried))
     return sha.hexdigest()
 
 
@@ -326,12 +343,16 @@ def digests(prompts: Iterable[Prompt]) -> Iterator[str]:
     """The :func:`digest` of the first prompt, of the first two, and so on."""
     sha = hashlib.sha256()
     for prompt in prompts:
-        sha.update(_line(prompt))
+        sha.update(_line(prompt.id, prompt.content, prompt.carried))
         yield sha.hexdigest()
 
 
-def _line(prompt: Prompt) -> bytes:
-    return _ENCODER.encode([prompt.id, prompt.content, prompt.carried]).encode() + b"\n"
+def _line(name: str, content: Any, further: Mapping[str, Any]) -> bytes:
+    """``[name, content, further]`` as JSON with sorted keys, put together of its parts: the encoder has texts at once,
+    and takes longer to begin with a list or an object than most of these take."""
+    pairs = [f"{_ENCODE(key)}: {_JSON_OF.get(type(value), _ENCODE)(value)}" for key, value in sorted(further.items())]
+    return f"[{_ENCODE(name)}, {_ENCODE(content)}, {{{', '.join(pairs)}}}]\n".encode()
 
 
-_ENCODER = json.JSONEncoder(sort_keys=True)
+_ENCODE = json.JSONEncoder(sort_keys=True).encode
+_JSON_OF: dict[type, Callable[[Any], str]] = {str: _ENCODE, int: str}

@@ -2,10 +2,11 @@
 
     python benches/bench_prompts.py [--prompts 1000000]
 
-A file is made whose prompts are 30 words long. ``read`` is what a capture does first: one pass that validates every
-line and makes the digests of all segments. ``loads`` is Python's parser alone, and keeps nothing. ``plan`` is the whole
-command ``actcache plan`` for the demo's pair. Before that, prompts that are read again are compared with those of a
-list. The last line of stdout is JSON.
+Files are made whose prompts are 30 words long. ``read`` is what a capture does first: one pass that validates every
+line and makes the digests of all segments; so are ``csv`` and ``parquet``, of tables with the same rows. ``loads`` is
+Python's parser alone, and keeps nothing. ``capture`` is the command for the demo's pair, up to its first job, which is
+not run; ``plan`` is all of that command. CPU seconds are those of the process, the start of Python and all imports
+among them. Before that, prompts that are read again are compared with those of a list. The last line of stdout is JSON.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow.csv
+import pyarrow.json
+import pyarrow.parquet
 from measure import median, print_result
 
 from actcache import prompts as prompts_module
@@ -32,13 +36,26 @@ start = time.perf_counter()
 {}
 seconds = time.perf_counter() - start
 peak = next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(seconds, int(peak) * 1024, file=sys.stderr)
+print(seconds, time.process_time(), int(peak) * 1024, file=sys.stderr)
+"""
+_READ = "from actcache.prompts import read_prompts\nread_prompts({%s!r})"
+_PAIR = "'--pt', {pt!r}, '--it', {it!r}, '--prompts', {path!r}, '--quiet'"
+_CAPTURE = f"""
+from actcache.cli import main
+from actcache.study.capture import LocalCapture
+def first(engine, jobs, publish, told):
+    next(iter(jobs))
+    raise KeyboardInterrupt
+LocalCapture.complete = first
+assert main(['capture', {_PAIR}, '--out', {{out!r}}]) == 130
 """
 WAYS = {
     "loads": "import json\nfor line in open({path!r}): json.loads(line)",
-    "read": "from actcache.prompts import read_prompts\nread_prompts({path!r})",
-    "plan": "from actcache.cli import main\nmain(['plan', '--pt', {pt!r}, '--it', {it!r}, '--prompts', {path!r}, "
-    "'--rate', '1e10', '--quiet'])",
+    "read": _READ % "path",
+    "csv": _READ % "csv",
+    "parquet": _READ % "parquet",
+    "capture": _CAPTURE,
+    "plan": f"from actcache.cli import main\nassert main(['plan', {_PAIR}, '--rate', '1e10']) == 0",
 }
 
 
@@ -53,22 +70,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.prompts, args.repeat = 30_000, 1
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompts.jsonl"
+        tables = {kind: str(path.with_suffix(f".{kind}")) for kind in ("csv", "parquet")}
         write(path, args.prompts)
+        table = pyarrow.json.read_json(path)
+        pyarrow.csv.write_csv(table, tables["csv"])
+        pyarrow.parquet.write_table(table, tables["parquet"])
+        del table
         check(path)
-        names = {"path": str(path), "pt": str(DEMO / "pt"), "it": str(DEMO / "it")}
-        found: dict[str, list[tuple[float, float]]] = {way: [] for way in WAYS}
+        names = {"path": str(path), "pt": str(DEMO / "pt"), "it": str(DEMO / "it"), "out": f"{folder}/RUN", **tables}
+        found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
         for _ in range(args.repeat):
             for way, code in WAYS.items():
                 timed = _TIMED.format(code.format(**names))
                 done = subprocess.run([sys.executable, "-c", timed], capture_output=True, text=True, check=True)
-                seconds, memory = done.stderr.splitlines()[-1].split()
-                found[way].append((float(seconds), float(memory)))
+                found[way].append([float(number) for number in done.stderr.splitlines()[-1].split()])
         ways = {
-            way: {"seconds": median([s for s, _ in runs]), "peak_bytes": max(memory for _, memory in runs)}
+            way: {
+                "seconds": median([seconds for seconds, _, _ in runs]),
+                "cpu_seconds": median([seconds for _, seconds, _ in runs]),
+                "peak_bytes": max(memory for _, _, memory in runs),
+            }
             for way, runs in found.items()
         }
         for way, of in ways.items():
-            print(f"{way:6} {of['seconds']:8.2f} s {of['peak_bytes'] / 1e6:8.0f} MB", file=sys.stderr)
+            seconds, of_cpu, peak = of.values()
+            print(f"{way:8} {seconds:8.2f} s {of_cpu:8.2f} s of CPU {peak / 1e6:8.0f} MB", file=sys.stderr)
         print_result("prompts", {"n_prompts": args.prompts, "file_bytes": path.stat().st_size, "ways": ways})
     return 0
 

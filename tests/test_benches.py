@@ -46,7 +46,7 @@ def test_a_large_prompts_file_at_a_small_size(benches, forking, capfd):
     assert importlib.import_module("bench_prompts").main(["--smoke"]) == 0
     result = json.loads(capfd.readouterr().out.splitlines()[-1])
     assert result["n_prompts"] == 30_000
-    assert set(result["ways"]) == {"loads", "read", "plan"}
+    assert set(result["ways"]) == {"loads", "read", "csv", "parquet", "capture", "plan"}
 
 
 @pytest.mark.parametrize("window", [None, 3])

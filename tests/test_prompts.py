@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import datetime
 import gzip
+import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import read_tree
 
-from actcache import carried
+from actcache import carried, prompt_files
 from actcache import prompts as prompts_module
 from actcache.carried import as_columns, encode
 from actcache.cli import main
@@ -174,6 +176,9 @@ def test_an_id_is_no_longer_than_a_path(tmp_path):
         ("p.csv", "id,prompt\na,b,c\n", "line 2: 3 cells, expected 2: id, prompt"),
         ("p.csv", "id,id\na,b\n", "expected distinct ones"),
         ("p.csv", "prompt,token_ids\n,1 2\n", "line 2: 'token_ids': not JSON"),
+        ("p.csv", 'prompt\na\n"b\nc\0"\n', "line 4: a NUL byte, expected text; write the file again as UTF-8"),
+        ("p.tsv", "prompt\0\na\n", "line 1: a NUL byte"),
+        ("p.jsonl", '{"prompt": "a\0"}', "line 1: not JSON .*control character"),
         ("p.txt", "7\n", "line 1: a JSON int, expected an object .*plain text"),
         ("p.json", '[{"id": "a", "prompt": "x"}]', "line 1: a JSON list, .*JSON array, expected JSON Lines.*jq"),
         ("p.json", '[\n {"id": "a", "prompt": "x"}\n]', "line 1: not JSON .*JSON array, expected JSON Lines.*jq"),
@@ -204,6 +209,18 @@ def test_missing_empty_and_binary_files(tmp_path):
     (tmp_path / "b.jsonl").write_bytes(b'{"id": "\xff"}')
     with pytest.raises(InputError, match="not UTF-8"):
         read_prompts(tmp_path / "b.jsonl")
+
+
+@given(st.text(), st.text(), st.dictionaries(st.text(), st.none() | st.text() | st.lists(st.integers() | st.floats())))
+def test_a_digest_is_of_json_lines(name, text, further):
+    messages = [{"role": "user", "content": text}]
+    for prompt, content in (
+        (Prompt(name, text, further), text),
+        (Prompt(name, "", further, messages=messages), {"messages": messages}),
+        (Prompt(name, "", further, token_ids=[1, 2]), {"token_ids": [1, 2]}),
+    ):
+        line = json.dumps([name, content, further], sort_keys=True) + "\n"
+        assert digest([prompt]) == hashlib.sha256(line.encode()).hexdigest()
 
 
 def test_digest_sees_every_part_and_nothing_else():
@@ -386,6 +403,14 @@ def test_segment_after_segment_reads_a_file_once(tmp_path, nothing_held, name, m
         monkeypatch.setattr(of, method, lambda *a, own=own, **k: (n_started.append(1), own(*a, **k))[1])
     assert [one.id for start in range(0, 8, 3) for one in found[start : start + 3]] == [row["id"] for row in ROWS]
     assert len(n_started) == (name in ("jsonl.gz", "csv.gz", "parquet"))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_several_may_read_a_large_file_at_once(tmp_path, nothing_held, monkeypatch, name):
+    monkeypatch.setattr(prompt_files, "_BYTES_AT_ONCE", 50)
+    found = read_prompts(written(tmp_path / f"p.{name}", ROWS))
+    both = zip(found, zip(itertools.islice(found, 2, None), found, strict=False), strict=False)
+    assert [(a.id, b.id, c.id) for a, (b, c) in both] == [(f"p{i}", f"p{i + 2}", f"p{i}") for i in range(6)]
 
 
 def test_a_large_file_that_changes_is_noticed(tmp_path, nothing_held):
