@@ -2,9 +2,9 @@
 
 The input is what a run reads, too: JSON Lines, CSV, TSV or Parquet. Its id is taken from the first of ``id``,
 ``record_id``, ``prompt_id`` and ``example_id`` that it has, its text from the first of ``prompt``, ``question``,
-``text`` and ``instruction``, and
-``category`` is carried along where it is there. Where the keys are others, name them. A key within an object has a
-path, as ``meta.topic``::
+``text`` and ``instruction``, and ``category`` is carried along where it is there. Where the keys are others, name them.
+A key within an object has a path, as ``meta.topic``. A file without an id gets one for each row, ``row-000001`` and so
+on, which is said::
 
     python scripts/convert_prompts.py THEIRS.jsonl --out prompts.jsonl
     python scripts/convert_prompts.py THEIRS.jsonl --out prompts.jsonl --id meta.uid --text formats.raw \\
@@ -45,7 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("source", type=Path, help="file to read: JSON Lines, CSV, TSV or Parquet")
     parser.add_argument("--out", type=Path, required=True, help="prompts file to write")
-    parser.add_argument("--id", metavar="KEY", help=f"key of the id (first of {', '.join(ID_KEYS)})")
+    parser.add_argument(
+        "--id", metavar="KEY", help=f"key of the id (first of {', '.join(ID_KEYS)}; else made of the row's number)"
+    )
     parser.add_argument("--text", metavar="KEY", help=f"key of the text (first of {', '.join(TEXT_KEYS)})")
     parser.add_argument(
         "--keep", metavar="KEY[=NAME]", action="append", help="key to carry, under another name; may be repeated"
@@ -94,14 +96,21 @@ def convert(
         raise InputError(f"{out} is already there; remove it or give another --out")
     wanted = [_parted(one, "--where KEY=A,B") for one in where]
     kept = [one.partition("=")[::2] for one in keep] if keep is not None else None
-    prompts = []
+    prompts: list[dict[str, Any]] = []
+    makes_ids = False
     for number, (place, record) in enumerate(_records(source)):
         if number < first or (last is not None and number > last):
             continue
         if any(str(_value(record, key, place)) not in values.split(",") for key, values in wanted):
             continue
+        found = [key for key in ID_KEYS if key in record]
+        if not prompts:
+            makes_ids = id_key is None and not found
+        elif makes_ids and found:
+            raise InputError(f"{place}: it has {found[0]!r}, rows before it have none: give all rows one, or none")
+        own_id = f"row-{number + 1:06}" if makes_ids else _text(record, [id_key] if id_key else ID_KEYS, place, "--id")
         prompt = {
-            "id": _text(record, [id_key] if id_key else ID_KEYS, place, "--id"),
+            "id": own_id,
             "prompt": _text(record, [text_key] if text_key else TEXT_KEYS, place, "--text"),
         }
         if kept is None:
@@ -121,6 +130,9 @@ def convert(
             said = str(error).replace(str(written), "the result")
             raise InputError(f"what is taken of {source} is no prompts file: {said}") from error
         written.rename(out)
+    if makes_ids:
+        first = prompts[0]["id"]
+        print(f"{source} has none of {', '.join(ID_KEYS)}: rows are named {first} and so on", file=sys.stderr)
     return dict(Counter(str(prompt.carried.get(CATEGORY, "")) for prompt in read))
 
 

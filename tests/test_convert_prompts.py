@@ -62,11 +62,21 @@ def test_names_paths_and_slices_can_be_given(convert):
     assert json.loads(said) | {"out": ""} == {"out": "", "n_prompts": 3, "by_category": {"b": 3}}
 
 
+def test_rows_without_ids_are_named_by_their_numbers_and_this_is_said(convert):
+    lines = [{"question": f"text {at}", "kind": "ab"[at % 2]} for at in range(5)]
+    code, prompts, said = convert(lines, "--where", "kind=b")
+    assert code == 0
+    assert [(one.id, one.text) for one in prompts] == [("row-000002", "text 1"), ("row-000004", "text 3")]
+    assert "theirs.jsonl has none of id, record_id, prompt_id, example_id: rows are named row-000002 and so on" in said
+
+
 @pytest.mark.parametrize(
     ("lines", "words", "said"),
     [
         ([{"id": "a", "body": "x"}], [], "line 1: none of prompt, question, text, instruction; it has id, body: name"),
-        ([{"name": "a", "prompt": "x"}], [], "line 1: none of id, record_id"),
+        ([{"id": "a", "prompt": "x"}, {"prompt": "y"}], [], "line 3: none of id, record_id"),
+        ([{"prompt": "x"}, {"record_id": "a", "prompt": "y"}], [], "line 3: it has 'record_id', rows before it have"),
+        ([{"prompt": "x"}], ["--id", "name"], "line 1: no 'name'; it has prompt"),
         ([{"id": "a", "prompt": "x"}], ["--keep", "topic"], "line 1: no 'topic'; it has id, prompt"),
         ([{"id": "a", "prompt": {"raw": "x"}}], ["--text", "prompt.chat"], "line 1: no 'prompt.chat'"),
         ([{"id": "a", "prompt": {"raw": "x"}}], [], "'prompt' is {"),
