@@ -470,6 +470,15 @@ class Fingerprint(_AsJson):
 MISSING = object()
 """Stands for the value of a field that is not recorded, in :meth:`Fingerprint.differences`."""
 
+UNSAID = {
+    "template": "none",
+    "special_tokens": "yes",
+    "support": FIRST_DIVERGENCE,
+    "codec": "blosc",
+    "adapter": "none",
+}
+"""What a fingerprint means that leaves out one of these fields, also one of an earlier version; by the field's name."""
+
 
 def order_of_labels(labels: Sequence[str], pair: Sequence[str]) -> tuple[str, ...] | None:
     """What a fingerprint records as ``lineup``: None where the pair is all there is, as in earlier versions."""

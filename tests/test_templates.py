@@ -216,13 +216,18 @@ def test_a_run_of_messages_is_that_of_their_ids(templated, tmp_path, capfd):
         assert main([*words, *(["--template", "pt"] if form == "messages" else ["--template", "none"])]) == (
             2 if form == "messages" else 0
         )
-    said = capfd.readouterr().err
-    assert "template" in said
+    identity = lineup.rendering("it").identity
+    assert f"its template is {identity}, this run's is pt " in capfd.readouterr().err
+    for form, template, found, asked in (("messages", "none", identity, "none"), ("token_ids", "it", "none", "it ")):
+        words = ["capture", *given, "--prompts", str(tmp_path / "messages.jsonl"), "--template", template]
+        assert main([*words, "--out", str(tmp_path / form)]) == 2
+        said = capfd.readouterr().err
+        assert f"the store belongs to another run: its template is {found}, this run's is {asked}" in said
     first, second = stores.values()
     assert len(first) > 3
     assert first.events.equals(second.events)
     assert (first.token_ids()[0] == second.token_ids()[0]).all()
-    assert first.fingerprint.template == lineup.rendering("it").identity
+    assert first.fingerprint.template == identity
     assert second.fingerprint.template is None
     words = ["plan", *given, "--prompts", str(tmp_path / "messages.jsonl"), "--template", "it", "--rate", "1e9"]
     assert main(words) == 0

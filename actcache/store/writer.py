@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
-from actcache.schema import MISSING, Fingerprint, canonical, digest_of
+from actcache.schema import MISSING, UNSAID, Fingerprint, canonical, digest_of
 from actcache.store import layout, shard
 from actcache.store.chunks import ChunkCodec
 from actcache.store.records import (
@@ -335,9 +335,10 @@ def _describe_files(files: Files, rows: SiteRows) -> dict[str, Any]:
 
 def _check_same(given: Fingerprint, stored: Fingerprint) -> None:
     """Raise IncompatibleError, naming the first field that differs, unless both fingerprints are the same."""
-    for field, of_store, of_run in stored.differences(given):
-        shown = "not recorded" if of_run is MISSING else of_run
-        if of_store is MISSING:
+    for field, *values in stored.differences(given):
+        unsaid = UNSAID.get(field.rpartition(".")[2], "not recorded")
+        of_store, shown = (unsaid if value is MISSING else value for value in values)
+        if of_store == "not recorded":
             raise IncompatibleError(
                 f"the store belongs to another run, or to one of an earlier version: its {field} is not recorded, this "
                 f"run's is {shown}; give another folder, or score what is captured with 'actcache grid'",
