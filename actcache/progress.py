@@ -18,6 +18,8 @@ class Progress:
         found: units that were finished before, or by others. They say nothing of this stage's rate.
         tokens: run through each checkpoint here; 0 where the stage runs none.
         doing: what is under way between two units, for people to read; empty where the units say enough.
+        in_rounds: whether many units go through rounds together, nobody knows how many: then what is done tells nothing
+            of when the rest is.
     """
 
     done: int
@@ -26,6 +28,7 @@ class Progress:
     found: int = 0
     tokens: int = 0
     doing: str = ""
+    in_rounds: bool = False
 
 
 OnProgress: TypeAlias = Callable[[Progress], object]
@@ -38,11 +41,11 @@ def untold(progress: Progress) -> None:
 class Told(Protocol):
     """What hears how far a piece of a stage is: :meth:`Tally.add`."""
 
-    def __call__(self, n: int = 0, *, tokens: int = 0, doing: str = "") -> object:
+    def __call__(self, n: int = 0, *, tokens: int = 0, doing: str = "", in_rounds: bool = False) -> object:
         """``n`` units more are done, and ``tokens`` were run."""
 
 
-def nobody_told(n: int = 0, *, tokens: int = 0, doing: str = "") -> None:
+def nobody_told(n: int = 0, *, tokens: int = 0, doing: str = "", in_rounds: bool = False) -> None:
     """Tell nobody."""
 
 
@@ -54,9 +57,11 @@ class Tally:
         self._now, self._tell = Progress(0, total, unit), on_progress
         self._tell(self._now)
 
-    def add(self, n: int = 0, *, found: int = 0, tokens: int = 0, doing: str = "") -> None:
-        """Count ``n`` units done here, ``found`` ones that were done already, and tokens."""
+    def add(self, n: int = 0, *, found: int = 0, tokens: int = 0, doing: str = "", in_rounds: bool = False) -> None:
+        """Count ``n`` units done here, ``found`` ones that were done already, and tokens; what once goes in rounds does
+        so to the end."""
         now = self._now
         done, found, tokens = now.done + n + found, now.found + found, now.tokens + tokens
-        self._now = replace(now, done=done, found=found, tokens=tokens, doing=doing)
+        in_rounds = in_rounds or now.in_rounds
+        self._now = replace(now, done=done, found=found, tokens=tokens, doing=doing, in_rounds=in_rounds)
         self._tell(self._now)

@@ -106,7 +106,7 @@ class Study:
         """Search and capture, from models in memory to a store in ``folder``."""
         settings = CaptureSettings(tuple(sorted(boundaries)), dtype=self.dtype, max_new=self.max_new)
         backbones = {label: Backbone(model) for label, model in self.models.items()}
-        capture(self.lineup, self.prompts, folder, settings, load=backbones.__getitem__)
+        capture(self.lineup, self.prompts, folder, settings, watch=lambda label, load: backbones[label])
         store = open_store(folder)
         if not len(store):
             sys.exit(f"no event on {len(self.prompts)} prompts within {self.max_new} choices: give more, or --max-new")

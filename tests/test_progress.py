@@ -127,7 +127,7 @@ def test_the_line_fits_the_terminal(tty, clock):
 
 
 def test_plain_lines_are_few(capsys, clock):
-    """One at the start, one at the end, one in ten seconds between."""
+    """One after a second, one at the end, one in ten seconds between."""
     with LiveLine("capture") as line:
         tally = Tally(100, "prompts", line)
         for _ in range(100):
@@ -137,10 +137,10 @@ def test_plain_lines_are_few(capsys, clock):
     assert "\r" not in err
     assert "\x1b" not in err
     lines = err.splitlines()
-    assert lines[0] == "capture: reading what it needs, 0:00"
-    assert [line.split(" prompts")[0] for line in lines[1:]] == [
-        "capture: 40 of 100",
-        "capture: 80 of 100",
+    assert [line.split(" prompts")[0] for line in lines] == [
+        "capture: 4 of 100",
+        "capture: 44 of 100",
+        "capture: 84 of 100",
         "capture: 100 of 100",
     ]
     assert lines[-1].endswith("took 0:25")
@@ -161,6 +161,37 @@ def test_the_last_plain_line_is_not_said_twice(capsys, clock):
         clock.now_s += 11
         line._update()
     assert "capture: no prompts are missing, 0:11" in capsys.readouterr().err
+
+
+def test_a_stage_that_fails_at_once_says_nothing(capsys, clock):
+    def fail(line):
+        Tally(40, "prompts", line)
+        with line.during("loading pt"):
+            clock.now_s += 0.9
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), LiveLine("capture") as line:
+        fail(line)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_needs_time_to_begin_says_so(capsys, clock):
+    with LiveLine("capture") as line:
+        clock.now_s += 1
+        line._update()
+    assert capsys.readouterr().err.splitlines()[0] == "capture: reading what it needs, 0:01"
+
+
+def test_no_time_left_is_told_where_nobody_knows_how_many_rounds_are(clock, capsys):
+    with LiveLine("capture") as line:
+        tally = Tally(40, "prompts", line)
+        clock.now_s += 20
+        tally.add(10)
+        assert "about 1:00 left" in line.line()
+        tally.add(10, doing="pt: pass 3, block 2 of 30", in_rounds=True)
+        assert line.line().startswith("capture: 20 of 40 prompts, 0:20, pt: pass 3, block 2 of 30")
+        tally.add(found=10)
+        assert "left" not in line.line()
 
 
 def test_a_stage_that_fails_leaves_no_line_that_says_it_ended(capsys, clock):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -19,6 +20,7 @@ from tiny import make_checkpoint, write_tokenizer
 from actcache.capture.forward import Pack, Resident
 from actcache.capture.streams import Streaming, guess
 from actcache.cli import main
+from actcache.cli.terminal import LiveLine
 from actcache.errors import NotFiniteError, UnsupportedModelError
 from actcache.models import checkpoint_files
 from actcache.models.backbone import Backbone
@@ -26,6 +28,7 @@ from actcache.models.checkpoint import Checkpoint
 from actcache.models.parts import Frame
 from actcache.models.streamed import Streamed
 from actcache.scratch import scratch
+from actcache.study.run_folder import RunFolder
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "mixtral", "roberta-prelayernorm")
 
@@ -201,6 +204,28 @@ def captured(run: TinyRun, out: Path, *more: str) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("way", [("--stream",), ("--resident", "one")], ids=["stream", "one"])
+def test_a_capture_in_rounds_is_timed_and_says_no_time_left(tiny_run, tmp_path, capsys, monkeypatch, way):
+    run, told = tiny_run("llama", torch.float32), []
+    monkeypatch.setattr(LiveLine, "__call__", lambda self, progress: told.append(progress))
+    captured(run, tmp_path / "run", *way)
+    assert told[-1].done == told[-1].total == 7
+    assert {one.in_rounds for one in told if one.done} == {True}
+    if way == ("--stream",):
+        assert any(re.match("(pt|it): pass 2, block 5 of 5", one.doing) for one in told)
+    timings = RunFolder(tmp_path / "run").timings()["capture"]
+    assert timings["elapsed_s"] > timings["load_s"] > 0
+    assert timings["n_searches"] >= 7
+    capsys.readouterr()
+    assert main(["plan", str(tmp_path / "run"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["truth"]["capture_s"] == timings["elapsed_s"]
+    assert found["untimed"] == {}
+    assert ("capture_passes" in found["estimate"]) == (way == ("--stream",))
+    assert main(["plan", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "gpt2", "phi3"])
 def test_a_streamed_capture_has_the_bytes_of_a_plain_one(tiny_run, tmp_path, arch):
     run = tiny_run(arch, torch.float32)
@@ -228,18 +253,25 @@ def test_a_plan_says_what_a_stream_reads(tiny_run, capsys):
     words = ["plan", *run.arguments()[1:], "--rate", "1e9", "--json"]
     del words[words.index("--out") : words.index("--out") + 2]
     rows = {}
-    for way in ((), ("--stream",)):
+    for way in ((), ("--stream",), ("--resident", "one")):
         capsys.readouterr()
         assert main([*words, *way]) == 0
         rows[way] = json.loads(capsys.readouterr().out)["estimate"]
-    plain, streamed = rows[()], rows["--stream",]
+    plain, streamed, one = rows.values()
     assert streamed["capture_memory_bytes"] < plain["capture_memory_bytes"]
     assert streamed["search_multiply_adds"] > plain["search_multiply_adds"]
     assert streamed["grid_passes"] == 2
     size = (run.pt / "model.safetensors").stat().st_size
     assert streamed["capture_read_bytes"] == pytest.approx(streamed["capture_passes"] * size, rel=0.1)
-    assert "grid_passes" not in plain
-    assert main([word for word in [*words, "--stream"] if word != "--json"]) == 0
+    assert one["capture_read_bytes"] == pytest.approx(one["capture_loads"] * size, rel=0.1)
+    passes, loads = ({f"{stage}_{how}" for stage in ("capture", "grid")} for how in ("passes", "loads"))
+    assert [of.keys() & (passes | loads) for of in (plain, streamed, one)] == [set(), passes, loads]
+    words.remove("--json")
+    assert main([*words, "--resident", "one"]) == 0
+    shown = capsys.readouterr().out
+    assert "loads: capture" in shown
+    assert "pass" not in shown
+    assert main([*words, "--stream"]) == 0
     assert "a pass decides 1 token of each prompt" in capsys.readouterr().out
 
 

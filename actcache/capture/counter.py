@@ -54,11 +54,9 @@ class SearchCounter:
     def record(self, n_searches: int, n_choices: int) -> dict[str, float]:
         """What was counted, beside what searches did (see ``Searched``); and, if anything was timed, ``search_s`` with
         the two numbers that explain it best: ``search_rate`` and ``search_call_s`` (see ``Assumptions`` of a plan)."""
-        counted = {
-            "n_searches": n_searches,
-            "search_choices": n_choices,
-            "search_multiply_adds": self.multiply_adds,
-        }
+        counted: dict[str, float] = {"n_searches": n_searches, "search_choices": n_choices}
+        if self.multiply_adds:  # searches without a cache are not counted
+            counted["search_multiply_adds"] = self.multiply_adds
         n, x, y, xx, xy = (float(total) for total in self._sums)
         if not y:
             return counted

@@ -431,6 +431,11 @@ def check_residency(args: argparse.Namespace) -> None:
         raise InputError("--stream has one block in memory, --resident all has all checkpoints: give one of the two")
 
 
+def held_asked(args: argparse.Namespace) -> str:
+    """Of which the arguments ask that one is in memory at a time: a ``block``, a ``checkpoint``, or of neither."""
+    return "block" if args.stream else "checkpoint" if args.resident == "one" else ""
+
+
 def placed(device: str, labels: Sequence[str]) -> Placement:
     """Where each checkpoint computes, by what ``--device`` says; copies between devices are tried.
 

@@ -19,6 +19,7 @@ from actcache.cli.arguments import (
     capture_settings,
     checkpoints_given,
     grid_settings,
+    held_asked,
     open_lineup,
     placed,
     rendering_asked,
@@ -63,6 +64,8 @@ _LABELS = {
     "grid_memory_bytes": "        grid",
     "capture_passes": "passes: capture",
     "grid_passes": "        grid",
+    "capture_loads": "loads: capture",
+    "grid_loads": "       grid",
     "capture_read_bytes": "read: capture",
     "grid_read_bytes": "      grid",
     "capture_s": "time: capture",
@@ -163,7 +166,7 @@ def _plan(args: argparse.Namespace) -> None:
         raise InputError(f"give {', '.join(missing)} to plan a run, or the folder of a finished one")
     from actcache.models.prompt_ids import N_SAMPLED, PromptIds
     from actcache.prompts import digest, read_prompts
-    from actcache.study.plan import Study, as_json, estimate, shapes_of
+    from actcache.study.plan import Study, as_json, shapes_of
 
     prompts = read_prompts(args.prompts, args.limit, args.shard_prompts)
     lineup = open_lineup(args, with_weights=False)
@@ -175,12 +178,8 @@ def _plan(args: argparse.Namespace) -> None:
     checked = tuple(samples_asked(args, capture.dtype).values()) if work else ()  # a capture by itself checks nothing
     study = Study(shapes_of(lineup), ids.lengths, capture, work, checked, lineup.pairs)
     assumed = _assume(args, lineup, study)
-    found = {"assumed": as_json(assumed), "estimate": estimate(study, assumed)}
-    held = "block" if args.stream else "checkpoint" if args.resident == "one" else ""
-    if held:
-        from actcache.study.reads import estimate_apart
-
-        found["estimate"] = estimate_apart(study, assumed, stream=args.stream)
+    held = held_asked(args)
+    found = {"assumed": as_json(assumed), "estimate": _estimate(study, assumed, held)}
     if args.out is not None:
         RunFolder(args.out).write_plan(found, digest(prompts))
     _print(args.json, study, assumed, found, held)
@@ -236,7 +235,7 @@ def _compare(args: argparse.Namespace) -> None:
     """A finished run: the estimate, under what its plan assumed, beside the truth."""
     from actcache.models.lineup import Lineup
     from actcache.study.finished import learn, truth
-    from actcache.study.plan import as_json, assumptions_from_json, estimate
+    from actcache.study.plan import as_json, assumptions_from_json
 
     folder = RunFolder(args.run)
     record, store = folder.record(), folder.open_store()
@@ -250,13 +249,22 @@ def _compare(args: argparse.Namespace) -> None:
         assumed = assumptions_from_json(plan.content["assumed"], str(folder.plan))
     else:
         assumed = learn(study, store, timings, finished, "the run itself")
+    held = timings.get("capture", {}).get("held", "")
     found = {
         "assumed": as_json(assumed),
-        "estimate": estimate(study, assumed),
+        "estimate": _estimate(study, assumed, held),
         "truth": truth(study, store, timings, finished),
         "untimed": _untimed(folder, timings),
     }
-    _print(args.json, study, assumed, found)
+    _print(args.json, study, assumed, found, held)
+
+
+def _estimate(study: Study, assumed: Assumptions, held: str) -> dict[str, float]:
+    """Where all checkpoints are in memory, or one of what ``held`` says (see :func:`held_asked`)."""
+    from actcache.study.plan import estimate
+    from actcache.study.reads import estimate_apart
+
+    return estimate_apart(study, assumed, stream=held == "block") if held else estimate(study, assumed)
 
 
 def _study_of(folder: RunFolder, lineup: Lineup, store: Store, prompts_path: Path) -> tuple[Study, Finished]:
@@ -323,8 +331,8 @@ def _untimed(folder: RunFolder, timings: Mapping[str, Any]) -> dict[str, str]:
     return why
 
 
-def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, Any], held: str = "") -> None:
-    """``held`` says of which there is one in memory at a time, a block or a checkpoint, if not all are there."""
+def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, Any], held: str) -> None:
+    """``held`` as :func:`held_asked` gives it."""
     estimated, true = found["estimate"], found.get("truth")
     if as_json:
         shape = study.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from actcache.cli.arguments import (
     check_residency,
     checkpoints_given,
     grid_settings,
+    held_asked,
     open_lineup,
     placed,
     rendering_asked,
@@ -34,7 +35,6 @@ from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open
 
 if TYPE_CHECKING:
     from actcache.capture.given import GivenPrompt
-    from actcache.models.backbone import Backbone
     from actcache.models.lineup import Lineup
     from actcache.models.templates import Rendering
     from actcache.prompts import Prompt
@@ -232,7 +232,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
         store=absolute_place(args.store),
     )
     part = getattr(args, "part", (0, 1))
-    clock = CaptureClock(lineup, settings, devices.of)
+    clock = CaptureClock(lineup, held_asked(args))
     less = "a lower --max-tokens or --shard-prompts, in a new RUN, needs less; so does --resident one, or --stream"
     with (
         folder.being_captured(record, alone=part[1] == 1),
@@ -240,9 +240,9 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
         LiveLine("capture") as line,
     ):
 
-        def load(label: str) -> Backbone:
+        def watch(label: str, load: Callable[[], Any]) -> Any:
             with enough_memory(f"loading {label}", LESS_MODEL), line.during(f"loading {label}"):
-                return clock.load(label)
+                return clock.watch(label, load)
 
         how: dict[str, Any] = {
             "resident": args.resident,
@@ -251,7 +251,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
             "rendering": rendering,
             "given": given,
             "part": part,
-            "load": load,
+            "watch": watch,
             "stream": args.stream,
             "devices": devices.of,
             "on_progress": line,

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _REDRAW_S = 0.25  # of a terminal
 _PLAIN_S = 10.0  # between two lines of a stage where stderr is a file or a pipe
+_FIRST_PLAIN_S = 1.0  # before the first of them, so that what is refused at once is refused in one line
 _TRUST_S = 2.0  # before this much work, its rate says nothing of the rest
 
 _quiet = False
@@ -57,7 +58,7 @@ class LiveLine:
         self._lives = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._began_s = time.monotonic()
         self._aside_s = 0.0  # spent under during()
-        self._written_s = -float("inf")
+        self._written_s = -float("inf") if self._lives else self._began_s + _FIRST_PLAIN_S - _PLAIN_S
         _shown = self
         if not _quiet:
             self._ticker.start()
@@ -70,8 +71,7 @@ class LiveLine:
         global _shown
         _shown = None
         self._over.set()
-        with self._lock:
-            self.clear()
+        with self.cleared():
             if error is None and not _quiet:
                 print(self._ended(), file=sys.stderr, flush=True)
 
@@ -97,11 +97,13 @@ class LiveLine:
                 self._during = None
                 self._aside_s += time.monotonic() - start_s
 
-    def clear(self) -> None:
-        """Take the line off the terminal, until it is drawn again."""
+    @contextmanager
+    def cleared(self) -> Iterator[None]:
+        """The line is off the terminal for the time of the block."""
         with self._lock:
             if self._lives and not _quiet:
                 print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            yield
 
     def _tick(self) -> None:
         while not self._over.wait(_REDRAW_S):
@@ -164,7 +166,7 @@ class LiveLine:
     def _left_s(self) -> float | None:
         """None as long as nothing has been done here from which it could follow."""
         now, worked_s = self._now, self._worked_s()
-        if now is None or now.done == now.found or now.done >= now.total or worked_s < _TRUST_S:
+        if now is None or now.in_rounds or now.done in (now.found, now.total) or worked_s < _TRUST_S:
             return None
         return worked_s / (now.done - now.found) * (now.total - now.done)
 
@@ -173,9 +175,8 @@ def say(line: str) -> None:
     """A note on stderr, above the line of the stage that is under way."""
     if _quiet:
         return
-    if _shown is not None:
-        _shown.clear()
-    print(f"actcache: {line}", file=sys.stderr, flush=True)
+    with nullcontext() if _shown is None else _shown.cleared():
+        print(f"actcache: {line}", file=sys.stderr, flush=True)
 
 
 def one_line(error: BaseException) -> str:

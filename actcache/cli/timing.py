@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,6 @@ from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from actcache.capture.decide import Searched
-    from actcache.capture.settings import CaptureSettings
-    from actcache.models.backbone import Backbone
     from actcache.models.lineup import Lineup
     from actcache.store import Store
     from actcache.study.analysis import Analysis
@@ -40,32 +38,33 @@ class _Clock:
 
 
 class CaptureClock(_Clock):
-    """Times a capture and counts what its searches compute: pass :meth:`load` to it."""
+    """Times a capture and counts what its searches compute: pass :meth:`watch` to it."""
 
-    def __init__(self, lineup: Lineup, settings: CaptureSettings, devices: Mapping[str, str]) -> None:
+    def __init__(self, lineup: Lineup, held: str) -> None:
+        """Of this lineup; ``held`` as :func:`actcache.cli.arguments.held_asked` gives it."""
         from actcache.capture.counter import SearchCounter
 
         super().__init__()
-        self._lineup, self._settings, self._devices, self._counter = lineup, settings, devices, SearchCounter()
+        self._lineup, self._held, self._counter = lineup, held, SearchCounter()
 
-    def load(self, label: str) -> Backbone:
-        """The backbone of a checkpoint, watched."""
+    def watch(self, label: str, load: Callable[[], Any]) -> Any:
+        """What this loads of a checkpoint, timed and watched."""
+        from actcache.models.backbone import Backbone
         from actcache.models.cost import ModelShape
-        from actcache.study.capture import load_backbone
 
         with self.loading():
-            backbone = load_backbone(self._lineup, label, self._settings, self._devices[label])
-            if label not in self._lineup.paired:  # others are not searched
-                return backbone
-            return self._counter.watch(backbone, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))
+            loaded = load()
+            if isinstance(loaded, Backbone) and label in self._lineup.paired:  # others are not searched
+                self._counter.watch(loaded, ModelShape.of_checkpoint(self._lineup.checkpoints[label]))
+            return loaded
 
     def write(self, folder: RunFolder, n_prompts: int, searched: Searched) -> None:
         """Record a capture of so many prompts; one of which others did a part is taken off the record."""
         times = self._times()
         if times is None:
             return
-        record = self._counter.record(searched.n_sequences, searched.n_choices)
-        folder.record_timing("capture", times | record if searched.n_sequences >= n_prompts else None)
+        record = times | self._counter.record(searched.n_sequences, searched.n_choices) | {"held": self._held}
+        folder.record_timing("capture", record if searched.n_sequences >= n_prompts else None)
 
 
 class AnalysisClock(_Clock):

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -54,6 +54,13 @@ from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_s
 from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob
 
+Watch: TypeAlias = Callable[[str, Callable[[], Any]], Any]
+
+
+def unwatched(label: str, load: Callable[[], Any]) -> Any:
+    """Load a checkpoint, and do nothing else."""
+    return load()
+
 
 class LocalCapture:
     """What capture jobs are run with in this process: checkpoints, loaded when the first job runs or as it is asked."""
@@ -62,7 +69,7 @@ class LocalCapture:
         self,
         lineup: Lineup,
         settings: CaptureSettings,
-        load: Callable[[str], Backbone] | None = None,
+        watch: Watch = unwatched,
         say: Callable[[str], None] = lambda line: None,
         *,
         resident: str = "all",
@@ -76,7 +83,7 @@ class LocalCapture:
         Args:
             lineup: the checkpoints.
             settings: what to compute.
-            load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
+            watch: runs each load of a checkpoint.
             say: told, in one line, what a person should know.
             resident: see :func:`actcache.models.fit.are_together`.
             known: see :class:`Decider`.
@@ -85,7 +92,7 @@ class LocalCapture:
             devices: of each checkpoint, by label; None for the settings' device.
         """
         self._lineup, self._settings, self._say = lineup, settings, say
-        self._load = load or (lambda label: load_backbone(lineup, label, settings))
+        self._watch = watch
         self._resident, self._known, self._folder = "one" if stream else resident, known, folder
         self._stream, self._devices = stream, devices or dict.fromkeys(lineup.labels, settings.device)
         self._told: Told = nobody_told
@@ -124,13 +131,13 @@ class LocalCapture:
             publish: told of each job and what it gave.
             told: hears of their units.
         """
-        self._told = told
         jobs = iter(jobs)
         while first := next(jobs, None):
             most = TOGETHER if self.is_together else PER_LOAD
+            self._told = functools.partial(told, in_rounds=not self.is_together)
             together = [first, *itertools.islice(jobs, max(1, most // max(1, first.n_units)) - 1)]
-            steps: list[Steps[Any]] = [job.steps(self, told) for job in together]
-            for number, given in self.decider.complete(steps, told):
+            steps: list[Steps[Any]] = [job.steps(self, self._told) for job in together]
+            for number, given in self.decider.complete(steps, self._told):
                 publish(together[number], given)
 
     def hold(self, segments: Iterable[Segment]) -> None:
@@ -147,15 +154,21 @@ class LocalCapture:
             self._say(line)
 
     def _forwarder(self, label: str) -> Forwarder:
-        if not self._stream:
-            return Resident(self._load(label), self._settings.max_tokens, self._say_once)
+        if self._stream:
+            streamed = self._watch(label, functools.partial(self._load_streamed, label))
+            return Streaming(label, streamed, lambda words: self._told(doing=words), self._passes)
+        own = self._lineup, label, self._settings, self._devices[label]
+        backbone = self._watch(label, functools.partial(load_backbone, *own))
+        return Resident(backbone, self._settings.max_tokens, self._say_once)
+
+    def _load_streamed(self, label: str) -> Streamed:
         settings, checkpoint = self._settings, self._lineup.checkpoints[label]
         streamed = Streamed(checkpoint, DTYPES[settings.dtype], self._devices[label], proven=self._proven[label])
         streamed.readout.mask(self._lineup.masked_ids)
         with checkpoint.named():
             for site, block in settings.sites:
                 find_site(streamed.empty_block(block), site)
-        return Streaming(label, streamed, lambda words: self._told(doing=words), self._passes)
+        return streamed
 
     def _readout(self, label: str) -> Readout:
         checkpoint = self._lineup.checkpoints[label]
@@ -175,7 +188,7 @@ def capture(
     rendering: Rendering = PLAIN,
     given: Sequence[GivenPrompt] | None = None,
     part: tuple[int, int] = (0, 1),
-    load: Callable[[str], Backbone] | None = None,
+    watch: Watch = unwatched,
     on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
     resident: str = "all",
@@ -197,7 +210,8 @@ def capture(
         rendering: how prompts become texts.
         given: events to store instead of those that a search finds (see :mod:`actcache.capture.given`).
         part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
-        load: gives the backbone of a checkpoint by label; by default :func:`load_backbone`.
+        watch: runs each load of a checkpoint, given its label and what loads it: a :class:`Backbone`, or a
+            :class:`Streamed` where its blocks are streamed.
         on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
             of sequences that run again.
         say: told, in one line, what a person should know (packing not possible, for example).
@@ -243,7 +257,7 @@ def capture(
             say(f"the store has {said_of_sites(kept)} too, which stay")
         settings = settings.with_sites(joined(stored, asked))
     engine = LocalCapture(
-        lineup, settings, load, say, resident=resident, known=known, folder=folder, stream=stream, devices=devices
+        lineup, settings, watch, say, resident=resident, known=known, folder=folder, stream=stream, devices=devices
     )
     shards = list(segments.items())[part[0] :: part[1]]
     committed = writer.committed

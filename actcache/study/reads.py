@@ -25,14 +25,14 @@ _FORWARDS = 2
 
 @dataclass(frozen=True)
 class Reads:
-    """How often the checkpoints of a capture, or the late stacks of a grid, are gone through, and what is read for it.
+    """How often the checkpoints of a capture, or the late stacks of a grid, are read, and how much that is.
 
     Attributes:
-        passes: over the blocks of a checkpoint, or loads of it.
+        times: passes over the blocks of one, or loads of it.
         read_bytes: read for them.
     """
 
-    passes: float
+    times: float
     read_bytes: float
 
 
@@ -58,12 +58,11 @@ def estimate_apart(study: Study, assumed: Assumptions, *, stream: bool) -> dict[
         # Of a list of late stacks, one is there, and the heads that score what it gives.
         rows["grid_memory_bytes"] += own + len(heads) * of_head - n_late * (late + of_head)
         at_once = rows["raw_bytes"] / max(1, len(study.capture.boundaries))
-        passes = n_late * (max(1, math.ceil(at_once / ROWS_AT_ONCE)) if stream else 1)
-        grid = Reads(passes, passes * (late + of_head))
-    for name in ("passes", "read_bytes"):
-        for stage, reads in (("capture", captured), ("grid", grid)):
-            rows[f"{stage}_{name}"] = getattr(reads, name)
-    return rows
+        times = n_late * (max(1, math.ceil(at_once / ROWS_AT_ONCE)) if stream else 1)
+        grid = Reads(times, times * (late + of_head))
+    reads = {"capture": captured, "grid": grid}
+    rows |= {f"{stage}_{'passes' if stream else 'loads'}": of_stage.times for stage, of_stage in reads.items()}
+    return rows | {f"{stage}_read_bytes": of_stage.read_bytes for stage, of_stage in reads.items()}
 
 
 def _capture_reads(study: Study, assumed: Assumptions, *, stream: bool) -> Reads:
@@ -75,8 +74,8 @@ def _capture_reads(study: Study, assumed: Assumptions, *, stream: bool) -> Reads
         rounds = math.ceil((1 + longest) / TOKENS_PER_PASS)
     else:
         rounds = 1 + max(0, math.ceil(math.log2((1 + longest) / FIRST_LOADED_DRAFT + 1)) - 1)
-    passes = n_shards * (study.n_paired * rounds + study.n_checkpoints * _FORWARDS)
-    return Reads(passes, passes * shape.n_parameters * size)
+    times = n_shards * (study.n_paired * rounds + study.n_checkpoints * _FORWARDS)
+    return Reads(times, times * shape.n_parameters * size)
 
 
 def _longest(study: Study, assumed: Assumptions) -> float:
