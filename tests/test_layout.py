@@ -26,7 +26,10 @@ DOCS = PACKAGE.parent / "docs"
 FLOW = {
     "": (
         "errors",
+        "counts",
+        "canonical",
         "schema",
+        "fingerprint",
         "finite",
         "files",
         "cgroups",

@@ -18,8 +18,8 @@ from stores import make_fingerprint, make_segment
 from twins.store import Twin
 
 from actcache import RowFeed
+from actcache.canonical import digest_of
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
-from actcache.schema import digest_of
 from actcache.store import Store, StoreWriter, compact, layout, open_store, records, verify
 from actcache.store.feed import RowBatch
 from actcache.store.storage import LocalStorage, open_storage

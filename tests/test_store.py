@@ -25,8 +25,8 @@ from stores import INT_OF, bits, make_fingerprint, make_segment, read_tree, writ
 from twins.store import Twin, twins
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from actcache.canonical import digest_of
 from actcache.errors import ActcacheError, CorruptStoreError, FormatVersionError, IncompatibleError, InputError
-from actcache.schema import digest_of
 from actcache.store import Problem, Segment, SegmentData, Store, StoreWriter, compact, layout, open_store, shard, verify
 from actcache.store.chunks import BLOSC, CODECS
 from actcache.store.verify import _check_files

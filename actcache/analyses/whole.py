@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from actcache.analyses import ANALYSES, Named, find_analysis
+from actcache.canonical import digest_of
 from actcache.errors import CorruptFileError, InputError
 from actcache.models.cost import ModelShape
-from actcache.schema import digest_of
 from actcache.sealed import NoSealError
 from actcache.study.analysis import Analysis, CellAnalysis
 from actcache.study.cells import finished_cells

@@ -22,13 +22,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from actcache.canonical import canonical
 from actcache.carried import MAX_KEYS
 from actcache.errors import InputError
 from actcache.files import no_file
 from actcache.models.lineup import Lineup
 from actcache.models.templates import PLAIN, Rendering
 from actcache.prompts import MAX_ID, Prompt, check_carried
-from actcache.schema import canonical
 from actcache.store import Store
 from actcache.strict_json import parse_object
 

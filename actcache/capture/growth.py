@@ -11,9 +11,9 @@ import re
 from collections.abc import Mapping, Sequence
 
 from actcache import prompts as prompts_module
+from actcache.canonical import digest_of
 from actcache.errors import InputError
 from actcache.prompts import Prompt
-from actcache.schema import digest_of
 from actcache.store import Place, Segment, Store, open_store
 from actcache.store.layout import MAX_NAME, STATE, Sites, record_digest
 

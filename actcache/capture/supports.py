@@ -28,7 +28,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from actcache.schema import FIRST_DIVERGENCE, IT, PRE_DIVERGENCE, digest_of
+from actcache.canonical import digest_of
+from actcache.schema import FIRST_DIVERGENCE, IT, PRE_DIVERGENCE
 
 ROLLOUTS = "rollouts"
 """The support of events on the rollouts of both checkpoints of a pair."""

@@ -18,8 +18,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from actcache.counts import check_whole
 from actcache.errors import InputError, UnsupportedModelError
-from actcache.schema import check_whole
 
 # The names that transformers' decoders give to the norm after the last block, beside their list of blocks.
 FINAL_NORM_NAMES = (

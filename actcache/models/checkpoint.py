@@ -34,6 +34,7 @@ from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 from transformers.utils import logging
 
 from actcache.errors import InputError, UnsupportedModelError
+from actcache.fingerprint import CheckpointFingerprint
 from actcache.models import checkpoint_files as files
 from actcache.models.adapters import Adapter, Merge
 from actcache.models.origin import Origin, Recorded
@@ -41,7 +42,6 @@ from actcache.models.quantized import Quantization, dequantized, find_quantizati
 from actcache.models.shared import find_shared, hold, take
 from actcache.models.text_tower import check_chooses_tokens, text_tower
 from actcache.models.tokens import Encoder
-from actcache.schema import CheckpointFingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 
 from actcache.errors import IncompatibleError, InputError
+from actcache.fingerprint import SHARED_TOKENS, Fingerprint
 from actcache.models.checkpoint import DTYPES, Checkpoint
 from actcache.models.templates import NONE, PLAIN, ChatTemplate, Rendering
 from actcache.models.text_tower import placeholders
 from actcache.models.vocabulary import Tokens, Vocabulary
 from actcache.prompts import Prompt
-from actcache.schema import ROLES, SHARED_TOKENS, Fingerprint, several_pairs
+from actcache.schema import ROLES, several_pairs
 
 # What must be equal for states of one checkpoint to be read by the late blocks of another.
 _ALIGNED_FIELDS = ("model_type", "hidden_size", "num_hidden_layers")

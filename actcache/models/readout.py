@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from actcache.counts import check_whole
 from actcache.errors import InputError, NotFiniteError, UnsupportedModelError
 from actcache.finite import first_no_state, is_finite
 from actcache.models.blocks import find_anatomy, replace, shallow_clone
-from actcache.schema import check_whole
 
 # Whole-vocabulary logits are made at most this many at a time: 64 MiB of float32.
 MAX_LOGITS_AT_ONCE = 1 << 24

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from actcache.errors import IncompatibleError
-from actcache.schema import REAL_TOKENS, SHARED_TOKENS
+from actcache.fingerprint import REAL_TOKENS, SHARED_TOKENS
 
 # Names of tokens that stand for no text: they wait for a use that no training has given them.
 _RESERVED = re.compile(r"[<\[]\|?(unused|reserved(_special)?(_token)?)_?[0-9]+\|?[>\]]", re.IGNORECASE)

@@ -13,20 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from actcache.canonical import canonical, digest_of
+from actcache.counts import is_count
 from actcache.errors import CorruptStoreError, FormatVersionError, InputError
-from actcache.schema import (
-    EVENTS,
-    EXCLUDED,
-    PAIR,
-    SEGMENT,
-    SEQUENCES,
-    Fingerprint,
-    arrow_type,
-    canonical,
-    digest_of,
-    is_count,
-    types,
-)
+from actcache.fingerprint import Fingerprint
+from actcache.schema import EVENTS, EXCLUDED, PAIR, SEGMENT, SEQUENCES, arrow_type, types
 from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
 from actcache.store.shard import crc32c, data_file, decode_json, encode_json
 

@@ -18,9 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from actcache.canonical import digest_of
 from actcache.carried import as_columns
+from actcache.counts import check_whole
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
-from actcache.schema import PAIR, Fingerprint, check_whole, digest_of
+from actcache.fingerprint import Fingerprint
+from actcache.schema import PAIR
 from actcache.store import layout, shard
 from actcache.store.records import (
     additions_to,

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from actcache.errors import CorruptStoreError, InputError
-from actcache.schema import Fingerprint
+from actcache.fingerprint import Fingerprint
 from actcache.store import layout, shard
 from actcache.store.storage import Storage
 

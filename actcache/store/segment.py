@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from actcache.carried import keys_of
 from actcache.errors import CorruptStoreError, InputError
-from actcache.schema import Fingerprint
+from actcache.fingerprint import Fingerprint
 from actcache.store import layout, shard
 from actcache.store.records import Counts, Part, parts_of
 from actcache.store.segment_data import check_carried, check_events, check_offsets, check_pairs, sequences_of

@@ -21,9 +21,9 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from actcache.canonical import canonical
 from actcache.cpus import usable_cpus
 from actcache.errors import CorruptStoreError, InputError
-from actcache.schema import canonical
 from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
 from actcache.store.storage import Storage
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from actcache.errors import CorruptStoreError
+from actcache.fingerprint import Fingerprint
 from actcache.progress import OnProgress, Tally, untold
-from actcache.schema import Fingerprint
 from actcache.store import layout, shard
 from actcache.store.records import (
     additions_to,

@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from actcache.canonical import canonical, digest_of
 from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
-from actcache.schema import MISSING, UNSAID, Fingerprint, canonical, digest_of
+from actcache.fingerprint import MISSING, UNSAID, Fingerprint
 from actcache.store import layout, shard
 from actcache.store.chunks import ChunkCodec
 from actcache.store.records import (

@@ -36,6 +36,7 @@ from actcache.capture.residency import PER_LOAD, TOGETHER, AllResident, Checkpoi
 from actcache.capture.settings import CaptureSettings
 from actcache.capture.streams import Streaming
 from actcache.errors import InputError
+from actcache.fingerprint import Fingerprint, order_of_labels
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import check_boundary, find_site
 from actcache.models.checkpoint import DTYPES
@@ -49,7 +50,7 @@ from actcache.models.streamed import Streamed
 from actcache.models.templates import PLAIN, Rendering
 from actcache.progress import OnProgress, Tally, Told, nobody_told, untold
 from actcache.prompts import Prompt
-from actcache.schema import FIRST_DIVERGENCE, Fingerprint, order_of_labels
+from actcache.schema import FIRST_DIVERGENCE
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
 from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from actcache.canonical import digest_of
 from actcache.capture.asks import Steps, T
 from actcache.capture.decide import Decider
 from actcache.capture.given import GivenPrompt
@@ -21,7 +22,6 @@ from actcache.capture.supports import ROLLOUTS
 from actcache.models.cost import ModelShape
 from actcache.progress import Told, nobody_told
 from actcache.prompts import Prompt, digest
-from actcache.schema import digest_of
 from actcache.store import Segment, SegmentData
 from actcache.store.segment_data import SiteRows
 from actcache.study.work import CaptureWork, Cost, Expected

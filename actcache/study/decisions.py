@@ -17,10 +17,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from actcache.canonical import digest_of
 from actcache.errors import InputError
 from actcache.models.checkpoint import DTYPES
 from actcache.progress import Tally, untold
-from actcache.schema import HISTORIES, ROLES, digest_of
+from actcache.schema import HISTORIES, ROLES
 from actcache.store import Store
 from actcache.study.engine import LoadBackbone, LocalEngine
 from actcache.study.forward_job import ForwardJob

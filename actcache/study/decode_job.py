@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from actcache.canonical import digest_of
 from actcache.capture.forward import Resident
 from actcache.capture.residency import AllResident
 from actcache.capture.search import Outcome, Proposal, SearchLimits, propose
 from actcache.models.cost import ModelShape
 from actcache.progress import Told, nobody_told
-from actcache.schema import digest_of
 from actcache.study.forward_job import ModelEngine
 from actcache.study.jobs import Result
 from actcache.study.work import Cost

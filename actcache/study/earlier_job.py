@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from actcache.canonical import digest_of
 from actcache.errors import CheckError
 from actcache.progress import Told, nobody_told
 from actcache.replay.edits import PLAIN
-from actcache.schema import EVENT_KEY, PAIR, digest_of, names
+from actcache.schema import EVENT_KEY, PAIR, names
 from actcache.store import Store
 from actcache.study.cells import Finished, Scored, by_segment, finished_cells
 from actcache.study.jobs import Result

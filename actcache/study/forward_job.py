@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actcache.canonical import digest_of
 from actcache.capture.forward import Forwarder, Pack
 from actcache.errors import NotFiniteError
 from actcache.models.backbone import Backbone
 from actcache.models.cost import ModelShape
 from actcache.models.regimes import Regimes
 from actcache.progress import Told, nobody_told
-from actcache.schema import digest_of
 from actcache.study.jobs import Result
 from actcache.study.work import Cost
 

@@ -8,9 +8,10 @@ from functools import cache
 import pyarrow as pa
 import torch
 
+from actcache.counts import check_whole
 from actcache.errors import InputError, NotFiniteError
 from actcache.models.readout import Readout
-from actcache.schema import ROLES, check_whole
+from actcache.schema import ROLES
 from actcache.store import Store
 from actcache.store.selection import Events
 

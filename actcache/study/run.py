@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from actcache.counts import check_whole
 from actcache.errors import IncompatibleError, InputError
 from actcache.progress import OnProgress, untold
-from actcache.schema import check_whole
 from actcache.sealed import Sealed, read_json, read_parquet
 from actcache.study.run_folder import RunFolder
 
