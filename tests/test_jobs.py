@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import pickle
 import subprocess
 import sys
+import weakref
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,13 +24,17 @@ import actcache
 from actcache.analyses.grid import GridSettings, jobs_left, run_grid
 from actcache.capture.given import given_by
 from actcache.capture.settings import CaptureSettings
+from actcache.capture.streams import Streaming
 from actcache.cli import main
-from actcache.errors import CheckError, CorruptFileError, IncompatibleError
+from actcache.errors import CheckError, CorruptFileError, IncompatibleError, InputError
+from actcache.models.checkpoint import Checkpoint
 from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
+from actcache.models.parts import load_readout
 from actcache.prompts import read_prompts
 from actcache.replay.edits import Add, Edit, Interpolate, Variant
 from actcache.replay.late_stack import LateStack
+from actcache.replay.streamed_late import StreamedLate
 from actcache.study import results
 from actcache.study.capture import LocalCapture
 from actcache.study.capture_job import CaptureJob, RowsJob
@@ -36,6 +43,7 @@ from actcache.study.decode_job import DecodeJob
 from actcache.study.engine import LocalEngine
 from actcache.study.finished import truth
 from actcache.study.forward_job import ForwardJob
+from actcache.study.holding import Holding
 from actcache.study.plan import Study
 from actcache.study.runner import run_replays
 from actcache.study.size_job import read_sizes, size_jobs
@@ -69,15 +77,19 @@ from actcache.models.lineup import Lineup
 from actcache.study.capture import LocalCapture
 from actcache.study.engine import LocalEngine
 from actcache.study.finished import settings_of
-jobs, place, checkpoints = pickle.loads(Path(sys.argv[1]).read_bytes())
+from actcache.study.held import Held
+jobs, place, checkpoints, holding = pickle.loads(Path(sys.argv[1]).read_bytes())
 store = actcache.open_store(place)
+lineup = Lineup.open(checkpoints)
 given = {}
 for name, job in jobs.items():
     if name in ("searched", "given", "rows"):
-        engine = LocalCapture(Lineup.open(checkpoints), getattr(job, "settings", settings_of(store)))
+        engine = LocalCapture(lineup, getattr(job, "settings", settings_of(store)), held=Held(lineup, holding))
+        assert not engine.is_together
         engine.hold(store.segments)
     else:
-        engine = LocalEngine.of(store, checkpoints)
+        engine = LocalEngine.of(store, checkpoints, holding)
+        assert engine.one_at_a_time
     given[name] = job.run(engine, job.read(engine))
 Path(sys.argv[2]).write_bytes(pickle.dumps(given))
 """
@@ -97,10 +109,11 @@ def jobs(captured):
 
 @pytest.fixture(scope="module")
 def there(captured, jobs, tmp_path_factory):
-    """What a fresh process makes of them, which has no more than the jobs, the store and the folders of the models."""
+    """What a fresh process makes of them, which has no more than the jobs, the store, the folders of the models, and
+    how these are to be held."""
     run, checkpoints = captured
     folder = tmp_path_factory.mktemp("worker")
-    (folder / "jobs").write_bytes(pickle.dumps((jobs, str(run.out / "store"), checkpoints)))
+    (folder / "jobs").write_bytes(pickle.dumps((jobs, str(run.out / "store"), checkpoints, Holding(resident="one"))))
     command = [sys.executable, "-c", WORKER, str(folder / "jobs"), str(folder / "given")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -163,6 +176,29 @@ def test_sizes_that_are_there_are_not_replayed_again(captured, tmp_path):
         rows, offsets = run.store.states(upstream, 3)
         expected = engine.late(late, 3).sizes(rows, offsets, strict=True)
         assert np.allclose(sizes, expected, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("kept", ["one", "block"])
+def test_a_worker_holds_checkpoints_as_it_is_told(captured, jobs, kept):
+    run, checkpoints = captured
+    holding = pickle.loads(pickle.dumps(Holding.of("cpu", kept)))
+    engine, plain = LocalEngine.of(run.store, checkpoints, holding), LocalEngine.of(run.store, checkpoints)
+    job = jobs["replay, strict"]
+    assert job.run(engine, job.read(engine)).table.equals(job.run(plain, job.read(plain)).table)
+    first = weakref.ref(engine.late("pt", 2))
+    assert isinstance(engine.late("it", 2), StreamedLate) == (kept == "block")
+    gc.collect()
+    assert first() is None, "one late stack at a time"
+    assert plain.late("pt", 2) is not plain.late("it", 2)
+    assert isinstance(engine.forwarder("pt", "float32"), Streaming) == (kept == "block")
+
+
+def test_a_worker_is_told_of_other_checkpoints(captured):
+    run, checkpoints = captured
+    with pytest.raises(IncompatibleError, match=r"checkpoint pt at .* is not the one captured: its weights"):
+        LocalEngine.of(run.store, {"pt": checkpoints["it"]})
+    with pytest.raises(InputError, match="the store has no checkpoint 'sft'; it has pt, it"):
+        LocalEngine.of(run.store, {"sft": checkpoints["it"]})
 
 
 # ---- jobs over full models ----
@@ -391,13 +427,18 @@ def test_a_further_readout_replays_nothing(captured, tmp_path, monkeypatch, stri
         raise AssertionError("something was replayed")
 
     monkeypatch.setattr(LateStack, "replay", refuse)
-    loads = []
-    found = run_grid(run.store, load_counted(checkpoints, loads), tmp_path / "cells", whole)
+    heads = []
+
+    def load_head(label):
+        heads.append(label)
+        return load_readout(Checkpoint.open(label, checkpoints[label]), torch.float32)
+
+    found = run_grid(run.store, refuse, tmp_path / "cells", whole, load_readout=load_head)
     assert found.equals(expected)
-    last = run.store.fingerprint.n_blocks - 1
-    assert sorted(loads) == [("it", last), ("pt", last)], "more than a head was loaded"
+    assert sorted(heads) == ["it", "pt"]
     with_kl = settings(variants=(), strict=strict, kl=True)
-    assert run_grid(run.store, load_counted(checkpoints, []), tmp_path / "cells", with_kl)["kl"].null_count == 0
+    found = run_grid(run.store, refuse, tmp_path / "cells", with_kl, load_readout=load_head)
+    assert found["kl"].null_count == 0
 
 
 def files(folder: Path) -> list[Path]:
@@ -430,10 +471,12 @@ def test_damaged_final_states_are_refused_by_name(captured, tmp_path):
     good = path.read_bytes()
     path.write_bytes(good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
     more = settings(variants=(), boundaries=(3,), scopes=("prefix",))
+    heads = {label: LateStack.load(of, 4).readout for label, of in checkpoints.items()}
+    again = partial(run_grid, run.store, load_counted(checkpoints, []), tmp_path / "cells", more)
     with pytest.raises(CorruptFileError, match=path.name):
-        run_grid(run.store, load_counted(checkpoints, []), tmp_path / "cells", more)
+        again(load_readout=heads.__getitem__)
     path.unlink()  # as the message says: what needs it is replayed
-    assert run_grid(run.store, load_counted(checkpoints, []), tmp_path / "cells", more).num_rows
+    assert again(load_readout=heads.__getitem__).num_rows
 
 
 def test_the_command_says_when_nothing_is_left(captured, capfd):

@@ -42,7 +42,7 @@ FLOW = {
         "strict_json",
         "prompt_files",
         "prompts",
-        "scratch",
+        "spill",
     ),
     "store": (
         *("planes", "zarr_codec", "chunks", "storage", "objects", "shard", "layout", "records"),
@@ -52,7 +52,7 @@ FLOW = {
     "models": (
         *("tokens", "quantized", "digests", "checkpoint_files", "origin", "adapters", "shared", "blocks", "text_tower"),
         *("checkpoint", "vocabulary", "templates", "lineup", "prompt_ids"),
-        *("probe", "parts", "packing", "linear", "readout"),
+        *("probe", "packing", "linear", "readout", "parts"),
         *("regimes", "cost", "backbone", "streamed", "gather", "devices", "fit"),
     ),
     "capture": (
@@ -68,7 +68,7 @@ FLOW = {
             "counter",
             "forward",
         ),
-        *("forward", "streams", "residency", "search", "spill", "asks", "answers", "rerun", "decide", "rollouts"),
+        *("forward", "streams", "residency", "search", "asks", "answers", "rerun", "decide", "rollouts"),
     ),
     "replay": (
         *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "sizes"),
@@ -78,7 +78,7 @@ FLOW = {
         *("statistics", "regression", "families", "overlap", "contrasts", "subsets", "left_out"),
         *("results", "scores", "work", "cells", "jobs"),
         *("replay_job", "prefix_job", "size_job", "earlier_job", "forward_job"),
-        *("decode_job", "capture_job", "engine", "runner", "decisions", "capture"),
+        *("decode_job", "capture_job", "holding", "held", "engine", "runner", "decisions", "capture"),
         *("plan", "reads", "finished", "run_folder", "lens"),
         *("run", "section", "analysis", "further"),
     ),

@@ -28,7 +28,6 @@ from actcache.capture.residency import AllResident, OneResident
 from actcache.capture.rollouts import Rollouts
 from actcache.capture.search import Outcome, SearchLimits, propose
 from actcache.capture.settings import CaptureSettings
-from actcache.capture.spill import Spill
 from actcache.cli import main
 from actcache.errors import InputError
 from actcache.models.backbone import Backbone
@@ -36,8 +35,11 @@ from actcache.models.lineup import Lineup
 from actcache.models.regimes import ONE_REGIME
 from actcache.progress import nobody_told
 from actcache.prompts import Prompt, read_prompts
+from actcache.spill import Spill
 from actcache.store import SegmentData, open_store
 from actcache.study.capture import LocalCapture, capture
+from actcache.study.held import Held
+from actcache.study.holding import Holding
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -260,8 +262,8 @@ def lineup(request, tmp_path_factory) -> Lineup:
 PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(tiny.PROMPTS[:8])]
 
 
-def captured(lineup: Lineup, wanted: CaptureSettings, **how: Any) -> SegmentData:
-    engine = LocalCapture(lineup, wanted, **how)
+def captured(lineup: Lineup, wanted: CaptureSettings, resident: str = "all", **how: Any) -> SegmentData:
+    engine = LocalCapture(lineup, wanted, held=Held(lineup, Holding(resident=resident)), **how)
     decider = engine.decider
     ((_, data),) = decider.complete([decider.searched(PROMPTS, lineup.encode(PROMPTS), nobody_told)])
     return data
@@ -339,6 +341,7 @@ def test_a_killed_capture_goes_on_by_either_way(several, tmp_path):
     lineup, lines = Lineup.open(paths), read_prompts(prompts)
     wanted = CaptureSettings((3,), max_new=8, shard_prompts=2)
     capture(lineup, lines, tmp_path / "whole", wanted)
+    held = {resident: Held(lineup, Holding(resident=resident)) for resident in ("one", "all")}
     for first, then in (("one", "all"), ("all", "one")):
         n_left = [9]
 
@@ -348,8 +351,8 @@ def test_a_killed_capture_goes_on_by_either_way(several, tmp_path):
                 raise KeyboardInterrupt
 
         with pytest.raises(KeyboardInterrupt):
-            capture(lineup, lines, tmp_path / first, wanted, resident=first, on_progress=killed)
-        capture(lineup, lines, tmp_path / first, wanted, resident=then)
+            capture(lineup, lines, tmp_path / first, wanted, held=held[first], on_progress=killed)
+        capture(lineup, lines, tmp_path / first, wanted, held=held[then])
         assert read_tree(tmp_path / first) == read_tree(tmp_path / "whole")
 
 
@@ -362,13 +365,16 @@ from actcache.models.lineup import Lineup
 from actcache.prompts import Prompt
 from actcache.capture.settings import CaptureSettings
 from actcache.study.capture import capture
+from actcache.study.held import Held
+from actcache.study.holding import Holding
 folder, labels = Path(sys.argv[1]), ("a", "b", "c", "d")
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
 def run(resident, n, out, folder=folder):
     lineup = Lineup.open({label: folder / label for label in labels[:n]})
     prompts = [Prompt(f"p{i}", text) for i, text in enumerate(("Yes", "The sea", "Hi!", "Why?"))]
-    capture(lineup, prompts, folder / out, CaptureSettings((3,), max_new=4), resident=resident)
+    held = Held(lineup, Holding(resident=resident))
+    capture(lineup, prompts, folder / out, CaptureSettings((3,), max_new=4), held=held)
     return peak()
 run("one", 2, "warm", folder / "tiny")
 before = peak()
@@ -461,12 +467,23 @@ def test_the_command_line_takes_continuations(several, tmp_path, capsys):
     st.lists(st.tuples(st.integers(0, 5), st.sampled_from([torch.float32, torch.bfloat16])), max_size=6),
     st.integers(0, 5),
     st.integers(0, 5),
+    st.integers(0, 100),
 )
-def test_rows_come_back_from_disk_bit_for_bit(shapes, start, n):
-    rows = [torch.randn(n_rows, 3).to(dtype) for n_rows, dtype in shapes]
-    spill = Spill()
+def test_rows_come_back_from_disk_bit_for_bit(shapes, start, n, in_memory):
+    rows, others = ([torch.randn(n_rows, 3).to(dtype) for n_rows, dtype in shapes] for _ in range(2))
+    spill = Spill(in_memory=in_memory)
     spilled = [spill.put(one) for one in rows]
+    assert sum(one.nbytes for one in spilled if isinstance(one, torch.Tensor)) <= in_memory
+    for number in range(0, len(rows), 2):  # in the place of what was there
+        spilled[number] = spill.put(others[number], over=spilled[number])
+        rows[number] = others[number]
     for one, there in zip(rows, spilled, strict=True):
         assert torch.equal(there[:], one)
         assert there[:].dtype == one.dtype
         assert torch.equal(there[start : start + n], one[start : start + n])
+
+
+def test_nobody_sees_the_file_of_a_spill(tmp_path):
+    spill = Spill(tmp_path, in_memory=0)
+    assert spill.put(torch.arange(12).view(3, 4))[1:2].tolist() == [[4, 5, 6, 7]]
+    assert list(tmp_path.iterdir()) == []

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_checkpoint, write_tokenizer
 
+import actcache
 from actcache.capture.forward import Pack, Resident
 from actcache.capture.streams import Streaming, guess
 from actcache.cli import main
@@ -27,7 +28,8 @@ from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.parts import Frame
 from actcache.models.streamed import Streamed
-from actcache.scratch import scratch
+from actcache.replay.streamed_late import StreamedLate
+from actcache.study.holding import Holding
 from actcache.study.run_folder import RunFolder
 
 FAMILIES = ("llama", "qwen2", "gemma2", "gemma3_text", "gpt_neox", "opt", "phi", "mixtral", "roberta-prelayernorm")
@@ -152,7 +154,7 @@ def test_packs_go_through_one_block_after_another(tmp_path, monkeypatch):
     places = [("state", 2), ("mlp", 0), ("attention", 3), ("state", 3)]
     expected = list(resident.run(packs, places))
     for in_memory in (1 << 20, 0):
-        monkeypatch.setattr("actcache.scratch.IN_MEMORY", in_memory)
+        monkeypatch.setattr("actcache.spill.IN_MEMORY", in_memory)
         found = list(streaming.run(packs, places))
         for one, other in zip(found, expected, strict=True):
             assert torch.equal(one.final, other.final)
@@ -183,15 +185,6 @@ def test_a_guess_is_of_the_sequence_and_no_longer_than_asked(ids, n):
     found = guess(ids, n)
     assert 1 <= len(found) <= n
     assert set(found) <= set(ids)
-
-
-def test_a_large_scratch_lies_in_a_file_that_nobody_sees(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    rows = scratch((3, 4), torch.bfloat16, in_memory=0)
-    rows.copy_(torch.arange(12).view(3, 4))
-    assert rows.tolist() == torch.arange(12).view(3, 4).tolist()
-    assert list(tmp_path.iterdir()) == []
-    assert scratch((0, 4), torch.float32).shape == (0, 4)
 
 
 def captured(run: TinyRun, out: Path, *more: str) -> dict[str, bytes]:
@@ -235,7 +228,7 @@ def test_a_streamed_capture_has_the_bytes_of_a_plain_one(tiny_run, tmp_path, arc
 
 
 @pytest.mark.slow
-def test_a_streamed_run_is_a_plain_one(tiny_run, tmp_path):
+def test_a_streamed_run_is_a_plain_one(tiny_run, tmp_path, monkeypatch):
     run = tiny_run("llama", torch.float32)
     found = {}
     for way in ((), ("--stream",)):
@@ -245,6 +238,15 @@ def test_a_streamed_run_is_a_plain_one(tiny_run, tmp_path):
         table = pq.read_table(Path(words[words.index("--out") + 1]) / "cells.parquet")
         found[way] = table.replace_schema_metadata()
     assert found[()].equals(found["--stream",])
+    out, opened = str(tmp_path / "run---stream"), []
+    assert actcache.Run(out).holding == Holding(stream=True)
+    assert actcache.Run(out, resident="all").holding == Holding(resident="all")
+    own = StreamedLate.open
+    monkeypatch.setattr(StreamedLate, "open", lambda *given, **how: opened.append(given) or own(*given, **how))
+    assert main(["grid", out, "--scope", "position"]) == 0  # held as in the capture
+    assert len(opened) == 2
+    assert main(["grid", out, "--scope", "position", "--max-tokens", "300", "--resident", "all"]) == 0
+    assert len(opened) == 2
 
 
 @pytest.mark.slow

@@ -35,7 +35,7 @@ from actcache.study.cells import (
     finished_cells,
     gather_cells,
 )
-from actcache.study.engine import LocalEngine
+from actcache.study.engine import LoadReadout, LocalEngine, nothing_given
 from actcache.study.replay_job import ReplayJob
 from actcache.study.results import file_name, has_earlier_files
 from actcache.study.runner import run_replays
@@ -103,6 +103,7 @@ def run_grid(
     folder: str | Path,
     settings: GridSettings,
     *,
+    load_readout: LoadReadout = nothing_given,
     one_at_a_time: bool = False,
     on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
@@ -115,6 +116,8 @@ def run_grid(
             once per label.
         folder: where the results of jobs lie; created.
         settings: what to score.
+        load_readout: gives the final norm and head of a checkpoint alone, by label: of one whose late stack replays
+            nothing, or is not in memory.
         one_at_a_time: whether a late stack is let go before another checkpoint's is loaded.
         on_progress: told of replays, an (event, scope, upstream, late, variant) each, after every pack.
         say: told, in one line, what a person should know.
@@ -159,7 +162,8 @@ def run_grid(
         return late
 
     said: list[str] = []
-    run_replays(jobs, LocalEngine(store, load, finished, one_at_a_time=one_at_a_time), folder, tally.add)
+    engine = LocalEngine(store, load, finished, load_readout=load_readout, one_at_a_time=one_at_a_time)
+    run_replays(jobs, engine, folder, tally.add)
     cells = gather_cells(folder, store, strict=settings.strict, max_tokens=settings.max_tokens)
     asked = (
         (boundary, scope, [variant.name for variant in settings.variants_at(boundary)])

@@ -22,11 +22,11 @@ from actcache.capture.events import Scored
 from actcache.capture.forward import Forwarder, Pack, PackRows, Places, first_wrong, said_of_site
 from actcache.capture.residency import Checkpoints
 from actcache.capture.search import Proposal, SearchLimits, propose
-from actcache.capture.spill import Spill
 from actcache.errors import NotFiniteError
 from actcache.finite import first_no_state
 from actcache.models.regimes import Regimes
 from actcache.progress import Told, nobody_told
+from actcache.spill import Spill
 
 
 class _Packed(NamedTuple):
@@ -160,7 +160,7 @@ class Answers:
         for number, ask in enumerate(asks):
             of_places.setdefault(tuple(ask.places), []).extend((number, at) for at in range(len(ask.packs)))
         for label in self._resident_first():
-            spill = Spill(self._folder)
+            spill = Spill(self._folder, in_memory=0)
             for places, at in of_places.items():
                 packed = [_Packed(asks[n].packs[i], asks[n].whose[i], asks[n]) for n, i in at]
                 self._run_all(label, packed, places, [found[n][i] for n, i in at], spill, told)
@@ -181,7 +181,7 @@ class Answers:
                 ran.best[label] = self._best(label, reader, one, of_pack.final)
             for (site, block), rows in of_pack.rows.items():
                 ran.rows[site, label, block] = spill.put(rows)
-            ran.final[label] = spill.put(of_pack.final.cpu())
+            ran.final[label] = spill.put(of_pack.final)
             told(doing=f"{label} runs: {one.pack.ids.shape[1]:,} tokens")
 
     def _resident_first(self) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from actcache.capture.events import Scored
 from actcache.capture.forward import Pack, Places
 from actcache.capture.search import Proposal
-from actcache.capture.spill import Rows
+from actcache.spill import Waiting
 from actcache.store.segment_data import SiteRows
 
 T = TypeVar("T")
@@ -83,8 +83,8 @@ class Ran:
         best: by label: the two best tokens there, ``[n_compared, 2]`` int64, and their logits.
     """
 
-    rows: dict[tuple[str, str, int], Rows]
-    final: dict[str, Rows]
+    rows: dict[tuple[str, str, int], Waiting]
+    final: dict[str, Waiting]
     best: dict[str, tuple[torch.Tensor, torch.Tensor]]
 
     def rows_of(self, rows: range, only: Sequence[int] | None = None) -> SiteRows:

@@ -1,7 +1,7 @@
 """Streams: a checkpoint of a capture whose blocks are in memory one at a time: all packs go through one block, then
 through the next one.
 
-States between two blocks, and rows that are kept, lie in memory or in temporary files. What is not known is guessed: a
+States between two blocks, and rows that are kept, lie in memory or in a temporary file. What is not known is guessed: a
 pass over the blocks decides many tokens at the price of one. Knows models and rows; knows no events and no stores.
 """
 
@@ -17,7 +17,7 @@ from actcache.errors import NotFiniteError
 from actcache.finite import are_states, said_not_finite, said_of_block
 from actcache.models.gather import gather_rows
 from actcache.models.streamed import Streamed
-from actcache.scratch import scratch
+from actcache.spill import Spill, Waiting
 
 Saying = Callable[[str], object]
 
@@ -55,20 +55,21 @@ class Streaming:
         if not packs:
             return
         streamed = self._streamed
-        states = _Ragged([len(pack.ids[0]) for pack in packs], streamed.width, streamed.dtype)
-        kept = {place: _Ragged([len(pack.kept) for pack in packs], streamed.width, streamed.dtype) for place in places}
+        spill = Spill()
+        states: dict[int, Waiting] = {}
+        kept: dict[tuple[str, int], list[Waiting]] = {place: [] for place in places}
         for index in self._pass_over():
             own = [place for place in places if place[1] == index]
             for number, pack in enumerate(packs):
-                given = states[number] if index else pack.ids[0]
+                given = states[number][:] if index else pack.ids[0]
                 with gathering(lambda _: streamed.backbone.blocks[0], own, pack.kept, streamed.device) as gathered:
                     output = streamed.forward(pack.bounds, given)
-                states[number].copy_(output)
+                states[number] = spill.put(output, over=states.get(number))
                 for place, rows in gathered.items():
-                    kept[place][number].copy_(rows)
+                    kept[place].append(spill.put(rows))
         for number, pack in enumerate(packs):
-            final = gather_rows(states[number], pack.compared).to(streamed.device)
-            yield PackRows({place: rows[number] for place, rows in kept.items()}, final)
+            final = gather_rows(states[number][:], pack.compared).to(streamed.device)
+            yield PackRows({place: rows[number][:] for place, rows in kept.items()}, final)
 
     def write(
         self, sequences: Sequence[Sequence[int]], n_new: Sequence[int], end_ids: frozenset[int]
@@ -90,16 +91,6 @@ class Streaming:
     def _pass_over(self) -> Iterator[int]:
         place = f"{self._label}: pass {next(self._passes)}"
         return self._streamed.pass_over(doing=lambda words: self._doing(f"{place}, {words}"))
-
-
-class _Ragged:
-    """Rows of several parts, one after another, in memory or on disk."""
-
-    def __init__(self, lengths: Sequence[int], width: int, dtype: torch.dtype) -> None:
-        self._parts = scratch((sum(lengths), width), dtype).split(list(lengths))
-
-    def __getitem__(self, number: int) -> torch.Tensor:
-        return self._parts[number]
 
 
 def guess(ids: Sequence[int], n: int) -> list[int]:

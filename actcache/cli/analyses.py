@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from actcache.analyses import ANALYSES, Named
-from actcache.cli.arguments import Verbs, add_verb
-from actcache.cli.captured import add_captured_arguments, held, moved
+from actcache.cli.arguments import Verbs, add_verb, holding_asked
+from actcache.cli.captured import add_captured_arguments, moved
 from actcache.cli.memory import enough_memory
 from actcache.cli.parser import Parser
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import AnalysisClock
+from actcache.study.holding import Holding
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ def _answer(named: Named, args: argparse.Namespace) -> None:
     options = _options(analysis, args)
     folder = RunFolder(args.run)
     record = folder.record()
-    found = analyse(analysis, folder, held(args, record), checkpoints=moved(args, record), **options)
+    holding = holding_asked(args, record.holding)
+    found = analyse(analysis, folder, holding, checkpoints=moved(args, record), **options)
     _print_of_run(analysis, folder, found, args)
 
 
@@ -111,7 +113,7 @@ def _print(analysis: Analysis[Any], found: Mapping[str, Any], file: str | None, 
 def analyse(
     analysis: Analysis[Any],
     folder: RunFolder,
-    how: Mapping[str, Any],
+    holding: Holding,
     *,
     checkpoints: Mapping[str, str] = MappingProxyType({}),
     lineup: Lineup | None = None,
@@ -122,7 +124,7 @@ def analyse(
     Args:
         analysis: which.
         folder: of the run.
-        how: the checkpoints are held (see :func:`actcache.cli.captured.held`).
+        holding: of the checkpoints.
         checkpoints: where they are now, of those that moved.
         lineup: the checkpoints, where they are open already.
         options: of the analysis.
@@ -131,7 +133,7 @@ def analyse(
 
     clock = AnalysisClock(folder, analysis)
     line = LiveLine(analysis.name)
-    run = WatchedRun(folder.path, clock, line, checkpoints=checkpoints, **how)
+    run = WatchedRun(folder.path, clock, line, checkpoints=checkpoints, **asdict(holding))
     _ = run.placement
     if lineup is not None:
         run.lineup = lineup

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from actcache.cli.parser import Parser
 from actcache.errors import InputError
 from actcache.schema import ROLES
+from actcache.study.holding import Holding
 
 if TYPE_CHECKING:
     from actcache.analyses.grid import GridSettings
     from actcache.capture.settings import CaptureSettings
-    from actcache.models.devices import Placement
     from actcache.models.lineup import Lineup
     from actcache.models.templates import Rendering
 
@@ -209,7 +209,7 @@ def add_capture_settings(parser: argparse.ArgumentParser, *, fixed: bool = False
         action="store_true",
         help="read quantized weights (fp8, mxfp8, mxfp4) as numbers of the run's dtype, on every device",
     )
-    add_holding_arguments(parser, "checkpoints", "cpu", "cpu")
+    add_holding_arguments(parser, "checkpoints", "cpu")
     parser.add_argument(
         "--max-new",
         type=positive,
@@ -402,21 +402,22 @@ def numbers(text: str) -> list[int] | None:
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers, such as 5,10, nor all") from error
 
 
-def add_holding_arguments(parser: argparse.ArgumentParser, what: str, device: str | None, said: str) -> None:
+def add_holding_arguments(parser: argparse.ArgumentParser, what: str, device: str | None = None) -> None:
     """How checkpoints are held: where, how many at once, and whether whole.
 
     Args:
         parser: to add them to.
         what: is in memory.
-        device: the default one; ``said``: in words.
+        device: the default one; None where the defaults are those of the capture.
     """
+    fits = "all if their weights fit"
+    device_said, resident_said = (device, "auto") if device else ("that of the capture", "as in the capture")
     devices = "where to compute: cpu, cuda, cuda:1, a list such as cuda:0,cuda:1 to deal the checkpoints to, or auto"
-    parser.add_argument("--device", default=device, metavar="DEVICES", help=f"{devices} (default: {said})")
+    parser.add_argument("--device", default=device, metavar="DEVICES", help=f"{devices} (default: {device_said})")
     parser.add_argument(
         "--resident",
         choices=["auto", "one", "all"],
-        default="auto",
-        help=f"{what} in memory at once: one after another, all, or all if their weights fit (default %(default)s)",
+        help=f"{what} in memory at once: one after another, all, or {fits} (default: {resident_said})",
     )
     parser.add_argument(
         "--stream",
@@ -425,26 +426,15 @@ def add_holding_arguments(parser: argparse.ArgumentParser, what: str, device: st
     )
 
 
-def check_residency(args: argparse.Namespace) -> None:
-    """Raise InputError where the arguments ask for all checkpoints in memory, and for one block."""
-    if args.stream and args.resident == "all":
-        raise InputError("--stream has one block in memory, --resident all has all checkpoints: give one of the two")
-
-
 def held_asked(args: argparse.Namespace) -> str:
     """Of which the arguments ask that one is in memory at a time: a ``block``, a ``checkpoint``, or of neither."""
     return "block" if args.stream else "checkpoint" if args.resident == "one" else ""
 
 
-def placed(device: str, labels: Sequence[str]) -> Placement:
-    """Where each checkpoint computes, by what ``--device`` says; copies between devices are tried.
+def holding_asked(args: argparse.Namespace, of_capture: Holding | None = None) -> Holding:
+    """How the arguments have checkpoints held: where they say nothing, as ``of_capture``.
 
     Raises:
-        InputError: it says no devices that are there, or more than there are checkpoints.
-        CheckError: a tensor that is copied from one device to another changes.
+        InputError: all checkpoints are to be in memory, and one block.
     """
-    from actcache.models.devices import check_copies, place
-
-    placement = place(device, labels)
-    check_copies(placement.devices)
-    return placement
+    return (of_capture or Holding()).but(args.device, args.resident, args.stream or None)

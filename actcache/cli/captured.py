@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from actcache.cli.arguments import add_checkpoint_arguments, add_holding_arguments, check_residency, checkpoints_given
+from actcache.cli.arguments import add_checkpoint_arguments, add_holding_arguments, checkpoints_given
 from actcache.errors import InputError
 from actcache.study.run_folder import RunFolder, RunRecord
 
@@ -18,14 +18,7 @@ def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, what may have moved since, and how its checkpoints are held."""
     parser.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
     add_checkpoint_arguments(parser, "present folder of a checkpoint, by its label (default: that of the capture)")
-    add_holding_arguments(parser, "late stacks", None, "that of the capture")
-
-
-def held(args: argparse.Namespace, record: RunRecord | None = None) -> dict[str, Any]:
-    """How a :class:`actcache.study.run.Run` holds its checkpoints, as its arguments; ``record`` gives a default."""
-    check_residency(args)
-    device = args.device or (record.device if record is not None else None)
-    return {"device": device, "resident": args.resident, "stream": args.stream}
+    add_holding_arguments(parser, "late stacks")
 
 
 def open_captured(args: argparse.Namespace) -> tuple[RunFolder, Lineup]:

@@ -21,7 +21,6 @@ from actcache.cli.arguments import (
     grid_settings,
     held_asked,
     open_lineup,
-    placed,
     rendering_asked,
 )
 from actcache.cli.captured import moved
@@ -221,6 +220,8 @@ def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptio
             sources[name] = "given"
     rate, source = args.rate, "given"
     if rate is None and not assumed.rates:
+        from actcache.models.devices import placed
+
         device = placed(args.device, lineup.labels).devices[0]
         n_tokens = max(1, min(study.capture.max_tokens, study.capture.shard_prompts * max(study.lengths)))
         rate = measure_rate(study.shape, n_tokens, study.capture.dtype, device)

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 
 from actcache.analyses import find_analysis
 from actcache.cli.analyses import analyse
-from actcache.cli.arguments import positive
-from actcache.cli.captured import held
+from actcache.cli.arguments import holding_asked, positive
 from actcache.cli.terminal import say
 from actcache.study.run_folder import RunFolder
 
@@ -39,7 +38,7 @@ def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup) -> No
     if samples := samples_asked(args, folder.open_store().fingerprint.dtype):
         asked = ",".join(f"{dtype}={'all' if n is None else n}" for dtype, n in samples.items())
         analysis = find_analysis("stability")
-        found = analyse(analysis, folder, held(args), lineup=lineup, sample=asked)
+        found = analyse(analysis, folder, holding_asked(args), lineup=lineup, sample=asked)
         for line in analysis.lines(found) if found["groups"] else ():
             say(line)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,30 +15,32 @@ from actcache.cli.arguments import (
     add_strict_and_pack,
     add_verb,
     capture_settings,
-    check_residency,
     checkpoints_given,
     grid_settings,
     held_asked,
+    holding_asked,
     open_lineup,
-    placed,
     rendering_asked,
 )
-from actcache.cli.captured import add_captured_arguments, held, open_captured
+from actcache.cli.captured import add_captured_arguments, open_captured
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.stability import add_run_arguments, check_run
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import InputError
 from actcache.schema import ROLES
-from actcache.study.run import check_complete, check_same_checkpoints
+from actcache.study.run import check_complete
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
 
 if TYPE_CHECKING:
     from actcache.capture.given import GivenPrompt
     from actcache.models.lineup import Lineup
+    from actcache.models.readout import Readout
     from actcache.models.templates import Rendering
     from actcache.prompts import Prompt
+    from actcache.replay.late_stack import LateStack
     from actcache.store import Store
+    from actcache.study.holding import Holding
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -141,7 +143,7 @@ def run_study(args: argparse.Namespace) -> tuple[RunFolder, dict[str, Any]]:
     lineup = _capture_lineup(args, prompts)
     folder = RunFolder(args.out)
     check_run(args, folder, lineup)
-    _score(folder, lineup, args, None, held(args))
+    _score(folder, lineup, args, None, holding_asked(args))
     from actcache.analyses.effects import ANALYSIS, EffectsOptions
 
     store = folder.open_store()
@@ -164,7 +166,7 @@ def _read_prompts(args: argparse.Namespace) -> Sequence[Prompt]:
     from actcache.prompts import read_prompts
 
     checkpoints_given(args, fewest=2)
-    check_residency(args)
+    holding_asked(args)
     events = args.events
     if (args.support == "fixed") != (events is not None):
         raise InputError("--support fixed and --events belong together: give both, or neither")
@@ -212,9 +214,11 @@ def _capture(args: argparse.Namespace) -> None:
 def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Lineup:
     quiet_libraries()
     from actcache.study.capture import capture
+    from actcache.study.held import Held
 
     lineup = open_lineup(args)
-    devices = placed(args.device, lineup.labels)
+    held = Held(lineup, holding_asked(args))
+    devices = held.placement
     settings = capture_settings(args, lineup, say)
     rendering = rendering_asked(args, lineup)
     given = _read_events(args, lineup, prompts, rendering)
@@ -230,6 +234,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
         device=devices.kind,
         command=args.command,
         store=absolute_place(args.store),
+        kept=held.holding.kept,
     )
     part = getattr(args, "part", (0, 1))
     clock = CaptureClock(lineup, held_asked(args))
@@ -245,15 +250,13 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
                 return clock.watch(label, load)
 
         how: dict[str, Any] = {
-            "resident": args.resident,
+            "held": held,
             "known": known,
             "folder": None if args.store else folder.path,
             "rendering": rendering,
             "given": given,
             "part": part,
             "watch": watch,
-            "stream": args.stream,
-            "devices": devices.of,
             "on_progress": line,
             "say": say,
         }
@@ -275,19 +278,15 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
 def _grid(args: argparse.Namespace) -> None:
     quiet_libraries()
     folder, lineup = open_captured(args)
-    n_cells = _score(folder, lineup, args, args.boundary, held(args, folder.record()))
+    n_cells = _score(folder, lineup, args, args.boundary, holding_asked(args, folder.record().holding))
     say(f"{folder.cells} holds {n_cells:,} cells; next: actcache effects {args.run}")
 
 
-def _score(
-    folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, how: Mapping[str, Any]
-) -> int:
-    """Score what is not scored yet, with late stacks held as ``how`` says; how many cells there are now."""
+def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, holding: Holding) -> int:
+    """Score what is not scored yet, with late stacks that are held so; how many cells there are now."""
     from actcache.analyses.grid import check_settings, run_grid
-    from actcache.models.fit import are_together
-    from actcache.replay.late_stack import LateStack
-    from actcache.replay.streamed_late import load_late
     from actcache.study.cells import publish_cells
+    from actcache.study.held import Held
 
     store = folder.open_store()
     check_complete(store)
@@ -296,9 +295,9 @@ def _score(
         args, boundary, store.boundaries, store.width, captured.n_blocks, captured.labels, captured.event_pairs
     )
     check_settings(store, settings)
-    check_same_checkpoints(store, lineup)
-    lineup.follow(captured.vocabulary)
-    devices = placed(how["device"], store.checkpoints)
+    lineup.check_captured(captured)
+    held = Held.of(store, lineup, holding)
+    together = held.are_together(captured.dtype, min(settings.boundaries), say)
     clock = GridClock(folder, store)
 
     less = "a lower --max-tokens needs less; so does --resident one, or --stream"
@@ -310,17 +309,16 @@ def _score(
 
         def load(label: str, boundary: int) -> LateStack:
             what = f"loading {label} from block {boundary} on"
-            at: dict[str, Any] = {"dtype": store.dtype, "device": devices.of[label]}
             with enough_memory(what, fewer), clock.loading(), line.during(what):
-                late = load_late(lineup.checkpoints[label], boundary, **at, stream=how["stream"])
-                late.readout.mask(lineup.masked_ids)
-            check_same_checkpoints(store, lineup)  # what was loaded lies between two looks at the files
-            return late
+                return held.late(label, boundary, store.dtype)
 
-        resident, first = "one" if how["stream"] else how["resident"], min(settings.boundaries)
-        together = are_together(resident, lineup, captured.dtype, devices.of, first=first, say=say)
-        told: dict[str, Any] = {"on_progress": line, "say": say}
-        run_grid(store, load, folder.cell_groups, settings, one_at_a_time=not together, **told)
+        def load_readout(label: str) -> Readout:
+            what = f"loading the head of {label}"
+            with enough_memory(what, fewer), clock.loading(), line.during(what):
+                return held.readout(label, store.dtype)
+
+        how: dict[str, Any] = {"load_readout": load_readout, "one_at_a_time": not together}
+        run_grid(store, load, folder.cell_groups, settings, **how, on_progress=line, say=say)
     clock.write(lineup)
     exactness: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
     return publish_cells(folder.cells, folder.cell_groups, store, **exactness).num_rows

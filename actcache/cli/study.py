@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from actcache.cli.analyses import analyse
-from actcache.cli.arguments import Verbs, add_verb
-from actcache.cli.captured import add_captured_arguments, held, moved
+from actcache.cli.arguments import Verbs, add_verb, holding_asked
+from actcache.cli.captured import add_captured_arguments, moved
 from actcache.cli.stages import write_report
 from actcache.cli.terminal import clock, quiet_libraries, say
 from actcache.study.run_folder import RunFolder
@@ -46,13 +47,13 @@ def _study(args: argparse.Namespace) -> None:
 
     folder = RunFolder(args.run)
     record = folder.record()
-    how = held(args, record)
-    run = Run(folder.path, checkpoints=moved(args, record), **how)
+    holding = holding_asked(args, record.holding)
+    run = Run(folder.path, checkpoints=moved(args, record), **asdict(holding))
     planned = whole.plan_study(run, args.only, args.also)
     print("\n".join(_described(run, planned)), flush=True)
 
     def answer(analysis: Analysis[Any]) -> dict[str, Any]:
-        return analyse(analysis, folder, how, lineup=run.lineup)
+        return analyse(analysis, folder, holding, lineup=run.lineup)
 
     for before, after in zip(planned, whole.answered(planned, answer), strict=True):
         if after.refused is not None and before.refused is None:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from actcache.cli.terminal import LiveLine
     from actcache.cli.timing import AnalysisClock
     from actcache.models.backbone import Backbone
+    from actcache.models.readout import Readout
     from actcache.replay.late_stack import LateStack
 
 
@@ -28,6 +29,12 @@ class WatchedRun(Run):
         what = f"loading {label} from block {boundary} on"
         with self._clock.loading(), enough_memory(what, LESS_MODEL), self._line.during(what):
             return super().load_late(label, boundary, device)
+
+    def load_readout(self, label: str, device: str | None = None) -> Readout:
+        """As a run does."""
+        what = f"loading the head of {label}"
+        with self._clock.loading(), enough_memory(what, LESS_MODEL), self._line.during(what):
+            return super().load_readout(label, device)
 
     def load_backbone(self, label: str, dtype: torch.dtype | None = None) -> Backbone:
         """As a run does."""

@@ -79,6 +79,13 @@ def place(given: str, labels: Sequence[str], n_cuda: Callable[[], int] = torch.c
     return Placement(kind, dict(zip(labels, itertools.cycle(devices), strict=False)))
 
 
+def placed(given: str, labels: Sequence[str]) -> Placement:
+    """As :func:`place`, after copies between the devices were tried (errors as :func:`check_copies`, too)."""
+    placement = place(given, labels)
+    check_copies(placement.devices)
+    return placement
+
+
 def kind_of(given: str) -> str:
     """The kind of the devices that a text as :func:`place` takes it names, whether they are there or not."""
     if given == AUTO:

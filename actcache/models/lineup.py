@@ -132,6 +132,26 @@ class Lineup:
         self.rule = rule
         return self
 
+    def check_captured(self, stored: Fingerprint) -> None:
+        """Make sure that these are the checkpoints whose states a store holds.
+
+        Raises:
+            InputError: the store has no checkpoint of this label.
+            IncompatibleError: one is another than was captured; names the field.
+        """
+        for label, checkpoint in self.checkpoints.items():
+            captured, now = stored.checkpoints.get(label), checkpoint.fingerprint
+            if captured is None:
+                raise InputError(f"the store has no checkpoint {label!r}; it has {', '.join(stored.labels)}")
+            field = captured.differs_in(now)
+            if field is not None:
+                raise IncompatibleError(
+                    f"checkpoint {label} at {checkpoint.given} is not the one captured: its {field} is "
+                    f"{str(getattr(now, field, None))[:12]}, the store has {str(getattr(captured, field, None))[:12]}; "
+                    f"point --checkpoint {label}=DIR at the captured one",
+                    field=f"checkpoints.{label}.{field}",
+                )
+
     @property
     def has_tails(self) -> bool:
         """Whether vocabularies differ in their tail, which is never chosen."""

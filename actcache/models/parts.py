@@ -1,4 +1,4 @@
-"""Parts of a checkpoint, loaded alone: its late blocks, what stands around its blocks, and one block.
+"""Parts of a checkpoint, loaded alone: its late blocks, what stands around its blocks, its readout, and one block.
 
 Each is the checkpoint's own model class with stand-ins where the other parts were, filled by the one loader: adapters,
 dequantisation and transformers' conversion of weights apply as to whole models. Only the bytes of the part are read.
@@ -30,6 +30,7 @@ from actcache.models.blocks import (
     upstream_names,
 )
 from actcache.models.checkpoint import Checkpoint, load_weights
+from actcache.models.readout import Readout
 
 
 def load_late_blocks(
@@ -45,6 +46,13 @@ def load_late_blocks(
         return unread
 
     return _load(checkpoint, dtype, cut), sources[-1]
+
+
+def load_readout(checkpoint: Checkpoint, dtype: torch.dtype | None, device: str = "cpu") -> Readout:
+    """Final norm and head, without a block (errors as :class:`Frame` and :class:`Readout`)."""
+    model = Frame.load(checkpoint, dtype, reads_ids=False).model
+    with checkpoint.named():
+        return Readout(model.to(device))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)

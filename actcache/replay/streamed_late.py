@@ -1,7 +1,7 @@
 """StreamedLate: a late stack whose blocks are in memory one at a time, and many batches in one pass over them.
 
-What is replayed goes through one block, then through the next one; the states in between lie in memory or in temporary
-files. Knows models and rows; knows no files of ours.
+What is replayed goes through one block, then through the next one; the states in between lie in memory or in a
+temporary file. Knows models and rows; knows no files of ours.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from actcache.replay.forwards import Mode
 from actcache.replay.late_stack import LateStack
 from actcache.replay.modes import plan
 from actcache.replay.passes import PackedPasses, Result, divide
-from actcache.scratch import scratch
+from actcache.spill import Spill, Waiting
 
 
 class StreamedLate(LateStack):
@@ -93,17 +93,16 @@ class StreamedLate(LateStack):
             NotFiniteError, InputError: see :meth:`LateStack.replay`.
         """
         runs = [run for number, batch in enumerate(batches) for run in self._runs(number, batch)]
-        states = scratch((sum(run.n_tokens for run in runs), self.width), self.dtype)
-        parts = states.split([run.n_tokens for run in runs])
+        spill, states = Spill(), dict[int, Waiting]()
         first = min((batch.boundary for batch in batches), default=self.n_blocks)
         for index in self._streamed.pass_over(first, doing):
-            for run, state in zip(runs, parts, strict=True):
-                if run.batch.boundary == index:
-                    run.enter(state)
+            for number, run in enumerate(runs):
                 if run.batch.boundary <= index:
-                    run.through(index, state, self._streamed)
-        for run, state in zip(runs, parts, strict=True):
-            events, numbers, values = run.end(state)
+                    state = run.enter() if run.batch.boundary == index else states[number][:]
+                    state = run.through(index, state, self._streamed)
+                    states[number] = spill.put(state, over=states.get(number))
+        for number, run in enumerate(runs):
+            events, numbers, values = run.end(states[number][:])
             if not run.batch.sizes and (row := first_no_state(values)) is not None:
                 raise self._not_finite(run.batch, int(events[row]), run.batch.variants[run.variant])
             yield run.of_batch, (events, numbers, values)
@@ -152,28 +151,24 @@ class _Run:
     variant: int
     at: Rows | None = None
 
-    @property
-    def n_tokens(self) -> int:
-        return self.packed.bounds[-1]
+    def enter(self) -> torch.Tensor:
+        """The states that it begins with, ``[T, D]``."""
+        state, self.at = self.packed.edited(self.variant)
+        return state
 
-    def enter(self, state: torch.Tensor) -> None:
-        """Put the states that it begins with into ``state`` ``[T, D]``."""
-        edited, self.at = self.packed.edited(self.variant)
-        state.copy_(edited)
-
-    def through(self, index: int, state: torch.Tensor, streamed: Streamed) -> None:
-        """Bring ``state`` through the block that is there, with the edits inside of it."""
+    def through(self, index: int, state: torch.Tensor, streamed: Streamed) -> torch.Tensor:
+        """What the block that is there makes of ``state``, with the edits inside of it."""
         assert self.at is not None
         every = torch.arange(len(state))
         with self.packed.editing([(self.batch.variants[self.variant], every, self.at)], only=index):
-            state.copy_(streamed.forward(self.packed.bounds, state))
+            return streamed.forward(self.packed.bounds, state)
 
     def end(self, state: torch.Tensor) -> Result:
         """What it gives, from the last block's output."""
         if self.batch.sizes:
             return self.packed.sized(self.variant, state)
         events = self.packed.events
-        return events, torch.full_like(events, self.variant), state[self.packed.ends].clone()
+        return events, torch.full_like(events, self.variant), state[self.packed.ends]
 
 
 class _Forwards:

@@ -310,7 +310,8 @@ class CellAnalysis(Analysis[Options]):
         exactness = exactness_of(folder)
         work = self.work(folder, store, finished, options)
         tally = Tally(sum(job.n_units for jobs in work.values() for job in jobs), "replays", on_progress)
-        engine = LocalEngine(store, run.load_late, finished, one_at_a_time=run.one_at_a_time)
+        one_at_a_time = run.one_at_a_time
+        engine = LocalEngine(store, run.load_late, finished, load_readout=run.load_readout, one_at_a_time=one_at_a_time)
         cells = None
         for place, jobs in work.items():
             place.mkdir(parents=True, exist_ok=True)

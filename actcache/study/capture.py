@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -40,9 +40,7 @@ from actcache.fingerprint import Fingerprint, order_of_labels
 from actcache.models.backbone import Backbone
 from actcache.models.blocks import check_boundary, find_site
 from actcache.models.checkpoint import DTYPES
-from actcache.models.fit import are_together
 from actcache.models.lineup import Lineup
-from actcache.models.parts import Frame
 from actcache.models.probe import check_reads_back, check_replayable, check_text_alone
 from actcache.models.prompt_ids import PromptIds
 from actcache.models.readout import Readout
@@ -54,6 +52,8 @@ from actcache.schema import FIRST_DIVERGENCE
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
 from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob
+from actcache.study.held import Held
+from actcache.study.holding import Holding
 
 Watch: TypeAlias = Callable[[str, Callable[[], Any]], Any]
 
@@ -73,11 +73,9 @@ class LocalCapture:
         watch: Watch = unwatched,
         say: Callable[[str], None] = lambda line: None,
         *,
-        resident: str = "all",
+        held: Held | None = None,
         known: Known | None = None,
         folder: Path | None = None,
-        stream: bool = False,
-        devices: Mapping[str, str] | None = None,
     ) -> None:
         """Of these checkpoints.
 
@@ -86,16 +84,13 @@ class LocalCapture:
             settings: what to compute.
             watch: runs each load of a checkpoint.
             say: told, in one line, what a person should know.
-            resident: see :func:`actcache.models.fit.are_together`.
+            held: how the checkpoints are held; None for the settings' device, and all of them if they fit.
             known: see :class:`Decider`.
             folder: where rows wait, if one checkpoint is in memory at a time.
-            stream: whether a checkpoint has one block in memory at a time; then there is one checkpoint at a time, too.
-            devices: of each checkpoint, by label; None for the settings' device.
         """
         self._lineup, self._settings, self._say = lineup, settings, say
         self._watch = watch
-        self._resident, self._known, self._folder = "one" if stream else resident, known, folder
-        self._stream, self._devices = stream, devices or dict.fromkeys(lineup.labels, settings.device)
+        self._held, self._known, self._folder = held or Held(lineup, Holding(settings.device)), known, folder
         self._told: Told = nobody_told
         self._said: set[str] = set()
         self._proven: dict[str, set[int]] = {label: set() for label in lineup.labels}
@@ -122,7 +117,7 @@ class LocalCapture:
     @functools.cached_property
     def is_together(self) -> bool:
         """Whether all checkpoints are in memory at once."""
-        return are_together(self._resident, self._lineup, self._settings.dtype, self._devices, say=self._say)
+        return self._held.are_together(self._settings.dtype, say=self._say)
 
     def complete(self, jobs: Iterable[CaptureJob | RowsJob], publish: Callable[..., object], told: Told) -> None:
         """Run jobs, many together, and hand over what each gives as soon as it is there.
@@ -155,29 +150,23 @@ class LocalCapture:
             self._say(line)
 
     def _forwarder(self, label: str) -> Forwarder:
-        if self._stream:
+        if self._held.holding.stream:
             streamed = self._watch(label, functools.partial(self._load_streamed, label))
             return Streaming(label, streamed, lambda words: self._told(doing=words), self._passes)
-        own = self._lineup, label, self._settings, self._devices[label]
+        own = self._lineup, label, self._settings, self._held.placement.of[label]
         backbone = self._watch(label, functools.partial(load_backbone, *own))
         return Resident(backbone, self._settings.max_tokens, self._say_once)
 
     def _load_streamed(self, label: str) -> Streamed:
         settings, checkpoint = self._settings, self._lineup.checkpoints[label]
-        streamed = Streamed(checkpoint, DTYPES[settings.dtype], self._devices[label], proven=self._proven[label])
-        streamed.readout.mask(self._lineup.masked_ids)
+        streamed = self._held.streamed(label, DTYPES[settings.dtype], self._proven[label])
         with checkpoint.named():
             for site, block in settings.sites:
                 find_site(streamed.empty_block(block), site)
         return streamed
 
     def _readout(self, label: str) -> Readout:
-        checkpoint = self._lineup.checkpoints[label]
-        model: Any = Frame.load(checkpoint, DTYPES[self._settings.dtype]).model
-        with checkpoint.named():
-            readout = Readout(model.to(self._devices[label]))
-        readout.mask(self._lineup.masked_ids)
-        return readout
+        return self._held.readout(label, DTYPES[self._settings.dtype])
 
 
 def capture(
@@ -192,11 +181,9 @@ def capture(
     watch: Watch = unwatched,
     on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
-    resident: str = "all",
+    held: Held | None = None,
     known: Known | None = None,
     folder: Path | None = None,
-    stream: bool = False,
-    devices: Mapping[str, str] | None = None,
 ) -> Searched:
     """Find the events of every prompt and store what their replay needs; resumable by the same call.
 
@@ -216,10 +203,9 @@ def capture(
         on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
             of sequences that run again.
         say: told, in one line, what a person should know (packing not possible, for example).
-        resident: see :func:`actcache.models.fit.are_together`; the store does not depend on it.
+        held: see :class:`LocalCapture`; the store does not depend on it.
         known: what others say that checkpoints write, by prompt id and label, for the search to propose.
         folder: where rows wait if one checkpoint is in memory at a time; None for the system's temporary one.
-        stream, devices: see :class:`LocalCapture`; the store does not depend on them.
 
     Returns:
         What its searches did.
@@ -257,9 +243,7 @@ def capture(
         if any(kept.values()):
             say(f"the store has {said_of_sites(kept)} too, which stay")
         settings = settings.with_sites(joined(stored, asked))
-    engine = LocalCapture(
-        lineup, settings, watch, say, resident=resident, known=known, folder=folder, stream=stream, devices=devices
-    )
+    engine = LocalCapture(lineup, settings, watch, say, held=held, known=known, folder=folder)
     shards = list(segments.items())[part[0] :: part[1]]
     committed = writer.committed
     tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)

@@ -28,6 +28,8 @@ from actcache.room import Loads
 from actcache.store import Segment, Store
 from actcache.study.cells import Finished, Scored
 from actcache.study.earlier_job import EarlierJob
+from actcache.study.held import Held
+from actcache.study.holding import Holding
 from actcache.study.replay_job import ReplayJob, States
 from actcache.study.scores import Scores, score
 from actcache.study.size_job import SizeJob
@@ -35,11 +37,13 @@ from actcache.study.size_job import SizeJob
 LateJob = ReplayJob | SizeJob | EarlierJob
 LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone | Streaming]
+LoadReadout = Callable[[str], Readout]
 
 _STATES_KEPT = 2  # those that are replayed, and those read ahead
 
 
-def _refuse(label: str, what: object) -> NoReturn:
+def nothing_given(label: str, *what: object) -> NoReturn:
+    """Stands for a way to load that an engine does not need."""
     raise TypeError("the engine was given nothing to load this kind of model by")
 
 
@@ -54,10 +58,11 @@ class LocalEngine:
     def __init__(
         self,
         store: Store,
-        load_late: LoadLate = _refuse,
+        load_late: LoadLate = nothing_given,
         finished: Finished | None = None,
         *,
-        load_backbone: LoadBackbone = _refuse,
+        load_backbone: LoadBackbone = nothing_given,
+        load_readout: LoadReadout = nothing_given,
         one_at_a_time: bool = False,
     ) -> None:
         """Over this store.
@@ -67,12 +72,13 @@ class LocalEngine:
             load_late: gives the late stack of a checkpoint, by label, from a boundary on, in the store's dtype.
             finished: see :class:`LocalEngine`.
             load_backbone: gives the backbone of a checkpoint, by label, in a dtype; or its blocks, one at a time.
+            load_readout: gives the final norm and head of a checkpoint alone, by label, in the store's dtype.
             one_at_a_time: whether a late stack is let go before another checkpoint's is loaded; heads stay.
         """
         self.one_at_a_time, self._loads = one_at_a_time, Loads()
         self._heads: dict[str, Readout] = {}
         self.store, self.finished, self._load_late = store, finished or {}, load_late
-        self._load_backbone = load_backbone
+        self._load_backbone, self._load_readout = load_backbone, load_readout
         self._backbone: tuple[tuple[str, str], Backbone | Streaming] | None = None
         self._segments: dict[str, Segment] = {segment.name: segment for segment in store.segments}
         self._first: dict[str, int] = {}  # the boundary to load a late stack from, where it is known
@@ -81,24 +87,24 @@ class LocalEngine:
         self._states: dict[tuple[str, int | None], States] = {}
 
     @classmethod
-    def of(cls, store: Store, checkpoints: Mapping[str, str | Path], device: str = "cpu") -> LocalEngine:
+    def of(cls, store: Store, checkpoints: Mapping[str, str | Path], holding: Holding | None = None) -> LocalEngine:
         """One that loads models from the folders of the checkpoints, by label, as a worker does that has no more than a
-        job and these places."""
+        job, these places, and how a run holds its checkpoints.
 
+        Raises:
+            InputError, IncompatibleError: they are not those that the store was captured from.
+        """
         lineup = Lineup.open(checkpoints, dequantize=True)
-        masked_ids = lineup.follow(store.fingerprint.vocabulary).masked_ids
-
-        def load_late(label: str, boundary: int) -> LateStack:
-            late = LateStack.load(lineup.checkpoints[label], boundary, dtype=store.dtype, device=device)
-            late.readout.mask(masked_ids)
-            return late
-
-        def load_backbone(label: str, dtype: torch.dtype) -> Backbone:
-            backbone = Backbone(lineup.checkpoints[label].load(dtype, device))
-            backbone.readout.mask(masked_ids)
-            return backbone
-
-        return cls(store, load_late, load_backbone=load_backbone)
+        lineup.check_captured(store.fingerprint)
+        held = Held.of(store, lineup, holding or Holding())
+        dtype = store.dtype
+        return cls(
+            store,
+            lambda label, boundary: held.late(label, boundary, dtype),
+            load_backbone=held.blocks,
+            load_readout=lambda label: held.readout(label, dtype),
+            one_at_a_time=not held.are_together(store.fingerprint.dtype, min(store.boundaries, default=0)),
+        )
 
     def expect(self, jobs: Iterable[LateJob]) -> None:
         """Hear of jobs before they are run: each late stack is loaded once, from the first boundary that replays it."""
@@ -203,13 +209,14 @@ class LocalEngine:
         return self._backbone[1]
 
     def readout(self, label: str) -> Readout:
-        """The final norm and head of a checkpoint; beside them the last block alone, where no more is needed."""
-        last = self.store.fingerprint.n_blocks - 1
-        if self.one_at_a_time and label not in self._lates:
-            if label not in self._heads:
-                self._heads[label] = self._load_late(label, last).readout
-            return self._heads[label]
-        return self.late(label, self._first.get(label, last)).readout
+        """The final norm and head of a checkpoint: those of its late stack, if that is there or to come."""
+        if label in self._first and not self.one_at_a_time:
+            self.late(label, self._first[label])
+        if label in self._lates:
+            return self._lates[label].readout
+        if label not in self._heads:
+            self._heads[label] = self._load_readout(label)
+        return self._heads[label]
 
     def native(self, segment: str, late: str, whose: str, final: torch.Tensor, pair_ids: torch.Tensor) -> Scores:
         """What a head makes of a checkpoint's own final states: the same at every boundary."""

@@ -7,6 +7,7 @@ the same options, and its table joins. Knows runs and analyses.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def with_further(
         IncompatibleError: a checkpoint is another one there; names the field.
     """
     for place in filter(None, map(str.strip, places.split(","))):
-        further = Run(Path(place), device=run.device)
+        further = Run(Path(place), **asdict(run.holding))
         for label in labels:
             _check_same(label, run.store, further.store)
         check_complete(further.store)

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from actcache.replay.late_stack import LateStack
     from actcache.store import Store
     from actcache.store.selection import Events
+    from actcache.study.held import Held
 
 # What cells are joined with: the texts of the two choices, and how sure each checkpoint was of its own.
 _OF_EVENTS = ("token_pt", "token_it", "gap_pt", "gap_it")
@@ -43,9 +44,7 @@ class Run:
     Attributes:
         path: its folder.
         folder: names of its files.
-        device: on which models are loaded, as ``--device`` says it.
-        resident: which late stacks are in memory at once, ``one`` after another, ``all``, or ``auto``: all if they fit.
-        stream: whether late stacks have one block in memory at a time.
+        holding: how its checkpoints are held in memory when they are loaded.
     """
 
     def __init__(
@@ -54,8 +53,8 @@ class Run:
         *,
         checkpoints: Mapping[str, str | Path] | None = None,
         device: str | None = None,
-        resident: str = "auto",
-        stream: bool = False,
+        resident: str | None = None,
+        stream: bool | None = None,
     ) -> None:
         """Open the run in a folder.
 
@@ -63,18 +62,17 @@ class Run:
             path: the folder.
             checkpoints: label -> where a checkpoint is now, of those that moved since capture.
             device: to load models on, such as ``cuda:0,cuda:1`` or ``auto``; None for the one of the capture.
-            resident, stream: see :class:`Run`; what streams is one at a time.
+            resident, stream: see :class:`Holding`; None for both is what the capture was told.
 
         Raises:
-            InputError: the folder holds no run.
+            InputError: the folder holds no run, or a holding contradicts itself.
             CorruptFileError: its record is damaged.
         """
         self.folder = RunFolder(path)
         self.path = self.folder.path
         self._record = self.folder.record()
         self._moved = {label: str(place) for label, place in (checkpoints or {}).items()}
-        self.device = device or self._record.device
-        self.resident, self.stream = resident, stream
+        self.holding = self._record.holding.but(device, resident, stream)
 
     def __repr__(self) -> str:
         return f"<Run {self.path}: {len(self.store)} events of {', '.join(self.store.checkpoints)}>"
@@ -143,7 +141,7 @@ class Run:
         from actcache.models.lineup import Lineup
 
         lineup = Lineup.open({**self._record.checkpoints, **self._moved}, dequantize=True)
-        check_same_checkpoints(self.store, lineup)
+        lineup.check_captured(self.store.fingerprint)
         return lineup.follow(self.store.fingerprint.vocabulary)
 
     @property
@@ -156,72 +154,54 @@ class Run:
         """The device of each checkpoint.
 
         Raises:
-            InputError: :attr:`device` names one that is not there, or more than there are checkpoints.
+            InputError: the holding names a device that is not there, or more than there are checkpoints.
             CheckError: what is copied between two of them changes.
         """
-        from actcache.models.devices import check_copies, place
+        from actcache.models.devices import placed
 
-        placement = place(self.device, self.store.checkpoints)
-        check_copies(placement.devices)
-        return placement
+        return placed(self.holding.device, self.store.checkpoints)
+
+    @cached_property
+    def held(self) -> Held:
+        """The checkpoints, as :attr:`holding` says."""
+        from actcache.study.held import Held
+
+        return Held.of(self.store, self.lineup, self.holding)
 
     @cached_property
     def one_at_a_time(self) -> bool:
         """Whether a late stack is let go before another checkpoint's is loaded."""
-        from actcache.models.fit import are_together
-
-        captured, first = self.store.fingerprint, min(self.store.boundaries)
-        resident = "one" if self.stream else self.resident
-        return not are_together(resident, self.lineup, captured.dtype, self.placement.of, first=first)
+        return not self.held.are_together(self.store.fingerprint.dtype, min(self.store.boundaries))
 
     def load_late(self, label: str, boundary: int, device: str | None = None) -> LateStack:
         """The late stack of a checkpoint, in the store's dtype.
 
         Raises:
-            InputError: no such label, or a boundary that is none.
+            InputError: no such label, or a boundary that is none; or no such device.
             IncompatibleError: the checkpoint is not the one captured.
+            CheckError: what is copied between two devices changes.
         """
-        from actcache.replay.streamed_late import load_late
-
         self._check_label(label)
-        checkpoint = self.lineup.checkpoints[label]
-        device = device or self.placement.of[label]
-        late = load_late(checkpoint, boundary, dtype=self.store.dtype, device=device, stream=self.stream)
-        late.readout.mask(self.masked_ids)
-        check_same_checkpoints(self.store, self.lineup)  # what was loaded lies between two looks at the files
-        return late
+        return self.held.late(label, boundary, self.store.dtype, device)
 
     def load_backbone(self, label: str, dtype: torch.dtype | None = None) -> Backbone:
         """All blocks of a checkpoint, and its readout, in a dtype; None for the store's (errors as
         :meth:`load_late`)."""
-        from actcache.models.backbone import Backbone
-
         self._check_label(label)
-        checkpoint = self.lineup.checkpoints[label]
-        model = checkpoint.load(dtype or self.store.dtype, self.placement.of[label])
-        with checkpoint.named():
-            backbone = Backbone(model)
-        backbone.readout.mask(self.masked_ids)
-        check_same_checkpoints(self.store, self.lineup)
-        return backbone
+        return self.held.backbone(label, dtype or self.store.dtype)
 
     def load_blocks(self, label: str, dtype: torch.dtype | None = None) -> Backbone | Streaming:
         """The same, or, where this run streams, a checkpoint whose blocks are in memory one at a time."""
-        if not self.stream:
+        if not self.holding.stream:
             return self.load_backbone(label, dtype)
-        from actcache.capture.streams import Streaming
-        from actcache.models.streamed import Streamed
-
         self._check_label(label)
-        streamed = Streamed(self.lineup.checkpoints[label], dtype or self.store.dtype, self.placement.of[label])
-        streamed.readout.mask(self.masked_ids)
-        check_same_checkpoints(self.store, self.lineup)
-        return Streaming(label, streamed)
+        return self.held.blocks(label, dtype or self.store.dtype)
 
     def load_readout(self, label: str, device: str | None = None) -> Readout:
-        """The final norm and head of a checkpoint, in the store's dtype; of its blocks no more than the last is loaded,
-        and let go (errors as :meth:`load_late`)."""
-        return self.load_late(label, self.store.fingerprint.n_blocks - 1, device).readout
+        """The final norm and head of a checkpoint, in the store's dtype; no block is loaded (errors as
+        :meth:`load_late`)."""
+        self._check_label(label)
+        return self.held.readout(label, self.store.dtype, device)
 
     def final(
         self,
@@ -438,21 +418,6 @@ def check_complete(store: Store) -> None:
             f"{store.path} holds {found} of {asked} prompts: give the capture command again until all are captured"
         )
     store.check_prompts()
-
-
-def check_same_checkpoints(store: Store, lineup: Lineup) -> None:
-    """Raise IncompatibleError, naming the field, where a checkpoint is not the one whose states are stored."""
-    for label, captured in store.fingerprint.checkpoints.items():
-        checkpoint = lineup.checkpoints[label]
-        now = checkpoint.fingerprint
-        field = captured.differs_in(now)
-        if field is not None:
-            raise IncompatibleError(
-                f"checkpoint {label} at {checkpoint.given} is not the one captured: its {field} is "
-                f"{str(getattr(now, field, None))[:12]}, the store has {str(getattr(captured, field, None))[:12]}; "
-                f"point --checkpoint {label}=DIR at the captured one",
-                field=f"checkpoints.{label}.{field}",
-            )
 
 
 def flat(group: Mapping[str, Any]) -> dict[str, Any]:

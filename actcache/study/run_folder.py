@@ -29,6 +29,7 @@ from actcache.errors import CorruptFileError, IncompatibleError, InputError
 from actcache.files import write_atomically
 from actcache.models.origin import Recorded
 from actcache.sealed import NoSealError, Sealed, check_seal, json_bytes, read_json
+from actcache.study.holding import Holding
 
 if TYPE_CHECKING:
     from actcache.store import Store
@@ -79,6 +80,8 @@ class RunRecord:
         command: the command line, for the report.
         store: where the store is, if not in the run's folder: a URL or an absolute path.
         fingerprint: digest of the store's fingerprint, once something is captured.
+        kept: how much of the checkpoints was in memory at once, as :attr:`Holding.kept`; later stages keep as much
+            unless told otherwise.
     """
 
     checkpoints: Mapping[str, str]
@@ -87,6 +90,12 @@ class RunRecord:
     command: str
     store: str | None = None
     fingerprint: str | None = None
+    kept: str | None = None
+
+    @property
+    def holding(self) -> Holding:
+        """How later stages hold the checkpoints."""
+        return Holding.of(self.device, self.kept)
 
 
 class CheckedFiles(NamedTuple):
@@ -146,10 +155,11 @@ class RunFolder:
         return store
 
     def bind_store(self, captured: RunRecord, n_prompts: int) -> None:
-        """Put down which store is the run's from now on, and of which file, where its prompts are of another one than
-        they were: corrected, or more of them (errors as :meth:`open_store`)."""
+        """Put down which store is the run's from now on, how checkpoints were held for the last capture into it, and of
+        which file, where its prompts are of another one than they were: corrected, or more of them (errors as
+        :meth:`open_store`)."""
         store = self.open_store()
-        record = replace(self.record(), fingerprint=store.fingerprint.digest)
+        record = replace(self.record(), fingerprint=store.fingerprint.digest, kept=captured.kept)
         if record.prompts != captured.prompts and n_prompts >= store.n_prompts:
             record = replace(record, prompts=captured.prompts, command=captured.command)
         if record != self.record():
