@@ -6,9 +6,11 @@ import importlib.util
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,6 +31,7 @@ import actcache
 from actcache.cli import main, stages
 from actcache.models.gather import engine
 from actcache.replay import modes
+from actcache.room import free_bytes
 
 # How long one example takes is the machine's business: tests share it with others.
 hypothesis.settings.register_profile("actcache", deadline=None)
@@ -37,6 +40,35 @@ hypothesis.settings.load_profile("actcache")
 MAX_NEW = 24
 ROOT = Path(__file__).resolve().parents[1]
 BOUNDARY = 3  # round(0.6 * tiny.N_BLOCKS)
+MEMORY = Path("/dev/shm")  # a file system there, on Linux
+IN_MEMORY = "tests-of-actcache"
+ROOM_BYTES = 8 * 2**30
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Temporary files lie in memory where there is room, unless TMPDIR or --basetemp says where: making and removing
+    small files on a disk takes longer than most of the tests that do."""
+    if "TMPDIR" in os.environ or config.option.basetemp or not MEMORY.is_dir():
+        return
+    for left in MEMORY.glob(f"{IN_MEMORY}-*"):  # by a process that was killed
+        if not Path("/proc", left.name.rpartition("-")[2]).exists():
+            shutil.rmtree(left, ignore_errors=True)
+    disk = os.statvfs(MEMORY)
+    usable = os.access(MEMORY, os.W_OK) and not disk.f_flag & os.ST_NOEXEC
+    if usable and min(disk.f_bavail * disk.f_frsize, free_bytes()) > ROOM_BYTES:
+        place = MEMORY / f"{IN_MEMORY}-{os.getpid()}"
+        place.mkdir(mode=0o700)
+        config.add_cleanup(partial(shutil.rmtree, place, ignore_errors=True))
+        os.environ["TMPDIR"] = str(place)  # processes that share out the tests have it, too
+        tempfile.tempdir = None
+
+
+@pytest.fixture
+def tmp_path(tmp_path: Path) -> Iterator[Path]:
+    """Gone after the test where it lies in memory."""
+    yield tmp_path
+    if tmp_path.is_relative_to(MEMORY):
+        shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -146,10 +178,14 @@ def caches_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         yield place
 
 
-@pytest.fixture(scope="module")
+def skip_fsync(handle: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="session", autouse=True)
 def no_fsync() -> Iterator[None]:
-    """For tests that crash nothing (test_store_crash.py does): without fsync they run many times faster."""
-    with mock.patch.object(os, "fsync"):
+    """No test cuts the power; the one that sees what is durable when sets its own (test_store_crash.py)."""
+    with mock.patch.object(os, "fsync", skip_fsync):
         yield
 
 

@@ -31,8 +31,6 @@ from actcache.errors import ActcacheError
 from actcache.store import Store, StoreWriter, open_store, shard, verify
 from actcache.store.export import export
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 ROOM_BYTES = 512 * 2**20  # what an attack may make a reader set aside
 LIMIT_S = 10
 ATTACKS = {

@@ -26,8 +26,6 @@ from actcache.progress import Progress
 from actcache.store import Store, open_store
 from actcache.store.export import FORMATS, export, parse_events
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def make_twin(path: Path, **changes: Any) -> tuple[Store, Twin]:
     fingerprint = make_fingerprint(width=5) | changes

@@ -33,7 +33,7 @@ from actcache.store import StoreWriter, open_store, shard
 from actcache.store.feed import SHUFFLES, ActivationBuffer, RowBatch, RowFeed
 
 # As many workers as asked for: torch warns where that is more than the machine has processors.
-pytestmark = [pytest.mark.usefixtures("no_fsync"), pytest.mark.filterwarnings("ignore:This DataLoader will create")]
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 
 
 class Row(NamedTuple):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,12 +18,6 @@ from actcache.models.checkpoint import Checkpoint
 from actcache.store import compact, open_store, verify
 
 PAIR = ("pt", "it")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync():
-    with mock.patch.object(os, "fsync"):
-        yield
 
 
 @pytest.fixture(scope="module")

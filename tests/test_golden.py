@@ -16,8 +16,6 @@ from stores import bits, read_tree
 
 from actcache.store import layout, open_store, verify
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 ROOT = Path(__file__).parent.parent
 GOLDEN = Path(__file__).parent / "golden"
 VERSIONS = sorted(folder.name for folder in GOLDEN.glob("v*"))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import tiny
@@ -26,12 +24,6 @@ from actcache.store import StoreWriter, compact, layout, open_store, repair, ver
 
 MAX_NEW = 24
 GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync():
-    with mock.patch.object(os, "fsync"):
-        yield
 
 
 # ---- which segments ------------------------------------------------------------------------------------------------

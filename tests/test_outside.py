@@ -14,8 +14,6 @@ from stores import FINGERPRINT, SEGMENTS, fill, read_tree
 from actcache.errors import ActcacheError, InputError
 from actcache.store import StoreWriter, compact, open_store, repair, verify
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 @pytest.fixture
 def outside(tmp_path) -> Path:

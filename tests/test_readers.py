@@ -19,8 +19,6 @@ from zarrs import ZarrsCodecPipeline
 
 from actcache.store import SegmentData, layout, shard
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 @pytest.fixture(
     scope="module",

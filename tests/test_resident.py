@@ -45,7 +45,7 @@ from actcache.study.holding import Holding
 @pytest.fixture(scope="module", autouse=True)
 def no_collections() -> Iterator[None]:
     """What is tiny may be let go later, and there are thousands of loads."""
-    with mock.patch("gc.collect"), mock.patch("os.fsync"):
+    with mock.patch("gc.collect"):
         yield
 
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -34,12 +32,6 @@ from actcache.store import BackgroundWriter, compact, open_store, verify
 N_TOKENS = 20
 ITS = ("first_divergence", "it_rollout", "native_it")  # kinds on histories that IT chose, too
 KINDS = {*CHOSEN_KINDS, "pre_divergence"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_fsync():
-    with mock.patch.object(os, "fsync"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,6 @@ import schedules
 from actcache.store import records
 from actcache.store.storage import Storage
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 FAST, SOME, ALL = 2, 25, 250  # schedules of each place: of make test-fast, of make test, of make test-deep
 
 

@@ -14,8 +14,6 @@ from actcache.errors import IncompatibleError, InputError
 from actcache.store import Store, open_store
 from actcache.store.feed import ActivationBuffer, RowFeed
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 FINGERPRINT = make_fingerprint(width=3)
 SITES = [("mlp", 4), ("mlp", 0), ("attention", 4)]
 SEGMENTS = {

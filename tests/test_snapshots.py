@@ -29,7 +29,7 @@ SEGMENTS = {
     f"s-{i}": make_segment(FINGERPRINT, [4, 2 + i], [(0, 3), (1, i)][: 1 + i % 2], name=f"e{i}", seed=i)
     for i in range(6)
 }
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_fsync")]
+pytestmark = pytest.mark.slow
 
 
 def fill(place: Path, *names: str) -> Store:

@@ -32,9 +32,6 @@ from actcache.store.chunks import BLOSC, CODECS
 from actcache.store.verify import _check_files
 from actcache.store.zarr_codec import Bf16Planes
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
-
 # ---- round trips ---------------------------------------------------------------------------------------------------
 
 

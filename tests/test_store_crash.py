@@ -1,7 +1,8 @@
 """Writers that die, collide or run out of disk: what was committed stays, what was not is gone or taken up again.
 
 The writers here are processes of their own (forked, so that each is there in milliseconds), killed by SIGKILL at every
-single act upon the disk.
+single act upon the disk. SIGKILL loses nothing that the kernel has: only the order of fsyncs matters here, and one test
+looks at that.
 """
 
 from __future__ import annotations
@@ -125,13 +126,6 @@ def kill_self() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.fixture(autouse=True)
-def quick_fsync() -> Iterator[None]:
-    """SIGKILL loses nothing that the kernel has: only the order of fsyncs matters here, and one test looks at that."""
-    with mock.patch.object(os, "fsync"):
-        yield
-
-
 @pytest.fixture
 def uninterrupted(tmp_path) -> dict[str, bytes]:
     return read_tree(write_store(tmp_path / "uninterrupted", FINGERPRINT, SEGMENTS))
@@ -234,7 +228,7 @@ def test_an_interrupt_just_after_the_commit_leaves_the_segment(tmp_path):
     assert (verify(path), open_store(path).uncommitted) == ([], [])
 
 
-def test_nothing_is_named_before_it_is_durable(tmp_path, quick_fsync):
+def test_nothing_is_named_before_it_is_durable(tmp_path):
     """At the rename of a record, all that it names, and the way there, has been through fsync since it changed."""
     path = tmp_path / "store"
     changed: dict[int, str] = {}
