@@ -23,7 +23,7 @@ every_analysis = pytest.mark.parametrize("named", ANALYSES, ids=lambda named: na
 every_one_of_cells = pytest.mark.parametrize(
     "named", [one for one in ANALYSES if isinstance(one.load(), CellAnalysis)], ids=lambda named: named.name
 )
-BOUNDARIES = ("--boundary", "2,3", "--stability", "0")
+BOUNDARIES = ("--boundary", "2,3", "--stability", "0", "--limit", "12")
 PAIRS = ("--pair", "pt,it", "--pair", "pt,between")
 
 

@@ -25,6 +25,9 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DTYPES = pytest.mark.parametrize("dtype", first_quick([FLOAT32, BFLOAT16]), ids=["float32", "bfloat16"])
 ARCHS = pytest.mark.parametrize("arch", first_quick(tiny.ALL_ARCHS))
 NEAR_TIE = 0.125  # logits; what the report calls one
+# As many prompts as give each architecture some events, and no checks of rounding, which are tests/test_stability.py's.
+N_PROMPTS = 12
+FEW = ("--limit", str(N_PROMPTS), "--stability", "0")
 READOUTS = {"native": None, "common_it": "it", "common_pt": "pt"}
 
 
@@ -38,7 +41,7 @@ def expected_events(run):
     tokenizer = AutoTokenizer.from_pretrained(run.pt)
     models = lineup_of(run)
     eos = [models["pt"].config.eos_token_id]
-    prompts = [json.loads(line) for line in run.prompts.read_text().splitlines()]
+    prompts = [json.loads(line) for line in run.prompts.read_text().splitlines()[:N_PROMPTS]]
     return {
         prompt["id"]: reference.first_divergence(
             models["pt"], models["it"], tokenizer(prompt["prompt"])["input_ids"], MAX_NEW, eos
@@ -81,7 +84,7 @@ def found_events(store):
 @DTYPES
 @ARCHS
 def test_events_equal_the_reference(tiny_run, arch, dtype):
-    run = tiny_run(arch, dtype)
+    run = tiny_run(arch, dtype, *FEW)
     store, expected = run.store, expected_events(run)
     found = found_events(store)
     excluded = {row["prompt_id"]: row["reason"] for row in store.excluded.to_pylist()}
@@ -112,7 +115,7 @@ def test_events_equal_the_reference(tiny_run, arch, dtype):
 @DTYPES
 @ARCHS
 def test_stored_rows_are_the_states_of_a_strict_capture(tiny_run, arch, dtype):
-    run = tiny_run(arch, dtype, "--strict")
+    run = tiny_run(arch, dtype, *FEW, "--strict")
     store, models = run.store, lineup_of(run)
     for prompt_id, event in list(found_events(store).items())[:6]:
         index = store.events["prompt_id"].to_pylist().index(prompt_id)
@@ -150,7 +153,7 @@ def copied(run, folder):
 @DTYPES
 @ARCHS
 def test_strict_cells_are_bit_identical(tiny_run, tmp_path, arch, dtype):
-    run = copied(tiny_run(arch, dtype, "--strict"), tmp_path)
+    run = copied(tiny_run(arch, dtype, *FEW, "--strict"), tmp_path)
     assert main(["grid", str(run.out), "--strict", "--scope", "position"]) == 0
     for scope in ("prefix", "position"):
         for cell, margin, exact, top1 in scored(run, scope):
@@ -164,7 +167,7 @@ def test_strict_cells_are_bit_identical(tiny_run, tmp_path, arch, dtype):
 @DTYPES
 @ARCHS
 def test_packed_cells_differ_by_rounding_only(tiny_run, tmp_path, arch, dtype):
-    run = copied(tiny_run(arch, dtype), tmp_path)
+    run = copied(tiny_run(arch, dtype, *FEW), tmp_path)
     assert main(["grid", str(run.out), "--scope", "position"]) == 0
     tolerance = 1e-4 if dtype == FLOAT32 else 0.5
     for scope in ("prefix", "position"):
@@ -178,7 +181,7 @@ def test_packed_cells_differ_by_rounding_only(tiny_run, tmp_path, arch, dtype):
 @ARCHS
 def test_no_event_contradicts_its_own_diagonal(tiny_run, arch, dtype):
     for more in ((), ("--strict",)):
-        run = tiny_run(arch, dtype, *more)
+        run = tiny_run(arch, dtype, *FEW, *more)
         native = [cell for cell in run.cells.to_pylist() if cell["readout"] == "native"]
         diagonal = [cell for cell in native if cell["upstream"] == cell["late"]]
         assert {cell["event_id"] for cell in diagonal} == set(run.store.events["event_id"].to_pylist())
@@ -190,7 +193,7 @@ def test_no_event_contradicts_its_own_diagonal(tiny_run, arch, dtype):
 @pytest.mark.slow
 @ARCHS
 def test_every_boundary_at_once(tiny_run, arch):
-    run = tiny_run(arch, FLOAT32, "--boundary", "all", "--readout", "native")
+    run = tiny_run(arch, FLOAT32, *FEW, "--boundary", "all", "--readout", "native")
     models, events = lineup_of(run), found_events(run.store)
     boundaries = list(range(1, tiny.N_BLOCKS))
     assert run.store.boundaries == boundaries
@@ -213,7 +216,7 @@ def test_every_boundary_at_once(tiny_run, arch):
 @pytest.mark.slow
 def test_a_late_only_change_has_no_interaction(tiny_run):
     """Equal upstreams: the state is the same whoever made it, so A = B = the native shift."""
-    run = tiny_run("llama", FLOAT32, "--strict", change="late")
+    run = tiny_run("llama", FLOAT32, *FEW, "--strict", change="late")
     assert len(run.store) > 0
     for group in run.effects["groups"]:
         assert group["interaction"]["mean"] == pytest.approx(0, abs=1e-5)
@@ -224,7 +227,7 @@ def test_a_late_only_change_has_no_interaction(tiny_run):
 @pytest.mark.slow
 def test_an_upstream_only_change_has_no_late_effect(tiny_run):
     """Equal late stacks: exchanging them changes nothing, so A = B = 0 while the native shift is not."""
-    run = tiny_run("llama", FLOAT32, "--strict", change="upstream")
+    run = tiny_run("llama", FLOAT32, *FEW, "--strict", change="upstream")
     assert len(run.store) > 0
     for group in run.effects["groups"]:
         assert group["late_from_pt"]["mean"] == pytest.approx(0, abs=1e-5)
@@ -245,7 +248,7 @@ def test_identical_checkpoints_have_no_events(tiny_run, capsys):
 
 
 def test_carried_columns_reach_the_cells(tiny_run):
-    run = tiny_run("llama", FLOAT32)
+    run = tiny_run("llama", FLOAT32, *FEW)
     assert set(run.cells["category"].to_pylist()) <= {"prose", "question", "code"}
     assert run.cells.column_names[:17] == [
         *("event_id", "prompt_id", "kind", "pair", "step", "position", "y_pt", "y_it"),
@@ -255,7 +258,7 @@ def test_carried_columns_reach_the_cells(tiny_run):
 
 @ARCHS
 def test_replay_calls_no_upstream_block(tiny_run, arch, monkeypatch):
-    run = tiny_run(arch, FLOAT32)
+    run = tiny_run(arch, FLOAT32, *FEW)
     model = reference.load(run.pt, FLOAT32)
     blocks = reference.parts(model).blocks
     calls = [0] * len(blocks)
@@ -278,7 +281,7 @@ def test_replay_calls_no_upstream_block(tiny_run, arch, monkeypatch):
 
 @ARCHS
 def test_a_late_stack_from_a_folder_equals_one_from_memory(tiny_run, arch):
-    run = tiny_run(arch, FLOAT32)
+    run = tiny_run(arch, FLOAT32, *FEW)
     rows, offsets = run.store.states("it", BOUNDARY)
     model = reference.load(run.it, FLOAT32)
     before = {name: id(module) for name, module in model.named_modules()}
