@@ -103,7 +103,8 @@ class Regimes:
         One whose own place in a row counts is alone. In rows of their own, padded on the right, all begin at 0.
         """
         most = max_tokens if padded else self.row(max_tokens)
-        return plan_packs(lengths, most, padded=padded, kinds=[self.of(length) for length in lengths])
+        kinds = [self.of(length) for length in lengths] if self.switches else None  # most have one kind
+        return plan_packs(lengths, most, padded=padded, kinds=kinds)
 
 
 ONE_REGIME = Regimes()  # of most models

@@ -8,6 +8,7 @@ how many tokens a pair shares before it diverges, is a stated assumption, or tak
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -86,7 +87,7 @@ class Study:
         """Of every checkpoint."""
         return next(iter(self.shapes.values()))
 
-    @property
+    @functools.cached_property
     def captured(self) -> CaptureWork:
         """What the capture computes."""
         return CaptureWork(self.lengths, self.capture, n_paired=self.n_paired)

@@ -139,6 +139,7 @@ class CaptureWork:
     settings: CaptureSettings
     n_given: int | None = None
     n_paired: int = 2
+    _batches: dict[Regimes, list[tuple[int, int]]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def cost(self, shapes: Mapping[str, ModelShape], expected: Expected) -> Cost:
         """What it takes with these checkpoints, the pair among them: searches, and a forward of each over every event's
@@ -185,12 +186,15 @@ class CaptureWork:
     def batches(self, shapes: Mapping[str, ModelShape]) -> list[tuple[int, int]]:
         """``(longest prompt, number of prompts)`` of every batch that the searches begin with."""
         regimes = Regimes.joined(shape.regimes for shape in shapes.values())
+        if regimes in self._batches:
+            return self._batches[regimes]
         n = self.settings.shard_prompts
         batches, n = [], n * max(1, TOGETHER // n)
         for start in range(0, len(self.lengths), n):
             ordered = sorted(self.lengths[start : start + n])
             packs = regimes.packs(ordered, self.settings.max_tokens, padded=True)
             batches += [(ordered[pack[-1]], len(pack)) for pack in packs]
+        self._batches[regimes] = batches
         return batches
 
     def search_calls(self, shapes: Mapping[str, ModelShape], shared_counts: Sequence[int]) -> float:
