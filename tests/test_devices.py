@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import tiny
 import torch
+from engines import using
+from pretended import Pretended
 
+import actcache
+from actcache.cli import main
 from actcache.errors import CheckError, InputError
 from actcache.models import fit
 from actcache.models.devices import check_copies, place
@@ -103,3 +109,65 @@ def test_what_fits_is_in_memory_together_on_each_device(monkeypatch, tmp_path):
     free["a"] = 1000.0
     assert not together(one, first=lineup.n_blocks - 1)
     assert f"blocks {lineup.n_blocks - 1} to {lineup.n_blocks - 1} of pt, it" in said.pop()
+
+
+# ---- a pair on a list of devices ----
+
+
+def placed_run(pair, prompts, out, devices):
+    """A strict run, its late stacks and heads on these devices; what it gives."""
+    words = ["run", *(f"--{label}={path}" for label, path in zip(("pt", "it"), pair, strict=True)), "--strict"]
+    words += ["--prompts", str(prompts), "--out", str(out), "--device", devices, "--resident", "all"]
+    words += [
+        "--max-new",
+        "8",
+        "--boundary",
+        "3,2",
+        "--site",
+        "mlp:1",
+        "--stability",
+        "2",
+        "--scope",
+        "prefix,position",
+    ]
+    assert main(words) == 0
+    run = actcache.Run(out)
+    states = {(label, b): run.store.states(label, b)[0] for label in ("pt", "it") for b in (2, 3)}
+    return run, states, run.cells
+
+
+@pytest.mark.slow
+def test_a_pair_on_two_devices_gives_what_it_gives_on_one(tmp_path, monkeypatch):
+    pair, prompts = tiny.make_pair(tmp_path, "llama"), tiny.write_prompts(tmp_path / "p.jsonl", 5)
+    plain, of_plain, cells = placed_run(pair, prompts, tmp_path / "plain", "cpu")
+    streams = Mock()
+    monkeypatch.setattr(torch.cuda, "current_stream", streams)
+    monkeypatch.setattr(place, "__defaults__", (lambda: 2,))
+    with using("torch"), Pretended() as pretended:
+        with pytest.raises(RuntimeError, match="tensors on cuda"):
+            torch.zeros(2, device="cuda:0") + torch.zeros(2, device="cuda:1")
+        run, of_run, found = placed_run(pair, prompts, tmp_path / "placed", "cuda:0,cuda:1")
+        for number, label in enumerate(("pt", "it")):
+            late = actcache.Run(run.path, device="cuda:0,cuda:1").load_late(label, 3)
+            assert late.device == late.readout.device == torch.device("cuda", number)
+    assert len(plain.store) > 2
+    assert run.store.events.equals(plain.store.events)
+    assert all(torch.equal(of_run[key], of_plain[key]) for key in of_plain)
+    assert found.equals(cells)
+    assert pretended.products["cuda:0"] > 100
+    assert pretended.products["cuda:1"] > 100
+    assert not pretended.products["cpu"]
+    assert {call.args[0] for call in streams.call_args_list} == {torch.device("cuda", 0), torch.device("cuda", 1)}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two CUDA devices")
+def test_a_pair_on_two_real_devices_gives_what_it_gives_on_one(tmp_path):
+    pair, prompts = tiny.make_pair(tmp_path, "llama"), tiny.write_prompts(tmp_path / "p.jsonl", 5)
+    (one, of_one, cells), (two, of_two, found) = (
+        placed_run(pair, prompts, tmp_path / devices, devices) for devices in ("cuda:0", "cuda:0,cuda:1")
+    )
+    assert len(one.store) > 2
+    assert two.store.events.equals(one.store.events)
+    assert all(torch.equal(of_two[key], of_one[key]) for key in of_one)
+    assert found.equals(cells)
