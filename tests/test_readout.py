@@ -50,6 +50,25 @@ def test_logits_are_the_models_own(of_model):
     torch.testing.assert_close(logits, reference.readout(model, final), rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 7 * 32, 1 << 20])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_piece_of_the_head_is_float32_at_a_time(monkeypatch, at_once, bias, n):
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(32, 120, bias=bias, dtype=torch.bfloat16)
+    for parameter in head.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator).bfloat16()
+    normed = torch.randn(1, n, 32, generator=generator).bfloat16()
+    expected = torch.nn.functional.linear(normed.float(), head.weight.float(), head.bias.float() if bias else None)
+    made, own = [], torch.Tensor.float
+    monkeypatch.setattr(module, "HEAD_AT_ONCE_ON_CPU", at_once)
+    monkeypatch.setattr(torch.Tensor, "float", lambda tensor: made.append(tensor.numel()) or own(tensor))
+    with torch.no_grad():
+        found = module._Float32Head(head, module._Given())(normed)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    assert max(made) <= max(at_once, 32, normed.numel(), 120)
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 1000])
 def test_top_rank_and_entropy_are_those_of_the_logits(of_model, at_once):
     _, readout, final = of_model

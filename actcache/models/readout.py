@@ -24,6 +24,10 @@ from actcache.models.blocks import find_anatomy, replace, shallow_clone
 # Whole-vocabulary logits are made at most this many at a time: 64 MiB of float32.
 MAX_LOGITS_AT_ONCE = 1 << 24
 
+# Weights of a head that are float32 at once. A CPU multiplies 4 MiB of them while they are in its cache, so that a
+# state costs one look at the head. Elsewhere it is 256 MiB, as each piece costs calls.
+HEAD_AT_ONCE, HEAD_AT_ONCE_ON_CPU = 1 << 26, 1 << 20
+
 
 class Reading(NamedTuple):
     """What the whole vocabulary's logits say of n states.
@@ -391,10 +395,22 @@ class _Float32Head(nn.Module):
         """``[1, n, D]`` -> ``[1, n, V]`` float32, or ``[1, n, k]`` float64 for ``token_ids [n, k]``."""
         token_ids = self._given.token_ids
         if token_ids is None:
-            bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(normed.float(), self.weight.float(), bias)
+            return self._all(normed.float())
         rows = self.weight[token_ids].double()
         scored = (rows * normed[0, :, None].double()).sum(-1)
         if self.bias is not None:
             scored = scored + self.bias[token_ids].double()
         return scored[None]
+
+    def _all(self, normed: torch.Tensor) -> torch.Tensor:
+        """Of all tokens; a piece of the weights is float32 at a time, wherever they are of another dtype."""
+        weight, bias = self.weight, None if self.bias is None else self.bias.float()
+        if weight.dtype == torch.float32:
+            return nn.functional.linear(normed, weight, bias)
+        logits = normed.new_empty(*normed.shape[:-1], len(weight))
+        at_once = HEAD_AT_ONCE_ON_CPU if weight.device.type == "cpu" else HEAD_AT_ONCE
+        step = max(1, at_once // weight.shape[1])
+        for start in range(0, len(weight), step):
+            rows = slice(start, start + step)
+            logits[..., rows] = nn.functional.linear(normed, weight[rows].float(), None if bias is None else bias[rows])
+        return logits
