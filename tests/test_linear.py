@@ -16,7 +16,7 @@ from torch import nn
 from twins.replay import BOUNDARY, N_BLOCKS, WIDTH, Sequences, build
 
 from actcache.models import linear
-from actcache.models.linear import fast_products, linear_in_core, onednn_is_faster, tiles_are_there
+from actcache.models.linear import fast_linear, fast_products, linear_in_core, onednn_is_faster, tiles_are_there
 from actcache.native import native
 from actcache.replay.edits import Add, Edit, Variant
 from actcache.replay.late_stack import LateStack
@@ -83,6 +83,26 @@ def layer_of(means, n_in, n_out, bias, dtype):
         with fast_products(holder):
             other = holder[0]
     return layer, other
+
+
+@pytest.mark.usefixtures("faster")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_by_itself_is_that_of_a_layer(bias):
+    layer, other = nn.Linear(70, 90, bias=bias).requires_grad_(False), nn.Linear(70, 90).bfloat16()
+    states = torch.randn(2, 5, 70)
+    with torch.no_grad():
+        holder = nn.Sequential(layer)
+        with fast_products(holder):
+            expected = holder(states)
+        assert torch.equal(fast_linear(states, layer.weight, layer.bias), expected)
+        assert fast_linear(states[:0], layer.weight, layer.bias).shape == (0, 5, 90)
+        by_torch = torch.nn.functional.linear(states.bfloat16(), other.weight, other.bias)
+        assert torch.equal(fast_linear(states.bfloat16(), other.weight, other.bias), by_torch)
+        turned = torch.randn(70, 90).T
+        assert torch.equal(fast_linear(states, turned, None), torch.nn.functional.linear(states, turned))
+    with torch.enable_grad():
+        trained = nn.Linear(70, 90)
+        assert fast_linear(states, trained.weight, trained.bias).requires_grad
 
 
 # Beyond what is laid out at a time: 24 steps of 32, and blocks of 32 either way.

@@ -102,6 +102,7 @@ def test_top_rank_and_entropy_are_those_of_the_logits(of_model, at_once):
     assert (found.dtype, entropy.dtype, ids.dtype, ranks.dtype) == (torch.float32,) * 2 + (torch.int64,) * 2
     two_ids, two = readout.top2(final)
     assert torch.equal(two_ids, ids[:, :2])
+    assert torch.equal(readout.best(final), ids[:, 0])
     torch.testing.assert_close(two, found[:, :2])
 
 

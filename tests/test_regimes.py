@@ -272,7 +272,7 @@ def test_a_search_finds_what_full_forwards_find(name):
         for parameter in backbones[1].decoder.parameters():
             std = parameter.std(correction=0)
             parameter.add_(0.01 * std * torch.randn(parameter.shape, generator=noise))
-    decoding, reason, _ = find_decoding(backbones[0])
+    decoding, reason, *_ = find_decoding(backbones[0])
     assert decoding is DECODINGS[name]
     assert (reason is None) == (decoding is Decoding.PADDED)
     generator = torch.Generator().manual_seed(2)

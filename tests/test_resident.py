@@ -61,6 +61,9 @@ class Head:
         ids = torch.cat([final, final + 1], dim=1).long()
         return ids, torch.tensor([[2.0, 1.0]]).repeat(len(final), 1)
 
+    def best(self, final: torch.Tensor) -> torch.Tensor:
+        return self.top2(final)[0][:, 0]
+
     def scores(self, final: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return (tokens == final.long()).float()
 

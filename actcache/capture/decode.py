@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from actcache.models.backbone import FAILURES, Backbone, rounding_of, why_failed
 
@@ -44,6 +46,9 @@ class CachedBatch:
         self._backbone = backbone
         self._tokens, self._mask = left_padded(sequences)
         self._cache = DynamicCache(config=backbone.config)
+        taken = inspect.signature(backbone.decoder.forward).parameters
+        self._takes_positions = "position_ids" in taken
+        self._cache_name = "cache" if "cache" in taken else "past_key_values"  # renamed in transformers 5.24
 
     def begin(self) -> torch.Tensor:
         """``[B, D]``, the last block's output at the end of each."""
@@ -65,18 +70,49 @@ class CachedBatch:
         # Unlike batch_select_indices, the states of recurrent blocks have it too.
         self._cache.reorder_cache(at.to(self._backbone.device))  # type: ignore[arg-type]
 
+    def join(self, other: CachedBatch) -> None:
+        """Have the sequences of another batch, of as many tokens or not, go on in this one, behind its own. Both have
+        begun, and their checkpoint ``joins`` (see :class:`Found`)."""
+        n_tokens = max(self._longest(), other._longest())
+        pairs: Any = zip(self._cache.layers, other._cache.layers, strict=True)
+        for layer, others in pairs:
+            _resize(layer, n_tokens)
+            _resize(others, n_tokens)
+            if layer.is_initialized:  # one that shares another's keys never is
+                layer.keys = torch.cat([layer.keys, others.keys])
+                layer.values = torch.cat([layer.values, others.values])
+        self._mask = torch.cat([_to_width(mask, n_tokens) for mask in (self._mask, other._mask)])
+
+    def _longest(self) -> int:
+        """Tokens of the longest sequence, which is as many as a row needs."""
+        return int(self._mask.sum(1).max())
+
     def _run(self, tokens: torch.Tensor, n_last: int) -> torch.Tensor:
         backbone, mask = self._backbone, self._mask
         device = backbone.device
-        taken = inspect.signature(backbone.decoder.forward).parameters
-        inputs: dict[str, Any] = {"input_ids": tokens.to(device)}
+        inputs: dict[str, Any] = {"input_ids": tokens.to(device), self._cache_name: self._cache}
         if not mask.all():  # recurrent blocks read a mask of ones as one of the new tokens, and go wrong
             inputs["attention_mask"] = mask.to(device)
-        inputs["cache" if "cache" in taken else "past_key_values"] = self._cache  # renamed in transformers 5.24
-        if "position_ids" in taken:
+        if self._takes_positions:
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
             inputs["position_ids"] = positions.to(device)
-        return backbone.run(**inputs, use_cache=True)[:, -n_last:]
+        return backbone.run_cached(**inputs)[:, -n_last:]
+
+
+def _to_width(values: torch.Tensor, n: int, dim: int = -1) -> torch.Tensor:
+    """Values whose last tokens, along this dimension, are the same ``n``: cut, or padded with zeros, on the left."""
+    behind = (0, 0) * (-1 - dim)
+    return pad(values, (*behind, n - values.shape[dim], 0))
+
+
+def _resize(layer: Any, n_tokens: int) -> None:
+    """Have a layer's rows hold so many tokens, or the last ones of these that its window reaches."""
+    if layer.is_initialized:
+        sliding = isinstance(layer, DynamicSlidingWindowLayer)
+        n = min(n_tokens, layer.sliding_window - 1) if sliding else n_tokens
+        layer.keys, layer.values = _to_width(layer.keys, n, -2), _to_width(layer.values, n, -2)
+        if sliding:
+            layer.cumulative_length = n_tokens
 
 
 # ---- the probe ----
@@ -84,7 +120,7 @@ class CachedBatch:
 # How far a cached choice's state may be from a full forward's, relative to its largest value. It is a proposal: more
 # than rounding is allowed (recurrences are summed in another order), less than what a lost token or a wrong mask does.
 _PROPOSED = 1e-2
-_N_STEPS = 3
+_N_STEPS = 4
 
 
 class Found(NamedTuple):
@@ -94,11 +130,13 @@ class Found(NamedTuple):
         decoding: the best that gives what full forwards give.
         reason: why not in padded batches, where it may not.
         in_chunks: whether a cache takes several tokens at once.
+        joins: whether batches on their way may become one: they are padded, and caches hold keys and values alone.
     """
 
     decoding: Decoding
     reason: str | None
     in_chunks: bool
+    joins: bool = False
 
 
 @torch.no_grad()
@@ -134,9 +172,12 @@ def find_decoding(backbone: Backbone) -> Found:
 
     reason = None
     for decoding, rows in ((Decoding.PADDED, slice(0, 2)), (Decoding.EVEN, slice(1, 2))):
-        found = why_not(rows, decoding, in_chunks=False)
-        if found is None:
-            return Found(decoding, reason, why_not(rows, decoding, in_chunks=True) is None)
+        for in_chunks in (True, False):
+            found = why_not(rows, decoding, in_chunks=in_chunks)
+            if found is None:
+                of_keys = (DynamicLayer, DynamicSlidingWindowLayer)
+                joins = all(type(layer) in of_keys for layer in DynamicCache(config=backbone.config).layers)
+                return Found(decoding, reason, in_chunks, joins and decoding is Decoding.PADDED)
         reason = found
     return Found(Decoding.FULL, reason, False)
 
@@ -149,8 +190,8 @@ def _decoded(
     batch = CachedBatch(backbone, [prompts[-1][::-1], *prompts])
     first = batch.begin()[1:, None]
     batch.keep(range(1, len(prompts) + 1))
-    parts = [chosen[:, :1], chosen[:, 1:]] if in_chunks else [chosen]
-    return torch.cat([first, *(batch.feed(part, at_once=in_chunks) for part in parts)], dim=1).float()
+    parts = chosen.split([1, 1, _N_STEPS - 2] if in_chunks else 1, dim=1)  # what takes chunks takes single tokens, too
+    return torch.cat([first, *(batch.feed(part) for part in parts)], dim=1).float()
 
 
 def _indexer(block: nn.Module) -> str | None:

@@ -217,7 +217,7 @@ class Resident:
 
     def _choose(self, hidden: torch.Tensor, numbers: Sequence[int]) -> list[int]:
         try:
-            return self.readout.top2(hidden)[0][:, 0].tolist()
+            return self.readout.best(hidden).tolist()
         except NotFiniteError as error:
             raise NotFiniteError(str(error), row=numbers[error.row or 0]) from error
 

@@ -11,6 +11,7 @@ position and decides. Knows tokens; knows no text, no files and no rows.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,9 @@ OnStep: TypeAlias = Callable[[int, int, int], object]  # tokens run, number of t
 # draft, and another to read it, they begin long.
 _FIRST_DRAFT, _LONGEST_DRAFT = 1, 8
 FIRST_LOADED_DRAFT = 32
+
+# A batch that begins has no more padding than one token in so many, once it has enough tokens to be worth its weights.
+_PADDING, _ENOUGH = 8, 256
 
 
 def n_drafted(n_shared: float) -> float:
@@ -187,6 +191,19 @@ class _Walk:
         return self.n_compared + len(self.proposal.shared)
 
 
+def _evenly(lengths: Sequence[int]) -> list[range]:
+    """Sequences, in the order of their lengths, cut where padding them to the longest would cost more than beginning
+    another batch."""
+    parts, start, n_tokens = [], 0, 0
+    for number, length in enumerate(lengths):
+        n_tokens += length
+        padding = (number + 1 - start) * length - n_tokens
+        if padding * _PADDING > n_tokens >= _ENOUGH:
+            parts.append(range(start, number))
+            start, n_tokens = number, length
+    return [*parts, range(start, len(lengths))]
+
+
 class _Search:
     def __init__(
         self,
@@ -258,46 +275,91 @@ class _Search:
         if decoding is Decoding.FULL:
             return []
         cached = [walk for walk in walks if most is None or len(walk.sequence) + self.limits.max_new <= most]
-        lengths = [len(walk.sequence) for walk in cached]
         even = decoding is Decoding.EVEN
-        kinds = [company(self.regimes, length, length + self.limits.max_new, even=even) for length in lengths]
-        for batch in plan_packs(lengths, self.max_tokens, padded=True, kinds=kinds):
-            self.batch([cached[i] for i in batch], readers)
+
+        def kind(walk: _Walk) -> tuple[int, int]:
+            length = len(walk.sequence)
+            return company(self.regimes, length, length + self.limits.max_new, even=even)
+
+        for (_, only_length), alike in itertools.groupby(cached, kind):
+            self.company(
+                list(alike), readers, joined=not only_length and all(reader.decoding.joins for reader in readers)
+            )
         return cached
 
     @torch.no_grad()
-    def batch(self, walks: list[_Walk], readers: Sequence[Resident]) -> None:
-        """One left-padded batch; a walk leaves it behind the draft in which its search ends."""
-        batches = [CachedBatch(reader.backbone, [walk.sequence for walk in walks]) for reader in readers]
-        n_tokens, step = sum(len(walk.sequence) for walk in walks), 1
+    def company(self, waiting: list[_Walk], readers: Sequence[Resident], *, joined: bool) -> None:
+        """Search walks that may share a left-padded batch. Each leaves it behind the draft in which its search ends,
+        and makes room for those that wait, if they may be ``joined`` on their way."""
+        walks: list[_Walk] = []
+        batches: list[CachedBatch] = []
+        n_draft, longest = _FIRST_DRAFT, _LONGEST_DRAFT if len(readers) > 1 else 1  # nobody reads what one alone drafts
+        while waiting or walks:
+            n = self.n_beginning(waiting, walks) if joined or not walks else 0
+            if not n:
+                walks = self.draft(walks, batches, readers, n_draft)
+                n_draft = min(2 * n_draft, longest)
+                continue
+            for part in _evenly([len(walk.sequence) for walk in waiting[:n]]) if joined else [range(n)]:
+                beginning = [waiting[number] for number in part]
+                begun = [CachedBatch(reader.backbone, [walk.sequence for walk in beginning]) for reader in readers]
+                going_on = self.begin(beginning, begun)
+                if going_on and walks:
+                    for batch, others in zip(batches, begun, strict=True):
+                        batch.join(others)
+                elif going_on:
+                    batches = begun
+                walks = walks + going_on
+            waiting, n_draft = waiting[n:], _FIRST_DRAFT
+
+    def n_beginning(self, waiting: Sequence[_Walk], walks: Sequence[_Walk]) -> int:
+        """How many of those that wait have room beside those on their way; none before they are as many, or the last
+        ones: each time weights are read for them alone."""
+        lengths = sorted(len(walk.sequence) for walk in walks) + [len(walk.sequence) for walk in waiting]
+        n = len(plan_packs(lengths, self.max_tokens, padded=True)[0]) - len(walks)
+        return n if n >= min(len(walks), len(waiting)) else 0
+
+    def begin(self, walks: list[_Walk], batches: Sequence[CachedBatch]) -> list[_Walk]:
+        """Compare what is chosen after what these walks begin with; those that go on."""
         choices = [
             self.choose(label, batch.begin()[:, None], walks) for label, batch in zip(self.labels, batches, strict=True)
         ]
-        n_draft, longest = _FIRST_DRAFT, _LONGEST_DRAFT if len(readers) > 1 else 1  # nobody reads what one alone drafts
-        while True:
-            for row, walk in enumerate(walks):
-                self.take(walk, choices[0][row], [of[row] for of in choices])
-            kept = [row for row, walk in enumerate(walks) if walk.is_open]
-            self.on_step(n_tokens, step, len(kept))
-            if not kept:
-                return
-            if len(kept) < len(walks):
-                walks = [walks[row] for row in kept]
-                for batch in batches:
-                    batch.keep(kept)
-            # A row that is at its end already is read on: no forward of the others may go where it must not.
-            n = min(n_draft, *(self.room_of_row(walk) for walk in walks))
-            drafts = torch.tensor([walk.proposal.shared[-1] for walk in walks])[:, None]
-            written: list[list[list[int]]] = []
-            for _ in range(n):
-                hidden = batches[0].feed(drafts[:, -1:])
-                written.append(self.choose(self.labels[0], hidden, walks))
-                drafts = torch.cat([drafts, torch.tensor(written[-1])], dim=1)
-            choices = [[[token for of in written for token in of[row]] for row in range(len(walks))]]
-            for label, reader, batch in zip(self.labels[1:], readers[1:], batches[1:], strict=True):
-                hidden = batch.feed(drafts[:, :-1], at_once=reader.decoding.in_chunks)
-                choices.append(self.choose(label, hidden, walks))
-            n_tokens, step, n_draft = n * len(walks), step + n, min(2 * n_draft, longest)
+        return self.settle(walks, batches, choices, sum(len(walk.sequence) for walk in walks))
+
+    def draft(
+        self, walks: list[_Walk], batches: Sequence[CachedBatch], readers: Sequence[Resident], n_draft: int
+    ) -> list[_Walk]:
+        """Have all draft as many tokens, or as far as they may; those walks that go on."""
+        # A row that is at its end already is read on: no forward of the others may go where it must not.
+        n = min(n_draft, *(self.room_of_row(walk) for walk in walks))
+        drafts = torch.tensor([walk.proposal.shared[-1] for walk in walks])[:, None]
+        written: list[list[list[int]]] = []
+        for _ in range(n):
+            hidden = batches[0].feed(drafts[:, -1:])
+            written.append(self.choose(self.labels[0], hidden, walks))
+            drafts = torch.cat([drafts, torch.tensor(written[-1])], dim=1)
+        choices = [[[token for of in written for token in of[row]] for row in range(len(walks))]]
+        for label, reader, batch in zip(self.labels[1:], readers[1:], batches[1:], strict=True):
+            hidden = batch.feed(drafts[:, :-1], at_once=reader.decoding.in_chunks)
+            choices.append(self.choose(label, hidden, walks))
+        return self.settle(walks, batches, choices, n * len(walks))
+
+    def settle(
+        self,
+        walks: list[_Walk],
+        batches: Sequence[CachedBatch],
+        choices: Sequence[Sequence[Sequence[int]]],
+        n_tokens: int,
+    ) -> list[_Walk]:
+        """Take what each checkpoint chose, of each walk; those that go on stay in their batches."""
+        for row, walk in enumerate(walks):
+            self.take(walk, choices[0][row], [of[row] for of in choices])
+        kept = [row for row, walk in enumerate(walks) if walk.is_open]
+        self.on_step(n_tokens, max(walk.n_shared + (not walk.is_open) for walk in walks), len(kept))
+        if kept and len(kept) < len(walks):
+            for batch in batches:
+                batch.keep(kept)
+        return [walks[row] for row in kept]
 
     def room_of_row(self, walk: _Walk) -> int:
         """How many tokens a batch may read beside this walk: at least 1, as the walk goes on."""
@@ -310,7 +372,7 @@ class _Search:
         n = hidden.shape[1]
         reader = self.checkpoints.forwarder(label)
         try:
-            return reader.readout.top2(hidden.flatten(0, 1))[0][:, 0].view(-1, n).tolist()
+            return reader.readout.best(hidden.flatten(0, 1)).view(-1, n).tolist()
         except NotFiniteError as error:
             raise self.not_finite(label, reader, walks[(error.row or 0) // n]) from error
 
@@ -376,7 +438,7 @@ class _Search:
         for numbers, ran in zip(packed, reader.run(packs, ()), strict=True):
             owners = [number for number in numbers for _ in drafts[number]]
             try:
-                best = reader.readout.top2(ran.final)[0][:, 0].tolist()
+                best = reader.readout.best(ran.final).tolist()
             except NotFiniteError as error:
                 raise self.not_finite(label, reader, walks[owners[error.row or 0]]) from error
             for number, token in zip(owners, best, strict=True):

@@ -1,4 +1,4 @@
-"""Linear layers by other means than torch's usual product, for the length of one packed forward.
+"""Linear layers by other means than torch's usual product, for the length of a packed or a cached forward.
 
 Where nobody reads what a layer makes, zeros; and on CPUs with better means for float32 than torch's product, those:
 
@@ -65,7 +65,7 @@ def fast_products(blocks: nn.Module) -> Iterator[None]:
         yield
 
 
-def _fastest_means() -> type[nn.Linear] | None:
+def _fastest_means() -> type[_FastLinear] | None:
     """By what the CPU is, not by a measurement: a run that goes on later takes the same path."""
     if tiles_are_there():
         return _TileLinear
@@ -74,7 +74,7 @@ def _fastest_means() -> type[nn.Linear] | None:
 
 def describe_products() -> str:
     """One line: what multiplies in packed float32 forwards on the CPU."""
-    names: dict[type[nn.Linear] | None, str] = {
+    names: dict[type[_FastLinear] | None, str] = {
         _TileLinear: "matrix tiles (AMX), by actcache._core",
         _OneDnnLinear: "oneDNN",
         None: "torch",
@@ -147,23 +147,48 @@ class _Unread(nn.Module):
         return states.new_zeros(*states.shape[:-1], self.out_features)
 
 
-class _OneDnnLinear(nn.Linear):
-    """A linear layer by oneDNN: the operation that torch's own compiler uses for it."""
+def fast_linear(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """What a linear layer of this weight ``[n_out, n_in]`` makes of states ``[..., n_in]``, by the means that suit this
+    CPU; on other devices, of other dtypes and within autograd, by torch's."""
+    means = None if torch.is_grad_enabled() or not weight.is_contiguous() else _fastest_means()
+    if means is None or {states.device.type, states.dtype, weight.dtype} != {"cpu", torch.float32}:
+        return nn.functional.linear(states, weight, bias)
+    return means.product(states, weight, bias)
+
+
+class _FastLinear(nn.Linear):
+    """A linear layer by other means, in float32 on the CPU."""
 
     def forward(self, states: torch.Tensor) -> torch.Tensor:
-        if states.dtype != torch.float32 or not states.numel():
-            return super().forward(states)
-        return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, "none", [], "")
+        return (
+            super().forward(states) if states.dtype != torch.float32 else self.product(states, self.weight, self.bias)
+        )
+
+    @staticmethod
+    def product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """As torch's linear."""
+        raise NotImplementedError
 
 
-class _TileLinear(nn.Linear):
-    """A linear layer by the native core's matrix tiles."""
+class _OneDnnLinear(_FastLinear):
+    """By oneDNN: the operation that torch's own compiler uses for it."""
 
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        n_rows = states.numel() // max(1, self.in_features)
-        if states.dtype != torch.float32 or n_rows < _ROWS_FOR_TILES:
-            return super().forward(states)
-        return linear_in_core(states, self.weight, self.bias)
+    @staticmethod
+    def product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if not states.numel():
+            return nn.functional.linear(states, weight, bias)
+        return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+
+
+class _TileLinear(_FastLinear):
+    """By the native core's matrix tiles."""
+
+    @staticmethod
+    def product(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        n_rows = states.numel() // max(1, weight.shape[1])
+        if n_rows < _ROWS_FOR_TILES:
+            return nn.functional.linear(states, weight, bias)
+        return linear_in_core(states, weight, bias)
 
 
 def linear_in_core(states: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -20,6 +20,7 @@ from actcache.counts import check_whole
 from actcache.errors import InputError, NotFiniteError, UnsupportedModelError
 from actcache.finite import first_no_state, is_finite
 from actcache.models.blocks import find_anatomy, replace, shallow_clone
+from actcache.models.linear import fast_linear
 
 # Whole-vocabulary logits are made at most this many at a time: 64 MiB of float32.
 MAX_LOGITS_AT_ONCE = 1 << 24
@@ -201,6 +202,14 @@ class Readout:
             ids[rows] = torch.stack([index, second_index], 1).cpu()
             logits[rows] = torch.stack([best, second], 1).cpu()
         return ids, logits
+
+    @torch.no_grad()
+    def best(self, final_hidden: torch.Tensor) -> torch.Tensor:
+        """The best token, ``[n]`` int64: the first of :meth:`top2`, quicker."""
+        ids = torch.empty(len(final_hidden), dtype=torch.int64)
+        for rows, _, (_, index) in self._every(final_hidden):
+            ids[rows] = index.cpu()
+        return ids
 
     @torch.no_grad()
     def outvoted(self, final_hidden: torch.Tensor) -> torch.Tensor:
@@ -406,11 +415,11 @@ class _Float32Head(nn.Module):
         """Of all tokens; a piece of the weights is float32 at a time, wherever they are of another dtype."""
         weight, bias = self.weight, None if self.bias is None else self.bias.float()
         if weight.dtype == torch.float32:
-            return nn.functional.linear(normed, weight, bias)
+            return fast_linear(normed, weight, bias)
         logits = normed.new_empty(*normed.shape[:-1], len(weight))
         at_once = HEAD_AT_ONCE_ON_CPU if weight.device.type == "cpu" else HEAD_AT_ONCE
         step = max(1, at_once // weight.shape[1])
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
-            logits[..., rows] = nn.functional.linear(normed, weight[rows].float(), None if bias is None else bias[rows])
+            logits[..., rows] = fast_linear(normed, weight[rows].float(), None if bias is None else bias[rows])
         return logits

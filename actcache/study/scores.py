@@ -49,7 +49,7 @@ class Scores:
 
 def score(readout: Readout, final_hidden: torch.Tensor, pair_ids: torch.Tensor) -> Scores:
     """Those of ``[n, D]`` final hidden states that are a checkpoint's own, by the whole vocabulary."""
-    best, kl = readout.top2(final_hidden)[0][:, 0], torch.zeros(len(final_hidden))  # nothing is nearer than itself
+    best, kl = readout.best(final_hidden), torch.zeros(len(final_hidden))  # nothing is nearer than itself
     return Scores(readout.scores(final_hidden, pair_ids), best, kl)
 
 
@@ -102,7 +102,7 @@ class ScoreTable:
             for name, readout in self._readouts.items():
                 if self._own is None:
                     try:
-                        self._top1[name][replays, events] = readout.top2(final_hidden)[0][:, 0]
+                        self._top1[name][replays, events] = readout.best(final_hidden)
                     except NotFiniteError as error:
                         raise NotFiniteError(str(error), row=int(replays[error.row or 0])) from error
                 else:
