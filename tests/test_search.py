@@ -18,7 +18,7 @@ from actcache.capture import search
 from actcache.capture.decode import CachedBatch, Decoding, Found, find_decoding
 from actcache.capture.forward import Resident
 from actcache.capture.residency import AllResident
-from actcache.capture.search import Outcome, Proposal, SearchLimits, _evenly, propose
+from actcache.capture.search import Outcome, Proposal, SearchLimits, evenly, propose
 from actcache.models.backbone import Backbone
 from actcache.models.lineup import Lineup
 from actcache.models.regimes import ONE_REGIME, Regimes
@@ -175,15 +175,15 @@ def test_those_that_wait_begin_as_soon_as_as_many_have_left():
 
 
 def test_prompts_of_like_lengths_begin_together():
-    even = _evenly([40] * 5 + [45] * 5 + [60] * 3)
+    even = evenly([40] * 5 + [45] * 5 + [60] * 3)
     assert even == [range(10), range(10, 13)]  # 25 tokens of padding on 425, and then 15 for each token more
-    assert _evenly([1, 9, 17, 64]) == [range(4)], "as many weights are read for a few"
-    assert _evenly([]) == [range(0)]
+    assert evenly([1, 9, 17, 64]) == [range(4)], "as many weights are read for a few"
+    assert evenly([]) == [range(0)]
 
 
 @given(st.lists(st.integers(1, 90), max_size=60).map(sorted))
 def test_no_batch_that_begins_is_mostly_padding(lengths):
-    parts = _evenly(lengths)
+    parts = evenly(lengths)
     assert [number for part in parts for number in part] == [*range(len(lengths))]
     for part in parts:
         own = [lengths[number] for number in part]

@@ -191,7 +191,7 @@ class _Walk:
         return self.n_compared + len(self.proposal.shared)
 
 
-def _evenly(lengths: Sequence[int]) -> list[range]:
+def evenly(lengths: Sequence[int]) -> list[range]:
     """Sequences, in the order of their lengths, cut where padding them to the longest would cost more than beginning
     another batch."""
     parts, start, n_tokens = [], 0, 0
@@ -300,7 +300,7 @@ class _Search:
                 walks = self.draft(walks, batches, readers, n_draft)
                 n_draft = min(2 * n_draft, longest)
                 continue
-            for part in _evenly([len(walk.sequence) for walk in waiting[:n]]) if joined else [range(n)]:
+            for part in evenly([len(walk.sequence) for walk in waiting[:n]]) if joined else [range(n)]:
                 beginning = [waiting[number] for number in part]
                 begun = [CachedBatch(reader.backbone, [walk.sequence for walk in beginning]) for reader in readers]
                 going_on = self.begin(beginning, begun)

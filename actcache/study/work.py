@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from actcache.capture.residency import TOGETHER
-from actcache.capture.search import n_drafted, n_drafts
+from actcache.capture.search import evenly, n_drafted, n_drafts
 from actcache.capture.settings import CaptureSettings
 from actcache.capture.supports import ROLLOUTS
 from actcache.models.checkpoint import DTYPES
@@ -139,7 +139,9 @@ class CaptureWork:
     settings: CaptureSettings
     n_given: int | None = None
     n_paired: int = 2
-    _batches: dict[Regimes, list[tuple[int, int]]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _batches: dict[Regimes, list[list[list[tuple[int, int]]]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def cost(self, shapes: Mapping[str, ModelShape], expected: Expected) -> Cost:
         """What it takes with these checkpoints, the pair among them: searches, and a forward of each over every event's
@@ -152,7 +154,7 @@ class CaptureWork:
         n = expected.sequences if self.settings.support == ROLLOUTS else expected.all_sequences
         return Cost(
             {
-                "search": self._searches(shape, expected, self.batches(shapes), self.drafted),
+                "search": self._searches(shape, expected, self.beginnings(shapes), self.drafted),
                 "capture": forwards(shapes, sequences, n * len(prompts) * (1 + expected.shared_tokens), n),
                 "hooks": self._searches(shape, expected, [(length, 1) for length in self.lengths]),
             }
@@ -184,30 +186,53 @@ class CaptureWork:
         return self.n_paired * products
 
     def batches(self, shapes: Mapping[str, ModelShape]) -> list[tuple[int, int]]:
-        """``(longest prompt, number of prompts)`` of every batch that the searches begin with."""
+        """``(longest prompt, number of prompts)`` of every batch that the searches would fill one after another."""
+        return [(parts[-1][0], sum(n for _, n in parts)) for of in self._together(shapes) for parts in of]
+
+    def beginnings(self, shapes: Mapping[str, ModelShape]) -> list[tuple[int, int]]:
+        """The same of what begins together, with little padding; rollouts, which are no searches, fill batches."""
+        if self.settings.support == ROLLOUTS:
+            return self.batches(shapes)
+        return [part for of in self._together(shapes) for parts in of for part in parts]
+
+    def _together(self, shapes: Mapping[str, ModelShape]) -> list[list[list[tuple[int, int]]]]:
+        """Of the prompts that are searched together, the batches, and the parts that each begins in."""
         regimes = Regimes.joined(shape.regimes for shape in shapes.values())
         if regimes in self._batches:
             return self._batches[regimes]
         n = self.settings.shard_prompts
-        batches, n = [], n * max(1, TOGETHER // n)
+        together, n = [], n * max(1, TOGETHER // n)
         for start in range(0, len(self.lengths), n):
             ordered = sorted(self.lengths[start : start + n])
-            packs = regimes.packs(ordered, self.settings.max_tokens, padded=True)
-            batches += [(ordered[pack[-1]], len(pack)) for pack in packs]
-        self._batches[regimes] = batches
-        return batches
+            batches = []
+            for pack in regimes.packs(ordered, self.settings.max_tokens, padded=True):
+                own = ordered[pack.start : pack.stop]
+                batches.append([(own[part[-1]], len(part)) for part in evenly(own)])
+            together.append(batches)
+        self._batches[regimes] = together
+        return together
 
     def search_calls(self, shapes: Mapping[str, ModelShape], shared_counts: Sequence[int]) -> float:
-        """Expected number of forwards of all searches, where 0, 1, 2, ... tokens are shared so often: a batch goes on
-        until the last of its prompts is decided. One checkpoint drafts token by token, the others read each draft."""
+        """Expected number of forwards of all searches, where 0, 1, 2, ... tokens are shared so often. The next batch
+        joins when half of one are decided; the last one goes on until the last of all prompts is. One checkpoint drafts
+        token by token, the others read each draft."""
         counts = np.asarray(shared_counts, np.float64)
         if not counts.sum():
             return 0.0
         decided = np.cumsum(counts) / counts.sum()  # share of prompts that shared at most 0, 1, 2, ... tokens
-        drafted = [self.drafted(float((1 - decided**n).sum())) for _, n in self.batches(shapes)]
+
+        def longest(n: int) -> float:
+            return self.drafted(float((1 - decided**n).sum()))
+
         if self.settings.support == ROLLOUTS:  # each writes its own
-            return self.n_paired * sum(1 + tokens for tokens in drafted)
-        return sum(self.n_paired + tokens + (self.n_paired - 1) * n_drafts(tokens) for tokens in drafted)
+            return self.n_paired * sum(1 + longest(n) for _, n in self.batches(shapes))
+        half = self.drafted(float(np.searchsorted(decided, 0.5)))
+        drafted = []
+        for batches in self._together(shapes):
+            n = sum(n for parts in batches for _, n in parts)
+            drafted += [half] * (len(batches) - 1) + [longest(n)]
+        begun = self.n_paired * len(self.beginnings(shapes))
+        return begun + sum(tokens + (self.n_paired - 1) * n_drafts(tokens) for tokens in drafted)
 
     def memory(self, shapes: Mapping[str, ModelShape], expected: Expected) -> float:
         """Bytes at most, above what the imports take: tokenizers, weights, the largest forward or the caches of a
