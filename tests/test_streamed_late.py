@@ -80,7 +80,9 @@ def test_what_is_not_finite_is_named_with_its_block(tmp_path):
 
 @pytest.mark.slow
 def test_a_grid_of_one_late_stack_at_a_time_is_that_of_all(tiny_run, tmp_path, monkeypatch):
-    run = tiny_run("llama", torch.float32, "--shard-prompts", "4", "--limit", "8", "--boundary", "2,3", "--stability", "0")
+    run = tiny_run(
+        "llama", torch.float32, "--shard-prompts", "4", "--limit", "8", "--boundary", "2,3", "--stability", "0"
+    )
     checkpoints = {"pt": Checkpoint.open("pt", run.pt), "it": Checkpoint.open("it", run.it)}
     ones = torch.ones(32)
     settings = GridSettings(

@@ -25,9 +25,14 @@ from actcache.models.linear import fast_linear
 # Whole-vocabulary logits are made at most this many at a time: 64 MiB of float32.
 MAX_LOGITS_AT_ONCE = 1 << 24
 
-# Weights of a head that are float32 at once. A CPU multiplies 4 MiB of them while they are in its cache, so that a
-# state costs one look at the head. Elsewhere it is 256 MiB, as each piece costs calls.
+# A CPU multiplies 4 MiB of a head while they are in its cache, so that a state costs one look at the head. Elsewhere it
+# is 256 MiB, as each piece costs calls.
 HEAD_AT_ONCE, HEAD_AT_ONCE_ON_CPU = 1 << 26, 1 << 20
+
+
+def head_at_once(kind: str) -> int:
+    """How many weights of a head of another dtype are float32 at once, on devices of a kind."""
+    return HEAD_AT_ONCE_ON_CPU if kind == "cpu" else HEAD_AT_ONCE
 
 
 class Reading(NamedTuple):
@@ -417,8 +422,7 @@ class _Float32Head(nn.Module):
         if weight.dtype == torch.float32:
             return fast_linear(normed, weight, bias)
         logits = normed.new_empty(*normed.shape[:-1], len(weight))
-        at_once = HEAD_AT_ONCE_ON_CPU if weight.device.type == "cpu" else HEAD_AT_ONCE
-        step = max(1, at_once // weight.shape[1])
+        step = max(1, head_at_once(weight.device.type) // weight.shape[1])
         for start in range(0, len(weight), step):
             rows = slice(start, start + step)
             logits[..., rows] = fast_linear(normed, weight[rows].float(), None if bias is None else bias[rows])

@@ -23,7 +23,7 @@ from actcache.capture.settings import CaptureSettings
 from actcache.capture.supports import ROLLOUTS
 from actcache.models.checkpoint import DTYPES
 from actcache.models.cost import ModelShape, Numbers
-from actcache.models.readout import MAX_LOGITS_AT_ONCE
+from actcache.models.readout import MAX_LOGITS_AT_ONCE, head_at_once
 from actcache.models.regimes import Regimes
 from actcache.replay.edits import PLAIN
 from actcache.replay.modes import MAX_TOKENS, TOKENS_OF_A_WORKER
@@ -279,10 +279,10 @@ class CaptureWork:
 
     def around(self, shapes: Mapping[str, ModelShape], expected: Expected) -> float:
         """Bytes beside weights and activations: tokenizers, logits, which are float32 whatever the model is, and the
-        copy of the head that makes them."""
+        piece of the head that makes them."""
         shape = _first(shapes)
         logits = 4 * min(MAX_LOGITS_AT_ONCE, max(self.pack_tokens(expected), 1) * shape.vocab_size)
-        head = 0 if self.itemsize == 4 else 4 * shape.head_products
+        head = 0 if self.itemsize == 4 else 4 * min(head_at_once(self.settings.device), shape.head_products)
         return len(shapes) * TOKENIZER_BYTES * shape.vocab_size + logits + head
 
 
