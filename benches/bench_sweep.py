@@ -6,6 +6,8 @@
                       (cached greedy decoding, a prompt at a time); each then runs two native passes and two replays an
                       event. actcache also writes its store to disk and reads it again. "in lockstep" is actcache with
                       the search of earlier versions: drafts of one token, and the prompts of one segment in a batch.
+    actcache run      each stage of the whole command, from files to the report, beside its own limit: a search and a
+                      forward their multiply-adds, what is read or written its bytes on this disk
     replay            the final states of all four cells, from states in the store, at the boundary and at three blocks
                       before the end: against the multiply-adds alone
     added boundary    the cells of a second boundary whose states are there already: in the store for actcache, in
@@ -49,6 +51,7 @@ import torch
 from hooks import HookEvent
 from measure import LIMIT, Products, Workload, in_turn, print_result, print_workloads
 from rivals import Cells, Rival, available, grid
+from stages import time_stages
 from study import (
     CROSSED,
     REPLAY_TARGET,
@@ -106,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         late = study.n_blocks - 3
         swept = study.capture(folder / "swept", sorted({boundary, added, late}))
         sweep = Sweep(study, rivals, swept, boundary, folder, products, args)
-        workloads = [cold, *(sweep.replay(one) for one in dict.fromkeys((boundary, late)))]
+        stages = time_stages(study, args.prompts, boundary, folder, products, args.cold_repeat)
+        workloads = [cold, *stages, *(sweep.replay(one) for one in dict.fromkeys((boundary, late)))]
         workloads += [sweep.added_boundary(added), sweep.added_readout(), sweep.prefix_edit(), sweep.position_edits()]
         summary = store.summary()
     print_workloads(workloads)

@@ -92,6 +92,11 @@ class Work:
     packs: Sequence[int]
     times: int = 1
 
+    @property
+    def n_products(self) -> int:
+        """Multiply-adds."""
+        return self.times * sum(self.packs) * sum(n * n_in * n_out for (n_in, n_out), n in self.matrices.items())
+
 
 class Products:
     """The machine's own rate of matrix products, shape by shape: what no forward on this machine can exceed by much.

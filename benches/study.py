@@ -118,6 +118,12 @@ class Study:
         blocks: Any = model.get_submodule(find_anatomy(model).blocks)
         return Counter(shape for block in blocks[boundary:] for shape in _shapes(block))
 
+    @property
+    def head(self) -> Counter[tuple[int, int]]:
+        """``(n_in, n_out)`` of the head."""
+        n_out, n_in = self.models["pt"].get_output_embeddings().weight.shape
+        return Counter([(n_in, n_out)])
+
 
 def segment_lengths(store: Store) -> list[list[int]]:
     """Of the events' sequences, segment by segment."""
@@ -184,7 +190,10 @@ class Ours:
 
     def grid(self, boundary: int, folder: Path, readouts: Sequence[str] = READOUTS) -> Any:
         """Every cell, as a table; its file lies in ``folder``."""
-        return run_grid(self.store, self.late, folder, GridSettings((boundary,), readouts=tuple(readouts)))
+        settings, own = GridSettings((boundary,), readouts=tuple(readouts)), min(self.store.boundaries)
+        return run_grid(
+            self.store, self.late, folder, settings, load_readout=lambda label: self.late(label, own).readout
+        )
 
     def read(self, boundary: int) -> list[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
         """Rows and offsets of both checkpoints, segment by segment."""
@@ -211,14 +220,17 @@ class Ours:
             for lengths in segment_lengths(self.store)
         ]
 
-    def cold_work(self, boundary: int) -> list[Work]:
-        """Those of a plain forward of both checkpoints over every event's sequence, and of four replays of it."""
+    def forward_work(self) -> list[Work]:
+        """Those of a plain forward of both checkpoints over every event's sequence."""
         max_tokens = self.store.fingerprint.max_tokens
-        forwards = [
+        return [
             Work(self.study.matrices(), [sum(lengths[i] for i in pack) for pack in plan_packs(lengths, max_tokens)], 2)
             for lengths in segment_lengths(self.store)
         ]
-        return forwards + self.replay_work(boundary, 4)
+
+    def cold_work(self, boundary: int) -> list[Work]:
+        """Those of that forward, and of four replays."""
+        return self.forward_work() + self.replay_work(boundary, 4)
 
     def edits_work(self, boundary: int, n_variants: int) -> list[Work]:
         """Those of position edits: every sequence once, up to its last position, and that position once a variant."""

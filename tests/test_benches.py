@@ -79,7 +79,11 @@ def test_the_verb_runs_them_and_keeps_the_figures(forking, tmp_path, capsys):
 
 
 REPLAYS = ("replay, boundary 5 of 8",)
-WORKLOADS = ("cold grid", *REPLAYS, "added boundary", "added readout", "prefix-wide edit", "position edits")
+STAGES = tuple(
+    f"actcache run: {stage}"
+    for stage in ("loads", "search", "capture forward", "write", "read", "replay", "report", "all")
+)
+WORKLOADS = ("cold grid", *STAGES, *REPLAYS, "added boundary", "added readout", "prefix-wide edit", "position edits")
 
 
 def test_sweep_has_everything_beside_every_rival_that_is_there(page):
@@ -93,14 +97,15 @@ def test_sweep_has_everything_beside_every_rival_that_is_there(page):
     installed = [name for name in rivals if f"{name} is not installed" not in ran.stderr]
     for workload, name in zip(workloads, WORKLOADS, strict=True):
         assert workload["name"].startswith(name)
-        rivals = set() if name in REPLAYS else {"hooks", *installed}
+        alone = (*REPLAYS, *STAGES)
+        rivals = set() if name in alone else {"hooks", *installed}
         rivals |= {"in lockstep"} if name == "cold grid" else set()
         assert workload["seconds"].keys() == {"actcache", *rivals}
-        if name == "added readout":  # replays nothing: its final states were kept
+        if name in ("added readout", STAGES[-1]):  # one replays nothing: its final states were kept; one has stages
             assert workload["limit_s"] is None
         else:
             assert workload["limit_s"][0] >= workload["limit_s"][1] > 0
-    n_beside = len(WORKLOADS) - len(REPLAYS)
+    n_beside = len(WORKLOADS) - len(STAGES) - len(REPLAYS)
     assert ran.stderr.count("margins equal to the hooks'") == len(REPLAYS) + n_beside * (1 + len(installed))
 
 
