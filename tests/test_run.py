@@ -15,6 +15,7 @@ import torch
 import actcache
 from actcache.cli import build_parser, main
 from actcache.errors import IncompatibleError, InputError, NotFiniteError
+from actcache.models import parts
 
 pytestmark = pytest.mark.slow
 
@@ -354,15 +355,13 @@ def test_a_lens_by_its_own_head_ends_in_its_own_choice(run):
         run.lens("pt", k=0)
 
 
-def test_a_lens_loads_no_more_than_the_last_block(run, monkeypatch):
-    loads, load = [], actcache.LateStack.load
-    monkeypatch.setattr(
-        actcache.LateStack,
-        "load",
-        lambda path, boundary, **more: loads.append(boundary) or load(path, boundary, **more),
-    )
+def test_a_lens_loads_a_head_and_no_block(run, monkeypatch):
+    loaded, load = [], parts.load_weights
+    monkeypatch.setattr(parts, "load_weights", lambda *given: loaded.append(load(*given)) or loaded[-1])
     run.lens("pt", readout="it", events=[0])
-    assert loads == [run.store.fingerprint.n_blocks - 1]
+    names = {name for model in loaded for name, _ in model.named_parameters()}
+    assert names
+    assert not [name for name in names if ".layers." in name]
 
 
 def test_a_lens_names_the_event_that_it_cannot_read(run, monkeypatch):
