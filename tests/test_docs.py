@@ -20,6 +20,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
 
 import actcache
 from actcache.analyses import ANALYSES
@@ -69,16 +70,23 @@ BLOCKS = {path: blocks_of(path) for path in DOCUMENTS}
 NOT_RUN = [block for blocks in BLOCKS.values() for block in blocks if block.needs]
 
 
+def end_sooner(folder):
+    """Have a checkpoint end its answers after some tokens, as a chat's does, and not at the limit of each command."""
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"][tiny.EOS_ID] *= 1.7
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """As deep as SmolLM2's pair, a checkpoint half way, prompts, and a run of the pair."""
     place = tmp_path_factory.mktemp("pair")
     pt, it = tiny.make_pair(place, "llama", dtype=torch.bfloat16, num_hidden_layers=30, boundary=18)
     half_way = tiny.make_pair(place / "half", "llama", dtype=torch.bfloat16, num_hidden_layers=30, eps=tiny.EPS / 2)[1]
-    half_way.rename(place / "SFT_FOLDER")
-    pt.rename(place / "PT_FOLDER")
-    it.rename(place / "IT_FOLDER")
-    lines = [{"id": f"chat-{i}", "prompt": f"User: {text}\nAssistant:"} for i, text in enumerate(tiny.PROMPTS)]
+    for made, name in ((pt, "PT_FOLDER"), (half_way, "SFT_FOLDER"), (it, "IT_FOLDER")):
+        end_sooner(made)
+        made.rename(place / name)
+    lines = [{"id": f"chat-{i}", "prompt": f"User: {text}\nAssistant:"} for i, text in enumerate(tiny.PROMPTS[:14])]
     (place / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--pt", place / "PT_FOLDER", "--it", place / "IT_FOLDER", "--prompts", place / "prompts.jsonl"]
     assert main([str(word) for word in ["run", *words, "--out", place / "RUN", "--dtype", "float32"]]) == 0
