@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from dataclasses import fields, is_dataclass
@@ -34,6 +35,28 @@ def run(tiny_run, tmp_path_factory):
     return tiny_run("llama", torch.float32, *BOUNDARIES, "--strict", "--checkpoint", f"between={between}", *PAIRS)
 
 
+@pytest.fixture(scope="module")
+def answered(run, tmp_path_factory):
+    """``answered(name)``: the folder of a run that was asked once, what it gave, and what was told."""
+
+    @functools.cache
+    def ask(name):
+        out, told = shutil.copytree(run.out, tmp_path_factory.mktemp(name) / "run"), []
+        return out, actcache.Run(out).analyse(name, on_progress=told.append), told
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def without_events(run, tmp_path_factory):
+    """The folder of a run of the same checkpoint under three names."""
+    out = tmp_path_factory.mktemp("same") / "run"
+    words = ["run", "--pt", run.pt, "--it", run.pt, "--prompts", run.prompts, "--out", out]
+    words += ["--checkpoint", f"between={run.pt}", *PAIRS]
+    assert main([str(word) for word in [*words, "--max-new", 4, *BOUNDARIES]]) == 0
+    return out
+
+
 @every_analysis
 def test_it_is_well_described(named):
     analysis = named.load()
@@ -47,10 +70,9 @@ def test_it_is_well_described(named):
 
 
 @every_analysis
-def test_what_it_writes(named, run, tmp_path):
-    out = shutil.copytree(run.out, tmp_path / "run")
-    told = []
-    found = actcache.Run(out).analyse(named.name, on_progress=told.append)
+def test_what_it_writes(named, answered, tmp_path):
+    asked, found, told = answered(named.name)
+    out = shutil.copytree(asked, tmp_path / "run")
     assert all(step.done <= step.total for step in told)
     assert not told or told[-1].done == told[-1].total
     content = json.loads((out / f"{named.name}.json").read_text())
@@ -100,11 +122,9 @@ def test_killed_and_resumed_gives_the_same_bytes(named, run, tmp_path, monkeypat
 
 
 @every_analysis
-def test_identical_checkpoints_give_nothing(named, run, tmp_path, capfd):
+def test_identical_checkpoints_give_nothing(named, without_events, tmp_path, capfd):
     """No event, so no number and no section; and it is said."""
-    words = ["run", "--pt", run.pt, "--it", run.pt, "--prompts", run.prompts, "--out", tmp_path / "run"]
-    words += ["--checkpoint", f"between={run.pt}", *PAIRS]
-    assert main([str(word) for word in [*words, "--max-new", 4, *BOUNDARIES]]) == 0
+    shutil.copytree(without_events, tmp_path / "run")
     assert main([named.name, str(tmp_path / "run")]) == 0
     assert "no event" in capfd.readouterr().out.lower()
     assert json.loads((tmp_path / "run" / f"{named.name}.json").read_text())["groups"] == []
@@ -113,9 +133,8 @@ def test_identical_checkpoints_give_nothing(named, run, tmp_path, capfd):
 
 
 @every_one_of_cells
-def test_numbers_of_other_cells_are_not_shown(named, run, tmp_path, capfd):
-    out = shutil.copytree(run.out, tmp_path / "run")
-    actcache.Run(out).analyse(named.name)
+def test_numbers_of_other_cells_are_not_shown(named, answered, tmp_path, capfd):
+    out = shutil.copytree(answered(named.name)[0], tmp_path / "run")
     assert main(["grid", str(out)]) == 0  # packed, as the ones before were not
     assert main(["report", str(out)]) == 0
     assert f"{out / named.name}.json is of other cells than the run's" in capfd.readouterr().err
@@ -123,11 +142,10 @@ def test_numbers_of_other_cells_are_not_shown(named, run, tmp_path, capfd):
 
 
 @every_one_of_cells
-def test_a_table_that_is_damaged_or_gone_is_no_answer(named, run, tmp_path, capfd):
+def test_a_table_that_is_damaged_or_gone_is_no_answer(named, answered, tmp_path, capfd, monkeypatch):
     """The numbers alone are not enough: who reads the table would read something else."""
-    out = shutil.copytree(run.out, tmp_path / "run")
+    out = shutil.copytree(answered(named.name)[0], tmp_path / "run")
     analysis, opened = named.load(), actcache.Run(out)
-    opened.analyse(named.name)
     path = analysis.table_path(opened.folder)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :])
@@ -135,6 +153,7 @@ def test_a_table_that_is_damaged_or_gone_is_no_answer(named, run, tmp_path, capf
     said = capfd.readouterr().err
     assert str(path) in said
     assert f"'actcache {named.name} {out}' makes it again" in said
+    monkeypatch.setattr("actcache.report.written.write_report", lambda *args, **more: None)  # seen above
     opened.study(only=named.name)
     assert path.read_bytes() == whole
     path.unlink()

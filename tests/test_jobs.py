@@ -51,7 +51,8 @@ from actcache.study.work import Expected, total
 
 pytestmark = pytest.mark.slow
 
-SEGMENTS = ("--shard-prompts", "4", "--boundary", "2,3", "--stability", "0")
+N_PROMPTS = 12
+SEGMENTS = ("--shard-prompts", "4", "--limit", str(N_PROMPTS), "--boundary", "2,3", "--stability", "0")
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +353,7 @@ def test_costs_of_jobs_sum_up_to_what_a_run_took(captured):
     run, checkpoints = captured
     lineup = Lineup.open(checkpoints)
     shapes = {label: ModelShape.of_checkpoint(checkpoint) for label, checkpoint in lineup.checkpoints.items()}
-    prompts = read_prompts(run.prompts)
+    prompts = read_prompts(run.prompts)[:N_PROMPTS]
     lengths = [len(ids) for ids in lineup.encode(prompts)]
     study = Study(shapes, lengths, CaptureSettings((2, 3), shard_prompts=4))
     asked = GridSettings((2, 3)).of_pair(["pt", "it"], ("pt", "it"))

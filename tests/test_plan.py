@@ -8,6 +8,7 @@ import random
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +27,7 @@ from actcache.capture.given import given_by
 from actcache.capture.residency import AllResident
 from actcache.capture.search import SearchLimits, propose
 from actcache.capture.settings import CaptureSettings
-from actcache.cli import main
+from actcache.cli import main, stages
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.cost import ModelShape
@@ -57,6 +58,12 @@ def mixtral() -> MixtralForCausalLM:
         experts_implementation="eager",
     )
     return MixtralForCausalLM(config).eval()
+
+
+@pytest.fixture
+def no_pages(monkeypatch):
+    """Nobody looks at the pages of the runs that a test makes, which take as long as tiny runs do."""
+    monkeypatch.setattr(stages, "write_report", lambda *args, **more: None)
 
 
 @pytest.fixture(scope="module")
@@ -336,9 +343,10 @@ def piloted(tmp_path_factory):
     words = ["--pt", pt, "--it", it, "--prompts", prompts, "--max-new", MAX_NEW, "--boundary", "2,3"]
     words = [str(word) for word in words]
     pilot, out = str(folder / "pilot"), str(folder / "all")
-    assert main(["run", *words, "--out", pilot, "--limit", "40"]) == 0
-    assert main(["plan", *words, "--pilot", pilot, "--out", out]) == 0
-    assert main(["run", *words, "--out", out]) == 0
+    with mock.patch.object(stages, "write_report"):  # nobody looks at the pages
+        assert main(["run", *words, "--out", pilot, "--limit", "40"]) == 0
+        assert main(["plan", *words, "--pilot", pilot, "--out", out]) == 0
+        assert main(["run", *words, "--out", out]) == 0
     return folder, words
 
 
@@ -370,6 +378,7 @@ def test_a_run_without_a_plan_is_its_own(piloted, plan, capsys):
     assert " off" not in out
 
 
+@pytest.mark.usefixtures("no_pages")
 @pytest.mark.parametrize("support", ["rollouts", "pairs", "fixed"])
 def test_runs_of_other_supports_are_their_own_plans(tmp_path, plan, support):
     """And a pilot of half of the prompts tells the whole within a fifth or so."""
