@@ -21,7 +21,7 @@ def test_the_core_under_sanitizers(tmp_path: Path, sanitizers: str, parts: list[
     compiler = shutil.which("g++") or shutil.which("clang++") or os.environ.get("CXX")
     if compiler is None:
         pytest.skip("no C++ compiler")
-    options = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
+    options = ["-std=c++17", "-O1", "-g1", f"-fsanitize={sanitizers}", "-fno-sanitize-recover=all", "-pthread"]
     empty = tmp_path / "empty.cpp"
     empty.write_text("int main() {}\n")
     tried = subprocess.run([*compiler.split(), *options, empty, "-o", tmp_path / "empty"], capture_output=True)
