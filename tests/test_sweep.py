@@ -173,7 +173,7 @@ def test_cells_under_variants_equal_hooked_forwards(captured, strict_cells):
     n_variants = sum(len(names) + 1 for names in NAMES.values())
     assert cells.num_rows == len(events) * 2 * 4 * len(READOUTS) * n_variants
     some = sorted(events)[:: max(1, len(events) // 3)][:3]
-    hidden, n_checked = {}, 0
+    hidden, states, n_checked = {}, {}, 0
     for cell in cells.to_pylist():
         if cell["event_id"] not in some:
             continue
@@ -181,7 +181,10 @@ def test_cells_under_variants_equal_hooked_forwards(captured, strict_cells):
         boundary, scope, u, late = (cell[name] for name in ("boundary", "scope", "upstream", "late"))
         key = tuple(cell[name] for name in KEYS if name != "readout")
         if key not in hidden:
-            state = {label: reference.states(model, sequence, boundary) for label, model in models.items()}
+            place = cell["event_id"], boundary
+            if place not in states:
+                states[place] = {label: reference.states(model, sequence, boundary) for label, model in models.items()}
+            state = states[place]
             rows = state[u] if scope == "prefix" else torch.cat([state[late][:-1], state[u][-1:]])
             study = Study(models[late], [sequence], [rows], [state["it"]], boundary)
             hidden[key] = hooked(study, 0, changes_at(boundary)[cell["variant"]])
@@ -444,12 +447,16 @@ def compared(captured, tmp_path_factory):
 def test_kl_is_that_of_hooked_forwards(captured, compared):
     models, events = models_and_events(captured, compared)
     some, n_checked = list(events)[:3], 0
+    states = {
+        event: {label: reference.states(model, events[event][1], 3) for label, model in models.items()}
+        for event in some
+    }
     cells = [cell for cell in cells_of(compared).to_pylist() if cell["event_id"] in some]
     for cell in cells:
         if cell["variant"] not in ("none", "towards"):
             continue
         (_, sequence), u, late = events[cell["event_id"]], cell["upstream"], cell["late"]
-        state = {label: reference.states(model, sequence, 3) for label, model in models.items()}
+        state = states[cell["event_id"]]
         rows = state[u].clone()
         if cell["variant"] == "towards":
             rows[-1] = torch.lerp(rows[-1], state["it"][-1], 0.5)
