@@ -5,7 +5,8 @@
     cold grid         from models in memory to scored 2x2 cells: search, states, cells. The rivals share one search
                       (cached greedy decoding, a prompt at a time); each then runs two native passes and two replays an
                       event. actcache also writes its store to disk and reads it again. "in lockstep" is actcache with
-                      the search of earlier versions: drafts of one token, and the prompts of one segment in a batch.
+                      the search of earlier versions: drafts of one token, the prompts of one segment in a batch, padded
+                      to the longest.
     actcache run      each stage of the whole command, from files to the report, beside its own limit: a search and a
                       forward their multiply-adds, what is read or written its bytes on this disk
     replay            the final states of all four cells, from states in the store, at the boundary and at three blocks
@@ -159,7 +160,11 @@ def bench_cold(
         cells["actcache"] = Ours(study, store).grid(boundary, folder / "cells")
 
     def in_lockstep() -> None:
-        with mock.patch.object(search_module, "_LONGEST_DRAFT", 1), mock.patch.object(capture_module, "TOGETHER", 1):
+        def padded(lengths: Sequence[int]) -> list[range]:
+            return [range(len(lengths))]
+
+        of_search = {"_LONGEST_DRAFT": 1, "evenly": padded}
+        with mock.patch.multiple(search_module, **of_search), mock.patch.object(capture_module, "TOGETHER", 1):
             ours()
 
     def clean(name: str) -> None:
