@@ -50,6 +50,7 @@ from actcache.analyses.controls import controlled
 from actcache.analyses.grid import GridSettings, run_grid
 from actcache.cli import main as actcache
 from actcache.models.checkpoint import DTYPES, Checkpoint
+from actcache.models.readout import Readout
 from actcache.replay.edits import Rows
 from actcache.replay.late_stack import LateStack
 from actcache.replay.sizes import SIZES, sizes_of
@@ -106,6 +107,10 @@ class InMemory(Run):
         if label not in self.stacks:
             self.stacks[label] = LateStack.load(self.models[label], min(self.store.boundaries))
         return self.stacks[label].at(boundary)
+
+    def load_readout(self, label: str, device: str | None = None) -> Readout:
+        """Of the late stack."""
+        return self.load_late(label, max(self.store.boundaries)).readout
 
 
 @dataclass
@@ -273,7 +278,7 @@ def score_grid(run: InMemory) -> None:
     """The plain cells of the main boundary, as a table."""
     store, folder = run.store, run.folder
     settings = GridSettings(tuple(store.boundaries[:1]), readouts=READOUTS)
-    run_grid(store, run.load_late, folder.cell_groups, settings)
+    run_grid(store, run.load_late, folder.cell_groups, settings, load_readout=run.load_readout)
     publish_cells(folder.cells, folder.cell_groups, store, strict=False, max_tokens=None)
 
 

@@ -42,6 +42,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,8 +164,14 @@ def bench_cold(
         def padded(lengths: Sequence[int]) -> list[range]:
             return [range(len(lengths))]
 
-        of_search = {"_LONGEST_DRAFT": 1, "evenly": padded}
-        with mock.patch.multiple(search_module, **of_search), mock.patch.object(capture_module, "TOGETHER", 1):
+        earlier = (
+            (search_module, "_LONGEST_DRAFT", 1),
+            (search_module, "evenly", padded),
+            (capture_module, "TOGETHER", 1),
+        )
+        with ExitStack() as stack:
+            for module, name, value in earlier:
+                stack.enter_context(mock.patch.object(module, name, value))
             ours()
 
     def clean(name: str) -> None:

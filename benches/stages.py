@@ -11,7 +11,7 @@ import os
 import shutil
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -47,9 +47,9 @@ class _Clock(threading.local):
 
 
 @contextmanager
-def timing_stages() -> Iterator[Counter[str]]:
+def timing_stages() -> Iterator[dict[str, float]]:
     """Seconds of the stages within this context, by stage."""
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     clock = _Clock()
 
     def clocked(stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,7 +84,7 @@ def time_stages(
         with timing_stages() as seconds:
             whole, _ = timed(
                 lambda: actcache.run(
-                    **study.folders,
+                    checkpoints=study.folders,
                     prompts=prompts,
                     out=run,
                     limit=len(study.prompts),
