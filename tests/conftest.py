@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ import tiny
 import torch
 from engines import native_cuda, using
 from huggingface_hub import constants
+from markupsafe import Markup
 from safetensors.torch import save_file
 from sweeps import TENSORS
 
@@ -31,6 +31,7 @@ import actcache
 from actcache.cli import main, stages
 from actcache.models.gather import engine
 from actcache.replay import modes
+from actcache.report import figures
 from actcache.room import free_bytes
 
 # How long one example takes is the machine's business: tests share it with others.
@@ -40,6 +41,10 @@ hypothesis.settings.load_profile("actcache")
 MAX_NEW = 24
 ROOT = Path(__file__).resolve().parents[1]
 BOUNDARY = 3  # round(0.6 * tiny.N_BLOCKS)
+PICTURES_SEEN_BY = {
+    f"test_{name}" for name in ("analyses", "demo", "docs", "figures", "report", "run_folder", "sections", "study")
+}
+DRAWN = figures._svg
 MEMORY = Path("/dev/shm")  # a file system there, on Linux
 IN_MEMORY = "tests-of-actcache"
 ROOM_BYTES = 8 * 2**30
@@ -124,7 +129,8 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]
             pt, it = tiny.make_pair(folder, arch, dtype=dtype, change=change, boundary=BOUNDARY, **pair)
             made = TinyRun(pt, it, tiny.write_prompts(folder / "prompts.jsonl"), folder / "run", dtype)
             # A page costs as much as half of such a run: those of the first architecture are enough to look at.
-            page = nullcontext() if arch == "llama" else mock.patch.object(stages, "write_report")
+            drawn = mock.patch.object(figures, "_svg", DRAWN)
+            page = drawn if arch == "llama" else mock.patch.object(stages, "write_report")
             with page:
                 assert main([*made.arguments(), *more]) == 0
             runs[key] = made
@@ -176,6 +182,21 @@ def caches_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path
         mock.patch.object(constants, "HF_HUB_OFFLINE", True),
     ):
         yield place
+
+
+def only_described(figure: Any, name: str, alt: str) -> Markup:
+    return Markup("<svg><title>{}</title></svg>").format(alt)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Pages are whole, but for the curves in their pictures where no test of a file looks at those.
+
+    matplotlib takes as long over them as a tiny run takes.
+    """
+    seen = request.module.__name__ in PICTURES_SEEN_BY
+    with mock.patch.object(figures, "_svg", DRAWN if seen else only_described):
+        yield
 
 
 def skip_fsync(handle: int) -> None:
