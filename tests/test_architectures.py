@@ -18,7 +18,9 @@ import transformers
 from torch import nn
 from twins import reference
 
+from actcache.capture.forward import forward_and_gather
 from actcache.errors import UnsupportedModelError
+from actcache.models.backbone import Backbone
 from actcache.models.blocks import cut_upstream, find_anatomy, find_site, mixes_tokens, shallow_clone
 from actcache.models.probe import probe_late_blocks
 from actcache.models.readout import Readout
@@ -135,6 +137,20 @@ def test_strict_replay_is_exact_in_bfloat16_too(name):
     rows, offsets, expected = table.hooked(model, table.LENGTHS)
     assert torch.equal(late.run(rows, offsets, strict=True), expected)
     assert table.STATUS[late.mode] == STATUSES[name]
+
+
+@pytest.mark.parametrize("name", [name for name in REQUIRED if name in REPLAYED])
+def test_all_blocks_are_replayed_from_what_the_embeddings_give(name):
+    model = families.build(name)
+    ids = torch.randint(3, 60, (1, 11), generator=torch.Generator().manual_seed(0))
+    rows, expected = forward_and_gather(Backbone(model), ids, [0, 11], [("state", 0)], torch.arange(11))
+    late = LateStack.load(model, 0)
+    assert torch.equal(late.run(rows["state", 0], [0, 11], strict=True)[0], expected[-1])
+    twice = late.run(torch.cat([rows["state", 0]] * 2), [0, 11, 22])
+    assert (twice - expected[-1]).abs().max() <= 1e-4 * expected.abs().max()
+    later = late.at(families.BOUNDARY)
+    found, _ = forward_and_gather(Backbone(model), ids, [0, 11], [("state", families.BOUNDARY)], torch.arange(11))
+    assert torch.equal(later.run(found["state", families.BOUNDARY], [0, 11], strict=True)[0], expected[-1])
 
 
 @pytest.mark.parametrize("name", READ_MORE)

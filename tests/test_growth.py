@@ -378,7 +378,7 @@ def test_rows_of_events_alone_grow(pair, whole, tmp_path):
         (4, (), "the prompts of its segment shard-000001 are not this run's"),
         (6, ("--max-new", "3"), "its max_new is 24"),
         (6, ("--dtype", "bfloat16"), "its dtype is float32"),
-        (6, ("--boundary", "0"), "boundary 0"),
+        (6, ("--boundary", "5"), "boundary 5"),
         (6, ("--site", "mlp:9"), "block 9 is not one of 0..4"),
         (6, ("--site", "head:1"), "give attention or mlp"),
     ],

@@ -71,7 +71,7 @@ FLOW = {
         *("forward", "streams", "residency", "search", "asks", "answers", "rerun", "decide", "rollouts"),
     ),
     "replay": (
-        *("vectors", "operations", "edits", "moves", "forwards", "copies", "workers", "modes", "batch", "sizes"),
+        *("vectors", "operations", "edits", "moves", "forwards", "copies", "swap", "workers", "modes", "batch", "sizes"),
         *("passes", "late_stack", "streamed_late", "sweep"),
     ),
     "study": (

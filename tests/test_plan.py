@@ -668,7 +668,7 @@ def test_bad_input(tiny_run, refused, tmp_path):
     bare = shutil.copytree(run.it, tmp_path / "bare")
     (bare / "config.json").unlink()
     refused("bare has no config.json", "--pt", run.pt, "--it", bare, "--prompts", run.prompts)
-    refused("boundary 5 is outside 1..4", *of(run), "--boundary", "5")
+    refused("boundary 5 is outside 0..4", *of(run), "--boundary", "5")
     refused("scope 'suffix' is unknown; choose prefix or position", *of(run), "--scope", "prefix,suffix")
     refused("readout 'common_xx' is unknown", *of(run), "--readout", "common_xx")
     refused("-1 variants asked for", *of(run), "--variants", "-1")

@@ -211,14 +211,16 @@ def test_boundaries_that_a_late_stack_does_not_have_are_refused():
         late.at(1)
     with pytest.raises(InputError, match="boundary 1 is before 2"):
         late.at(3).at(1)
-    for boundary in (0, N_BLOCKS, -1):
-        with pytest.raises(InputError, match=rf"boundary {boundary} is outside 1\.\.3 \(the model has 4 blocks\)"):
+    for boundary in (N_BLOCKS, -1):
+        with pytest.raises(InputError, match=rf"boundary {boundary} is outside 0\.\.3 \(the model has 4 blocks\)"):
             late.at(boundary)
         with pytest.raises(InputError, match=f"boundary {boundary} is outside"):
             LateStack.load(model, boundary)
     assert late.at(BOUNDARY) is late
     assert late.at(3).at(BOUNDARY) is late
     first = LateStack.load(model, 1)
+    with pytest.raises(InputError, match="boundary 0 is before 1"):
+        first.at(0)
     sequences = Sequences(model)
     between = first.at(3).at(BOUNDARY)  # cut from the first stack, not from the shorter one
     assert torch.equal(between.run(sequences.rows, sequences.offsets, strict=True), sequences.hooked())

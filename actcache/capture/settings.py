@@ -16,7 +16,7 @@ class CaptureSettings:
     """What a capture computes. Everything here is part of the store's fingerprint.
 
     Attributes:
-        boundaries: b of every state to keep, each in 1..L-1.
+        boundaries: b of every state to keep, each in 0..L-1.
         dtype: ``float32`` or ``bfloat16``, of weights and states.
         device: ``cpu`` or ``cuda``.
         max_new: compare at most this many choices per prompt; of a rollout, whose tokens are one fewer at most.
@@ -64,7 +64,7 @@ def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
     """``18``, ``-3`` (of L), a fraction of the depth such as ``0.6``, a list ``5,10,20`` of these, or ``all``.
 
     Raises:
-        InputError: not of that form, or outside 1..L-1.
+        InputError: not of that form, or outside 0..L-1.
     """
     if text.strip() == "all":
         return tuple(range(1, n_blocks))

@@ -10,6 +10,7 @@ import copy
 import inspect
 import re
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -123,10 +124,10 @@ def _final_norm(model: PreTrainedModel, decoder: str, blocks: str) -> str | None
 
 
 def check_boundary(boundary: int, n_blocks: int) -> None:
-    """Raise InputError unless ``1 <= boundary <= n_blocks - 1``."""
+    """Raise InputError unless ``0 <= boundary <= n_blocks - 1``; the state at 0 is what the embeddings give."""
     check_whole(boundary, "boundary")
-    if not 1 <= boundary <= n_blocks - 1:
-        raise InputError(f"boundary {boundary} is outside 1..{n_blocks - 1} (the model has {n_blocks} blocks)")
+    if not 0 <= boundary <= n_blocks - 1:
+        raise InputError(f"boundary {boundary} is outside 0..{n_blocks - 1} (the model has {n_blocks} blocks)")
 
 
 def block_of(given: int | float, n_blocks: int) -> int:
@@ -266,15 +267,35 @@ class NoEmbedding(nn.Module):
 
 
 def cut_upstream(model: PreTrainedModel, boundary: int) -> StateSource:
-    """Replace blocks 0..boundary-1 (and untied token embeddings) in place; their parameters are dropped."""
+    """Replace blocks 0..boundary-1 (and untied token embeddings) in place; their parameters are dropped. At boundary 0
+    block 0 is replaced by one that shares all with it, and reads the source's state in place of its input."""
     anatomy = find_anatomy(model)
     check_boundary(boundary, anatomy.n_blocks)
     source = StateSource()
-    blocks = model.get_submodule(anatomy.blocks)
+    blocks: nn.ModuleList = model.get_submodule(anatomy.blocks)  # type: ignore[assignment]
     for index in range(boundary):
-        blocks[index] = UpstreamStandIn(blocks[index], source)  # type: ignore[index,operator]
+        blocks[index] = UpstreamStandIn(blocks[index], source)
+    if not boundary:
+        blocks[0] = entered_from(blocks[0], source)
     drop_embedding(model)
     return source
+
+
+def entered_from(block: nn.Module, source: StateSource) -> nn.Module:
+    """A block that shares all with this one, and reads the state that ``source`` hands on, where it has one, in place
+    of its own input."""
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        state = source.state
+        if state is None:
+            return args, kwargs
+        return ((state, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": state})
+
+    own = _shallow(block)
+    own._forward_pre_hooks = OrderedDict(block._forward_pre_hooks)
+    own._forward_pre_hooks_with_kwargs = OrderedDict(block._forward_pre_hooks_with_kwargs)
+    own.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+    return own
 
 
 def drop_embedding(model: PreTrainedModel) -> None:

@@ -146,7 +146,10 @@ def probe_late_blocks(model: PreTrainedModel, boundary: int, source: StateSource
         NotFiniteError: what the late blocks and the norm give is not finite; the message names the first block.
     """
     probe = _Probe(model, boundary, source)
-    probe.learn_block_output()
+    if boundary:
+        probe.learn_block_output()
+    else:
+        probe.learn_from(shallow_clone(model, find_anatomy(model).blocks))
     probe.check_calls()
     probe.check_inputs()
 
@@ -233,6 +236,14 @@ class _Probe:
             for hook in hooks:
                 hook.remove()
         self._cannot_run(failure)
+
+    def learn_from(self, clone: PreTrainedModel) -> None:
+        """The same where nothing stands before block 0: from a clone in which block 0 is a stand-in."""
+        blocks: nn.ModuleList = clone.get_submodule(find_anatomy(clone).blocks)  # type: ignore[assignment]
+        source = StateSource()
+        blocks[0] = UpstreamStandIn(blocks[0], source)
+        _Probe(clone, 1, source).learn_block_output()
+        self.source.in_tuple, self.source.n_more = source.in_tuple, source.n_more
 
     def check_calls(self) -> None:
         """Each late block once and in order, from the state and positions alone; then the norm, and nothing after."""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from actcache.models.backbone import Backbone
+from actcache.models.blocks import StateSource, entered_from
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.parts import Frame
 from actcache.models.probe import check_text_alone, probe_block, probe_frame
@@ -68,6 +69,7 @@ class Streamed:
         self.n_blocks, self.width, self.dtype = backbone.n_blocks, backbone.width, backbone.dtype
         self.max_positions, self.config = backbone.max_positions, backbone.config
         self.n_bytes = 0
+        self._entry = StateSource()  # of block 0, where it is given states
         self._sizes = self._frame.block_bytes()
         self._proven = set() if proven is None else proven
 
@@ -114,7 +116,7 @@ class Streamed:
 
         Args:
             bounds: where each sequence begins.
-            given: token ids ``[T]`` if it is the first block; otherwise the state that enters it, ``[T, D]``.
+            given: the state that enters it, ``[T, D]``; or of the first block token ids ``[T]``.
 
         Returns:
             ``[T, D]``, the block's output. With one sequence, that of the model's own plain forward, bit for bit.
@@ -125,10 +127,11 @@ class Streamed:
         inputs = {"input_ids": given} if from_ids else {"inputs_embeds": torch.zeros_like(state)}
         # A copy, as some blocks add to their input in place. What stands behind the block hands it on, too.
         self._frame.source.state = state.clone()
+        self._entry.state = None if from_ids else state.clone()
         try:
             return self.backbone.forward(bounds, **inputs)
         finally:
-            self._frame.source.state = None
+            self._frame.source.state = self._entry.state = None
 
     @torch.no_grad()
     def why_not_packable(self) -> str | None:
@@ -158,6 +161,7 @@ class Streamed:
         return self._frame.load_block(index).to(self.device)
 
     def _put(self, index: int, block: nn.Module) -> None:
+        block = block if index else entered_from(block, self._entry)
         self._frame.put(index, block)
         self.backbone.blocks = nn.ModuleList([block])
 

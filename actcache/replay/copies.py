@@ -29,7 +29,13 @@ def copies_of(forwards: Forwards, n: int, sites: Collection[nn.Module] = ()) -> 
     if is_wrapped(forwards.model):
         return [forwards]
     hooked = {*forwards.blocks, *sites}
-    return apart(forwards, [forwards.model, *forwards.passed], n, hooked=hooked, share=[forwards.backbone.readout])
+    return apart(
+        forwards,
+        [forwards.model, *forwards.passed],
+        n,
+        hooked=hooked,
+        share=[forwards.backbone.readout, forwards.source],
+    )
 
 
 def apart(

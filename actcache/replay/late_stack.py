@@ -37,6 +37,7 @@ from actcache.replay.modes import find_mode, plan, share_work, tokens_of_pack
 from actcache.replay.moves import Moves
 from actcache.replay.passes import Result, Work, divide, run_pack
 from actcache.replay.sizes import SIZES
+from actcache.replay.swap import Swap, with_swapped
 from actcache.replay.workers import side_by_side
 
 
@@ -94,7 +95,7 @@ class LateStack:
 
         Args:
             path_or_model: model folder (safetensors), id of the Hub, BASE+ADAPTER, a checkpoint, or a causal LM.
-            boundary: first late block, ``1..L-1``.
+            boundary: first late block, ``0..L-1``.
             dtype: of weights and states; None keeps the checkpoint's own. Ignored for a model in memory.
             device: where to put the weights. Ignored for a model in memory.
             dequantize: whether a checkpoint of quantized weights may be dequantized. Ignored for a model in memory.
@@ -144,6 +145,28 @@ class LateStack:
         source.in_tuple, source.n_more = own.source.in_tuple, own.source.n_more
         later = Forwards(model, source, boundary, self.readout)
         return LateStack(later, self.mode, self.not_packable, first=self)
+
+    def swapped(self, source: LateStack, swap: Swap) -> LateStack:
+        """This stack with some modules of another checkpoint's, which is a stack from the same boundary or an earlier
+        one; weights are shared, nothing is loaded or copied. The readout stays.
+
+        Raises:
+            InputError: the blocks of the swap are not in both stacks, their weights do not have the same shapes, or one
+                of the stacks has one block in memory at a time.
+            UnsupportedModelError: the blocks have no such module.
+        """
+        first = max(self.boundary, source.boundary)
+        if swap.first < first or swap.stop > self.n_blocks:
+            raise InputError(
+                f"a swap of blocks {swap.first}..{swap.stop - 1}: the late stacks have {first}..{self.n_blocks - 1}"
+            )
+        own, other = self._whole(), source._whole()
+        model = with_swapped(own.model, other.model, swap)
+        return LateStack(Forwards(model, own.source, self.boundary, self.readout), self.mode, self.not_packable)
+
+    def _whole(self) -> Forwards:
+        """The forwards of all blocks, which are in memory."""
+        return self._forwards
 
     def __repr__(self) -> str:
         kind = type(self._forwards.backbone.decoder).__name__

@@ -20,7 +20,7 @@ from actcache.models.checkpoint import Checkpoint
 from actcache.models.streamed import Streamed
 from actcache.replay.batch import Batch
 from actcache.replay.edits import Rows
-from actcache.replay.forwards import Mode
+from actcache.replay.forwards import Forwards, Mode
 from actcache.replay.late_stack import LateStack
 from actcache.replay.modes import plan
 from actcache.replay.passes import PackedPasses, Result, divide
@@ -51,7 +51,7 @@ class StreamedLate(LateStack):
 
         Args:
             checkpoint: whose.
-            boundary: first late block, ``1..L-1``.
+            boundary: first late block, ``0..L-1``.
             dtype: of weights and states; None keeps the checkpoint's own.
             device: where the blocks compute.
 
@@ -70,6 +70,9 @@ class StreamedLate(LateStack):
         if boundary < self.boundary:
             raise InputError(f"boundary {boundary} is before {self.boundary}, where this late stack begins")
         return StreamedLate(self._streamed, boundary, self.mode, self.not_packable)
+
+    def _whole(self) -> Forwards:
+        raise InputError("modules are swapped between stacks whose blocks are all in memory: leave out --stream")
 
     @property
     def device(self) -> torch.device:

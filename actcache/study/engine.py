@@ -24,6 +24,7 @@ from actcache.models.checkpoint import DTYPES
 from actcache.models.lineup import Lineup
 from actcache.models.readout import Readout
 from actcache.replay.late_stack import LateStack
+from actcache.replay.swap import Swap
 from actcache.room import Loads
 from actcache.store import Segment, Store
 from actcache.study.cells import Finished, Scored
@@ -171,6 +172,14 @@ class LocalEngine:
             self._let_go(label)  # before another is loaded
             self._lates[label] = self._load_late(label, first)
         return self._lates[label].at(boundary)
+
+    def swapped(self, host: str, swap: Swap, boundary: int) -> LateStack:
+        """The late stack of a checkpoint from a boundary on, with some modules of another one's.
+
+        Raises:
+            InputError, UnsupportedModelError: see :meth:`actcache.replay.late_stack.LateStack.swapped`.
+        """
+        return self.late(host, boundary).swapped(self.late(swap.source, boundary), swap)
 
     def _let_go(self, label: str) -> None:
         """Have room for the late stack of a checkpoint."""
