@@ -71,8 +71,8 @@ FLOW = {
         *("forward", "streams", "residency", "search", "asks", "answers", "rerun", "decide", "rollouts"),
     ),
     "replay": (
-        *("vectors", "operations", "edits", "moves", "forwards", "copies", "swap", "workers", "modes", "batch", "sizes"),
-        *("passes", "late_stack", "streamed_late", "sweep"),
+        *("vectors", "operations", "edits", "moves", "forwards", "copies", "swap", "workers", "modes", "batch"),
+        *("sizes", "passes", "late_stack", "streamed_late", "sweep"),
     ),
     "study": (
         *("statistics", "regression", "families", "overlap", "contrasts", "subsets", "left_out"),
@@ -86,6 +86,7 @@ FLOW = {
         *("stability", "averages", "effects_text", "effects", "grid"),
         *("depth", "supports", "lineage", "recipes", "controls", "commitment", "whole", "across"),
     ),
+    "analyses/features": ("crosscoder",),
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),
     "cli": (
         *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses", "across"),
@@ -104,15 +105,18 @@ def imported(path: Path) -> set[tuple[str, str]]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "actcache":
             parts = (node.module or "").split(".")
-            names |= {(*parts, alias.name)[1:3] for alias in node.names}
+            names |= {(*parts, alias.name)[1:] for alias in node.names}
         elif isinstance(node, ast.Import):
-            names |= {tuple(alias.name.split(".")[1:3]) for alias in node.names if alias.name.startswith("actcache.")}
+            names |= {tuple(alias.name.split(".")[1:]) for alias in node.names if alias.name.startswith("actcache.")}
     found = set()
     for name in names:
-        if name[0] in FLOW:
-            found.add((name[0], name[1] if len(name) > 1 and name[1] in FLOW[name[0]] else ""))
-        elif name[0] in FLOW[""]:
-            found.add(("", name[0]))
+        place = "/".join((*name, ""))
+        folder = max((one for one in FOLDERS if place.startswith(f"{one}/")), default="", key=len)
+        module = place.removeprefix(f"{folder}/").split("/")[0]
+        if module in FLOW[folder]:
+            found.add((folder, module))
+        elif folder:
+            found.add((folder, ""))
     return found
 
 
@@ -120,7 +124,7 @@ def test_every_module_has_a_place_in_the_flow():
     for folder, modules in FLOW.items():
         found = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__", "__main__"}
         assert found == set(modules), folder
-    assert {path.parent.name for path in PACKAGE.glob("*/__init__.py")} == set(FOLDERS) - {""}
+    assert {str(path.parent.relative_to(PACKAGE)) for path in PACKAGE.glob("*/**/__init__.py")} == set(FOLDERS) - {""}
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -172,7 +176,7 @@ def test_every_verb_has_help_and_a_place_in_the_docs(name):
 def test_the_tree_in_the_docs_names_every_module():
     tree = (DOCS / "code.md").read_text(encoding="utf-8")
     for folder, modules in FLOW.items():
-        assert f"{folder}/" in tree
+        assert f"{folder.rpartition('/')[2]}/" in tree
         for name in modules if folder not in ("cli", "report") else ():
             assert f"{name}.py" in tree, name
 

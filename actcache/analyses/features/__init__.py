@@ -1,0 +1,1 @@
+"""Sparse features of the final blocks' MLP outputs: trained, checked, ranked and edited, one file per step."""
