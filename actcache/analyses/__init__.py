@@ -39,6 +39,7 @@ ANALYSES = (
     Named("supports", "whether the interaction is a product of picking the first divergence of each prompt"),
     Named("controls", "whether the interaction could come of hybrid states that neither checkpoint makes"),
     Named("commitment", "whether the state at the boundary has decided for y_it before the late blocks read it"),
+    Named("closure", "how few directions of the state at the boundary give back the descendant's choice"),
     Named("lineage", "how much of the final checkpoint's interaction do the earlier stages of its training have"),
     Named("recipes", "what do descendants of one base differ by, each on its own first divergences"),
     Named("stability", "how many events other rounding would change: another shape of the batch, or another dtype"),

@@ -21,6 +21,7 @@ from actcache.finite import are_states
 from actcache.models.blocks import check_counted, span_of
 from actcache.replay.operations import Add as Add
 from actcache.replay.operations import Call as Call
+from actcache.replay.operations import Inject as Inject
 from actcache.replay.operations import Interpolate as Interpolate
 from actcache.replay.operations import MatchedNorm as MatchedNorm
 from actcache.replay.operations import Operation as Operation

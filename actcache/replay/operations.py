@@ -165,8 +165,10 @@ class Add(InOneLine):
         return (rows.float() + self.scale * vector).to(rows.dtype)
 
     def may_stay(self, rows: torch.Tensor, at: Rows) -> torch.Tensor | bool:
-        """With scale 0."""
-        return self.scale == 0
+        """With scale 0, and where an event's own vector is zeros."""
+        if self.scale == 0 or not isinstance(self.vector, EventVectors):
+            return self.scale == 0
+        return (at.vectors(self.vector) == 0).all(dim=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -222,15 +224,9 @@ class Project(InOneLine):
             raise InputError(f"project: how is {self.how!r}; choose keep, remove or swap")
         if (self.how == "swap") != (self.donor is not None):
             raise InputError("project: a donor goes with how='swap', and only with it")
-        object.__setattr__(self, "basis", as_tensor(self.basis, "project: the basis"))
-        if self.basis.ndim != 2:
-            raise InputError(f"project: the basis has shape {tuple(self.basis.shape)}, expected [k, D]")
+        object.__setattr__(self, "basis", _orthonormal(self.basis, "project"))
         if self.mean is not None:
             object.__setattr__(self, "mean", as_vector(self.mean, "project: the mean"))
-        basis = self.basis.double().cpu()
-        error = (basis @ basis.T - torch.eye(len(basis), dtype=torch.float64)).abs().max().item() if len(basis) else 0.0
-        if not error < 1e-4:
-            raise InputError(f"project: the rows of the basis are not orthonormal (off by {error:.2g}); use QR or SVD")
 
     def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
         """Project every row."""
@@ -246,6 +242,71 @@ class Project(InOneLine):
     def may_stay(self, rows: torch.Tensor, at: Rows) -> torch.Tensor | bool:
         """Where a donor's part is put into rows that are the donor's already."""
         return self.donor is not None and _same(rows, at.donor(self.donor, rows))
+
+
+@dataclass(frozen=True, repr=False)
+class Inject(InOneLine):
+    """A difference from the row, reduced to a subspace with its mean, and added: ``x + scale * r`` with
+    ``r = m + P (delta - m)``, in float32, rounded once. B is the basis, m the mean, and P = B^T B.
+
+    With a direction r is a control as long as that: along a random one, drawn for each (seed, event, position).
+
+    Attributes:
+        basis: ``[k, D]`` orthonormal rows, such as principal components of differences.
+        mean: ``[D]``, of these differences.
+        scale: of what is added.
+        donor: label of another checkpoint, whose state minus the row is delta.
+        delta: in place of a donor's difference, one for each event.
+        direction: None for r itself; ``random`` for any direction, ``in_span`` for one among the basis.
+        seed: of the direction.
+    """
+
+    basis: torch.Tensor
+    mean: torch.Tensor
+    scale: float = 1.0
+    donor: str | None = None
+    delta: EventVectors | None = None
+    direction: Literal["random", "in_span"] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if (self.donor is None) == (self.delta is None):
+            raise InputError("inject takes either a donor or delta")
+        if self.direction not in (None, "random", "in_span"):
+            raise InputError(f"inject: direction is {self.direction!r}; choose random or in_span, or leave it out")
+        object.__setattr__(self, "basis", _orthonormal(self.basis, "inject"))
+        object.__setattr__(self, "mean", as_vector(self.mean, "inject: the mean"))
+        object.__setattr__(self, "scale", as_number(self.scale, "inject: scale"))
+        object.__setattr__(self, "seed", _seed(self.seed, "inject"))
+
+    @property
+    def depends_on_event(self) -> bool:
+        """With a direction that is drawn, or a difference of each event's."""
+        return self.direction is not None or self.delta is not None
+
+    def __call__(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """Add to every row what is made of its difference."""
+        return (rows.float() + self.scale * self._added(rows, at)).to(rows.dtype)
+
+    def may_stay(self, rows: torch.Tensor, at: Rows) -> torch.Tensor | bool:
+        """With scale 0, and where there is nothing to add."""
+        return self.scale == 0 or (self._added(rows, at) == 0).all(dim=1)
+
+    def _added(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
+        """``[m, D]`` float32."""
+        basis, mean = (_fitting(one, rows, at, "inject", torch.float32) for one in (self.basis, self.mean))
+        if self.delta is not None:
+            delta = _fitting(self.delta, rows, at, "inject", torch.float32)
+        else:
+            assert self.donor is not None
+            delta = at.donor(self.donor, rows).float() - rows.float()
+        reduced = mean + (delta - mean) @ basis.T @ basis
+        if self.direction is None:
+            return reduced
+        drawn = at.draws(self.seed, rows.shape[1]).to(rows.device)
+        if self.direction == "in_span":
+            drawn = drawn[:, : len(basis)] @ basis
+        return reduced.norm(dim=1, keepdim=True) * torch.nn.functional.normalize(drawn, dim=1)
 
 
 @dataclass(frozen=True, repr=False)
@@ -362,6 +423,18 @@ def _fitting(
     if tensor.shape[-1] != rows.shape[-1]:
         raise InputError(f"{what}: {unfitting(tensor, rows.shape[-1])}")
     return tensor.to(rows.device, dtype or rows.dtype)
+
+
+def _orthonormal(given: Any, what: str) -> torch.Tensor:
+    """A basis ``[k, D]`` (InputError: its rows are not orthonormal)."""
+    tensor = as_tensor(given, f"{what}: the basis")
+    if tensor.ndim != 2:
+        raise InputError(f"{what}: the basis has shape {tuple(tensor.shape)}, expected [k, D]")
+    basis = tensor.double().cpu()
+    error = (basis @ basis.T - torch.eye(len(basis), dtype=torch.float64)).abs().max().item() if len(basis) else 0.0
+    if not error < 1e-4:
+        raise InputError(f"{what}: the rows of the basis are not orthonormal (off by {error:.2g}); use QR or SVD")
+    return tensor
 
 
 def _permuted(rows: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
