@@ -84,7 +84,7 @@ FLOW = {
     ),
     "analyses": (
         *("stability", "averages", "effects_text", "effects", "grid"),
-        *("depth", "supports", "lineage", "recipes", "controls", "commitment", "whole", "across"),
+        *("depth", "supports", "lineage", "recipes", "controls", "commitment", "closure", "whole", "across"),
     ),
     "analyses/features": ("crosscoder",),
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),
