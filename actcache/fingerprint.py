@@ -112,8 +112,8 @@ class Fingerprint(_AsJson):
         pair: the labels in the roles pt and it, whose choices define events; the first of several pairs.
         pairs: all pairs, each as ``base,dpo``, where there are several.
         lineup: labels in the order in which they were given, where that is not the pair alone.
-        support: ``fixed`` where the events are given, ``rollouts`` where they lie on rollouts; elsewhere they are first
-            divergences.
+        support: ``fixed`` where the events are given, ``rollouts`` where they lie on rollouts, ``corpus`` where there
+            are none; elsewhere they are first divergences.
         vocabulary: ``32000 shared tokens`` where tokenizers or embeddings differ in their tail, and no more than these
             are chosen; ``real tokens`` where ids that stand for none are never chosen; ``of any checkpoint`` where an
             an earlier version let a token that only one tokenizer has be an event's.
@@ -124,6 +124,9 @@ class Fingerprint(_AsJson):
         n_prompts: how many prompts were asked for.
         n_blocks: L.
         max_new: how many choices were compared per prompt, or per rollout, at most.
+        context: of a corpus, how many tokens of each text were read at most.
+        dropped: of a corpus, the ids of special tokens, whose rows count for nothing.
+        held_out: of a corpus, the rule by which a prompt is held out.
         strict: whether each forward ran one sequence.
         max_tokens: tokens of one pack.
         shard_prompts: prompts per segment.
@@ -150,6 +153,9 @@ class Fingerprint(_AsJson):
     n_prompts: int = _NOT_RECORDED
     n_blocks: int = _NOT_RECORDED
     max_new: int = _NOT_RECORDED
+    context: int | None = None
+    dropped: tuple[int, ...] | None = None
+    held_out: str | None = None
     strict: bool = _NOT_RECORDED
     max_tokens: int = _NOT_RECORDED
     shard_prompts: int = _NOT_RECORDED
@@ -299,7 +305,7 @@ def _is_pairs(value: Any) -> bool:
     return _is_labels(value) and all(len(set(pair.split(","))) == pair.count(",") + 1 == 2 for pair in value)
 
 
-def _is_boundaries(value: Any) -> bool:
+def _is_distinct(value: Any) -> bool:
     return isinstance(value, list) and all(map(is_count, value)) and len(set(value)) == len(value)
 
 
@@ -307,14 +313,15 @@ _REQUIRED = ("checkpoints", "dtype", "boundaries", "row_selection", "width")
 _TEXT, _COUNT = (_is_text, "text"), (is_count, "a count")
 _EXPECTED = {
     "checkpoints": (lambda value: _is_object(value) and bool(value), "an object with a label each"),
-    "boundaries": (_is_boundaries, "a list of distinct block indices"),
+    "boundaries": (_is_distinct, "a list of distinct block indices"),
+    "dropped": (_is_distinct, "a list of distinct token ids"),
     "width": (lambda value: is_count(value) and value > 0, "a positive integer"),
     "pair": (_is_labels, "distinct labels"),
     "pairs": (_is_pairs, "distinct pairs such as base,dpo"),
     "lineup": (_is_labels, "distinct labels"),
     "strict": (_is_flag, "true or false"),
     "versions": (_is_object, "an object"),
-    **dict.fromkeys(("dtype", "row_selection", "vocabulary", "support", "prompts", "codec"), _TEXT),
+    **dict.fromkeys(("dtype", "row_selection", "vocabulary", "support", "prompts", "codec", "held_out"), _TEXT),
     **dict.fromkeys(("device", "processor", "template", "special_tokens"), _TEXT),
-    **dict.fromkeys(("n_prompts", "n_blocks", "max_new", "max_tokens", "shard_prompts"), _COUNT),
+    **dict.fromkeys(("n_prompts", "n_blocks", "max_new", "max_tokens", "shard_prompts", "context"), _COUNT),
 }

@@ -70,7 +70,10 @@ def verbs() -> dict[str, argparse.ArgumentParser]:
     from actcache.cli import build_parser
 
     (action,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    found: dict[str, argparse.ArgumentParser] = dict(action.choices)
+    found: dict[str, argparse.ArgumentParser] = {}
+    for name, parser in action.choices.items():
+        steps = [one.choices for one in parser._actions if isinstance(one, argparse._SubParsersAction)]
+        found |= {name: parser, **{f"{name} {step}": one for below in steps for step, one in below.items()}}
     for parser in found.values():
         if hasattr(parser, "fill"):
             parser.fill()  # an analysis adds its own options when they are asked for
@@ -103,9 +106,9 @@ def _option(action: argparse.Action) -> Row:
 
 def analyses() -> str:
     """Every analysis: its question, its definitions, its options, its files."""
-    from actcache.analyses import ANALYSES
+    from actcache.analyses import EVERY
 
-    return "\n\n".join(block for named in ANALYSES for block in _analysis(named, named.load()))
+    return "\n\n".join(block for named in EVERY for block in _analysis(named, named.load()))
 
 
 def _analysis(named: Any, analysis: Any) -> Iterator[str]:
@@ -123,7 +126,8 @@ def _analysis(named: Any, analysis: Any) -> Iterator[str]:
         for entry in fields(analysis.options)
     ]
     yield table(["option", "default", ""], options)
-    files = f"`RUN/{name}.json`" if named.of_cells else f"`RUN/{name}.parquet` and `RUN/{name}.json`"
+    stem = f"RUN/{named.stem}"
+    files = f"`{stem}.json`" if named.of_cells else f"`{stem}.parquet` and `{stem}.json`"
     yield f"`actcache {name} RUN` or `run.analyse({name!r})` leaves {files}."
     if named.of_cells:
         yield f"`actcache {name} CELLS.parquet` answers it of a table of cells alone, and prints the answer."

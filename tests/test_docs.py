@@ -164,8 +164,12 @@ def test_commands_within_sentences_are_none_that_fail(command, capsys):
     """Those that are written out parse; those that name a verb and an option name ones that there are."""
     words = shlex.split(command.replace("...", ""))[1:]
     (action,) = (a for a in build_parser()._actions if isinstance(a, argparse._SubParsersAction))
-    action.choices[words[0]].fill()
-    options = action.choices[words[0]]._option_string_actions
+    parser = action.choices[words[0]]
+    steps = [one.choices for one in parser._actions if isinstance(one, argparse._SubParsersAction)]
+    if steps and words[1] != "STEP":
+        parser = steps[0][words[1].partition("|")[0]]
+    parser.fill()
+    options = parser._option_string_actions
     for word in words[1:]:
         assert not word.startswith("--") or word in options, command
 

@@ -380,7 +380,7 @@ def test_rows_of_events_alone_grow(pair, whole, tmp_path):
         (6, ("--dtype", "bfloat16"), "its dtype is float32"),
         (6, ("--boundary", "5"), "boundary 5"),
         (6, ("--site", "mlp:9"), "block 9 is not one of 0..4"),
-        (6, ("--site", "head:1"), "give attention or mlp"),
+        (6, ("--site", "head:1"), "give state, attention or mlp"),
     ],
 )
 def test_what_cannot_be_added_is_said_in_one_line(n, more, said, pair, tmp_path, capfd):

@@ -30,8 +30,14 @@ class Named(NamedTuple):
 
     def load(self) -> Analysis[Any]:
         """The analysis itself."""
-        found: Analysis[Any] = import_module(f"actcache.analyses.{self.name}").ANALYSIS
+        module = self.name.replace(" ", ".").replace("-", "_")
+        found: Analysis[Any] = import_module(f"actcache.analyses.{module}").ANALYSIS
         return found
+
+    @property
+    def stem(self) -> str:
+        """Path of its files in the folder of a run, without what tells their kinds apart."""
+        return self.name.replace(" ", "/")
 
 
 ANALYSES = (
@@ -47,13 +53,28 @@ ANALYSES = (
 )
 
 
+STEPS = {
+    "features": (
+        Named("features train", "what sparse code do the MLP outputs of both checkpoints have: a crosscoder per block"),
+        Named("features gate", "is each crosscoder good enough to be used, on texts that it was not trained on"),
+        Named("features contexts", "on which texts is each feature the most active"),
+    ),
+}
+"""Analyses of several steps: each step is named as the analysis and the step, and is a verb of two words. Module
+``actcache.analyses.<analysis>.<step>`` has it."""
+
+STEPS_IN_WORDS = {"features": "sparse features of MLP outputs: train them, check them, use them, step by step"}
+EVERY = (*ANALYSES, *(named for steps in STEPS.values() for named in steps))
+"""All analyses, and the steps of those that have steps."""
+
+
 def find_analysis(name: str) -> Analysis[Any]:
-    """The analysis of this name.
+    """The analysis of this name, or the step: ``features train``.
 
     Raises:
         InputError: there is none.
     """
-    for named in ANALYSES:
+    for named in EVERY:
         if named.name == name:
             return named.load()
-    raise InputError(f"there is no analysis {name!r}; there are {', '.join(named.name for named in ANALYSES)}")
+    raise InputError(f"there is no analysis {name!r}; there are {', '.join(named.name for named in EVERY)}")

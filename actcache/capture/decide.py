@@ -290,10 +290,14 @@ class Decider:
                 self.correct(search.prompt)
             yield search, _Decided(search, found, rows, choices.stop - 1) if decided is None else decided
 
+    @property
+    def no_rows(self) -> torch.Tensor:
+        """``[0, D]`` in the dtype of the rows."""
+        return torch.empty(0, self._width, dtype=DTYPES[self.settings.dtype])
+
     def _stacked(self, decided: Sequence[_Decided], label: str) -> torch.Tensor:
         """Their final states, ``[n, D]``."""
-        empty = torch.empty(0, self._width, dtype=DTYPES[self.settings.dtype])
-        return torch.cat([empty, *(one.ran.final[label][one.row : one.row + 1] for one in decided)])
+        return torch.cat([self.no_rows, *(one.ran.final[label][one.row : one.row + 1] for one in decided)])
 
     def _captured(self, one: _Decided, of_event: Scored) -> Captured:
         search, found, row = one.search, one.ran, one.row
@@ -403,7 +407,7 @@ class Decider:
             of_pairs=len(self.pairs) > 1,
             has_tails=self._has_tails,
             sites=self.settings.places,
-            empty=torch.empty(0, self._width, dtype=DTYPES[self.settings.dtype]),
+            empty=self.no_rows,
             decode=self.decode,
             special=self.special,
         )

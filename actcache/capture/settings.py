@@ -25,8 +25,9 @@ class CaptureSettings:
         max_tokens: tokens per pack.
         shard_prompts: prompts of one segment, the unit that a killed run loses at most.
         codec: of the stored states: ``blosc``, which any Zarr reader has, or ``actcache.bf16_planes`` for bfloat16.
-        support: how events are chosen: ``first_divergence``, or ``rollouts`` (see supports.py).
+        support: how events are chosen: ``first_divergence``, or ``rollouts`` (see supports.py); ``corpus`` has none.
         sites: further rows to keep, each a site (``attention`` or ``mlp``) and a block: what that part of it gives.
+        context: tokens of each text of a corpus, at most; None elsewhere.
     """
 
     boundaries: tuple[int, ...]
@@ -40,6 +41,7 @@ class CaptureSettings:
     codec: str = "blosc"
     support: str = FIRST_DIVERGENCE
     sites: tuple[tuple[str, int], ...] = ()
+    context: int | None = None
 
     @property
     def wanted(self) -> Sites:
@@ -80,7 +82,7 @@ def parse_boundaries(text: str, n_blocks: int) -> tuple[int, ...]:
 
 
 def parse_sites(given: Iterable[str], n_blocks: int) -> tuple[tuple[str, int], ...]:
-    """``mlp:29,30`` or ``attention:all``, each a site and its blocks (0..L-1), each block once.
+    """``mlp:29,30``, ``attention:all`` or ``state:18``, each a site and its blocks (0..L-1), each block once.
 
     Raises:
         InputError: not of that form, a site that is none, or a block that the model has not.
@@ -88,8 +90,10 @@ def parse_sites(given: Iterable[str], n_blocks: int) -> tuple[tuple[str, int], .
     found: dict[tuple[str, int], None] = {}
     for text in given:
         site, _, blocks = text.partition(":")
-        if site not in SITES or site == STATE:
-            raise InputError(f"site {text!r}: give attention or mlp and its blocks, such as mlp:29,30 or attention:all")
+        if site not in SITES:
+            raise InputError(
+                f"site {text!r}: give state, attention or mlp and its blocks, such as mlp:29,30 or attention:all"
+            )
         for part in range(n_blocks) if blocks.strip() == "all" else blocks.split(","):
             try:
                 block = int(part)

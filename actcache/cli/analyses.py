@@ -10,11 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from actcache.analyses import ANALYSES, Named
+from actcache.analyses import ANALYSES, STEPS, STEPS_IN_WORDS, Named
 from actcache.cli.arguments import Verbs, add_verb, holding_asked
 from actcache.cli.captured import add_captured_arguments, moved
 from actcache.cli.memory import enough_memory
-from actcache.cli.parser import Parser
+from actcache.cli.parser import WHAT, Parser
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import AnalysisClock
 from actcache.study.holding import Holding
@@ -27,17 +27,33 @@ if TYPE_CHECKING:
 
 
 def add_verbs(verbs: Verbs) -> None:
-    """Add one verb per analysis."""
+    """Add one verb per analysis; one of several steps has a verb per step below its own."""
     for named in ANALYSES:
-        answer = partial(_answer_of_cells if named.of_cells else _answer, named)
-        parser = add_verb(verbs, named.name, answer, named.question, f"actcache {named.name} RUN")
-        if named.of_cells:
-            words = "folder of a run, or a table of cells"
-            parser.add_argument("source", type=Path, metavar="RUN|CELLS.parquet", help=words)
-        else:
-            add_captured_arguments(parser)
-        parser.later = partial(_add_options, named)
-        parser.add_argument("--json", action="store_true", help="print JSON, as in the file")
+        _add_verb_of(verbs, named)
+    for name, steps in STEPS.items():
+        summary = STEPS_IN_WORDS[name]
+        description = f"{summary[0].upper()}{summary[1:]}."
+        epilog = f"example: {_example(steps[0])}"
+        parser = verbs.add_parser(name, help=summary, description=description, epilog=epilog)
+        below = parser.add_subparsers(title=WHAT, required=True, metavar="STEP", help="step to take")
+        for named in steps:
+            _add_verb_of(below, named)
+
+
+def _example(named: Named) -> str:
+    return f"actcache {named.name} RUN"
+
+
+def _add_verb_of(verbs: Verbs, named: Named) -> None:
+    answer = partial(_answer_of_cells if named.of_cells else _answer, named)
+    parser = add_verb(verbs, named.name.rpartition(" ")[2], answer, named.question, _example(named))
+    if named.of_cells:
+        words = "folder of a run, or a table of cells"
+        parser.add_argument("source", type=Path, metavar="RUN|CELLS.parquet", help=words)
+    else:
+        add_captured_arguments(parser)
+    parser.later = partial(_add_options, named)
+    parser.add_argument("--json", action="store_true", help="print JSON, as in the file")
 
 
 def _add_options(named: Named, parser: Parser) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from actcache.models.templates import Rendering
 
 READOUTS = "native,common_it,common_pt"
+BOUNDARY = "0.6"
 Verbs: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
@@ -186,16 +187,16 @@ def add_capture_settings(parser: argparse.ArgumentParser, *, fixed: bool = False
     )
     parser.add_argument(
         "--boundary",
-        default="0.6",
         metavar="B",
-        help="first late block: 18, 0.6 of the depth, -3 from the end, a list of these, or all (default %(default)s)",
+        help=f"first late block: 18, 0.6 of the depth, -3 from the end, a list of these, or all (default {BOUNDARY})",
     )
     parser.add_argument(
         "--site",
         action="append",
         default=[],
         metavar="SITE:BLOCKS",
-        help="further rows to keep, of what attention or MLP gives: mlp:29,30 or attention:all; repeat for more",
+        help="further rows to keep, of what attention or MLP gives: mlp:29,30 or attention:all, or of states: state:5; "
+        "repeat for more",
     )
     parser.add_argument(
         "--dtype",
@@ -240,11 +241,16 @@ def add_capture_settings(parser: argparse.ArgumentParser, *, fixed: bool = False
 
 
 def capture_settings(
-    args: argparse.Namespace, lineup: Lineup, say: Callable[[str], None] = lambda line: None
+    args: argparse.Namespace,
+    lineup: Lineup,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    corpus: str | Path | None = None,
 ) -> CaptureSettings:
     """What the arguments ask of a capture of these checkpoints.
 
-    ``say`` is told, in one line each, what a person should know of the numbers that weights become.
+    ``say`` is told, in one line each, what a person should know of the numbers that weights become. ``corpus`` is the
+    store of one, which has no boundary unless it is asked for.
 
     Raises:
         InputError: a boundary is not one of the model; or lengths are given of another support.
@@ -252,6 +258,7 @@ def capture_settings(
     from actcache.capture.settings import CaptureSettings, parse_boundaries, parse_sites
     from actcache.capture.supports import ROLLOUT_TOKENS, ROLLOUTS
     from actcache.models.devices import kind_of
+    from actcache.store.layout import STATE
 
     max_new = CaptureSettings.max_new if args.max_new is None else args.max_new
     if args.support == ROLLOUTS:
@@ -260,12 +267,15 @@ def capture_settings(
         max_new = 1 + (ROLLOUT_TOKENS if args.rollout_tokens is None else args.rollout_tokens)
     elif args.rollout_tokens is not None:
         raise InputError("--rollout-tokens belongs to --support rollouts: give both, or neither")
-    dtype = _dtype_asked(args, lineup, say)
+    dtype = _dtype_asked(args, lineup, say, corpus)
     for label, checkpoint in lineup.checkpoints.items():
         if checkpoint.quantization is not None:
             say(f"checkpoint {label}: its weights in {checkpoint.quantization.method} are dequantized to {dtype}")
+    boundary = BOUNDARY if args.boundary is None and corpus is None else args.boundary
+    boundaries = () if boundary is None else parse_boundaries(boundary, lineup.n_blocks)
+    sites = parse_sites(args.site, lineup.n_blocks)
     return CaptureSettings(
-        boundaries=parse_boundaries(args.boundary, lineup.n_blocks),
+        boundaries=tuple(dict.fromkeys([*boundaries, *(block for site, block in sites if site == STATE)])),
         dtype=dtype,
         device=kind_of(args.device),
         max_new=max_new,
@@ -275,18 +285,20 @@ def capture_settings(
         shard_prompts=args.shard_prompts,
         codec=args.codec,
         support=args.support,
-        sites=parse_sites(args.site, lineup.n_blocks),
+        sites=tuple(one for one in sites if one[0] != STATE),
     )
 
 
-def _dtype_asked(args: argparse.Namespace, lineup: Lineup, say: Callable[[str], None]) -> str:
+def _dtype_asked(
+    args: argparse.Namespace, lineup: Lineup, say: Callable[[str], None], corpus: str | Path | None
+) -> str:
     """What the arguments say; or that of what has been captured; or the checkpoints' own."""
     if args.dtype != "auto":
         return str(args.dtype)
     from actcache.capture.growth import existing
 
     if args.out is not None:
-        captured = existing(getattr(args, "store", None) or args.out / "store")
+        captured = existing(corpus or getattr(args, "store", None) or args.out / "store")
         if captured is not None and captured.fingerprint.dtype is not None:
             return captured.fingerprint.dtype
     dtype, why = lineup.own_dtype()

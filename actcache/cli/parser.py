@@ -15,7 +15,9 @@ from actcache.errors import InputError
 # Groups of the help, in its order; an option that no group names is one of WHAT.
 WHAT = "what to compute"
 GROUPS = {
-    "pair, run or store": ("run", "source", "store", "--pt", "--it", "--checkpoint", "--pair", "--prompts", "--limit"),
+    "pair, run or store": (
+        *("run", "source", "store", "--pt", "--it", "--checkpoint", "--pair", "--prompts", "--corpus", "--limit"),
+    ),
     WHAT: (),
     "exactness": (
         *("--dtype", "--strict", "--max-tokens", "--stability", "--stable-only", "--min-gap", "--sample"),
@@ -83,16 +85,17 @@ class Parser(argparse.ArgumentParser):
         """Check the words, then parse them; exits with 2 where one is unknown."""
         self.fill()
         words = list(sys.argv[1:] if args is None else args)
-        verbs = [a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction)]
+        verbs = [a for a in self._actions if isinstance(a, argparse._SubParsersAction)]
         if verbs and words and not words[0].startswith("-"):
-            if words[0] not in verbs[0]:
-                self.error(f"there is no verb {words[0]!r}{_meant(words[0], verbs[0])}")
+            known, kind = verbs[0].choices, str(verbs[0].metavar).lower()
+            if words[0] not in known:
+                self.error(f"there is no {kind} {words[0]!r}{_meant(words[0], known)}")
         elif not verbs:
             for word in itertools.takewhile(lambda word: word != "--", words):
                 name = word.partition("=")[0]
-                known = self._option_string_actions
-                if name.startswith("--") and not any(option.startswith(name) for option in known):
-                    self.error(f"there is no option {name}{_meant(name, known)}")
+                options = self._option_string_actions
+                if name.startswith("--") and not any(option.startswith(name) for option in options):
+                    self.error(f"there is no option {name}{_meant(name, options)}")
         return super().parse_known_args(self._with_negative_lists(words), namespace)
 
     def _with_negative_lists(self, words: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ from actcache.cli.arguments import (
     rendering_asked,
 )
 from actcache.cli.captured import add_captured_arguments, open_captured
+from actcache.cli.corpus import add_corpus_arguments, capture_corpus, check_no_corpus
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.stability import add_run_arguments, check_run
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
@@ -72,6 +73,7 @@ def add_verbs(verbs: Verbs) -> None:
     )
     add_capture_arguments(capture)
     add_strict_and_pack(capture)
+    add_corpus_arguments(capture)
     capture.add_argument(
         "--part",
         type=_part,
@@ -207,6 +209,9 @@ def _check_grid_asked(args: argparse.Namespace) -> None:
 
 
 def _capture(args: argparse.Namespace) -> None:
+    if args.corpus is not None:
+        return capture_corpus(args)
+    check_no_corpus(args)
     _capture_lineup(args, _read_prompts(args))
     say(f"{RunFolder(args.out).store} holds them; next: actcache grid {args.out}")
 

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from actcache.analyses import ANALYSES
+from actcache.analyses import EVERY
 from actcache.cli.arguments import Verbs, add_verb, numbers, positive
 from actcache.cli.memory import enough_memory
 from actcache.cli.terminal import LiveLine, one_line, printable
@@ -134,7 +134,7 @@ def _verify(args: argparse.Namespace) -> int:
     run = run_at(args.store)
     n_damaged = 0
     if run is not None:
-        files = run.check_files([named.name for named in ANALYSES])
+        files = run.check_files([named.stem for named in EVERY])
         n_damaged = len(files.wrong)
         for error in files.wrong:
             print(one_line(error))

@@ -239,6 +239,7 @@ class Lineup:
         prompts: Sequence[Prompt],
         say: Callable[[str], None] = lambda line: None,
         rendering: Rendering = PLAIN,
+        longest: int | None = None,
     ) -> list[list[int]]:
         """Prompt ids, the same from every checkpoint's tokenizer; they end with the text, or where an answer begins.
 
@@ -246,6 +247,7 @@ class Lineup:
             prompts: what to encode.
             say: told, in one line each, what the tokenizers would have done to texts and does not happen here.
             rendering: how prompts become texts; by default, those with messages are refused.
+            longest: how many ids of each are kept at most; None for all.
 
         Raises:
             IncompatibleError: two tokenizers give different ids for a prompt.
@@ -270,6 +272,7 @@ class Lineup:
                         raise self._different_ids(prompts[i], first, ids, other, theirs)
             for i, ids in zip(own, found, strict=True):
                 ids_of[i] = ids
+        ids_of = [ids[:longest] for ids in ids_of]
         for prompt, ids in zip(prompts, ids_of, strict=True):
             self._check_ids(prompt, ids)
         return ids_of

@@ -35,6 +35,7 @@ class PromptIds:
         prompts: Sequence[Prompt],
         rendering: Rendering = PLAIN,
         say: Callable[[str], None] = lambda line: None,
+        longest: int | None = None,
     ) -> None:
         """Of these prompts (arguments and errors as :meth:`Lineup.encode`).
 
@@ -42,18 +43,18 @@ class PromptIds:
             InputError: besides, see :func:`check_template`.
         """
         check_template(prompts, rendering, say)
-        self._lineup, self._rendering, self._n = lineup, rendering, len(prompts)
+        self._lineup, self._rendering, self._longest, self._n = lineup, rendering, longest, len(prompts)
         step = max(1, len(prompts) // N_SAMPLED) if isinstance(prompts, Prompts) else 1
         self._sample: list[list[int]] = []
         for start in range(0, len(prompts), step * _AT_ONCE):
             part = prompts[start : start + step * _AT_ONCE : step]
-            self._sample += lineup.encode(part, say, rendering)
+            self._sample += lineup.encode(part, say, rendering, longest)
             say = _silent
 
     def of(self, start: int, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Of consecutive prompts, the first of which has this number."""
         if self.is_sampled:
-            return self._lineup.encode(prompts, rendering=self._rendering)
+            return self._lineup.encode(prompts, rendering=self._rendering, longest=self._longest)
         return self._sample[start : start + len(prompts)]
 
     @property

@@ -25,7 +25,7 @@ MAX_DOWNLOAD = 300_000
 
 def shown(name: str, answered: Answered) -> dict[str, Any]:
     """What the template shows of a section."""
-    section = answered.section
+    section, name = answered.section, name.replace(" ", "-")
     shares = [column in section.shares for column in section.columns]
     logits = [
         cell["mean"]

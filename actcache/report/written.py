@@ -7,7 +7,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from actcache.analyses import ANALYSES
+from actcache.analyses import EVERY
 from actcache.analyses.effects import ANALYSIS as EFFECTS
 from actcache.analyses.effects import EffectsOptions, selected_cells
 from actcache.analyses.effects_text import vocabulary_of
@@ -73,8 +73,8 @@ def answers_of(
         say: told which were left out.
     """
     answers = {}
-    for named in ANALYSES:
-        if any(path.is_file() for path in (folder.path / f"{named.name}.json", folder.path / f"{named.name}.parquet")):
+    for named in EVERY:
+        if any((folder.path / f"{named.stem}.{suffix}").is_file() for suffix in ("json", "parquet")):
             analysis = named.load()
             content = known.get(named.name) or analysis.read(folder, store)
             if content is None:

@@ -98,7 +98,8 @@ class RowFeed(IterableDataset[RowBatch]):
             labels: of the checkpoints; None takes all, in lineup order.
             boundaries: None takes all; of other sites than ``state``, the indices of the blocks.
             site: ``state``; ``attention`` or ``mlp`` for what that part of the blocks gives.
-            positions: which rows: ``all``, ``event``, a list or a function, as :class:`StoreRows` takes them.
+            positions: which rows: ``all``, ``train``, ``held_out``, ``event``, a list or a function, as
+                :class:`StoreRows` takes them.
             events: takes only rows of positions 0..p of these events, each once, see :class:`Store`; None takes all.
             batch_rows: B; one batch of each rank may have fewer.
             shuffle: ``blocks`` (or True), ``rows``, or ``none`` (or False); see the module.

@@ -311,6 +311,8 @@ class Store:
         records = [one.record for segment in self.segments for one in (segment, *segment.additions)]
         raw = sum(record["raw_state_bytes"] for record in records)
         stored = sum(record["stored_state_bytes"] for record in records)
+        captured = self.fingerprint
+        of_corpus = {name: getattr(captured, name) for name in ("context", "dropped", "held_out")}
         return {
             "path": self.path,
             "format_version": max((r["format_version"] for r in records), default=layout.FORMAT_VERSION),
@@ -329,6 +331,7 @@ class Store:
             "rows": sum(s.n_rows * sum(map(len, s.sites.values())) for s in self.segments) * len(self.checkpoints),
             "state_bytes": {"raw": raw, "stored": stored, "ratio": round(raw / stored, 3) if raw else None},
             "stored_bytes": sum(record["stored_bytes"] for record in records),
+            **({} if captured.dropped is None else {"corpus": of_corpus}),
             "uncommitted": self.uncommitted,
             "fingerprint": self.fingerprint.digest,
         }

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 from actcache.errors import InputError
-from actcache.store import Segment, Store, layout, open_store
+from actcache.store import Segment, Store, corpus, layout, open_store
 from actcache.store.selection import Events
 
 Ints = npt.NDArray[np.int64]
@@ -59,9 +59,11 @@ class StoreRows:
 
         Args:
             store: an open store or its path.
-            positions: ``all`` stored rows; ``event``, the rows at an event's position, each once however many events
-                share it; the positions wanted in every sequence, negative ones from its end; or a function of
-                :class:`RowPlaces` (called once per segment, here) that says with a boolean each which rows it wants.
+            positions: ``all`` rows; ``train`` and ``held_out``, those of the nine texts in ten that are to train on,
+                and of the others (see :func:`actcache.store.corpus.held_out`); ``event``, the rows at an event's
+                position, each once however many events share it; the positions wanted in every sequence, negative ones
+                from its end; or a function of :class:`RowPlaces` (called once per segment, here) that says with a
+                boolean each which rows it wants. Of a corpus, rows of special tokens are never chosen.
             events: whose rows to choose from, those of their positions 0..p, see :class:`Store`; None for all rows.
 
         Raises:
@@ -150,9 +152,13 @@ class StoreRows:
         return found
 
     def _choose(self, positions: Positions, events: Events) -> Ints | None:
-        if isinstance(positions, str) and positions not in ("all", "event"):
-            raise InputError(f"positions is {positions!r}, expected 'all', 'event', a list of positions or a function")
-        if isinstance(positions, str) and positions == "all" and events is None:
+        if isinstance(positions, str) and positions not in ("all", "event", *corpus.SPLITS):
+            raise InputError(
+                f"positions is {positions!r}, expected 'all', 'train', 'held_out', 'event', a list of positions or a "
+                "function"
+            )
+        every = isinstance(positions, str) and positions == "all" and events is None
+        if every and self._store.fingerprint.dropped is None:
             return None
         numbers = None if events is None else np.unique(self._store.numbers(events))
         chosen = [np.empty(0, np.int64)]
@@ -171,9 +177,21 @@ def _wanted(positions: Any, number: int, segment: Segment, events: Ints | None) 
     """The rows of a segment that are chosen, by positions and by events of its own."""
     if isinstance(positions, str) and positions == "event":
         return np.flatnonzero(_of_events(segment, events, at_p=True))
-    every = isinstance(positions, str)
-    rows = np.arange(segment.n_rows) if every else _at_positions(positions, number, segment)
+    if not isinstance(positions, str):
+        rows = _at_positions(positions, number, segment)
+    elif positions in corpus.SPLITS:
+        rows = np.flatnonzero(_of_split(segment, positions))
+    else:
+        rows = np.arange(segment.n_rows)
+    counting = corpus.rows_that_count(segment)
+    rows = rows if counting is None else rows[counting[rows]]
     return rows if events is None else rows[_of_events(segment, events, at_p=False)[rows]]
+
+
+def _of_split(segment: Segment, split: str) -> npt.NDArray[np.bool_]:
+    """Which rows of a segment are of texts of a split: ``[n_rows]``."""
+    of_tokens = corpus.rows_of_split(segment, split)
+    return of_tokens[segment.event_rows[:, 1] - 1] if _one_an_event(segment) else of_tokens
 
 
 def _of_events(segment: Segment, events: Ints | None, *, at_p: bool) -> npt.NDArray[np.bool_]:

@@ -87,7 +87,8 @@ class Analysis(ABC, Generic[Options]):
     """One question.
 
     Attributes:
-        name: of the verb, of ``RUN/<name>.parquet`` and ``RUN/<name>.json``, of the section.
+        name: of the verb, of ``RUN/<name>.parquet`` and ``RUN/<name>.json``, of the section; of a step, the name of
+            its analysis and its own.
         options: a frozen dataclass of :func:`option` fields.
         version: of its numbers: raised where the same run gives others.
         opt_in: whether ``actcache study`` leaves it out unless it is named, as it costs more than the rest.
@@ -157,7 +158,7 @@ class Analysis(ABC, Generic[Options]):
 
     def command(self, run: str, options: Mapping[str, Any]) -> str:
         """The command that answers with these options, those that are the defaults left out."""
-        words = ["actcache", self.name, run]
+        words = ["actcache", *self.name.split(), run]
         for entry in fields(self.options):  # type: ignore[arg-type]
             value, default = options.get(entry.name, entry.default), entry.default
             if value is True and default is False:

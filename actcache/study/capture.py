@@ -19,6 +19,7 @@ import numpy as np
 from actcache import prompts as prompts_module
 from actcache.capture.asks import Steps
 from actcache.capture.continuations import N_COMPARED, Known, check_beginnings
+from actcache.capture.corpus import Texts
 from actcache.capture.decide import Decider, Searched
 from actcache.capture.forward import Forwarder, Resident
 from actcache.capture.given import FIXED, GivenPrompt
@@ -50,6 +51,7 @@ from actcache.progress import OnProgress, Tally, Told, nobody_told, untold
 from actcache.prompts import Prompt
 from actcache.schema import FIRST_DIVERGENCE
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
+from actcache.store.corpus import CORPUS, HELD_OUT
 from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob
 from actcache.study.held import Held
@@ -177,6 +179,7 @@ def capture(
     *,
     rendering: Rendering = PLAIN,
     given: Sequence[GivenPrompt] | None = None,
+    texts: Texts | None = None,
     part: tuple[int, int] = (0, 1),
     watch: Watch = unwatched,
     on_progress: OnProgress = untold,
@@ -192,11 +195,12 @@ def capture(
 
     Args:
         lineup: the checkpoints. Its pair defines the events; the states of all are stored.
-        prompts: validated prompts; of no account where events are given.
+        prompts: validated prompts; of no account where events or texts are given.
         store: where the store is or shall be, as in ``open_store``; new, or left by an earlier run of the same capture.
         settings: what to compute.
         rendering: how prompts become texts.
         given: events to store instead of those that a search finds (see :mod:`actcache.capture.given`).
+        texts: to store rows of, and no events at all (see :mod:`actcache.capture.corpus`).
         part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
         watch: runs each load of a checkpoint, given its label and what loads it: a :class:`Backbone`, or a
             :class:`Streamed` where its blocks are streamed.
@@ -220,9 +224,13 @@ def capture(
     """
     for boundary in settings.boundaries:
         check_boundary(boundary, lineup.n_blocks)
-    if len(lineup.labels) < 2:
+    if len(lineup.labels) < 2 and texts is None:
         raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
-    prompt_ids = PromptIds(lineup, prompts, rendering, say) if given is None else None
+    if texts is not None:
+        prompts, settings = texts.prompts, replace(settings, support=CORPUS, max_new=0, context=texts.context)
+    prompt_ids: PromptIds | Texts | None = texts
+    if given is None and texts is None:
+        prompt_ids = PromptIds(lineup, prompts, rendering, say)
     if known and prompt_ids is not None:
         first = prompts[:N_COMPARED]
         check_beginnings(known, first, prompt_ids.of(0, first))
@@ -232,7 +240,7 @@ def capture(
     if before is not None:
         lineup.follow(before.fingerprint.vocabulary)
     found = fingerprint(lineup, prompts, settings, rendering)
-    captured = before.prompts if before else {}
+    captured = {} if before is None else before.prompts  # a store without events is false
     segments = segments_of(prompts, settings.shard_prompts, captured)
     writer = StoreWriter(store, found, digests_of_segments(prompts, settings.shard_prompts, captured))
     if before is not None:
@@ -322,7 +330,7 @@ def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings, device:
     checkpoint = lineup.checkpoints[label]
     model = checkpoint.load(DTYPES[settings.dtype], device or settings.device)
     with checkpoint.named():
-        if settings.row_selection == "prefix":
+        if settings.row_selection == "prefix" and settings.support != CORPUS:
             for boundary in sorted({min(settings.boundaries), max(settings.boundaries)}):
                 check_replayable(model, boundary)
         check_text_alone(model)
@@ -341,11 +349,13 @@ def fingerprint(
     libraries = ["actcache", "torch", "transformers"]
     if any(checkpoint.adapter is not None for checkpoint in lineup.checkpoints.values()):
         libraries.append("peft")
+    is_corpus = settings.support == CORPUS
+    pair: Any = None if is_corpus else lineup.pair  # nobody's choices are events
     return Fingerprint(
         checkpoints={label: checkpoint.fingerprint for label, checkpoint in lineup.checkpoints.items()},
-        pair=lineup.pair,
+        pair=pair,
         pairs=None if len(lineup.pairs) == 1 else tuple(",".join(pair) for pair in lineup.pairs),
-        lineup=order_of_labels(lineup.labels, lineup.pair),
+        lineup=order_of_labels(lineup.labels, pair or ()),
         # Only where the store would differ from one of an earlier version, which resumes otherwise.
         vocabulary=lineup.rule,
         support=None if settings.support == FIRST_DIVERGENCE else settings.support,
@@ -359,6 +369,9 @@ def fingerprint(
         width=lineup.width,
         n_blocks=lineup.n_blocks,
         max_new=settings.max_new,
+        context=settings.context,
+        dropped=tuple(sorted(lineup.special_ids)) if is_corpus else None,
+        held_out=HELD_OUT if is_corpus else None,
         strict=settings.strict,
         max_tokens=settings.max_tokens,
         shard_prompts=settings.shard_prompts,

@@ -6,7 +6,7 @@ What they give is committed, not written as a table. Knows how events are decide
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from actcache.canonical import digest_of
 from actcache.capture.asks import Steps, T
+from actcache.capture.corpus import texts_captured
 from actcache.capture.decide import Decider
 from actcache.capture.given import GivenPrompt
 from actcache.capture.rollouts import Rollouts
@@ -23,6 +24,7 @@ from actcache.models.cost import ModelShape
 from actcache.progress import Told, nobody_told
 from actcache.prompts import Prompt, digest
 from actcache.store import Segment, SegmentData
+from actcache.store.corpus import CORPUS
 from actcache.store.segment_data import SiteRows
 from actcache.study.work import CaptureWork, Cost, Expected
 
@@ -75,6 +77,8 @@ class CaptureJob:
 
     def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
         """What it is expected to take."""
+        if self.settings.support == CORPUS:
+            return _one_forward([len(ids) for ids in self.ids], shapes)
         given = [sequence for one in self.given for sequence in one.sequences]
         lengths = [len(ids) for ids in (self.ids or [ids for ids, _ in given])]
         n_given = sum(len(events) for _, events in given) if self.given else None
@@ -94,6 +98,8 @@ class CaptureJob:
 
     def steps(self, engine: CaptureEngine, told: Told = nobody_told) -> Steps[SegmentData]:
         """What :meth:`run` does, in steps that many jobs may take together."""
+        if self.settings.support == CORPUS:
+            return texts_captured(engine.decider, self.prompts, self.ids, told)
         if self.given:
             return engine.decider.given(self.given, told)
         if self.settings.support == ROLLOUTS or len(engine.decider.pairs) > 1:
@@ -129,8 +135,7 @@ class RowsJob:
 
     def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
         """What it takes: one forward of every checkpoint."""
-        lengths = np.array(self.lengths, np.float64)
-        return Cost({"capture": sum(shape.products(lengths) for shape in shapes.values())})
+        return _one_forward(self.lengths, shapes)
 
     def read(self, engine: CaptureEngine) -> Segment:
         """The segment, whose token ids are read as they are needed."""
@@ -144,6 +149,12 @@ class RowsJob:
         """What :meth:`run` does, in steps that many jobs may take together."""
         sites = {site: list(blocks) for site, blocks in self.sites}
         return engine.decider.rerun(engine.segment(self.segment), sites, told)
+
+
+def _one_forward(lengths: Sequence[int], shapes: Mapping[str, ModelShape]) -> Cost:
+    """What it takes to run sequences of these lengths through every checkpoint once."""
+    counted = np.array(lengths, np.float64)
+    return Cost({"capture": sum(shape.products(counted) for shape in shapes.values())})
 
 
 def _only(decider: Decider, steps: Steps[T], told: Told) -> T:

@@ -2,6 +2,8 @@
 
 RUN/run.json         where the checkpoints and prompts are, which store is the run's, and the command that made it
 RUN/store/           captured states and events, unless they are kept elsewhere
+RUN/corpus/          rows of texts without events, of the same checkpoints
+RUN/features/        crosscoders that were trained on these, and what was made of them
 RUN/stability.parquet which events rounding would change
 RUN/cells/           finished cell groups
 RUN/cells.parquet    all of them as one table
@@ -118,6 +120,8 @@ class RunFolder:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.record_path = self.path / "run.json"
+        self.corpus = self.path / "corpus"
+        self.features = self.path / "features"
         self.stability = self.path / "stability.parquet"
         self.cell_groups = self.path / "cells"
         self.cells = self.path / "cells.parquet"
@@ -339,7 +343,9 @@ class RunFolder:
         yield self.cells, f"'actcache grid {self.path}' makes it again"
         others = [name for name in analyses if name != self.effects.stem]
         for name, suffix in product(others, ("json", "parquet")):
-            yield self.path / f"{name}.{suffix}", f"'actcache {name} {self.path}' makes it again"
+            yield self.path / f"{name}.{suffix}", f"'actcache {name.replace('/', ' ')} {self.path}' makes it again"
+        for path in sorted(self.features.glob("crosscoders/*/crosscoder.json")):
+            yield path, f"remove {path.parent}, and 'actcache features train {self.path}' trains it again"
         kinds = ("stable-only", "min-gap-", "pair-")
         filtered = (path for kind in kinds for path in self.path.glob(f"effects-{kind}*.json"))
         for path in (self.effects, *sorted(filtered)):

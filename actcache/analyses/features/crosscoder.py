@@ -9,6 +9,8 @@ m runs over the checkpoints, the *branches*. Knows the frozen tensors and their 
 from __future__ import annotations
 
 import hashlib
+import os
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -20,7 +22,7 @@ import torch
 from actcache import sealed
 from actcache.canonical import canonical
 from actcache.errors import CorruptFileError, InputError
-from actcache.files import make_folder, write_atomically
+from actcache.files import fsync, make_folder, write_atomically
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "crosscoder.json"
 _TENSORS = ("encoder", "b_enc", "decoder", "b_dec", "mean")
@@ -130,7 +132,7 @@ class Crosscoder:
         digest = hashlib.sha256(canonical(self._described()))
         for name in _TENSORS:
             tensor: torch.Tensor = getattr(self, name)
-            digest.update(tensor.detach().cpu().contiguous().numpy())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def save(self, folder: str | Path, made_from: Mapping[str, Any] | None = None) -> None:
@@ -140,12 +142,9 @@ class Crosscoder:
             folder: whose crosscoder it becomes.
             made_from: what it was trained on, kept in the description.
         """
-        from safetensors.torch import save
-
         folder = Path(folder)
         make_folder(folder)
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
-        write_atomically(folder / WEIGHTS, save(tensors))
+        write_tensors(folder / WEIGHTS, {name: getattr(self, name) for name in _TENSORS})
         described = {**self._described(), "digest": self.digest}
         write_atomically(folder / DESCRIPTION, sealed.json_bytes(described, dict(made_from or {})))
 
@@ -161,13 +160,11 @@ class Crosscoder:
         from safetensors.torch import load_file
 
         folder = Path(folder)
+        described: dict[str, Any] = dict(describe(folder).content)
         try:
-            described = sealed.read_json(folder / DESCRIPTION, "a crosscoder", _ADVICE).content
             tensors = load_file(folder / WEIGHTS)
         except FileNotFoundError as error:
-            raise InputError(
-                f"{folder} has no crosscoder of two files, {DESCRIPTION} and {WEIGHTS}; {_ADVICE}"
-            ) from error
+            raise InputError(f"{folder} has no {WEIGHTS} beside its {DESCRIPTION}; {_ADVICE}") from error
         except SafetensorError as error:
             raise CorruptFileError(f"{folder / WEIGHTS} is damaged: {error}; {_ADVICE}") from error
         digest = described.pop("digest")
@@ -175,7 +172,7 @@ class Crosscoder:
         if missing:
             raise CorruptFileError(f"{folder / WEIGHTS} has no tensor {missing[0]}; {_ADVICE}")
         described["labels"] = tuple(described["labels"])
-        found = cls(**described, **{name: tensors[name] for name in _TENSORS})
+        found = cls(**(described | {name: tensors[name] for name in _TENSORS}))
         if found.digest != digest:
             raise CorruptFileError(
                 f"{folder / WEIGHTS} is damaged: the SHA-256 of its crosscoder is {found.digest[:12]}, "
@@ -186,6 +183,35 @@ class Crosscoder:
     def _described(self) -> dict[str, Any]:
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in _TENSORS}
         return {**values, "labels": list(self.labels)}
+
+
+def describe(folder: Path) -> sealed.Sealed:
+    """What the description of the crosscoder in a folder says: labels, block, k, threshold and digest; and what it was
+    made from.
+
+    Raises:
+        InputError: there is none in this folder.
+        CorruptFileError: it is damaged.
+    """
+    try:
+        return sealed.read_json(folder / DESCRIPTION, "a crosscoder", _ADVICE)
+    except FileNotFoundError as error:
+        raise InputError(f"{folder} has no crosscoder (no {DESCRIPTION}); {_ADVICE}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file, whole or not at all, without a second copy of it in memory."""
+    from safetensors.torch import save_file
+
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
+        fsync(draft)
+        os.replace(draft, path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
 
 
 def crosscoder_folder(features: Path, block: int) -> Path:
