@@ -10,6 +10,7 @@ commitment      what a head makes of the states at the boundary
 supports        the four cells of events along both checkpoints' own rollouts
 lineage         all cells of three checkpoints, by two readouts
 recipes         the four cells of two descendants of one base, each on its own events
+map             states at the last four positions of every boundary, and each late block's attention and MLP at p
 whole           all of these
 
 Both begin with the events, and with models in memory. Hooks keep nothing between analyses, as the published code does
@@ -49,6 +50,7 @@ from actcache.analyses.controls import ANALYSIS as CONTROLS
 from actcache.analyses.controls import controlled
 from actcache.analyses.grid import GridSettings, run_grid
 from actcache.cli import main as actcache
+from actcache.models.blocks import find_site
 from actcache.models.checkpoint import DTYPES, Checkpoint
 from actcache.models.readout import Readout
 from actcache.replay.edits import Rows
@@ -409,6 +411,31 @@ def _margins_found(run: InMemory) -> Iterator[tuple[tuple[Any, ...], float]]:
             yield (row["event_id"], label), row[f"boundary_margin_{label}"]
 
 
+def _map(captured: Captured, row: Mapping[str, Any], event: HookEvent) -> Iterator[tuple[tuple[Any, ...], float]]:
+    """One forward per patch, after one of each checkpoint for each part that is taken, as hooks that keep it would."""
+    boundaries, ids = captured.store.boundaries, torch.tensor([event.ids])
+    native = _native(captured, event, boundaries)
+    for host, source in (("pt", "it"), ("it", "pt")):
+        model, other = captured.models[host], captured.models[source]
+        for boundary in boundaries:
+            for back in range(min(4, len(event.ids))):
+                states = native[host][0][boundary].clone()
+                states[0, -1 - back] = native[source][0][boundary][0, -1 - back]
+                outputs = hooks.replay(model, ids, boundary, states, whole=True)
+                yield (row["event_id"], host, "state", boundary, -back), _margin(captured, host, outputs, event)
+        blocks, others = (list(of.get_submodule(hooks.path_of(of, hooks.BLOCKS)).children()) for of in (model, other))
+        for block in range(boundaries[0], len(blocks)):
+            for site in ("attention", "mlp"):
+                given = hooks.taken(other, ids, find_site(others[block], site), False)
+                last = hooks.put(model, ids, find_site(blocks[block], site), given, slice(None), False)
+                yield (row["event_id"], host, site, block, 0), float(hooks.margins(model, last, event))
+
+
+def _map_found(run: InMemory) -> Iterator[tuple[tuple[Any, ...], float]]:
+    for row in pq.read_table(run.path / "map.parquet").to_pylist():
+        yield (row["event_id"], row["host"], row["site"], row["boundary"], row["offset"]), row["margin"]
+
+
 ANALYSES = {
     "grid, effects": Both("bare", _grid_and_effects, _plain, _cells),
     "depth": Both("pair", lambda run: run.analyse("depth"), _depth, _cells),
@@ -417,6 +444,7 @@ ANALYSES = {
     "supports": Both("rollouts", lambda run: run.analyse("supports"), _supports, _cells),
     "lineage": Both("three", lambda run: run.analyse("lineage"), _lineage, _cells),
     "recipes": Both("three", lambda run: run.analyse("recipes"), _recipes, _cells),
+    "map": Both("pair", lambda run: run.analyse("map"), _map, _map_found),
 }
 
 

@@ -87,6 +87,45 @@ def replay(
 
 
 @torch.no_grad()
+def taken(model: PreTrainedModel, ids: torch.Tensor, module: nn.Module, is_input: bool) -> torch.Tensor:
+    """One plain forward over ``[1, T]`` ids: what a module gives, or reads if ``is_input``, at the last position,
+    ``[W]``."""
+    seen: list[torch.Tensor] = []
+    _forward_with(model, ids, module, lambda rows: seen.append(rows[-1].clone()), is_input)
+    return seen[0]
+
+
+@torch.no_grad()
+def put(
+    model: PreTrainedModel, ids: torch.Tensor, module: nn.Module, row: torch.Tensor, columns: slice, is_input: bool
+) -> torch.Tensor:
+    """One plain forward in which some columns of what a module gives, or reads, at the last position are those of
+    ``row`` ``[W]``: the last block's output at the last position, ``[1, D]``."""
+
+    def change(rows: torch.Tensor) -> None:
+        rows[-1, columns] = row[columns]
+
+    return _forward_with(model, ids, module, change, is_input)
+
+
+def _forward_with(model: PreTrainedModel, ids: torch.Tensor, module: nn.Module, change: Any, is_input: bool) -> Any:
+    """A plain forward in which ``change`` sees what a module gives or reads, ``[T, W]``, and may change it."""
+
+    def hook(_: nn.Module, given: Any, *output: Any) -> Any:
+        given = output[0] if output else given
+        own = given[0] if isinstance(given, tuple) else given
+        changed = own.clone()
+        change(changed[0])
+        return (changed, *given[1:]) if isinstance(given, tuple) else changed
+
+    handle = module.register_forward_pre_hook(hook) if is_input else module.register_forward_hook(hook)
+    try:
+        return _forward(model, ids, {}, False)
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
 def margins(model: PreTrainedModel, last: torch.Tensor, event: HookEvent) -> torch.Tensor:
     """``[B, D]`` last block's output -> ``[B]``, logit(y_it) - logit(y_pt) under this model's norm and head."""
     normed = model.get_submodule(path_of(model, NORMS))(last).float()

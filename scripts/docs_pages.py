@@ -314,6 +314,7 @@ def _seconds(seconds: float) -> str:
 _TITLES = {
     "study": "Each analysis beside hooks",
     "sweep": "A study beside hooks, nnsight and TransformerLens",
+    "map": "A patching map beside hooks, nnsight and TransformerLens",
     "replay": "Replay beside its multiply-adds",
     "store": "Writing and reading a store",
     "store_chunks": "Sizes of chunks",
@@ -327,6 +328,7 @@ _TITLES = {
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "study": _workloads,
     "sweep": _workloads,
+    "map": _workloads,
     "replay": _workloads,
     "store": _store,
     "store_chunks": _store_chunks,

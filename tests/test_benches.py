@@ -114,13 +114,25 @@ def test_study_has_every_analysis_that_replays_beside_hooks(page):
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout.splitlines()[-1])
     names = [one["name"] for one in result["workloads"]]
-    assert names == ["grid, effects", "depth", "controls", "commitment", "supports", "lineage", "recipes", "whole"]
+    assert names[:4] == ["grid, effects", "depth", "controls", "commitment"]
+    assert names[4:] == ["supports", "lineage", "recipes", "map", "whole"]
     covered = {name for of in names[:-1] for name in of.split(", ")} - {"grid"}
     assert covered == {named.name for named in ANALYSES} - {"stability"}, "which runs whole models"
     for one in result["workloads"]:
         assert one["seconds"].keys() == {"hooks", "actcache"}
     assert ran.stderr.count("margins equal to the hooks'") == len(names) - 1
     assert page(result).count("x**)") == len(names)
+
+
+def test_map_has_states_beside_every_rival_that_is_there(page):
+    ran = run_smoke("map")
+    assert ran.returncode == 0, ran.stderr
+    result = json.loads(ran.stdout.splitlines()[-1])
+    states, parts = result["workloads"]
+    assert {"hooks", "actcache"} <= states["seconds"].keys()
+    assert parts["seconds"].keys() == {"hooks", "actcache"}
+    assert ran.stderr.count("margins equal to the hooks'") == len(states["seconds"])
+    assert page(result).count("x**)") == len(states["ratios"]) + len(parts["ratios"])
 
 
 def test_sweep_without_the_rivals(tmp_path):

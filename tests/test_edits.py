@@ -957,3 +957,22 @@ def test_layers_that_the_late_stack_does_not_have_are_named(layers, words):
 def test_layers_that_are_no_blocks_are_refused_where_they_are_written(layers):
     with pytest.raises(InputError, match=r"layer.*: expected a"):
         Edit(Add(torch.ones(2)), site="mlp", layers=layers)
+
+
+# ---- how far back ----
+
+
+def test_which_positions_a_variant_leaves_alone():
+    """Of sequences of 1, 3 and 6 positions: the first that it may change; and how many of the last, of any sequence."""
+    lengths, add = torch.tensor([1, 3, 6]), Add(torch.ones(4))
+    for edits, first, tail in [
+        ([], [0, 2, 5], 1),
+        ([Edit(add)], [0, 2, 5], 1),
+        ([Edit(add, (-1,)), Edit(add, (-1, -3))], [0, 0, 3], 3),
+        ([Edit(add, (-2,), "mlp", (3,)), Edit(add)], [0, 1, 4], 2),
+        ([Edit(add, (2,))], [0, 2, 2], None),
+        ([Edit(add, (2, -1)), Edit(add, (-5,))], [0, 2, 1], None),
+        ([Edit(add, "all")], [0, 0, 0], None),
+    ]:
+        variant = Variant("x", tuple(edits))
+        assert (variant.first(lengths).tolist(), variant.tail) == (first, tail), edits

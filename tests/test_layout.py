@@ -72,19 +72,19 @@ FLOW = {
     ),
     "replay": (
         *("vectors", "operations", "edits", "moves", "forwards", "copies", "swap", "workers", "modes", "batch"),
-        *("sizes", "passes", "late_stack", "streamed_late", "sweep"),
+        *("sizes", "passes", "late_stack", "taken", "streamed_late", "sweep"),
     ),
     "study": (
         *("statistics", "regression", "families", "overlap", "contrasts", "subsets", "left_out"),
         *("results", "scores", "work", "cells", "jobs"),
-        *("replay_job", "prefix_job", "size_job", "earlier_job", "forward_job"),
+        *("replay_job", "prefix_job", "size_job", "earlier_job", "map_job", "forward_job"),
         *("decode_job", "capture_job", "holding", "held", "engine", "runner", "decisions", "capture"),
         *("plan", "reads", "finished", "run_folder", "lens"),
         *("run", "section", "analysis", "further"),
     ),
     "analyses": (
         *("stability", "averages", "effects_text", "effects", "grid"),
-        *("depth", "supports", "lineage", "recipes", "controls", "commitment", "closure", "whole", "across"),
+        *("depth", "supports", "lineage", "recipes", "controls", "commitment", "closure", "map", "whole", "across"),
     ),
     "analyses/features": ("crosscoder", "batch_topk", "step", "trainer", "train", "gate", "contexts"),
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_the_switch_is_undone_after_an_error():
 @pytest.mark.parametrize("where", ["at the end", "anywhere"])
 def test_branches_equal_sequences_with_another_last_token(name, attention, where, monkeypatch):
     """Also where one sequence has more of them than one call takes, some have one, and some none."""
-    monkeypatch.setattr(packing, "_BRANCHES_AT_ONCE", 3)
+    monkeypatch.setattr(packing, "_BRANCHED_AT_ONCE", 3)
     model = build(name, attention)
     ids = [torch.randint(2, 50, (1, length)) for length in LENGTHS]
     bounds, prefix = offsets_of(LENGTHS).tolist(), Prefix()
@@ -160,6 +161,46 @@ def test_branches_equal_sequences_with_another_last_token(name, attention, where
         ]
     torch.testing.assert_close(found, torch.stack(whole), rtol=1e-5, atol=2e-5)
     assert model.config._attn_implementation == attention
+
+
+@st.composite
+def tails(draw):
+    """Lengths of sequences, and branches of theirs: the sequence, the first position and the last one of each."""
+    lengths = draw(st.lists(st.integers(1, 14), min_size=1, max_size=4))
+    found = []
+    for sequence, length in enumerate(lengths):
+        for _ in range(draw(st.integers(0, 5))):
+            last = draw(st.integers(0, length - 1))
+            found.append((sequence, draw(st.integers(0, last)), last))
+    return lengths, found or [(0, 0, 0)]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_branches_of_several_tokens_equal_sequences_that_end_in_them(name, attention):
+    model = build(name, attention)
+
+    @given(tails(), st.integers(1, 9))
+    @settings(max_examples=15)
+    def check(drawn, at_once):
+        lengths, branches = drawn
+        ids = [torch.randint(2, 50, (1, length)) for length in lengths]
+        bounds, prefix = offsets_of(lengths).tolist(), Prefix()
+        own = [torch.randint(2, 50, (1, last + 1 - first)) for _, first, last in branches]
+        sequence_of = [sequence for sequence, first, last in branches for _ in range(first, last + 1)]
+        positions = [position for _, first, last in branches for position in range(first, last + 1)]
+        sizes = [one.shape[1] for one in own]
+        with torch.no_grad(), mock.patch.object(packing, "_BRANCHED_AT_ONCE", at_once):
+            with packed_attention(model.config, bounds, prefix):
+                model(torch.cat(ids, dim=1), position_ids=restarting_positions(bounds), use_cache=False)
+            with branched_attention(model.config, prefix, sequence_of, positions, offsets_of(sizes).tolist()):
+                places = {"position_ids": torch.tensor([positions]), "use_cache": False}
+                found = model(torch.cat(own, dim=1), **places).logits[0].split(sizes)
+            for (sequence, first, _), tokens, logits in zip(branches, own, found, strict=True):
+                whole = model(torch.cat([ids[sequence][:, :first], tokens], dim=1), use_cache=False).logits[0, first:]
+                torch.testing.assert_close(logits, whole, rtol=1e-5, atol=2e-5)
+
+    check()
 
 
 # ---- the native core's attention ----

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from conftest import first_quick
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -88,6 +89,7 @@ def edits_of(kind, width, ids):
         "last, drawn": [Edit(MatchedNorm(1, "other"))],
         "last, of the event": [Edit(Add(vectors, per="event"))],
         "last, inside": [Edit(Add(shift), site="mlp", layers=(-2, -1)), Edit(Add(shift, 0.5))],
+        "last, heads": [Edit(Call(lambda rows, at: -rows, "turned"), site="heads", layers=(-2, -1))],
         "all": [Edit(Interpolate("other", 0.5), "all")],
         "all, permuted": [Edit(SignedPermutation(2, "other"), "all"), Edit(Add(shift), (0,))],
         "all, permuted per prompt": [Edit(SignedPermutation(2, "other", "prompt"), "all")],
@@ -100,7 +102,7 @@ def edits_of(kind, width, ids):
 
 
 KINDS = [
-    *("plain", "last", "last, of a donor", "last, drawn", "last, of the event", "last, inside", "all"),
+    *("plain", "last", "last, of a donor", "last, drawn", "last, of the event", "last, inside", "last, heads", "all"),
     *(
         "all, permuted",
         "all, permuted per prompt",
@@ -112,7 +114,7 @@ KINDS = [
     ),
 ]
 # What BLOOM's parts return includes the residual stream, and Mamba's blocks have no attention.
-OUTSIDE = [kind for kind in KINDS if kind not in ("last, inside", "all, inside", "all, drawn")]
+OUTSIDE = [kind for kind in KINDS if kind not in ("last, inside", "last, heads", "all, inside", "all, drawn")]
 
 
 @st.composite
@@ -148,6 +150,51 @@ def test_events_of_a_sequence_are_what_separate_replays_give(name, workers):
         exact = separate(late, rows, offsets, positions, variants, strict=True, **one)
         strict = late.run_variants(rows, offsets, variants, positions=positions, strict=True, **one)
         assert torch.equal(strict, exact)
+        found = late.run_variants(rows, offsets, variants, positions=positions, max_tokens=max_tokens, **one)
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
+
+    check()
+
+
+def late_edits(width, ids):
+    """Edits that leave the first positions alone, as far as each says."""
+    shift = draw(width, seed=5)
+    vectors = {event: draw(width, seed=10 + number) for number, event in enumerate(ids)}
+    return {
+        "third last": [Edit(Replace("other"), (-3,))],
+        "second last and inside": [Edit(Add(shift), (-2,)), Edit(Add(shift), (-3, -1), "mlp", (-1,))],
+        "inside, third last": [Edit(Add(shift), (-3,), "attention", (-2, -1))],
+        "of the event": [Edit(Add(vectors, per="event"), (-2,))],
+        "second": [Edit(Add(shift), (1,))],
+        "second and last": [Edit(MatchedNorm(1, "other"), (1, -1))],
+        "last": [Edit(Replace("other"))],
+        "plain": [],
+        "all": [Edit(Interpolate("other", 0.5), "all")],
+    }
+
+
+@pytest.mark.parametrize("name", first_quick(("llama", "phi3 longrope", "gpt2", "gptj", "deepseek_v3", "bloom")))
+@pytest.mark.parametrize("workers", ["alone"], indirect=True)
+def test_variants_of_the_last_positions_are_what_separate_replays_give(name, workers):
+    """Also where events of a sequence share a run, in any order, and variants of all kinds are mixed."""
+    late = late_of(name)
+    kinds = [kind for kind in late_edits(WIDTH, IDS) if MODES[name] == "packed" or "inside" not in kind]
+
+    @given(
+        st.lists(st.integers(3, 14), min_size=1, max_size=4),
+        st.lists(st.tuples(st.integers(0, 3), st.integers(2, 13)), min_size=1, max_size=8),
+        st.lists(st.sampled_from(kinds), min_size=1, max_size=5),
+        st.sampled_from([None, 30, 1]),
+    )
+    @settings(max_examples=15)
+    def check(lengths, drawn, chosen, max_tokens):
+        positions = [(s % len(lengths), min(p, lengths[s % len(lengths)] - 1)) for s, p in drawn]
+        rows, other = draw(sum(lengths), late.width, seed=len(lengths)), draw(sum(lengths), late.width, seed=20)
+        offsets, ids = [0, *itertools.accumulate(lengths)], IDS[: len(positions)]
+        edits = late_edits(late.width, ids)
+        variants = [Variant(f"{i}", edits[kind]) for i, kind in enumerate(chosen)]
+        one = {"donors": {"other": other}, "keys": ids}
+        exact = separate(late, rows, offsets, positions, variants, strict=True, **one)
         found = late.run_variants(rows, offsets, variants, positions=positions, max_tokens=max_tokens, **one)
         torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-4)
 
@@ -230,6 +277,13 @@ def test_events_share_a_pass_as_far_as_mode_regime_and_variant_let_them():
     assert divided(spans, [plain, last], regimes=Regimes((8,))) == [(apart, [], [0, 1])]
     assert divided(spans, [plain, last], regimes=Regimes(longest_row=8)) == [(together, [0], []), (alone, [1], [])]
     assert divided(spans, []) == []
+    near, early = (Variant(f"{at}", [Edit(Add(SHIFT), (at,))]) for at in (-3, 2))
+    assert divided(spans, [near]) == [(together, [], [0])]  # 15 rows and 4 x 3, against 30
+    assert divided(spans, [near, last, plain]) == [(together, [], [0, 1, 2])]
+    assert divided(spans[:2], [near, last, plain]) == [(alone[:2], [], [0, 1, 2])]
+    assert divided(spans, [early, plain]) == [(together, [0, 1], [])]  # 10 + 1 + 1 + 10 rows, against 15
+    assert divided([range(12)], [early, last, plain]) == [([(range(12), [0])], [], [0, 1, 2])]  # 12 and 10 + 1 + 1
+    assert divided(spans, [near, last], "single")[-1] == (alone, [0, 1], [])
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

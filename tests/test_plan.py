@@ -228,7 +228,8 @@ def test_replays_are_counted_by_sequence_place_and_event(models, mode):
     lengths, sequences = [5, 9, 9, 12, 7], [0, 0, 0, 0, 1]
     scored = Places.of(lengths, sequences)
     assert [scored.sequences.tolist(), scored.places.tolist()] == [[12, 7], [5, 9, 12, 7]]
-    work = ReplayWork(3, "it", ("position", "prefix"), ("native",), n_last=5, n_whole=3, n_apart=2, mode=mode)
+    how = {"n_last": 5, "tails": (2, 6), "n_whole": 3, "n_apart": 2, "mode": mode}
+    work = ReplayWork(3, "it", ("position", "prefix"), ("native",), **how)
 
     def blocks(tokens: list[float]) -> float:
         return shape.products(np.array(tokens, float), first=3)
@@ -236,10 +237,12 @@ def test_replays_are_counted_by_sequence_place_and_event(models, mode):
     head, step = shape.head_products, shape.step_products(np.array(lengths, float) - 1, first=3)
     replay = blocks([5, 9, 12, 7]) if mode == "single" else blocks([12, 7])
     last = {"packed": step, "padded": blocks(lengths), "single": blocks([5, 9, 12, 7])}[mode]
+    before = [[max(0, length - n) for length in lengths] for n in (2, 6)]
+    tails = sum(blocks(lengths) - blocks(of) for of in before) if mode == "packed" else 2 * last
     found = total([work.cost(shape, 2, scored)])
     assert found["grid"] == pytest.approx(2 * replay + last + (3 + 1) * 5 * head)
-    assert found["variants"] == pytest.approx(3 * (5 * last + replay + 2 * blocks(lengths)))
-    n_passes = (3 - 1) + 8 * 3 + 1
+    assert found["variants"] == pytest.approx(3 * (5 * last + tails + replay + 2 * blocks(lengths)))
+    n_passes = (3 - 1) + 10 * 3 + 1
     assert found["hooks"] == pytest.approx(n_passes * (shape.products(np.array(lengths, float)) + 5 * head))
 
 

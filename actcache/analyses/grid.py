@@ -259,6 +259,9 @@ def planned_work(settings: GridSettings, checkpoints: Sequence[str]) -> list[Rep
     for boundary in settings.boundaries:
         variants = settings.variants_at(boundary)[1:]  # the plain one apart
         n_last = sum(variant.at_last_only for variant in variants)
+        more = [variant for variant in variants if not variant.at_last_only]
+        tails = tuple(sorted(variant.tail for variant in more if variant.tail is not None))
+        others = [variant for variant in more if variant.tail is None]
         for late in checkpoints:
             one = ReplayWork(
                 boundary,
@@ -266,8 +269,9 @@ def planned_work(settings: GridSettings, checkpoints: Sequence[str]) -> list[Rep
                 tuple(sorted(settings.scopes)),
                 tuple(sorted(settings.readouts)),
                 n_last=n_last,
-                n_whole=len(variants) - n_last,
-                n_apart=sum(not one.at_last_only and one.depends_on_event for one in variants),
+                tails=tails,
+                n_whole=len(others),
+                n_apart=sum(one.depends_on_event for one in others),
                 top1=settings.wants_top1,
                 kl=settings.kl,
                 mode="single" if settings.strict else "packed",

@@ -433,9 +433,10 @@ def _notes(study: Study, assumed: Assumptions, held: str) -> dict[str, str]:
             f"per event: {_counted(sum(cells), 'cell')} at {_counted(boundaries, 'boundary')}, "
             f"{_counted(readouts, 'readout')} each"
         )
-        edited = {"one token": 0, "the sequence": 0}
+        edited = {"one token": 0, "a few tokens": 0, "the sequence": 0}
         for one, n_cells in zip(work, cells, strict=True):
             edited["one token" if one.mode == "packed" else "the sequence"] += n_cells * one.n_last
+            edited["a few tokens" if one.mode == "packed" else "the sequence"] += n_cells * len(one.tails)
             edited["the sequence"] += n_cells * one.n_whole
         replays = (f"{_counted(number, 'replay')} of {what}" for what, number in edited.items() if number)
         notes["variants_multiply_adds"] = f"per event: {', '.join(replays)}"

@@ -162,20 +162,28 @@ class Backbone:
         raise UnsupportedModelError(f"{type(self.decoder).__name__}: its last block never called attention")
 
     def forward_branches(
-        self, prefix: Prefix, sequence_of: Sequence[int], positions: torch.Tensor, **inputs: torch.Tensor
+        self,
+        prefix: Prefix,
+        sequence_of: Sequence[int],
+        positions: torch.Tensor,
+        bounds: Sequence[int] | None = None,
+        **inputs: torch.Tensor,
     ) -> torch.Tensor:
-        """Run tokens that stand at positions of sequences whose prefix is known; each sees those before it and itself.
+        """Run branches: tokens that stand at positions of sequences whose prefix is known, one or several in a row.
+
+        A token sees the positions before its branch, and those of its branch up to itself.
 
         Args:
             prefix: as :meth:`forward_to_last_keys` left it, with the keys of every block that runs here.
             sequence_of: ``[n]``, each token's sequence in that pack; those of one sequence together.
             positions: ``[n]`` int64 on the CPU, each token's position in it.
+            bounds: ``[m + 1]``, where each branch begins; None where every token is one.
             inputs: ``inputs_embeds=[1, n, D]``.
 
         Returns:
             ``[n, D]``, last block's output.
         """
-        attention = branched_attention(self.config, prefix, sequence_of, positions.tolist())
+        attention = branched_attention(self.config, prefix, sequence_of, positions.tolist(), bounds)
         with self._turns, attention, fast_products(self.blocks):
             return self.run(**inputs, position_ids=positions[None].to(self.device), use_cache=False)[0]
 

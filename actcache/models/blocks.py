@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from actcache.counts import check_whole
 from actcache.errors import InputError, UnsupportedModelError
@@ -39,6 +40,9 @@ _SITE_NAMES = {
 # What goes by these names is either part, or a recurrence, depending on the block: the name of its class decides.
 _AMBIGUOUS_NAMES = ("mixer", "temporal_block")
 _SITE_CLASSES = {"attention": ("attention",), "mlp": ("mlp", "moe")}
+
+# The names that attention gives to the linear layer that mixes what its heads give.
+_PROJECTION_NAMES = ("o_proj", "out_proj", "c_proj", "dense", "Wo", "wo")
 
 
 @dataclass(frozen=True)
@@ -405,6 +409,36 @@ def find_site(block: nn.Module, site: str) -> nn.Module:
     if _adds_residual(module):
         raise UnsupportedModelError(f"{name}: what its {found[0]} returns already includes the residual stream")
     return module
+
+
+def find_projection(block: nn.Module) -> nn.Module:
+    """The linear layer of a block's attention that mixes its heads: what it reads are theirs side by side.
+
+    Raises:
+        UnsupportedModelError: as :func:`find_site`; or the attention has no such layer, or several.
+    """
+    attention = find_site(block, "attention")
+    found = [part for path, part in attention.named_modules() if path.rpartition(".")[2] in _PROJECTION_NAMES]
+    if len(found) != 1 or not isinstance(found[0], nn.Linear | Conv1D):
+        children = ", ".join(child for child, _ in attention.named_children())
+        raise UnsupportedModelError(
+            f"{type(attention).__name__}: no single linear layer that mixes its heads was found; it has {children}"
+        )
+    return found[0]
+
+
+def n_heads(config: PreTrainedConfig, width: int) -> int:
+    """How many heads lie side by side in ``width`` values, by the config of the decoder.
+
+    Raises:
+        UnsupportedModelError: it names no heads that are so wide together.
+    """
+    heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, int) and heads > 0 and width % heads == 0:
+        own = [getattr(config, name, None) for name in ("v_head_dim", "head_dim")]
+        if next((size for size in own if size), width // heads) == width // heads:
+            return heads
+    raise UnsupportedModelError(f"{config.model_type}: its config names {heads} heads, which give {width} values")
 
 
 def _is_named(module: nn.Module, words: tuple[str, ...]) -> bool:

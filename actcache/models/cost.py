@@ -39,6 +39,7 @@ class ModelShape:
         block_products: multiply-adds of a token in the linear layers of each block.
         pair_products: multiply-adds of one query with one key, over all heads: scores and weighted values.
         windows: of each block's attention, in tokens; None sees everything before.
+        n_heads: of a block's attention.
         cache_width: values that one block caches a token.
         readout_parameters: final norm and head.
         widest: ``(rows, columns)`` of the largest matrix that tokens go through whole.
@@ -56,6 +57,7 @@ class ModelShape:
     block_products: tuple[int, ...]
     pair_products: int
     windows: tuple[int | None, ...]
+    n_heads: int
     cache_width: int
     readout_parameters: int
     widest: tuple[int, int]
@@ -95,6 +97,7 @@ class ModelShape:
             block_products=tuple(_token_products(block, active) for block in blocks),
             pair_products=heads * (key_dim + value_dim),
             windows=tuple(_window(config, index) for index in range(anatomy.n_blocks)),
+            n_heads=heads,
             cache_width=(getattr(config, "num_key_value_heads", None) or heads) * (key_dim + value_dim),
             readout_parameters=_count(model.get_submodule(anatomy.final_norm)) + _count(head),
             widest=tuple(max(matrices, key=torch.Tensor.numel).shape[-2:]),
@@ -120,6 +123,11 @@ class ModelShape:
             return float((seen if window is None else np.minimum(seen, window)).sum())
 
         return self._products(first, float(len(contexts)), pairs)
+
+    def tail_products(self, lengths: Numbers, n: int, *, first: int = 0) -> float:
+        """Multiply-adds of blocks ``first..L-1`` for the last ``n`` tokens of sequences of these lengths, after the
+        others; of shorter sequences for all."""
+        return self.products(lengths, first=first) - self.products(np.maximum(lengths - n, 0.0), first=first)
 
     def _products(self, first: int, n_tokens: float, pairs: Callable[[int | None], float]) -> float:
         linear = n_tokens * sum(self.block_products[first:])

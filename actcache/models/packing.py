@@ -8,8 +8,9 @@ sinks stay the model's. Positions restart at 0 in every sequence. Packs whose ma
 within a window, go to one kernel instead: torch's varlen attention on CUDA, the native core's on the CPU.
 
 A pack can leave behind its :class:`Prefix`: the keys and values of all positions but the last of every sequence. A
-second forward over *branches*, tokens that stand at one of the sequence's positions, then reads those before it: a
-thousand variants of one state cost a thousand tokens, not a thousand sequences.
+second forward over *branches* then reads them: a branch is one token or several in a row that stand at positions of a
+sequence, and sees those before its first one. A thousand variants of one state cost a thousand tokens, not a thousand
+sequences.
 
 Knows tensors, transformers' attention registry and the native core; knows no model, no tokens, no files.
 """
@@ -43,9 +44,9 @@ IMPLEMENTATION = "actcache_packed"
 # Beyond this many tokens torch's attention, which cuts keys into tiles, is as fast as the core's.
 _LONGEST_IN_CORE = 1024
 
-# Branches of one sequence that one attention call takes: each sees its own key only, so the keys of the others are
-# masked work, which grows with their number, while the calls grow with its inverse.
-_BRANCHES_AT_ONCE = 64
+# Tokens of one sequence's branches that one attention call takes: each sees the keys of its own branch only, so those
+# of the others are masked work, which grows with their number, while the calls grow with its inverse.
+_BRANCHED_AT_ONCE = 64
 
 Mask = torch.Tensor | None  # [1, 1 or H, T, T], boolean or additive; None is plain causal
 
@@ -156,12 +157,19 @@ def packed_attention(
 
 @contextmanager
 def branched_attention(
-    config: PretrainedConfig, prefix: Prefix, sequence_of: Sequence[int], positions: Sequence[int]
+    config: PretrainedConfig,
+    prefix: Prefix,
+    sequence_of: Sequence[int],
+    positions: Sequence[int],
+    bounds: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """Within this block, token i of a ``[1, n]`` batch stands at ``positions[i]`` of sequence ``sequence_of[i]`` of the
-    pack that left ``prefix``: it sees that sequence's earlier positions and itself, no other token of the batch.
-    Tokens of one sequence shall stand together. (Threads: as :func:`packed_attention`.)"""
-    with _switched(config, _Branches(prefix, sequence_of, positions, config._attn_implementation)):
+    pack that left ``prefix``. The batch is cut into branches at ``bounds``, or into tokens if None; those of a branch
+    stand at positions of one sequence that follow one another. A token sees the sequence's positions before its branch,
+    and those of its branch up to itself, as far as the model's mask lets it; no other token of the batch. Branches of
+    one sequence shall stand together. (Threads: as :func:`packed_attention`.)"""
+    bounds = range(len(positions) + 1) if bounds is None else bounds
+    with _switched(config, _Branches(prefix, sequence_of, positions, bounds, config._attn_implementation)):
         yield
 
 
@@ -271,15 +279,28 @@ class _Branches:
     """Tokens at positions of sequences whose earlier keys and values are known."""
 
     def __init__(
-        self, prefix: Prefix, sequence_of: Sequence[int], positions: Sequence[int], implementation: str
+        self,
+        prefix: Prefix,
+        sequence_of: Sequence[int],
+        positions: Sequence[int],
+        bounds: Sequence[int],
+        implementation: str,
     ) -> None:
         self._prefix, self._positions = prefix, positions
         self._implementation = implementation
+        # Of every token, its branch, told by where that begins, and how many positions come before it.
+        self._branch = [start for start, stop in itertools.pairwise(bounds) for _ in range(stop - start)]
+        self._known = [positions[start] for start in self._branch]
         self._runs: list[tuple[int, slice]] = []  # a sequence, and tokens of it that one attention call takes
-        for sequence, tokens in itertools.groupby(range(len(sequence_of)), key=sequence_of.__getitem__):
-            members = list(tokens)
-            for first in range(members[0], members[-1] + 1, _BRANCHES_AT_ONCE):
-                self._runs.append((sequence, slice(first, min(first + _BRANCHES_AT_ONCE, members[-1] + 1))))
+        for sequence, of in itertools.groupby(itertools.pairwise(bounds), key=lambda branch: sequence_of[branch[0]]):
+            begin = end = None
+            for start, stop in of:
+                if begin is None or stop - begin > _BRANCHED_AT_ONCE:
+                    if begin is not None:
+                        self._runs.append((sequence, slice(begin, end)))
+                    begin = start
+                end = stop
+            self._runs.append((sequence, slice(begin, end)))
         self._masks: dict[tuple[int, int], Mask] = {}  # by the first token of a run and the sequence's mask
 
     def masks(self, local_size: int | None, use_vmap: bool, builder_arguments: dict[str, Any]) -> None:
@@ -294,36 +315,48 @@ class _Branches:
         masks: None,
         arguments: dict[str, Any],
     ) -> torch.Tensor:
-        """Attention of every branch to the earlier positions of its sequence and to itself."""
+        """Attention of every branch to the positions of its sequence before it and to itself."""
         attend = _own_attention(module, self._implementation)
         entries = self._prefix.layers[module]
         outputs = []
         for sequence, run in self._runs:
             known_keys, known_values, mask = entries[sequence]
-            at = self._positions[run]
-            n_known = max(at)
+            known = self._known[run]
+            n_known = max(known)
             keys = torch.cat([known_keys[:, :, :n_known], key[:, :, run]], dim=2)
             values = torch.cat([known_values[:, :, :n_known], value[:, :, run]], dim=2)
             place = run.start, id(mask)  # most layers have the same mask
             if place not in self._masks:
-                self._masks[place] = _branch_mask(mask, at, key.device)
+                where = self._positions[run], known, self._branch[run]
+                self._masks[place] = _branch_mask(mask, *where, key.device)
             outputs.append(attend(module, query[:, :, run], keys, values, self._masks[place], **arguments)[0])
         return torch.cat(outputs, dim=1)
 
 
-def _branch_mask(mask: Mask, positions: Sequence[int], device: torch.device) -> Mask:
-    """``[1, 1 or H, n, p + n]`` for branches at these positions, of which p is the last: each one's row of the model's
-    mask for the positions before it, the diagonal for the branches; None where a single branch sees everything."""
-    n, p = len(positions), max(positions)
+def _branch_mask(
+    mask: Mask, positions: Sequence[int], known: Sequence[int], branches: Sequence[int], device: torch.device
+) -> Mask:
+    """``[1, 1 or H, n, m + n]`` for tokens at these positions, with the keys of the m positions before the latest
+    branch and their own: each one's row of the model's mask, as far as its branch goes; None where a single token sees
+    everything.
+
+    Args:
+        mask: the model's, of the sequence.
+        positions: ``[n]``, where the tokens stand.
+        known: ``[n]``, how many positions come before each one's branch.
+        branches: ``[n]``, what tells each one's branch from the others.
+    """
+    n, m = len(positions), max(known)
     if mask is None and n == 1:
         return None
-    at = torch.tensor(positions, device=device)
-    rows = torch.ones(1, 1, n, p + 1, dtype=torch.bool, device=device) if mask is None else mask[:, :, at]
+    at, n_before, branch = (torch.tensor(of, device=device) for of in (positions, known, branches))
+    width = max(positions) + 1
+    rows = torch.ones(1, 1, n, width, dtype=torch.bool, device=device) if mask is None else mask[:, :, at]
     hidden = False if rows.dtype == torch.bool else torch.finfo(rows.dtype).min
-    own = rows.gather(-1, at[None, None, :, None].expand(*rows.shape[:2], -1, 1))
-    before = torch.arange(p, device=device) < at[:, None]
-    diagonal = torch.eye(n, dtype=torch.bool, device=device)
-    parts = ((rows[..., :p], before), (own.expand(-1, -1, -1, n), diagonal))
+    own = rows.gather(-1, at.expand(*rows.shape[:2], n, n))
+    before = torch.arange(m, device=device) < n_before[:, None]
+    beside = (branch[:, None] == branch) & (at <= at[:, None])
+    parts = ((rows[..., :m], before), (own, beside))
     return torch.cat([part.masked_fill(~seen, hidden) for part, seen in parts], dim=-1)
 
 

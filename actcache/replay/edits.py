@@ -32,7 +32,8 @@ from actcache.replay.operations import SignedPermutation as SignedPermutation
 from actcache.replay.operations import no_donor_inside, unfitting
 from actcache.replay.vectors import EventVectors, InOneLine, bytes_of
 
-Site = Literal["state", "attention", "mlp"]
+Site = Literal["state", "attention", "mlp", "heads"]
+HEADS: Site = "heads"
 Positions = str | tuple[int, ...]  # "last", "all", or positions of the sequence; negative ones count from its end
 Layer = int | float | str  # counted as boundaries are: negative from the last block, a fraction; or from..to of these
 
@@ -45,7 +46,8 @@ class Edit(InOneLine):
         operation: what.
         positions: ``last`` (position p), ``all``, or positions of the sequence (negative: from its end, -1 is p).
         site: ``state`` (entering the boundary), or the output of a block's ``attention`` or ``mlp`` as that module
-            returns it: before any norm, scale or residual that the block applies to it afterwards.
+            returns it: before any norm, scale or residual that the block applies to it afterwards. Or its ``heads``:
+            what the attention's output projection reads, all heads side by side.
         layers: blocks, for a site inside the stack, counted as boundaries are: an index, a negative one from the last
             block (-1), or a fraction of the depth (0.9); or a range of them, both ends included (``"0.9..-1"``).
     """
@@ -78,6 +80,17 @@ class Edit(InOneLine):
     def at_last_only(self) -> bool:
         """Whether it leaves every position before p alone."""
         return self.positions == "last"
+
+    def first(self, lengths: torch.Tensor) -> torch.Tensor:
+        """The first position that it may change of sequences of these lengths ``[n]``: ``[n]`` int64, the last one
+        where it changes none."""
+        if self.positions == "all":
+            return torch.zeros_like(lengths)
+        found = lengths - 1
+        for number in (-1,) if isinstance(self.positions, str) else self.positions:
+            at = torch.full_like(lengths, number) if number >= 0 else lengths + number
+            found = torch.where((at >= 0) & (at < found), at, found)
+        return found
 
     @property
     def depends_on_event(self) -> bool:
@@ -150,7 +163,7 @@ class Edit(InOneLine):
                 value = value.of_events(list(dict.fromkeys(keys)))
             if not isinstance(value, torch.Tensor):
                 continue
-            if value.shape[-1] != width:
+            if value.shape[-1] != width and self.site != HEADS:  # whose width is found when they run
                 raise InputError(f"variant {name!r}: {unfitting(value, width)}")
             if not are_states(value.to(dtype)):
                 raise InputError(
@@ -189,6 +202,27 @@ class Variant(InOneLine):
     def at_last_only(self) -> bool:
         """Whether earlier positions keep their states, keys and values."""
         return all(edit.at_last_only for edit in self.edits)
+
+    def first(self, lengths: torch.Tensor) -> torch.Tensor:
+        """The position before which all states, keys and values stay, of sequences of these lengths ``[n]``: ``[n]``
+        int64, at most the last one."""
+        found = lengths - 1
+        for edit in self.edits:
+            found = torch.minimum(found, edit.first(lengths))
+        return found
+
+    @property
+    def tail(self) -> int | None:
+        """How many of the last positions it may change, where that does not depend on the sequence; else None."""
+        first = -1
+        for edit in self.edits:
+            if isinstance(edit.positions, tuple):
+                if max(edit.positions) >= 0:
+                    return None
+                first = min(first, *edit.positions)
+            elif not edit.at_last_only:
+                return None
+        return -first
 
     @property
     def depends_on_event(self) -> bool:

@@ -20,10 +20,11 @@ from transformers import PreTrainedModel
 
 from actcache.finite import first_block
 from actcache.models.backbone import Backbone
-from actcache.models.blocks import StateSource, UpstreamStandIn, find_site
+from actcache.models.blocks import StateSource, UpstreamStandIn, find_projection, find_site
 from actcache.models.linear import fast_products
 from actcache.models.packing import Prefix
 from actcache.models.readout import Readout
+from actcache.replay.edits import HEADS
 
 Mode = Literal["packed", "padded", "single"]
 
@@ -66,8 +67,9 @@ class Forwards:
         return list(self.backbone.blocks)[self.boundary :]
 
     def site(self, layer: int, site: str) -> nn.Module:
-        """The module whose output a site is (UnsupportedModelError: the block has no such module)."""
-        return find_site(self.backbone.blocks[layer], site)
+        """The module whose output a site is, or whose input the heads are (UnsupportedModelError: the block has no such
+        module)."""
+        return site_in(self.backbone.blocks[layer], site)
 
     def plain(self, state: torch.Tensor) -> torch.Tensor:
         """The model's own forward over ``[B, T, D]`` states -> ``[B, T, D]`` last block's output."""
@@ -127,13 +129,18 @@ class Forwards:
             return self.backbone.forward_to_last_keys(bounds, every_block=every_block, inputs_embeds=inputs)
 
     def branches(
-        self, prefix: Prefix, sequence_of: Sequence[int], positions: torch.Tensor, rows: torch.Tensor
+        self,
+        prefix: Prefix,
+        sequence_of: Sequence[int],
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+        bounds: Sequence[int] | None = None,
     ) -> torch.Tensor:
-        """Run rows ``[n, D]`` that stand at ``positions`` ``[n]`` of sequences whose prefix is known (see
-        :meth:`Backbone.forward_branches`) -> ``[n, D]`` last block's output."""
+        """Run rows ``[n, D]`` that stand at ``positions`` ``[n]`` of sequences whose prefix is known, cut into branches
+        at ``bounds`` (see :meth:`Backbone.forward_branches`) -> ``[n, D]`` last block's output."""
         with self.handing_on(rows[None]):
             inputs = torch.zeros_like(rows)[None]
-            return self.backbone.forward_branches(prefix, sequence_of, positions, inputs_embeds=inputs)
+            return self.backbone.forward_branches(prefix, sequence_of, positions, bounds, inputs_embeds=inputs)
 
     def first_not_finite(self, state: torch.Tensor) -> str:
         """Which block is the first whose output is not finite, of one sequence's states ``[T, D]``, in words."""
@@ -169,6 +176,11 @@ class Forwards:
             yield
         finally:
             modules.update(own)
+
+
+def site_in(block: nn.Module, site: str) -> nn.Module:
+    """See :meth:`Forwards.site`."""
+    return find_projection(block) if site == HEADS else find_site(block, site)
 
 
 def _padded_index(bounds: Sequence[int]) -> torch.Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from actcache.errors import ActcacheError, InputError, NotFiniteError
 from actcache.finite import first_no_state
@@ -176,6 +176,11 @@ class LateStack:
         )
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """The decoder's."""
+        return self._forwards.backbone.config
+
+    @property
     def blocks(self) -> list[nn.Module]:
         """The late blocks themselves. What is hooked to them may be called from several threads, on copies of them."""
         return self._forwards.blocks
@@ -288,10 +293,10 @@ class LateStack:
         Each event counts as a sequence of its own, cut after its position. So to an edit, ``last`` and -1 are the
         event's position, and ``all`` ends with it; what random edits draw, and a vector per event, is the event's.
 
-        Where the mode is ``packed``, variants that change the event's position alone share the keys and values of the
-        earlier ones, with the other events of the sequence too: each costs one row through the late blocks. Variants
-        that change rows whatever the event is cost a replay of the sequence for all of its events; all others cost one
-        for each event.
+        Where the mode is ``packed``, variants that leave the first positions alone share the keys and values of these,
+        with the other events of the sequence too: each costs the rows from the first position that it changes to the
+        event's through the late blocks, one where it changes the event's alone. Of all others, variants that change
+        rows whatever the event is cost a replay of the sequence for all of its events, the rest one for each event.
 
         Args:
             rows, offsets, positions, strict, max_tokens: as :meth:`run`.

@@ -74,7 +74,7 @@ def _why_not(
 
     The second sequence must give what it gives alone, to rounding: behind the first, behind a changed one, before it,
     and where rows of another go on in it. In mode ``packed`` the same holds of it as a branch of another sequence that
-    differs at its last position.
+    differs at its last position, or at its last two.
     """
     decoder, n = forwards.backbone.decoder, len(second)
     alone = forwards.plain(second[None])[0, -1].float()
@@ -93,13 +93,14 @@ def _why_not(
         except FAILURES as error:
             return why_failed(decoder, mode, error)
     if mode == "packed":
-        bounds = offsets_of([n, n]).tolist()
-        mixed = torch.cat([first[: n - 1], second[-1:], second[:-1], first[-1:]])
-        _, prefix = forwards.to_last_keys(mixed, bounds, every_block=True)
-        ends = torch.tensor([n - 1, n - 1, n - 1])
-        rows = torch.stack([changed[0], second[-1], changed[1]])
+        bounds = offsets_of([n, n, n]).tolist()
+        mixed = [first[: n - 1], second[-1:], second[:-1], first[-1:], second[:-2], first[:2]]
+        _, prefix = forwards.to_last_keys(torch.cat(mixed), bounds, every_block=True)
+        at = torch.tensor([n - 1, n - 1, n - 1, n - 2, n - 1, n - 2, n - 1])
+        rows = torch.cat([changed[:1], second[-1:], changed[1:4], second[-2:]])
         try:
-            found.append(forwards.branches(prefix, [0, 1, 1], ends, rows)[1])
+            branched = forwards.branches(prefix, [0, 1, 1, 2, 2, 2, 2], at, rows, [0, 1, 2, 3, 5, 7])
+            found += branched[[1, 6]]
         except FAILURES as error:
             return why_failed(decoder, mode, error)
     off = max((one.float() - alone).abs().max().item() for one in found)

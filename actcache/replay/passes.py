@@ -3,8 +3,9 @@
 An event is a sequence up to one of its positions, p. What a variant makes of it is what a replay of that sequence alone
 gives, cut after p: ``last`` is p, and keys name the event. Three ways lead there, and differ by rounding:
 
-- Variants that change nothing before p are *branches*: one pass leaves every block's keys and values, and each event of
-  each variant costs one row through the late blocks.
+- Variants that leave the first positions alone are *branches*: one pass leaves every block's keys and values, and each
+  event of each variant costs the rows from the first position that it changes to p. That is one row through the late
+  blocks, where p alone is changed. Variants that change so much that this would cost more take one of the other ways.
 - Variants that change rows alike for every event are *whole*: one pass for each, read at every event's position.
 - Of all others, and wherever a forward shall be that of one sequence, each event has a pass of its own.
 
@@ -20,13 +21,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from actcache.models.blocks import of_this_thread
-from actcache.models.packing import offsets_of
+from actcache.models.packing import offsets_of, plan_packs
 from actcache.models.regimes import Regimes
 from actcache.replay.batch import Batch
-from actcache.replay.edits import Edit, Rows, Variant
+from actcache.replay.edits import HEADS, Edit, Rows, Variant
 from actcache.replay.forwards import Forwards, Inside
 from actcache.replay.sizes import sizes_of
 
@@ -65,16 +65,19 @@ def divide(batch: Batch, regimes: Regimes) -> list[Work]:
         together = _passes(batch.spans, [(span.start, regimes.of(len(span))) for span in batch.spans])
     numbers = range(len(batch.variants))
     shares = len(together) < len(batch.spans)
+    apart = {number for number in numbers if shares and batch.variants[number].depends_on_event}
     branches: list[int] = []
     # Where the place in the row counts, a row of branches is no place for the last position of a sequence.
     if batch.mode == "packed" and all(regimes.in_row(len(span)) for span in batch.spans):
-        branches = [number for number in numbers if batch.variants[number].at_last_only]
-        if len(branches) < 2 and not (shares and any(batch.variants[number].edits for number in branches)):
-            branches = []  # nothing to share
-    others = [number for number in numbers if number not in set(branches)]
-    apart = [number for number in others if shares and batch.variants[number].depends_on_event]
-    whole = [number for number in others if number not in set(apart)]
-    works = Work(together, whole, branches), Work(_passes(batch.spans, range(len(batch.spans))), apart, [])
+        once, each = sum(len(one.rows) for one in together), int(batch.lengths.sum())
+        of_branches = {n: int((batch.lengths - one.first(batch.lengths)).sum()) for n, one in enumerate(batch.variants)}
+        saved = {number: (each if number in apart else once) - of_branches[number] for number in numbers}
+        branches = [number for number in numbers if saved[number] > 0]
+        if sum(saved[number] for number in branches) <= once:
+            branches = []  # the pass that they branch off would cost more than they save
+    whole = [number for number in numbers if number not in apart and number not in set(branches)]
+    alone = sorted(apart - set(branches))
+    works = Work(together, whole, branches), Work(_passes(batch.spans, range(len(batch.spans))), alone, [])
     return [work for work in works if work.whole or work.branches]
 
 
@@ -156,29 +159,37 @@ class PackedPasses:
         return lambda rows, index: self.editing([(variant, index, at.chosen(rows))])
 
     def branches(self, numbers: Sequence[int]) -> Iterator[Result]:
-        """Run all passes once, and some variants of some events' last positions at a time from there."""
+        """Run all passes once, and some variants of some events at a time from there, each from the first position that
+        it changes on."""
         _, prefix = self.forwards.to_last_keys(self.state, self.bounds, every_block=True)
         row = max(1, self.forwards.backbone.regimes.row(self.batch.budget))
         sequence_of = torch.bucketize(self.ends, torch.tensor(self.bounds[1:]), right=True)
-        for some in torch.arange(len(self.events)).split(row):
-            events, ends = self.events[some], self.ends[some]
-            at = replace(self.at.chosen(ends), sequence=events)
-            end_rows = self.state[ends.to(self.state.device)]
-            step = max(1, row // len(some))
-            for few in (numbers[first : first + step] for first in range(0, len(numbers), step)):
-                places = [replace(at, watch=self.batch.moves.watch(number, events, events)) for number in few]
-                variants = [self.batch.variants[number] for number in few]
-                edited = [variant.edit_states(end_rows, place) for variant, place in zip(variants, places, strict=True)]
-                tokens = torch.arange(len(some) * len(few)).view(len(some), len(few))
-                with self.editing(list(zip(variants, tokens.T, places, strict=True))):
-                    hidden = self.forwards.branches(
-                        prefix,
-                        sequence_of[some].repeat_interleave(len(few)).tolist(),
-                        at.position.repeat_interleave(len(few)),
-                        torch.stack(edited, dim=1).flatten(0, 1),
-                    )
+        lengths = self.at.lengths[self.events]
+        first = torch.stack([self.batch.variants[number].first(lengths) for number in numbers], dim=1)
+        n_rows = lengths[:, None] - first  # [events, variants]
+        for some in torch.arange(len(self.events)).split(max(1, row // int(n_rows.max()))):
+            for lot in plan_packs(n_rows[some].sum(dim=0).tolist(), row):
+                few, of_branches = numbers[lot.start : lot.stop], n_rows[some][:, lot.start : lot.stop]
+                bounds = offsets_of(of_branches.flatten().tolist())
+                branch = torch.arange(of_branches.numel()).repeat_interleave(of_branches.flatten())
+                event, column = some[branch // len(few)], branch % len(few)
+                position = first[event, column + lot.start] + torch.arange(len(branch)) - bounds[branch]
+                rows = self.begins[event] + position
+                at = replace(self.at.chosen(rows), sequence=self.events[event])
+                state, events = self.state[rows.to(self.state.device)], self.events[some]
+                parts = []
+                of_variants = torch.argsort(column, stable=True).split(of_branches.sum(dim=0).tolist())
+                for number, index in zip(few, of_variants, strict=True):
+                    there = replace(at.chosen(index), watch=self.batch.moves.watch(number, events, events))
+                    parts.append((self.batch.variants[number], index, there))
+                    on_device = index.to(state.device)
+                    state[on_device] = self.batch.variants[number].edit_states(state[on_device], there)
+                with self.editing(parts):
+                    sequences = sequence_of[event].tolist()
+                    hidden = self.forwards.branches(prefix, sequences, position, state, bounds.tolist())
+                last = hidden[bounds[1:].to(hidden.device) - 1].cpu()
                 # No hook is there while the caller has the word.
-                yield events.repeat_interleave(len(few)), torch.tensor(few).repeat(len(some)), hidden.cpu()
+                yield events.repeat_interleave(len(few)), torch.tensor(few).repeat(len(some)), last
 
     @contextmanager
     def editing(self, parts: Sequence[tuple[Variant, torch.Tensor, Rows]], only: int | None = None) -> Iterator[None]:
@@ -194,19 +205,25 @@ class PackedPasses:
                 by_site.setdefault((layer, edit.site), []).append((edit, index, replace(at, layer=layer)))
         with ExitStack() as hooks:
             for (layer, site), edits in by_site.items():
-                hook = of_this_thread(_editing_hook(edits))
-                hooks.callback(self.forwards.site(layer, site).register_forward_hook(hook).remove)
+                module, hook = self.forwards.site(layer, site), _editing_hook(edits)
+                if site == HEADS:
+                    handle = module.register_forward_pre_hook(of_this_thread(lambda _, args, hook=hook: hook(args)))
+                else:
+                    handle = module.register_forward_hook(of_this_thread(lambda _, args, out, hook=hook: hook(out)))
+                hooks.callback(handle.remove)
             yield
 
 
-def _editing_hook(edits: Sequence[tuple[Edit, torch.Tensor, Rows]]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        own = output[0] if isinstance(output, tuple) else output
+def _editing_hook(edits: Sequence[tuple[Edit, torch.Tensor, Rows]]) -> Callable[[Any], Any]:
+    """What makes of a tensor, or of the first one of a tuple, the edited one."""
+
+    def hook(given: Any) -> Any:
+        own = given[0] if isinstance(given, tuple) else given
         flat = own.flatten(0, -2).clone()
         for edit, index, at in edits:
             index = index.to(flat.device)
             flat[index] = edit.apply(flat[index], at)
         edited = flat.view_as(own)
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        return (edited, *given[1:]) if isinstance(given, tuple) else edited
 
     return hook

@@ -15,12 +15,12 @@ from torch import nn
 
 from actcache.errors import InputError
 from actcache.finite import first_no_state, said_of_block
-from actcache.models.blocks import check_boundary, find_site
+from actcache.models.blocks import check_boundary
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.streamed import Streamed
 from actcache.replay.batch import Batch
 from actcache.replay.edits import Rows
-from actcache.replay.forwards import Forwards, Mode
+from actcache.replay.forwards import Forwards, Mode, site_in
 from actcache.replay.late_stack import LateStack
 from actcache.replay.modes import plan
 from actcache.replay.passes import PackedPasses, Result, divide
@@ -187,4 +187,4 @@ class _Forwards:
 
     def site(self, layer: int, site: str) -> nn.Module:
         """Of the block that is there, which is ``layer``."""
-        return find_site(self.backbone.blocks[0], site)
+        return site_in(self.backbone.blocks[0], site)

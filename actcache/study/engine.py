@@ -31,11 +31,12 @@ from actcache.study.cells import Finished, Scored
 from actcache.study.earlier_job import EarlierJob
 from actcache.study.held import Held
 from actcache.study.holding import Holding
+from actcache.study.map_job import MapJob
 from actcache.study.replay_job import ReplayJob, States
 from actcache.study.scores import Scores, score
 from actcache.study.size_job import SizeJob
 
-LateJob = ReplayJob | SizeJob | EarlierJob
+LateJob = ReplayJob | SizeJob | EarlierJob | MapJob
 LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone | Streaming]
 LoadReadout = Callable[[str], Readout]

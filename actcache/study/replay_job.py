@@ -218,10 +218,13 @@ class ReplayJob:
         return self.checkpoints if self.upstreams is None else self.upstreams
 
     @property
-    def _apart(self) -> dict[str, list[str]]:
-        """A note of the variants of which each event takes a replay of its own, where there are any."""
-        apart = [one.name for one in self.variants if not one.at_last_only and one.depends_on_event]
-        return {"apart": sorted(apart)} if apart else {}
+    def _changed(self) -> dict[str, Any]:
+        """Notes of the variants that change more than p, where there are any: those that change the last positions
+        alone, by how many; and those of which each event takes a replay of its own."""
+        more = [one for one in self.variants if not one.at_last_only]
+        tails = {one.name: one.tail for one in more if one.tail is not None}
+        apart = sorted(one.name for one in more if one.name not in tails and one.depends_on_event)
+        return {name: of for name, of in (("apart", apart), ("tails", tails)) if of}
 
     @property
     def exactness(self) -> dict[str, Any]:
@@ -245,7 +248,7 @@ class ReplayJob:
 
     def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
         """What it takes where its sequences can be packed, or each alone where it is strict."""
-        work = ReplayWork.of_key(self.key | self._apart, self.late, "single" if self.strict else "packed")
+        work = ReplayWork.of_key(self.key | self._changed, self.late, "single" if self.strict else "packed")
         places = Places.of(self.lengths, self.sequences, self.segment)
         return work.cost(shapes[self.late], len(self.scored), places)
 
@@ -340,7 +343,7 @@ class ReplayJob:
                     column = {"boundary": self.boundary, "scope": scope, "upstream": upstream, "late": self.late}
                     column |= {"readout": name, "variant": replay.name, "kl": scored.kl}
                     columns.append(column | {"margin": scored.margin, "top1_id": scored.top1, "noop_delta": noop})
-        notes = {"mode": mode, "still": {name: n for name, n in sorted(still.items()) if n}, **self._apart}
+        notes = {"mode": mode, "still": {name: n for name, n in sorted(still.items()) if n}, **self._changed}
         return Result(cell_table(begun.events, sorted(columns, key=self._place), with_kl=self.kl), notes, final)
 
     @contextmanager

@@ -32,7 +32,7 @@ from actcache.sealed import (
 _FILE = re.compile(r"b[0-9]{3,}-[a-z_]+-[A-Za-z0-9_-]+\.[0-9a-f]{16}\.parquet")
 _ADVICE = "remove it, and give the command again that scored it"
 # Notes on how a job went, which its rows do not depend on: they do not name its file.
-_NOTES = ("mode", "still", "apart")
+_NOTES = ("mode", "still", "apart", "tails")
 
 
 def file_name(key: Mapping[str, Any]) -> str:

@@ -355,12 +355,13 @@ class ReplayWork:
         readouts: of ``native`` and ``common_<label>``.
         plain: whether cells are scored as they are.
         n_last: variants that change position p alone.
+        tails: those that change some of the last positions, by how many.
         n_whole: those that change more: each costs a replay of the sequence in every cell.
         n_apart: of these, those that change rows otherwise for each event: they cost a replay for each event.
         top1: whether variants are read for their best token too.
         kl: whether every cell is compared with the late checkpoint's own distribution.
         mode: how sequences share a forward (``LateStack.mode``, or ``single`` where strict; ``kept`` where nothing was
-            replayed). Where they are packed, what changes position p alone costs one token.
+            replayed). Where they are packed, what changes the last positions alone costs as many tokens.
     """
 
     boundary: int
@@ -369,6 +370,7 @@ class ReplayWork:
     readouts: tuple[str, ...]
     plain: bool = True
     n_last: int = 0
+    tails: tuple[int, ...] = ()
     n_whole: int = 0
     n_apart: int = 0
     top1: bool = False
@@ -378,7 +380,8 @@ class ReplayWork:
     @classmethod
     def of_key(cls, key: Mapping[str, Any], late: str, mode: str) -> ReplayWork:
         """Of a job's key; ``late`` is for one of an earlier version, which had all late stacks in one."""
-        names = set(key["variants"]) - {PLAIN.name}
+        names, tails = set(key["variants"]) - {PLAIN.name}, key.get("tails", {})
+        whole = set(key["whole"]) - set(tails)
         return cls(
             key["boundary"],
             late,
@@ -386,8 +389,9 @@ class ReplayWork:
             tuple(sorted(key["readouts"])),
             plain=PLAIN.name in key["variants"],
             n_last=len(names - set(key["whole"])),
-            n_whole=len(names & set(key["whole"])),
-            n_apart=len(names & set(key.get("apart", ()))),
+            tails=tuple(sorted(tails.values())),
+            n_whole=len(names & whole),
+            n_apart=len(whole & set(key.get("apart", ()))),
             top1=key["top1"] or key["kl"],
             kl=key["kl"],
             mode=mode,
@@ -434,14 +438,17 @@ class ReplayWork:
         }.get(self.mode, of_events)
         # A best token takes the whole vocabulary; what a cell is compared with, as much again.
         heads = n_events * n_cells * n_heads * shape.head_products
-        n_variants = self.n_last + self.n_whole
+        n_variants = self.n_last + len(self.tails) + self.n_whole
         # Variants that share the earlier positions' keys and values need these of every base, also without plain cells.
-        shares = self.mode == "packed" and self.n_last
+        shares = self.mode == "packed" and (self.n_last or self.tails)
         grid = self.n_bases(n_checkpoints) * replay if self.mode != "kept" and (self.plain or shares) else 0.0
         if self.plain:
             grid += (n_crossed * step if self.mode != "kept" else 0.0) + (2 if self.kl else 1) * heads
         n_shared = self.n_whole - self.n_apart
         replays = self.n_last * step + n_shared * replay + self.n_apart * of_events
+        for n in self.tails:
+            tail = scored.weights[2] * shape.tail_products(scored.events, n, first=self.boundary)
+            replays += {"packed": tail, "single": of_places}.get(self.mode, of_events)
         variants = n_cells * replays + self.top1 * n_variants * heads
         # A native pass of each checkpoint scores the diagonal; then one pass per further cell or variant.
         passes = self.plain * (n_cells - 1) + n_variants * n_cells
@@ -467,7 +474,7 @@ def replay_memory(
     replayed = longest if all(one.mode == "single" for one in work) else max(longest, at_once)
     forward = captured.forward(shape, expected) * replayed / captured.pack_tokens(expected)
     # Cells and variants that differ at position p alone share the late keys and values of a pack.
-    shared = any(one.mode == "packed" and (one.n_last or one.n_crossed(len(shapes))) for one in work)
+    shared = any(one.mode == "packed" and (one.n_last or one.tails or one.n_crossed(len(shapes))) for one in work)
     keys = shared * replayed * (shape.n_blocks - first) * shape.cache_width * captured.itemsize
     weights = len(shapes) * late * captured.itemsize
     return weights + forward + keys + captured.around(shapes, expected) + 2 * captured.states(shapes, expected)
