@@ -246,6 +246,19 @@ def test_plain_events_are_what_hooks_give_of_the_cut_sequence(name):
         assert torch.equal(found, late.run(sequences.rows, sequences.offsets, strict=strict))
 
 
+def test_a_strict_forward_is_read_at_several_positions_where_that_is_asked():
+    late, sequences = late_of("llama"), Sequences(model_of("llama"))
+    last = {sequence: max(p for s, p in EVENTS if s == sequence) for sequence, _ in EVENTS}
+    hooked = {
+        s: reference.overwritten(sequences.model, sequences.ids[s][: p + 1], BOUNDARY, sequences.states[s][: p + 1])
+        for s, p in last.items()
+    }
+    found = late.run(sequences.rows, sequences.offsets, positions=EVENTS, strict=True, together=True)
+    assert torch.equal(found, torch.stack([hooked[s][p] for s, p in EVENTS]))
+    packed = late.run(sequences.rows, sequences.offsets, positions=EVENTS, together=True)
+    assert torch.equal(packed, late.run(sequences.rows, sequences.offsets, positions=EVENTS))
+
+
 # ---- what is shared ----
 
 

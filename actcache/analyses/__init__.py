@@ -49,6 +49,7 @@ ANALYSES = (
     Named("lineage", "how much of the final checkpoint's interaction do the earlier stages of its training have"),
     Named("recipes", "what do descendants of one base differ by, each on its own first divergences"),
     Named("map", "what each state, attention, MLP, head or run of blocks does, patched from the other checkpoint"),
+    Named("continuation", "whether the interaction survives over the tokens that follow an event"),
     Named("stability", "how many events other rounding would change: another shape of the batch, or another dtype"),
     Named("effects", "how much the late blocks do on either state: contrasts of cells, with intervals", of_cells=True),
 )

@@ -19,6 +19,7 @@ from actcache.study.analysis import Analysis, CellAnalysis
 from actcache.study.cells import finished_cells
 from actcache.study.engine import LateJob
 from actcache.study.run import Run, check_complete
+from actcache.study.whole_models import ModelJob
 from actcache.study.work import total
 
 Answer = Callable[[Analysis[Any]], dict[str, Any]]
@@ -32,13 +33,19 @@ class Planned:
         analysis: itself.
         refused: why the run cannot serve it, and what would; None where it can.
         content: of its file, where it is answered already, under whatever options.
-        jobs: replays that are not finished, each with the folder of its result; None where its work is of another kind.
+        jobs: what is not finished, replays and whole checkpoints, each with the folder of its result; None where its
+            work is of another kind.
     """
 
     analysis: Analysis[Any]
     refused: str | None = None
     content: dict[str, Any] | None = None
-    jobs: Sequence[tuple[Path, LateJob]] | None = None
+    jobs: Sequence[tuple[Path, LateJob | ModelJob]] | None = None
+
+    @property
+    def runs_models(self) -> bool:
+        """Whether whole checkpoints are among it, whose decoding takes more time than its multiply-adds tell."""
+        return any(isinstance(job, ModelJob) for _, job in self.jobs or ())
 
 
 def plan_study(run: Run, only: Collection[str] = (), also: Collection[str] = ()) -> list[Planned]:
@@ -87,12 +94,15 @@ def _plan(named: Named, run: Run) -> Planned:
         return Planned(analysis, content=content)
     try:
         analysis.check(store, options)
-        if not isinstance(analysis, CellAnalysis):
-            return Planned(analysis, jobs=() if named.of_cells else None)
-        work = analysis.work(folder, store, finished_cells(folder.cell_groups, store), options)
+        work: dict[Path, Sequence[LateJob | ModelJob]] = {}
+        if isinstance(analysis, CellAnalysis):
+            work |= analysis.work(folder, store, finished_cells(folder.cell_groups, store), options)
+        models = {} if named.of_cells else analysis.model_jobs(folder, store, options)
     except InputError as error:
         return Planned(analysis, refused=str(error))
-    return Planned(analysis, jobs=[(place, job) for place, jobs in work.items() for job in jobs])
+    if models is None:
+        return Planned(analysis)
+    return Planned(analysis, jobs=[(place, job) for place, jobs in (work | dict(models)).items() for job in jobs])
 
 
 def costs(planned: Sequence[Planned], shapes: Mapping[str, ModelShape]) -> list[tuple[int, float]]:

@@ -83,10 +83,11 @@ def _described(run: Run, planned: Sequence[Planned]) -> list[str]:
     else:
         costs, rate, at_least = [(0, 0.0)] * len(planned), 1.0, ""
 
-    def cost(n_replays: int, products: float) -> str:
+    def cost(n_replays: int, products: float, whole_models: bool = False) -> str:
         seconds = products / rate
         time = clock(seconds) if seconds >= 1 else f"{seconds:.1g} s"
-        return f"{n_replays:,} replays, {products:.3g} multiply-adds, {at_least}about {time}"
+        what, least = ("replays and sequences", "at least ") if whole_models else ("replays", at_least)
+        return f"{n_replays:,} {what}, {products:.3g} multiply-adds, {least}about {time}"
 
     lines = []
     for name, one, (n_replays, products) in zip(names, planned, costs, strict=True):
@@ -97,10 +98,11 @@ def _described(run: Run, planned: Sequence[Planned]) -> list[str]:
         elif one.jobs is None:
             said = "runs whole models, not replays: its cost is not told"
         else:
-            said = cost(n_replays, products) if n_replays else "no replay is missing"
+            said = cost(n_replays, products, one.runs_models) if n_replays else "no replay is missing"
         lines.append(f"{name:{width}}  {said}")
     if len(planned) > 1 and (n_replays := sum(n for n, _ in costs)):
-        lines.append(f"{'together':{width}}  {cost(n_replays, sum(products for _, products in costs))}")
+        every = sum(products for _, products in costs)
+        lines.append(f"{'together':{width}}  {cost(n_replays, every, any(one.runs_models for one in planned))}")
     if any(one.content is not None for one in planned):
         lines.append(f"'actcache NAME {run.path}' answers one again, under other options too")
     if further := whole.left_out(planned):

@@ -137,6 +137,20 @@ class Readout:
         return self._logits(normed, token_ids.to(self.device)).float().cpu()
 
     @torch.no_grad()
+    def log_probs(self, final_hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of chosen tokens among all that may be chosen (arguments and errors as :meth:`scores`).
+
+        Returns:
+            ``[n, k]`` float64, in nats: the logits of :meth:`scores`, less the logarithm of the sum over the whole
+            vocabulary's, which masked tokens are no part of.
+        """
+        chosen = self.scores(final_hidden, token_ids).double()
+        normaliser = torch.empty(len(final_hidden), dtype=torch.float64)
+        for rows, every, _ in self._every(final_hidden, copies=3):  # float64
+            normaliser[rows] = every.double().logsumexp(dim=-1).cpu()
+        return chosen - normaliser[:, None]
+
+    @torch.no_grad()
     def logits(self, final_hidden: torch.Tensor) -> torch.Tensor:
         """Logits of the whole vocabulary, ``[n, V]`` float32 on the CPU; a token that the model masks has -inf."""
         out = torch.empty(len(final_hidden), self.vocab_size, dtype=torch.float32)

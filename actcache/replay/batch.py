@@ -38,6 +38,7 @@ class Batch:
         budget: tokens of one forward.
         boundary: first block that runs.
         sizes: whether how large the outputs at every position are is wanted, in place of the output at p.
+        together: whether events of one sequence share its forward also where each sequence has one of its own.
     """
 
     rows: torch.Tensor
@@ -51,6 +52,7 @@ class Batch:
     budget: int
     boundary: int = 0
     sizes: bool = False
+    together: bool = False
 
     @classmethod
     def of(
@@ -68,6 +70,7 @@ class Batch:
         moves: Moves | None,
         *,
         sizes: bool = False,
+        together: bool = False,
     ) -> Batch:
         """What a call of :meth:`LateStack.prepare` is given, checked (see there)."""
         backbone = forwards.backbone
@@ -97,7 +100,8 @@ class Batch:
         moves = moves or Moves()
         moves.begin(variants, keys, lengths)
         budget = tokens_of_pack(backbone.device, max_tokens)
-        return cls(rows, spans, keys, prompts, donors, variants, moves, mode, budget, forwards.boundary, sizes)
+        of = (rows, spans, keys, prompts, donors, variants, moves, mode, budget)
+        return cls(*of, forwards.boundary, sizes, together)
 
     @cached_property
     def lengths(self) -> torch.Tensor:

@@ -198,6 +198,7 @@ class LateStack:
         positions: Positions | None = None,
         strict: bool = False,
         max_tokens: int | None = None,
+        together: bool = False,
     ) -> torch.Tensor:
         """Replay sequences from their states at the boundary.
 
@@ -214,6 +215,8 @@ class LateStack:
                 at the boundary is overwritten. Otherwise as :attr:`mode` says, which differs by rounding only.
             max_tokens: tokens of one forward, of which several may run at once on the CPU (unless ``strict``); None
                 for what suits the device.
+            together: whether positions of one sequence share its forward if ``strict``, too: each is then read from the
+                forward over the sequence up to the last of them.
 
         Returns:
             ``[m, D]``: last block's output (before the final norm) at the position of each event, on the CPU, in this
@@ -223,7 +226,7 @@ class LateStack:
             InputError: dtype, width, offsets or positions do not fit, a row is not finite, or its squares are not, or a
                 sequence is longer than the model's positions.
         """
-        given = {"positions": positions, "strict": strict, "max_tokens": max_tokens}
+        given = {"positions": positions, "strict": strict, "max_tokens": max_tokens, "together": together}
         return self.run_variants(rows, offsets, [PLAIN], **given)[:, 0]  # type: ignore[arg-type]
 
     @torch.no_grad()
@@ -263,12 +266,13 @@ class LateStack:
         prompts: Sequence[str] | None = None,
         strict: bool = False,
         max_tokens: int | None = None,
+        together: bool = False,
         moves: Moves | None = None,
     ) -> torch.Tensor:
-        """Replay sequences once for each variant: ``[m, n_variants, D]`` (arguments as :meth:`prepare`, errors also of
-        :meth:`replay`)."""
+        """Replay sequences once for each variant: ``[m, n_variants, D]`` (arguments as :meth:`prepare` and :meth:`run`,
+        errors also of :meth:`replay`)."""
         given = rows, offsets, variants, positions, donors, keys, prompts, moves
-        batch = Batch.of(self._forwards, self._mode(strict), max_tokens, *given)
+        batch = Batch.of(self._forwards, self._mode(strict), max_tokens, *given, together=together)
         out = torch.empty(len(batch.spans), len(variants), self.width, dtype=self.dtype)
         for events, numbers, hidden in self._iterate(batch):
             out[events, numbers] = hidden

@@ -59,7 +59,7 @@ Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 def divide(batch: Batch, regimes: Regimes) -> list[Work]:
     """Which passes a batch takes: events share one where that changes nothing but rounding, and no variant forbids."""
-    if batch.mode == "single":
+    if batch.mode == "single" and not batch.together:
         together = _passes(batch.spans, batch.spans)
     else:
         together = _passes(batch.spans, [(span.start, regimes.of(len(span))) for span in batch.spans])

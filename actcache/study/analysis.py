@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from actcache.study.engine import LateJob
     from actcache.study.replay_job import ReplayJob
     from actcache.study.run import Run
+    from actcache.study.whole_models import ModelJob
 
 Options = TypeVar("Options")
 
@@ -132,6 +133,11 @@ class Analysis(ABC, Generic[Options]):
         Raises:
             InputError: the store cannot serve these options.
         """
+
+    def model_jobs(self, folder: RunFolder, store: Store, options: Options) -> Mapping[Path, Sequence[ModelJob]] | None:
+        """What is not finished of the jobs that run whole checkpoints, by the folder of their results, as far as it is
+        known before any has run; None where they are of another kind, so that nobody knows what they take."""
+        return None
 
     def of_table(self, cells: Sealed, options: Options, *, say: Callable[[str], None] = lambda line: None) -> Sealed:
         """Its answer of a table of cells that is no run's, for those that ``ANALYSES`` names as ``of_cells``."""
@@ -256,6 +262,13 @@ class CellAnalysis(Analysis[Options]):
         where they shall lie; by default none."""
         return {}
 
+    def model_jobs(self, folder: RunFolder, store: Store, options: Options) -> Mapping[Path, Sequence[ModelJob]] | None:
+        """See :meth:`Analysis.model_jobs`; by default there are none."""
+        return {}
+
+    def prepare(self, run: Run, store: Store, options: Options, on_progress: OnProgress) -> None:
+        """Run those jobs, before any replay; by default there are none."""
+
     def work(
         self, folder: RunFolder, store: Store, finished: Finished, options: Options
     ) -> dict[Path, Sequence[LateJob]]:
@@ -309,10 +322,18 @@ class CellAnalysis(Analysis[Options]):
         finished = finished_cells(folder.cell_groups, store)
         self.check(store, options)
         exactness = exactness_of(folder)
+        self.prepare(run, store, options, on_progress)
         work = self.work(folder, store, finished, options)
         tally = Tally(sum(job.n_units for jobs in work.values() for job in jobs), "replays", on_progress)
         one_at_a_time = run.one_at_a_time
-        engine = LocalEngine(store, run.load_late, finished, load_readout=run.load_readout, one_at_a_time=one_at_a_time)
+        engine = LocalEngine(
+            store,
+            run.load_late,
+            finished,
+            load_readout=run.load_readout,
+            one_at_a_time=one_at_a_time,
+            results=folder.path / self.name,
+        )
         cells = None
         for place, jobs in work.items():
             place.mkdir(parents=True, exist_ok=True)

@@ -23,7 +23,14 @@ from actcache.study.forward_job import ModelEngine
 from actcache.study.jobs import Result
 from actcache.study.work import Cost
 
-CONTINUATIONS = pa.schema([("sequence", pa.int64()), ("token_ids", pa.list_(pa.int64())), ("ended_by", pa.string())])
+CONTINUATIONS = pa.schema(
+    [
+        ("sequence", pa.int64()),
+        ("token_ids", pa.list_(pa.int64())),
+        ("ended_by", pa.string()),
+        ("end_id", pa.int64()),
+    ]
+)
 
 # Why a continuation ends, in the words of its table.
 _ENDED_BY = {
@@ -86,7 +93,8 @@ class DecodeJob:
 
         Returns:
             One row per sequence, in order: its number; ``token_ids``, without an end token; and ``ended_by``, which is
-            ``end_token``, ``max_new`` or ``position_limit``. The note ``decoding`` says how it was decoded.
+            ``end_token``, ``max_new`` or ``position_limit``; and ``end_id``, the end token, or null. The note
+            ``decoding`` says how it was decoded.
 
         Raises:
             NotFiniteError: a logit is NaN or infinite; names the sequence and the first block.
@@ -96,6 +104,7 @@ class DecodeJob:
         limits = SearchLimits(self.max_new, frozenset(self.end_ids), self.max_positions)
         written: list[list[int]] = [[] for _ in self.sequences]
         ended_by: list[str | None] = [None] * len(self.sequences)
+        end_ids: list[int | None] = [None] * len(self.sequences)
         names = self.names or tuple(f"sequence {number}" for number in range(len(self.sequences)))
         going = list(range(len(self.sequences)))
         while going:  # anew for each regime that a sequence grows into
@@ -112,12 +121,14 @@ class DecodeJob:
             for number, proposal in zip(going, proposals, strict=True):
                 written[number] += _tokens(proposal)
                 ended_by[number] = _ENDED_BY.get(proposal.outcome)
+                end_ids[number] = proposal.last if proposal.outcome is Outcome.ENDED else None
             told(sum(ended_by[number] is not None for number in going))
             going = [number for number in going if ended_by[number] is None]
         columns = [
             pa.array(range(len(written)), pa.int64()),
             pa.array(written, pa.list_(pa.int64())),
-            pa.array(ended_by),
+            pa.array(ended_by, pa.string()),
+            pa.array(end_ids, pa.int64()),
         ]
         return Result(pa.table(columns, schema=CONTINUATIONS), {"decoding": str(reader.decoding.decoding)}, {})
 

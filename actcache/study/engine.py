@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -28,15 +28,17 @@ from actcache.replay.swap import Swap
 from actcache.room import Loads
 from actcache.store import Segment, Store
 from actcache.study.cells import Finished, Scored
+from actcache.study.continuation_job import ContinuationJob
 from actcache.study.earlier_job import EarlierJob
 from actcache.study.held import Held
 from actcache.study.holding import Holding
 from actcache.study.map_job import MapJob
 from actcache.study.replay_job import ReplayJob, States
+from actcache.study.results import file_name, read_final
 from actcache.study.scores import Scores, score
 from actcache.study.size_job import SizeJob
 
-LateJob = ReplayJob | SizeJob | EarlierJob | MapJob
+LateJob = ReplayJob | SizeJob | EarlierJob | MapJob | ContinuationJob
 LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone | Streaming]
 LoadReadout = Callable[[str], Readout]
@@ -66,6 +68,7 @@ class LocalEngine:
         load_backbone: LoadBackbone = nothing_given,
         load_readout: LoadReadout = nothing_given,
         one_at_a_time: bool = False,
+        results: Path | None = None,
     ) -> None:
         """Over this store.
 
@@ -76,8 +79,9 @@ class LocalEngine:
             load_backbone: gives the backbone of a checkpoint, by label, in a dtype; or its blocks, one at a time.
             load_readout: gives the final norm and head of a checkpoint alone, by label, in the store's dtype.
             one_at_a_time: whether a late stack is let go before another checkpoint's is loaded; heads stay.
+            results: the folder of the analysis whose jobs these are, where earlier ones left what they kept.
         """
-        self.one_at_a_time, self._loads = one_at_a_time, Loads()
+        self.one_at_a_time, self._loads, self._results = one_at_a_time, Loads(), results
         self._heads: dict[str, Readout] = {}
         self.store, self.finished, self._load_late = store, finished or {}, load_late
         self._load_backbone, self._load_readout = load_backbone, load_readout
@@ -165,6 +169,17 @@ class LocalEngine:
                 self._states.pop(next(iter(self._states)))
             self._states[place] = found
         return found
+
+    def left(self, what: str, key: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors that an earlier job of the same analysis kept, in the folder ``what`` of its results.
+
+        Raises:
+            CorruptFileError: they are damaged.
+            FileNotFoundError: there is no such job.
+        """
+        if self._results is None:
+            raise TypeError("the engine was given no folder of results")
+        return read_final(self._results / what / file_name(key))
 
     def late(self, label: str, boundary: int) -> LateStack:
         """The late stack of a checkpoint from a boundary on."""

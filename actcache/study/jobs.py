@@ -50,7 +50,8 @@ class Result(NamedTuple):
     Attributes:
         table: its rows.
         notes: on how it went, which its rows do not depend on.
-        final: final states of plain cells, ``[E, D]`` by ``scope/upstream``; of replays only.
+        final: what is kept beside it: of replays, final states of plain cells, ``[E, D]`` by ``scope/upstream``; of
+            states jobs, ``rows``.
     """
 
     table: pa.Table

@@ -1,6 +1,6 @@
-"""Prefix job: what two kinds of replay share that are no cells of a run: size jobs and earlier jobs.
+"""Prefix job: what kinds of replay share that are no cells of a run: size jobs, earlier jobs, continuation jobs.
 
-Both read the whole prefix of some upstreams, plain, behind one late stack. Their results lie in a folder of their own,
+All read the whole prefix of some upstreams, plain, behind one late stack. Their results lie in a folder of their own,
 one sealed table per job (results.py), as those of cells do. Knows late stacks through an engine alone.
 """
 

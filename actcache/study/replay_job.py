@@ -412,12 +412,25 @@ class ReplayJob:
     def _check_noop(
         self, dtype: torch.dtype, events: pa.Table, readout: str, native: Scores, noop: torch.Tensor
     ) -> None:
-        for first, allowed, n in _beyond(dtype, native, noop):
-            raise CheckError(
-                f"replaying {self.late} over its own states is not a no-op: event {events['event_id'][first]} at "
-                f"boundary {self.boundary}, readout {readout}, is off its native margin {native.margin[first]:.6g} by "
-                f"{noop[first]:.3g} (allowed {allowed:.2g}); {n} of {len(noop)} events are"
-            )
+        check_noop(dtype, events, f"{self.late} over its own states", self.boundary, readout, native, noop)
+
+
+def check_noop(
+    dtype: torch.dtype,
+    events: pa.Table,
+    what: str,
+    boundary: int,
+    readout: str,
+    native: Scores,
+    noop: torch.Tensor,
+) -> None:
+    """Raise CheckError where a replayed diagonal is off the native margins of these events by more than rounding."""
+    for first, allowed, n in _beyond(dtype, native, noop):
+        raise CheckError(
+            f"replaying {what} is not a no-op: event {events['event_id'][first]} at boundary {boundary}, readout "
+            f"{readout}, is off its native margin {native.margin[first]:.6g} by {noop[first]:.3g} (allowed "
+            f"{allowed:.2g}); {n} of {len(noop)} events are"
+        )
 
 
 def _beyond(dtype: torch.dtype, native: Scores, delta: torch.Tensor) -> Iterator[tuple[int, float, int]]:

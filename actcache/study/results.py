@@ -29,17 +29,19 @@ from actcache.sealed import (
 )
 
 # Earlier versions named files otherwise, and gave them no seal: what they hold is scored again.
-_FILE = re.compile(r"b[0-9]{3,}-[a-z_]+-[A-Za-z0-9_-]+\.[0-9a-f]{16}\.parquet")
+_FILE = re.compile(r"(b[0-9]{3,}-)?[a-z_]+-[A-Za-z0-9_-]+\.[0-9a-f]{16}\.parquet")
 _ADVICE = "remove it, and give the command again that scored it"
 # Notes on how a job went, which its rows do not depend on: they do not name its file.
-_NOTES = ("mode", "still", "apart", "tails")
+_NOTES = ("mode", "still", "apart", "tails", "decoding")
 
 
 def file_name(key: Mapping[str, Any]) -> str:
     """Of the table of a job with this key, which is known before anything is computed."""
     made_from = {name: value for name, value in key.items() if name not in _NOTES}
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-    return f"b{key['boundary']:03d}-{'_'.join(scopes_of(key))}-{key['segment']}.{digest}.parquet"
+    place = [f"b{key['boundary']:03d}"] if "boundary" in key else []
+    what = key["job"] if "job" in key else "_".join(scopes_of(key))
+    return f"{'-'.join([*place, what, key['segment']])}.{digest}.parquet"
 
 
 def scopes_of(key: Mapping[str, Any]) -> list[str]:
@@ -60,7 +62,7 @@ def has_earlier_files(folder: str | Path) -> bool:
 def write_result(
     folder: str | Path, key: Mapping[str, Any], table: pa.Table, final: Mapping[str, torch.Tensor]
 ) -> None:
-    """Publish what a job gave: its final states first, so that a table that is there has them beside it."""
+    """Publish what a job gave: its tensors first, so that a table that is there has them beside it."""
     path = Path(folder) / file_name(key)
     if final:
         write_atomically(final_path(path), safetensors_bytes(final, {"key": dict(key)}))
@@ -78,6 +80,11 @@ def read_results(
             yield path, error
 
 
+def is_finished(folder: str | Path, key: Mapping[str, Any]) -> bool:
+    """Whether the job with this key has left its table here."""
+    return (Path(folder) / file_name(key)).is_file()
+
+
 def read_result(path: Path, columns: list[str] | None = None) -> Sealed:
     """One table (errors as :func:`actcache.sealed.read_parquet`)."""
     return read_parquet(path, "cells", _ADVICE, columns=columns)
@@ -89,7 +96,7 @@ def final_path(path: Path) -> Path:
 
 
 def read_final(path: Path) -> dict[str, torch.Tensor]:
-    """The final states beside a table, ``[E, D]`` by ``scope/upstream``.
+    """The tensors beside a table: final states ``[E, D]`` by ``scope/upstream``, or the rows of a states job.
 
     Raises:
         CorruptFileError: they are damaged.
