@@ -50,6 +50,7 @@ ANALYSES = (
     Named("recipes", "what do descendants of one base differ by, each on its own first divergences"),
     Named("map", "what each state, attention, MLP, head or run of blocks does, patched from the other checkpoint"),
     Named("continuation", "whether the interaction survives over the tokens that follow an event"),
+    Named("forced", "what follows where the descendant is made to take the one token or the other"),
     Named("stability", "how many events other rounding would change: another shape of the batch, or another dtype"),
     Named("effects", "how much the late blocks do on either state: contrasts of cells, with intervals", of_cells=True),
 )
