@@ -524,7 +524,7 @@ def test_damage_is_named_and_never_skipped(path, workers):
         ({"labels": ["sft"]}, "checkpoint 'sft' is not in the store; it has pt, it"),
         ({"labels": []}, "no checkpoint is chosen"),
         ({"boundaries": [1, 3]}, "boundary 3 is not in the store; it has 1, 2"),
-        ({"positions": "last"}, "positions is 'last', expected 'all', 'event'"),
+        ({"positions": "last"}, "positions is 'last', expected 'all', 'train', 'held_out', 'event'"),
         ({"positions": [0.5]}, "positions are float64, expected integers"),
         ({"positions": [True]}, "positions are bool, expected integers"),
         ({"positions": [99]}, "no row of .* is chosen; it has 83"),
