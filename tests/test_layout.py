@@ -71,13 +71,14 @@ FLOW = {
         *("forward", "streams", "residency", "search", "asks", "answers", "rerun", "decide", "corpus", "rollouts"),
     ),
     "replay": (
-        *("vectors", "operations", "edits", "moves", "forwards", "copies", "swap", "workers", "modes", "batch"),
+        *("vectors", "operations", "features", "edits", "moves", "forwards", "gradients"),
+        *("copies", "swap", "workers", "modes", "batch"),
         *("sizes", "passes", "late_stack", "taken", "streamed_late", "sweep"),
     ),
     "study": (
         *("statistics", "regression", "families", "overlap", "contrasts", "subsets", "left_out"),
         *("results", "scores", "work", "cells", "jobs"),
-        *("replay_job", "prefix_job", "size_job", "earlier_job", "map_job", "forward_job"),
+        *("replay_job", "prefix_job", "size_job", "earlier_job", "map_job", "gradient_job", "forward_job"),
         *("decode_job", "branch_job", "states_job", "continuation_job"),
         *("capture_job", "holding", "held", "engine", "runner", "whole_models", "decisions", "capture", "replies"),
         *("plan", "reads", "finished", "run_folder", "lens"),
@@ -99,7 +100,10 @@ FLOW = {
         ),
         *("whole", "across"),
     ),
-    "analyses/features": ("crosscoder", "batch_topk", "step", "trainer", "train", "gate", "contexts"),
+    "analyses/features": (
+        *("crosscoder", "batch_topk", "step", "trainer", "train", "gate", "contexts", "cell_step", "ranked", "rank"),
+        *("edited", "mediate", "gate_test", "rescue", "dial"),
+    ),
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),
     "cli": (
         *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses", "across"),

@@ -60,6 +60,13 @@ STEPS = {
     "features": (
         Named("features train", "what sparse code do the MLP outputs of both checkpoints have: a crosscoder per block"),
         Named("features gate", "is each crosscoder good enough to be used, on texts that it was not trained on"),
+        Named("features rank", "which features make the descendant prefer its token on its own states"),
+        Named("features mediate", "how much of the interaction is gone without the best features"),
+        Named("features gate-test", "do the best features act more on the descendant's states than on the base's"),
+        Named(
+            "features rescue", "what of the descendant's margin do its best features bring back on the base's states"
+        ),
+        Named("features dial", "how the interaction changes as a few features are turned down, off, and beyond"),
         Named("features contexts", "on which texts is each feature the most active"),
     ),
 }

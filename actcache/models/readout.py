@@ -136,6 +136,15 @@ class Readout:
         normed = self._norm(final_hidden[None].to(self.device))
         return self._logits(normed, token_ids.to(self.device)).float().cpu()
 
+    def margins(self, final_hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+        """The second logit less the first, ``[n]``, of token ids ``[n, 2]``; gradients flow back through it (arguments
+        and errors as :meth:`scores`)."""
+        self._check_shape(final_hidden)
+        self._check_tokens(token_ids, len(final_hidden))
+        _check_states(final_hidden)
+        logits = self._logits(self._norm(final_hidden[None].to(self.device)), token_ids.to(self.device))
+        return logits[:, 1] - logits[:, 0]
+
     @torch.no_grad()
     def log_probs(self, final_hidden: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of chosen tokens among all that may be chosen (arguments and errors as :meth:`scores`).

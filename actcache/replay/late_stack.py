@@ -29,10 +29,13 @@ from actcache.models.blocks import (
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.parts import load_late_blocks
 from actcache.models.probe import probe_late_blocks
+from actcache.models.readout import Readout
+from actcache.progress import Told, nobody_told
 from actcache.replay.batch import Batch, Positions
 from actcache.replay.copies import apart, copies_of
 from actcache.replay.edits import PLAIN, Variant
 from actcache.replay.forwards import Forwards, Mode
+from actcache.replay.gradients import Gradients, gradients_of
 from actcache.replay.modes import find_mode, plan, share_work, tokens_of_pack
 from actcache.replay.moves import Moves
 from actcache.replay.passes import Result, Work, divide, run_pack
@@ -252,6 +255,49 @@ class LateStack:
         for events, _, sizes in self._iterate(batch):
             out[events] = sizes
         return out
+
+    def gradients(
+        self,
+        rows: torch.Tensor,
+        offsets: torch.Tensor | Sequence[int],
+        tokens: torch.Tensor,
+        layers: Sequence[int],
+        *,
+        positions: Positions | None = None,
+        site: str = "mlp",
+        readout: Readout | None = None,
+        told: Told = nobody_told,
+    ) -> Gradients:
+        """How each event's margin changes with what modules give at its position: one forward of its sequence alone,
+        and one backward to all of the modules (arguments and errors also as :meth:`run`).
+
+        Args:
+            rows, offsets, positions: as there.
+            tokens: ``[m, 2]`` int64, whose logits the margin is of: the second one's less the first one's.
+            layers: block indices, ascending.
+            site: ``mlp`` or ``attention``: the modules, as edits name them.
+            readout: reads the last block's output; None for this stack's own.
+            told: hears of every event.
+
+        Raises:
+            InputError: a block has one in memory at a time, or is not of this stack.
+            UnsupportedModelError: a block has no such module.
+        """
+        whole, reader = self._whole(), readout or self.readout
+        batch = Batch.of(whole, "single", None, rows, offsets, [PLAIN], positions, None, None, None, None)
+        if wrong := [layer for layer in layers if not self.boundary <= layer < self.n_blocks]:
+            raise InputError(f"block {wrong[0]}: the late stack has blocks {self.boundary}..{self.n_blocks - 1}")
+        (own,) = copies_of(whole, 1, [whole.site(layer, site) for layer in layers])
+        sites = [own.site(layer, site) for layer in layers]
+        shape = len(batch.spans), len(layers), self.width
+        found = Gradients(torch.empty(shape[0]), *(torch.empty(shape, dtype=self.dtype) for _ in range(2)))
+        for event, span in enumerate(batch.spans):
+            state = batch.rows[span.start : span.stop].to(self.device)
+            of_event = gradients_of(own, state, sites, partial(reader.margins, token_ids=tokens[event : event + 1]))
+            for every, one in zip(found, of_event, strict=True):
+                every[event] = one[0]
+            told(1)
+        return found
 
     @torch.no_grad()
     def run_variants(

@@ -72,7 +72,7 @@ class StreamedLate(LateStack):
         return StreamedLate(self._streamed, boundary, self.mode, self.not_packable)
 
     def _whole(self) -> Forwards:
-        raise InputError("modules are swapped between stacks whose blocks are all in memory: leave out --stream")
+        raise InputError("swapped modules and gradients need blocks that are all in memory: leave out --stream")
 
     @property
     def device(self) -> torch.device:

@@ -30,6 +30,7 @@ from actcache.store import Segment, Store
 from actcache.study.cells import Finished, Scored
 from actcache.study.continuation_job import ContinuationJob
 from actcache.study.earlier_job import EarlierJob
+from actcache.study.gradient_job import GradientJob
 from actcache.study.held import Held
 from actcache.study.holding import Holding
 from actcache.study.map_job import MapJob
@@ -38,7 +39,7 @@ from actcache.study.results import file_name, read_final
 from actcache.study.scores import Scores, score
 from actcache.study.size_job import SizeJob
 
-LateJob = ReplayJob | SizeJob | EarlierJob | MapJob | ContinuationJob
+LateJob = ReplayJob | SizeJob | EarlierJob | MapJob | ContinuationJob | GradientJob
 LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone | Streaming]
 LoadReadout = Callable[[str], Readout]

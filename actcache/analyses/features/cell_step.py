@@ -1,0 +1,38 @@
+"""Cell step: a step of features that replays cells, or gradients at them, and answers of these."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from actcache.analyses.features.step import Step
+from actcache.files import make_folder
+from actcache.store import Store
+from actcache.study.analysis import CellAnalysis, Options
+from actcache.study.cells import Finished
+from actcache.study.engine import LateJob
+from actcache.study.replay_job import ReplayJob
+from actcache.study.run_folder import RunFolder
+
+
+class CellStep(Step[Options], CellAnalysis[Options]):
+    """One such step."""
+
+    def jobs(self, store: Store, finished: Finished, options: Options, exactness: Mapping[str, Any]) -> list[ReplayJob]:
+        """None that a store alone tells: what a step needs depends on the run's crosscoders."""
+        return []
+
+    @abstractmethod
+    def asked(
+        self, folder: RunFolder, store: Store, finished: Finished, options: Options
+    ) -> dict[Path, Sequence[LateJob]]:
+        """All that is not finished of its replays, by the folder of their results."""
+
+    def work(
+        self, folder: RunFolder, store: Store, finished: Finished, options: Options
+    ) -> dict[Path, Sequence[LateJob]]:
+        """As of every analysis."""
+        make_folder(folder.features)
+        return {place: of for place, of in self.asked(folder, store, finished, options).items() if of}
