@@ -95,7 +95,7 @@ def test_a_token_that_decides_the_answer_is_found(planted, tmp_path):
         assert of[score, "all", "suffix"]["effect"]["mean"] == 0.5
         assert of[score, "all", "suffix"]["effect"]["low"] < 0.5 < of[score, "all", "suffix"]["effect"]["high"]
     assert of["exact", decided, "suffix"]["y_pt"]["mean"] == 0.0
-    assert of["same", equal, "whole"]["effect"]["mean"] == 1.0  # the forced token is part of that
+    assert ("same", equal, "whole") not in of  # the forced token is part of that
     assert of["behaviour", "all", "suffix"]["effect"]["mean"] == 0.0
     texts = {(row["prompt_id"], row["branch"], row["view"]): row["text"] for row in table_of(out)}
     assert (texts["A?", "y_it", "suffix"], texts["A?", "y_it", "whole"]) == ("7", "b7")
@@ -189,7 +189,8 @@ def test_branches_are_what_plain_forwards_write(run, tmp_path):
     assert of["n_events"] == len(effects)
     assert of["effect"]["mean"] == pytest.approx(np.mean(effects))
     assert of["effect"]["low"] is None  # of few prompts
-    assert [view for score, subset, view in by_group(groups) if (score, subset) == ("same", "all")] == list(VIEWS)
+    for score, views in (("checker", list(VIEWS)), ("same", ["suffix", "first"])):
+        assert [view for name, subset, view in by_group(groups) if (name, subset) == (score, "all")] == views
 
 
 def test_the_first_tokens_are_those_of_the_suffix(run, tmp_path, monkeypatch):

@@ -16,8 +16,8 @@ suffix. Scores are
 - `behaviour`: whether the text refuses, or complies, as a column of the prompts expects (`--expected`): `refuse` or
   `comply`, by English phrases;
 - `checker`: what a function of yours says of the text (`--checker`);
-- `same`: whether the text is that of branch y_it, which takes no column. Its effect is the share of events where the
-  forced token changes what follows.
+- `same`: whether the text is that of branch y_it, which takes no column, of views without the forced token. Its effect
+  is the share of events where the forced token changes what follows.
 
 The *effect* of an event is the score of y_it less that of y_pt; it is 0 wherever both write the same. In arXiv
 2605.07284 (five descendants, suffix) it is +0.157 on reasoning, +0.039 on safety, and +0.026 on layout.
@@ -388,7 +388,7 @@ def _scored(
             row |= {"branch": branch, "token_id": forced.token, "log_prob": forced.log_prob}
             row |= {"ended_by": reply["ended_by"], "n_tokens": len(reply["tail"]), "view": view, "text": text}
             row |= {name: score(name, text) for name in by}
-            row[SAME] = float(text == texts.setdefault(view, text))
+            row[SAME] = None if view == "whole" else float(text == texts.setdefault(view, text))
             rows.append(row)
     return pa.Table.from_pylist(rows, REPLY)
 
