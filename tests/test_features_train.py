@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -320,6 +321,9 @@ def test_train_gate_contexts_report(run, tmp_path, capfd):
     assert [group["block"] for group in gate] == [3, 4]
     assert all(group["n_prompts"] == sum(held_out(f"x{i}") for i in range(48)) for group in gate)
     assert step("contexts", out, "--top", 2, "--features", 5) == 0
+    assert re.search(
+        r"^block [34], feature \d+: on at \S+% of rows, at most \S+\n    .*\[", capfd.readouterr().out, re.M
+    )
     contexts = pq.read_table(out / "features" / "contexts.parquet").to_pylist()
     assert len({(row["block"], row["feature"]) for row in contexts}) == 5
     assert all(f"[{row['token']}]" in row["text"] and row["value"] > 0 for row in contexts)

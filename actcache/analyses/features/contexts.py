@@ -109,6 +109,15 @@ class Contexts(Step[ContextsOptions]):
                 groups.append(group | {"active_rate": found[block].active_rate[feature], "highest": own[0]["value"]})
         return self.write(folder, options, groups, made_from)
 
+    def lines(self, found: Mapping[str, Any], store: Store | None = None) -> list[str]:
+        """The first features, each with some contexts below it."""
+        lines = []
+        for group in found["groups"][:_SHOWN]:
+            on = f"on at {group['active_rate']:.1%} of rows, at most {group['highest']:.3g}"
+            lines.append(f"block {group['block']}, feature {group['feature']}: {on}")
+            lines += [f"    {_on_one_line(text)}" for text in group["texts"]]
+        return lines or ["no feature is on"]
+
     def section(self, groups: Sequence[Mapping[str, Any]]) -> Section:
         """The first features with some contexts."""
         order = groups[0]["ordered_by"]
@@ -121,7 +130,7 @@ class Contexts(Step[ContextsOptions]):
                     f"{group['block']}, {group['feature']}",
                     {"mean": group["active_rate"], "low": None, "high": None},
                     group["highest"],
-                    " | ".join(group["texts"]),
+                    " | ".join(map(_on_one_line, group["texts"])),
                 ]
                 for group in groups[:_SHOWN]
             ],
@@ -183,6 +192,10 @@ def highest(crosscoder: Crosscoder, corpus: Store, options: ContextsOptions) -> 
         values, rows = values[:, : options.top], numbers.gather(1, at[:, : options.top])
     rates = (n_on / feed.chosen.n_rows).tolist()
     return Highest(values.cpu(), rows.cpu(), mass.tolist(), rates, feed)
+
+
+def _on_one_line(text: str) -> str:
+    return text.replace("\n", "\\n")
 
 
 def _chosen(folder: RunFolder, found: Mapping[int, Highest], n: int) -> tuple[list[tuple[int, int]], str]:

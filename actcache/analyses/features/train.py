@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -25,7 +26,7 @@ from actcache.analyses.features.trainer import Recipe, Trainer, check_same
 from actcache.errors import InputError
 from actcache.files import write_atomically
 from actcache.progress import OnProgress, Tally, untold
-from actcache.sealed import parquet_bytes
+from actcache.sealed import Sealed, parquet_bytes
 from actcache.store import Store
 from actcache.store.corpus import TRAIN
 from actcache.store.feed import RowFeed
@@ -139,7 +140,6 @@ class Train(Step[TrainOptions]):
             f"{20 * options.batch * recipe.n_features / 1e9:.3g} GB"
         )
         tally = Tally(recipe.steps * len(blocks), "steps", on_progress)
-        log: list[dict[str, Any]] = []
         for block in blocks:
             feed = RowFeed(
                 corpus,
@@ -151,15 +151,12 @@ class Train(Step[TrainOptions]):
                 seed=options.seed,
                 drop_last=True,
             )
-            log += _train(crosscoder_folder(folder.features, block), feed, recipe, device, options.save_steps, tally)
+            _train(crosscoder_folder(folder.features, block), feed, recipe, device, options.save_steps, tally)
+        trained = {block: describe(crosscoder_folder(folder.features, block)) for block in blocks}
         made_from = self.made_from(folder, store)
-        table = pa.Table.from_pylist(log)
-        write_atomically(self.table_path(folder), parquet_bytes(table, made_from))
-        groups = [
-            _group(block, labels, [row for row in log if row["block"] == block], recipe, corpus) for block in blocks
-        ]
-        for group in groups:
-            group["threshold"] = describe(crosscoder_folder(folder.features, group["block"])).content["threshold"]
+        log = [row for one in trained.values() for row in one.made_from["log"]]
+        write_atomically(self.table_path(folder), parquet_bytes(pa.Table.from_pylist(log), made_from))
+        groups = [_group(one) for one in trained.values()]
         return self.write(folder, options, groups, made_from)
 
     def what_next(self, folder: RunFolder, options: TrainOptions) -> str:
@@ -212,25 +209,19 @@ class Train(Step[TrainOptions]):
         )
 
 
-def _train(
-    place: Any, feed: RowFeed, recipe: Recipe, device: Any, save_every: int, tally: Tally
-) -> list[dict[str, Any]]:
-    """Train one block, unless it is trained; the log of its steps."""
+def _train(place: Path, feed: RowFeed, recipe: Recipe, device: str, save_every: int, tally: Tally) -> None:
+    """Train one block, unless it is trained."""
     trainer = Trainer(feed, recipe, device)
     if (place / DESCRIPTION).is_file():
-        made_from = describe(place).made_from
-        check_same(made_from["training"], trainer.identity, place)
-        Trainer.remove(place)
+        check_same(describe(place).made_from["training"], trainer.identity, place)
         tally.add(found=recipe.steps)
-        log: list[dict[str, Any]] = made_from["log"]
-        return log
-    trainer.resume(place)
-    tally.add(found=trainer.step)
-    crosscoder = trainer.run(place, save_every, tally.add)
-    made_from = {"training": trainer.identity, "corpus": records_of(feed.chosen.store), "log": trainer.log}
-    crosscoder.save(place, made_from)
+    else:
+        trainer.resume(place)
+        tally.add(found=trainer.step)
+        crosscoder = trainer.run(place, save_every, tally.add)
+        made_from = {"training": trainer.identity, "corpus": records_of(feed.chosen.store), "log": trainer.log}
+        crosscoder.save(place, made_from)
     Trainer.remove(place)
-    return trainer.log
 
 
 def _labels(given: str, store: Store, corpus: Store) -> list[str]:
@@ -244,23 +235,23 @@ def _labels(given: str, store: Store, corpus: Store) -> list[str]:
     return labels
 
 
-def _group(
-    block: int, labels: Sequence[str], log: Sequence[Mapping[str, Any]], recipe: Recipe, corpus: Store
-) -> dict[str, Any]:
+def _group(trained: Sealed) -> dict[str, Any]:
+    """The numbers of one crosscoder, of what it says of itself."""
+    described, made_from = trained.content, trained.made_from
+    log, labels, recipe = made_from["log"], described["labels"], made_from["training"]["recipe"]
     last = log[-1]
     shown = log[:: max(1, len(log) // _CURVE)]
     shown = [*shown, last] if shown[-1] is not last else shown
     curve = {"step": [row["step"] for row in shown]}
     curve |= {label: [row[f"ve_{label}"] for row in shown] for label in labels}
     return {
-        "block": block,
-        "labels": list(labels),
-        "n_features": recipe.n_features,
-        "k": recipe.k,
-        "n_rows": records_of(corpus)["n_tokens"],
-        "steps": recipe.steps,
+        "block": described["block"],
+        "labels": labels,
+        "n_rows": made_from["training"]["n_rows"],
+        **{name: recipe[name] for name in ("n_features", "k", "steps")},
         **{name: last[name] for name in ("loss", "aux_loss", "l0", "dead")},
         **{f"ve_{label}": last[f"ve_{label}"] for label in labels},
+        "threshold": described["threshold"],
         "curve": curve,
     }
 
