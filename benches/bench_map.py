@@ -120,7 +120,7 @@ class Bench:
         """States at the boundaries, and what each part gives at p."""
         model, ids = self.study.models[label], as_batch(self.events[name])
         states, _ = hooks.native(model, ids, self.boundaries)
-        given = {place: hooks.taken(model, ids, of, place[0] == HEAD) for place, of in self.modules[label].items()}
+        given, _ = hooks.taken(model, ids, {name: (of, name[0] == HEAD) for name, of in self.modules[label].items()})
         return states, given
 
     def states(self) -> Workload:

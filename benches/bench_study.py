@@ -11,6 +11,7 @@ supports        the four cells of events along both checkpoints' own rollouts
 lineage         all cells of three checkpoints, by two readouts
 recipes         the four cells of two descendants of one base, each on its own events
 map             states at the last four positions of every boundary, and each late block's attention and MLP at p
+path            what each late block's attention and MLP adds to the final state, exchanged
 whole           all of these
 
 Both begin with the events, and with models in memory. Hooks keep nothing between analyses, as the published code does
@@ -44,6 +45,7 @@ from hooks import HookEvent
 from measure import Workload, in_turn, print_result, print_workloads
 from safetensors.torch import load_file, save_file
 from study import READOUTS, Study, add_pair_arguments
+from torch import nn
 from transformers import PreTrainedModel
 
 from actcache.analyses.controls import ANALYSIS as CONTROLS
@@ -411,29 +413,58 @@ def _margins_found(run: InMemory) -> Iterator[tuple[tuple[Any, ...], float]]:
             yield (row["event_id"], label), row[f"boundary_margin_{label}"]
 
 
+def _parts(captured: Captured, label: str) -> dict[tuple[str, int], nn.Module]:
+    """Attention and MLP of each block from the main boundary on."""
+    model = captured.models[label]
+    blocks = list(model.get_submodule(hooks.path_of(model, hooks.BLOCKS)).children())
+    late = range(captured.store.boundaries[0], len(blocks))
+    return {(site, block): find_site(blocks[block], site) for site in ("attention", "mlp") for block in late}
+
+
+def _taken(captured: Captured, event: HookEvent) -> dict[str, Any]:
+    """Of every checkpoint: what these give at p, and the final state there."""
+    ids = torch.tensor([event.ids])
+    found = {}
+    for label, model in captured.models.items():
+        found[label] = hooks.taken(model, ids, {name: (of, False) for name, of in _parts(captured, label).items()})
+    return found
+
+
 def _map(captured: Captured, row: Mapping[str, Any], event: HookEvent) -> Iterator[tuple[tuple[Any, ...], float]]:
-    """One forward per patch, after one of each checkpoint for each part that is taken, as hooks that keep it would."""
+    """One forward per patch, after two of each checkpoint: for its states, and for what its parts give."""
     boundaries, ids = captured.store.boundaries, torch.tensor([event.ids])
-    native = _native(captured, event, boundaries)
+    native, taken = _native(captured, event, boundaries), _taken(captured, event)
     for host, source in (("pt", "it"), ("it", "pt")):
-        model, other = captured.models[host], captured.models[source]
+        model = captured.models[host]
         for boundary in boundaries:
             for back in range(min(4, len(event.ids))):
                 states = native[host][0][boundary].clone()
                 states[0, -1 - back] = native[source][0][boundary][0, -1 - back]
                 outputs = hooks.replay(model, ids, boundary, states, whole=True)
                 yield (row["event_id"], host, "state", boundary, -back), _margin(captured, host, outputs, event)
-        blocks, others = (list(of.get_submodule(hooks.path_of(of, hooks.BLOCKS)).children()) for of in (model, other))
-        for block in range(boundaries[0], len(blocks)):
-            for site in ("attention", "mlp"):
-                given = hooks.taken(other, ids, find_site(others[block], site), False)
-                last = hooks.put(model, ids, find_site(blocks[block], site), given, slice(None), False)
-                yield (row["event_id"], host, site, block, 0), float(hooks.margins(model, last, event))
+        for (site, block), module in _parts(captured, host).items():
+            last = hooks.put(model, ids, module, taken[source][0][site, block], slice(None), False)
+            yield (row["event_id"], host, site, block, 0), float(hooks.margins(model, last, event))
 
 
 def _map_found(run: InMemory) -> Iterator[tuple[tuple[Any, ...], float]]:
     for row in pq.read_table(run.path / "map.parquet").to_pylist():
         yield (row["event_id"], row["host"], row["site"], row["boundary"], row["offset"]), row["margin"]
+
+
+def _path(captured: Captured, row: Mapping[str, Any], event: HookEvent) -> Iterator[tuple[tuple[Any, ...], float]]:
+    taken = _taken(captured, event)
+    for host, source in (("pt", "it"), ("it", "pt")):
+        given, final = taken[host]
+        for (site, block), own in given.items():
+            exchanged = final - own + taken[source][0][site, block]
+            key = row["event_id"], host, site, block
+            yield key, float(hooks.margins(captured.models[host], exchanged, event))
+
+
+def _path_found(run: InMemory) -> Iterator[tuple[tuple[Any, ...], float]]:
+    for row in pq.read_table(run.path / "path.parquet").to_pylist():
+        yield (row["event_id"], row["host"], row["site"], row["boundary"]), row["margin"]
 
 
 ANALYSES = {
@@ -445,6 +476,7 @@ ANALYSES = {
     "lineage": Both("three", lambda run: run.analyse("lineage"), _lineage, _cells),
     "recipes": Both("three", lambda run: run.analyse("recipes"), _recipes, _cells),
     "map": Both("pair", lambda run: run.analyse("map"), _map, _map_found),
+    "path": Both("pair", lambda run: run.analyse("path"), _path, _path_found),
 }
 
 

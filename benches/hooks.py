@@ -8,7 +8,8 @@ is overwritten. A 2x2 grid is two native passes and two replays per event, the f
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,12 +88,20 @@ def replay(
 
 
 @torch.no_grad()
-def taken(model: PreTrainedModel, ids: torch.Tensor, module: nn.Module, is_input: bool) -> torch.Tensor:
-    """One plain forward over ``[1, T]`` ids: what a module gives, or reads if ``is_input``, at the last position,
-    ``[W]``."""
-    seen: list[torch.Tensor] = []
-    _forward_with(model, ids, module, lambda rows: seen.append(rows[-1].clone()), is_input)
-    return seen[0]
+def taken(
+    model: PreTrainedModel, ids: torch.Tensor, modules: Mapping[Any, tuple[nn.Module, bool]]
+) -> tuple[dict[Any, torch.Tensor], torch.Tensor]:
+    """One plain forward over ``[1, T]`` ids: by its name what each module gives, or reads where it is so marked, at the
+    last position, ``[W]``; and the last block's output there, ``[1, D]``."""
+    seen: dict[Any, torch.Tensor] = {}
+
+    def keeping(name: Any) -> Callable[[torch.Tensor], None]:
+        return lambda rows: seen.update({name: rows[-1].clone()})
+
+    with ExitStack() as hooks:
+        for name, (module, is_input) in modules.items():
+            hooks.callback(_changing(module, keeping(name), is_input).remove)
+        return seen, _forward(model, ids, {}, False)
 
 
 @torch.no_grad()
@@ -105,11 +114,15 @@ def put(
     def change(rows: torch.Tensor) -> None:
         rows[-1, columns] = row[columns]
 
-    return _forward_with(model, ids, module, change, is_input)
+    handle = _changing(module, change, is_input)
+    try:
+        return _forward(model, ids, {}, False)
+    finally:
+        handle.remove()
 
 
-def _forward_with(model: PreTrainedModel, ids: torch.Tensor, module: nn.Module, change: Any, is_input: bool) -> Any:
-    """A plain forward in which ``change`` sees what a module gives or reads, ``[T, W]``, and may change it."""
+def _changing(module: nn.Module, change: Callable[[torch.Tensor], None], is_input: bool) -> Any:
+    """A hook, by which ``change`` sees what a module gives or reads, ``[T, W]``, and may change it."""
 
     def hook(_: nn.Module, given: Any, *output: Any) -> Any:
         given = output[0] if output else given
@@ -118,11 +131,7 @@ def _forward_with(model: PreTrainedModel, ids: torch.Tensor, module: nn.Module, 
         change(changed[0])
         return (changed, *given[1:]) if isinstance(given, tuple) else changed
 
-    handle = module.register_forward_pre_hook(hook) if is_input else module.register_forward_hook(hook)
-    try:
-        return _forward(model, ids, {}, False)
-    finally:
-        handle.remove()
+    return module.register_forward_pre_hook(hook) if is_input else module.register_forward_hook(hook)
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def test_study_has_every_analysis_that_replays_beside_hooks(page):
     result = json.loads(ran.stdout.splitlines()[-1])
     names = [one["name"] for one in result["workloads"]]
     assert names[:4] == ["grid, effects", "depth", "controls", "commitment"]
-    assert names[4:] == ["supports", "lineage", "recipes", "map", "whole"]
+    assert names[4:] == ["supports", "lineage", "recipes", "map", "path", "whole"]
     covered = {name for of in names[:-1] for name in of.split(", ")} - {"grid"}
     assert covered == {named.name for named in ANALYSES} - {"stability"}, "which runs whole models"
     for one in result["workloads"]:

@@ -78,7 +78,7 @@ FLOW = {
     "study": (
         *("statistics", "regression", "families", "overlap", "contrasts", "subsets", "left_out"),
         *("results", "scores", "work", "cells", "jobs"),
-        *("replay_job", "prefix_job", "size_job", "earlier_job", "map_job", "gradient_job", "forward_job"),
+        *("replay_job", "prefix_job", "size_job", "earlier_job", "map_job", "path_job", "gradient_job", "forward_job"),
         *("decode_job", "branch_job", "states_job", "continuation_job"),
         *("capture_job", "holding", "held", "engine", "runner", "whole_models", "decisions", "capture", "replies"),
         *("plan", "reads", "finished", "run_folder", "lens"),
@@ -95,6 +95,7 @@ FLOW = {
             "commitment",
             "closure",
             "map",
+            "path",
             "continuation",
             "forced",
         ),

@@ -51,6 +51,7 @@ ANALYSES = (
     Named("map", "what each state, attention, MLP, head or run of blocks does, patched from the other checkpoint"),
     Named("continuation", "whether the interaction survives over the tokens that follow an event"),
     Named("forced", "what follows where the descendant is made to take the one token or the other"),
+    Named("path", "what each attention and MLP does to the choice through the final norm alone, with no block between"),
     Named("stability", "how many events other rounding would change: another shape of the batch, or another dtype"),
     Named("effects", "how much the late blocks do on either state: contrasts of cells, with intervals", of_cells=True),
 )

@@ -34,12 +34,13 @@ from actcache.study.gradient_job import GradientJob
 from actcache.study.held import Held
 from actcache.study.holding import Holding
 from actcache.study.map_job import MapJob
+from actcache.study.path_job import PathJob
 from actcache.study.replay_job import ReplayJob, States
 from actcache.study.results import file_name, read_final
 from actcache.study.scores import Scores, score
 from actcache.study.size_job import SizeJob
 
-LateJob = ReplayJob | SizeJob | EarlierJob | MapJob | ContinuationJob | GradientJob
+LateJob = ReplayJob | SizeJob | EarlierJob | MapJob | PathJob | ContinuationJob | GradientJob
 LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone | Streaming]
 LoadReadout = Callable[[str], Readout]
