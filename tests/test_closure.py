@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from twins import reference
 
 import actcache
+from actcache.analyses import find_analysis
 from actcache.analyses.closure import Fit, is_training
 from actcache.cli import main
 from actcache.errors import InputError
@@ -198,6 +199,11 @@ def test_a_shift_of_low_rank_is_closed_at_its_rank(tmp_path):
     assert abs(of["injected", "1"]["closure_of_means"]["mean"] - 1) > 0.05
     for control in ("flipped", "random", "shuffled"):
         assert of[control, "2"]["closure_of_means"]["mean"] < 0.7, control
+    lines, bars = find_analysis("closure").section(found["groups"]).figures
+    assert [[rank for rank, _ in line] for line in lines.lines.values()] == [[1.0, 2.0]]
+    names = [name for name, _ in next(iter(bars.bars.values()))]
+    assert {"full difference", "rank 2", "rank 2, random", "mean alone"} < set(names)
+    assert "rank 1" not in names
 
 
 @pytest.mark.slow

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from actcache.study.run import Run
 
 FULL = "full"
-INJECTED = "injected"
+INJECTED, MEAN = "injected", "mean"
 SPLITS = ("held_out", "train", "all")
 _MISSING = 1e-8  # logits; the least margin that closure is told of
 
@@ -142,10 +142,11 @@ class Closure(CellAnalysis[ClosureOptions]):
         for one in whole:
             if one["what"] == INJECTED and one["rank"] != FULL:
                 lines.setdefault(of_whom(one), []).append((float(one["rank"]), one["closure_of_means"]))
-        largest = {of_whom(one): one["rank"] for one in whole if one["rank"] != FULL}
+        # Ranks come in order: the last is the largest.
+        largest = {of_whom(one): one["rank"] for one in whole if one["what"] == INJECTED and one["rank"] != FULL}
         bars: dict[str, list[tuple[str, Interval]]] = {}
         for one in whole:
-            if one["rank"] in (FULL, largest.get(of_whom(one))):
+            if one["rank"] in (FULL, largest.get(of_whom(one))) or one["what"] == MEAN:
                 bars.setdefault(of_whom(one), []).append((_named(one), one["closure_of_means"]))
         said = ", ".join(
             f"{of_whom(one)} {one['closure_of_means']['mean']:.0%}"
@@ -265,7 +266,7 @@ def _variants(
             for label in (one for one in store.checkpoints if one not in pair):
                 found[_Asked(f"of {label}", name, 1.0)] = Inject(basis, mean, 1.0, label)
         if mean.any():
-            found[_Asked("mean", "0", 1.0)] = Add(mean)
+            found[_Asked(MEAN, "0", 1.0)] = Add(mean)
     names = {f"{one.what}[rank={one.rank},scale={one.scale:g}]": one for one in found}
     return tuple(Variant(name, (Edit(found[one]),)) for name, one in names.items()), names
 
@@ -364,7 +365,7 @@ def _groups(table: pa.Table, options: ClosureOptions) -> Iterator[dict[str, Any]
 def _named(group: Mapping[str, Any]) -> str:
     rank = "full difference" if group["rank"] == FULL else f"rank {group['rank']}"
     what = group["what"]
-    return "mean alone" if what == "mean" else rank if what == INJECTED else f"{rank}, {what}"
+    return "mean alone" if what == MEAN else rank if what == INJECTED else f"{rank}, {what}"
 
 
 def _events_of(store: Store, pair: tuple[str, str]) -> list[int]:
