@@ -42,10 +42,10 @@ def first_not_finite(values: torch.Tensor) -> int | None:
 
 
 def first_no_state(rows: torch.Tensor) -> int | None:
-    """The first of rows ``[n, D]`` that is no state (see :func:`are_states`), or None."""
+    """The first of rows ``[n, ..., D]`` that is no state (see :func:`are_states`), or None."""
     if are_states(rows):
         return None
-    within = rows.abs().amax(dim=1).double() <= _most(rows.shape[1])  # NaN is not
+    within = rows.abs().flatten(1).amax(dim=1).double() <= _most(rows.shape[-1])  # NaN is not
     return int(within.logical_not().nonzero()[0])
 
 

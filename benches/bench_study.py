@@ -4,6 +4,7 @@
 
 grid, effects   the four cells by three readouts, and their contrasts
 depth           the grid again at three blocks before the end, and at the last one
+windows         the MLPs of one checkpoint in each window of the other that begins late, and their margin supports
 controls        interpolated, permuted, equally long random and unmoved states behind both late stacks, and the sizes of
                 final states over whole sequences
 commitment      what a head makes of the states at the boundary
@@ -16,9 +17,9 @@ whole           all of these
 
 Both begin with the events, and with models in memory. Hooks keep nothing between analyses, as the published code does
 not: of every event they run a native forward of each checkpoint, and a whole forward per further cell or edit.
-actcache reads its store, replays late blocks, and writes its tables and numbers; depth, controls and commitment begin
-with the grid's cells. Hooks are timed on some of the events, spread evenly, actcache on all. The third checkpoint is
-half-way between the two, in weights.
+actcache reads its store, replays late blocks, and writes its tables and numbers; depth, windows, controls and
+commitment begin with the grid's cells. Hooks are timed on some of the events, spread evenly, actcache on all. The third
+checkpoint is half-way between the two, in weights.
 
 The last line of stdout is JSON.
 """
@@ -51,6 +52,7 @@ from transformers import PreTrainedModel
 from actcache.analyses.controls import ANALYSIS as CONTROLS
 from actcache.analyses.controls import controlled
 from actcache.analyses.grid import GridSettings, run_grid
+from actcache.analyses.windows import windows_of
 from actcache.cli import main as actcache
 from actcache.models.blocks import find_site
 from actcache.models.checkpoint import DTYPES, Checkpoint
@@ -347,6 +349,61 @@ def _depth(captured: Captured, row: Mapping[str, Any], event: HookEvent) -> Iter
     )
 
 
+def _windows(captured: Captured, row: Mapping[str, Any], event: HookEvent) -> Iterator[tuple[tuple[Any, ...], float]]:
+    """Each host as it is, then with the source's MLPs in each window."""
+    for host, source in (("pt", "it"), ("it", "pt")):
+        model = captured.models[host]
+        blocks, others = (_blocks(captured.models[label]) for label in (host, source))
+        _, own = _mlp_supports(model, event)
+        for name, first, stop in windows_of(captured.store, ""):
+            mlps = [block.mlp for block in blocks]
+            for block in range(first, stop):
+                blocks[block].mlp = others[block].mlp
+            try:
+                margin, given = _mlp_supports(model, event)
+            finally:
+                for block, mlp in zip(blocks, mlps, strict=True):
+                    block.mlp = mlp
+            values = margin, float(given[first:stop].mean()), float(own[first:stop].mean())
+            for column, value in zip(_WINDOW_COLUMNS, values, strict=True):
+                yield (row["event_id"], host, name, column), value
+
+
+_WINDOW_COLUMNS = ("margin", "margin_support", "own_margin_support")
+
+
+def _blocks(model: PreTrainedModel) -> Any:
+    return model.get_submodule(hooks.path_of(model, hooks.BLOCKS))
+
+
+def _mlp_supports(model: PreTrainedModel, event: HookEvent) -> tuple[float, torch.Tensor]:
+    """The margin, and of each block the margin of what it writes less that without what its MLP added."""
+    added: list[torch.Tensor] = []
+    written: list[torch.Tensor] = []
+
+    def keeping(kept: list[torch.Tensor]) -> Any:
+        return lambda _, args, out: kept.append((out[0] if isinstance(out, tuple) else out)[0, -1])
+
+    handles = []
+    for block in _blocks(model):
+        last = getattr(block, "post_feedforward_layernorm", block.mlp)
+        handles += [last.register_forward_hook(keeping(added)), block.register_forward_hook(keeping(written))]
+    try:
+        hooks.native(model, torch.tensor([event.ids]), [])
+    finally:
+        for handle in handles:
+            handle.remove()
+    after, before = torch.stack(written), torch.stack(written) - torch.stack(added)
+    margins = [hooks.margins(model, states, event) for states in (after, before)]
+    return float(margins[0][-1]), margins[0] - margins[1]
+
+
+def _windows_found(run: InMemory) -> Iterator[tuple[tuple[Any, ...], float]]:
+    for row in pq.read_table(run.path / "windows.parquet").to_pylist():
+        for column in _WINDOW_COLUMNS:
+            yield (row["event_id"], row["host"], row["window"], column), row[column]
+
+
 def _supports(captured: Captured, row: Mapping[str, Any], event: HookEvent) -> Iterator[tuple[tuple[Any, ...], float]]:
     return _grid_by_hooks(
         captured, row, event, boundaries=captured.store.boundaries, labels=("pt", "it"), readouts=["common_it"]
@@ -470,6 +527,7 @@ def _path_found(run: InMemory) -> Iterator[tuple[tuple[Any, ...], float]]:
 ANALYSES = {
     "grid, effects": Both("bare", _grid_and_effects, _plain, _cells),
     "depth": Both("pair", lambda run: run.analyse("depth"), _depth, _cells),
+    "windows": Both("pair", lambda run: run.analyse("windows"), _windows, _windows_found),
     "controls": Both("pair", lambda run: run.analyse("controls"), _controls, lambda run: _cells(run, "controls")),
     "commitment": Both("pair", lambda run: run.analyse("commitment"), _commitment, _margins_found),
     "supports": Both("rollouts", lambda run: run.analyse("supports"), _supports, _cells),

@@ -72,13 +72,14 @@ FLOW = {
     ),
     "replay": (
         *("vectors", "operations", "features", "edits", "moves", "forwards", "gradients"),
-        *("copies", "swap", "workers", "modes", "batch"),
+        *("copies", "swap", "around", "workers", "modes", "batch"),
         *("sizes", "passes", "late_stack", "taken", "streamed_late", "sweep"),
     ),
     "study": (
         *("statistics", "regression", "families", "overlap", "contrasts", "subsets", "left_out"),
         *("results", "scores", "work", "cells", "jobs"),
-        *("replay_job", "prefix_job", "size_job", "earlier_job", "map_job", "path_job", "gradient_job", "forward_job"),
+        *("replay_job", "prefix_job", "size_job", "earlier_job", "window_job", "map_job"),
+        *("path_job", "gradient_job", "forward_job"),
         *("decode_job", "branch_job", "states_job", "continuation_job"),
         *("capture_job", "holding", "held", "engine", "runner", "whole_models", "decisions", "capture", "replies"),
         *("plan", "reads", "finished", "run_folder", "lens"),
@@ -88,6 +89,7 @@ FLOW = {
         *("stability", "averages", "effects_text", "effects", "grid"),
         *(
             "depth",
+            "windows",
             "supports",
             "lineage",
             "recipes",

@@ -92,6 +92,25 @@ def test_a_swapped_stack_takes_edits_and_later_boundaries(pair):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2"])
+def test_states_behind_a_window_are_those_of_an_assembled_model(pair, arch):
+    pt, it = pair(arch)
+    model = assembled(reference.load(pt, torch.float32), reference.load(it, torch.float32), "mlp", 1, 3)
+    swapped = LateStack.load(pt, 0).swapped(LateStack.load(it, 0), Swap("it", "mlp", 1, 3))
+    rows, expected = reference.states(model, IDS, 0), reference.states(model, IDS, 3)
+    assert torch.equal(swapped.states(rows, [0, 17], 3, strict=True), expected)
+    assert torch.equal(swapped.states(rows, [0, 17], 1, strict=True), reference.states(model, IDS, 1))
+    several = torch.cat([rows[:5], rows, rows[:9]]), [0, 5, 22, 31]
+    wanted = torch.cat([expected[:5], expected, expected[:9]])
+    for how in ({}, {"max_tokens": 20}, {"strict": True}):
+        torch.testing.assert_close(swapped.states(*several, 3, **how), wanted, rtol=1e-4, atol=1e-4)
+    swapped.mode = "padded"
+    torch.testing.assert_close(swapped.states(*several, 3), wanted, rtol=1e-4, atol=1e-4)
+    for boundary in (0, 5):
+        with pytest.raises(InputError, match=rf"boundary {boundary} is none of 1\.\.4"):
+            swapped.states(rows, [0, 17], boundary)
+
+
 def test_what_cannot_be_swapped_is_refused(pair, tmp_path):
     pt, it = pair("llama")
     host, source = LateStack.load(pt, 2), LateStack.load(it, 3)

@@ -42,6 +42,7 @@ class Named(NamedTuple):
 
 ANALYSES = (
     Named("depth", "how much of the interaction is left where only the last blocks are late"),
+    Named("windows", "which depth decides the token and which gives the margin, by the MLPs of some blocks"),
     Named("supports", "whether the interaction is a product of picking the first divergence of each prompt"),
     Named("controls", "whether the interaction could come of hybrid states that neither checkpoint makes"),
     Named("commitment", "whether the state at the boundary has decided for y_it before the late blocks read it"),

@@ -72,7 +72,16 @@ def add_options(parser: Parser, options: Any) -> None:
             how |= {"action": "store_true"}
         else:
             how |= {"type": entry.metadata["type"], "metavar": flag.lstrip("-").upper()}
+            how |= {"action": _Listed} if entry.metadata["repeats"] else {}
         parser.add_argument(flag, **how)
+
+
+class _Listed(argparse.Action):
+    """A text that lists things: of a flag that is given several times, all of them."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, f"{before},{values}" if before else values)
 
 
 def _answer(named: Named, args: argparse.Namespace) -> None:

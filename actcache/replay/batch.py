@@ -7,12 +7,14 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 
 from actcache.errors import InputError
 from actcache.finite import first_no_state
 from actcache.models.backbone import Backbone
+from actcache.replay.around import Around
 from actcache.replay.edits import Variant
 from actcache.replay.forwards import Forwards, Mode
 from actcache.replay.modes import tokens_of_pack
@@ -39,6 +41,8 @@ class Batch:
         boundary: first block that runs.
         sizes: whether how large the outputs at every position are is wanted, in place of the output at p.
         together: whether events of one sequence share its forward also where each sequence has one of its own.
+        around: inside which blocks the residual stream at p is wanted, beside the output there.
+        entering: the block of which the state that enters it is wanted, at every position, in place of the output at p.
     """
 
     rows: torch.Tensor
@@ -53,6 +57,8 @@ class Batch:
     boundary: int = 0
     sizes: bool = False
     together: bool = False
+    around: Around | None = None
+    entering: int | None = None
 
     @classmethod
     def of(
@@ -68,11 +74,10 @@ class Batch:
         keys: Sequence[str] | None,
         prompts: Sequence[str] | None,
         moves: Moves | None,
-        *,
-        sizes: bool = False,
-        together: bool = False,
+        **wanted: Any,
     ) -> Batch:
-        """What a call of :meth:`LateStack.prepare` is given, checked (see there)."""
+        """What a call of :meth:`LateStack.prepare` is given, checked (see there); ``wanted`` is ``sizes``,
+        ``together``, ``around`` or ``entering``."""
         backbone = forwards.backbone
         bounds = _check_rows(backbone, rows, offsets)
         spans = _spans(bounds, positions)
@@ -101,7 +106,7 @@ class Batch:
         moves.begin(variants, keys, lengths)
         budget = tokens_of_pack(backbone.device, max_tokens)
         of = (rows, spans, keys, prompts, donors, variants, moves, mode, budget)
-        return cls(*of, forwards.boundary, sizes, together)
+        return cls(*of, forwards.boundary, **wanted)
 
     @cached_property
     def lengths(self) -> torch.Tensor:

@@ -12,15 +12,16 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from actcache.errors import UnsupportedModelError
 from actcache.finite import first_block
 from actcache.models.backbone import Backbone
-from actcache.models.blocks import StateSource, UpstreamStandIn, find_projection, find_site
+from actcache.models.blocks import StateSource, UpstreamStandIn, find_projection, find_site, of_this_thread
 from actcache.models.linear import fast_products
 from actcache.models.packing import Prefix
 from actcache.models.readout import Readout
@@ -34,6 +35,10 @@ Inside = Callable[[torch.Tensor, torch.Tensor], AbstractContextManager[None]]
 
 # A pack of one sequence shorter than this is a strict replay: a second step would cost more calls than it saves.
 _IN_TWO_STEPS_FROM = 64
+
+
+class _StoppedError(Exception):
+    """Ends a forward where a block begins."""
 
 
 def nothing_inside(rows: torch.Tensor, index: torch.Tensor) -> AbstractContextManager[None]:
@@ -119,6 +124,25 @@ class Forwards:
             return self.final(state, bounds, torch.arange(len(state)), mode)
         with self.handing_on(state[None]):
             return self.backbone.forward(bounds, inputs_embeds=torch.zeros_like(state)[None])
+
+    def entering(self, block: int, state: torch.Tensor, bounds: Sequence[int], mode: Mode) -> torch.Tensor:
+        """Run sequences as far as a block after the first (arguments as :meth:`final`): ``[T, D]``, the state that
+        enters it at every position."""
+        seen: list[torch.Tensor] = []
+
+        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            seen.append((args[0] if args else kwargs["hidden_states"]).flatten(0, -2))
+            raise _StoppedError
+
+        handle = self.backbone.blocks[block].register_forward_pre_hook(of_this_thread(stop), with_kwargs=True)
+        try:
+            self.outputs(state, bounds, mode)
+        except _StoppedError:
+            index = _padded_index(bounds) if mode == "padded" else torch.arange(len(state))
+            return seen[0][index.to(state.device)]
+        finally:
+            handle.remove()
+        raise UnsupportedModelError(f"{type(self.backbone.decoder).__name__}: it never calls its block {block}")
 
     def to_last_keys(
         self, state: torch.Tensor, bounds: Sequence[int], *, every_block: bool

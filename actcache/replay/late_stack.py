@@ -31,6 +31,7 @@ from actcache.models.parts import load_late_blocks
 from actcache.models.probe import probe_late_blocks
 from actcache.models.readout import Readout
 from actcache.progress import Told, nobody_told
+from actcache.replay.around import Added, Around, find_added
 from actcache.replay.batch import Batch, Positions
 from actcache.replay.copies import apart, copies_of
 from actcache.replay.edits import PLAIN, Variant
@@ -40,7 +41,7 @@ from actcache.replay.modes import find_mode, plan, share_work, tokens_of_pack
 from actcache.replay.moves import Moves
 from actcache.replay.passes import Result, Work, divide, run_pack
 from actcache.replay.sizes import SIZES
-from actcache.replay.swap import Swap, with_swapped
+from actcache.replay.swap import Module, Swap, with_swapped
 from actcache.replay.workers import side_by_side
 
 
@@ -64,6 +65,7 @@ class LateStack:
         """Of forwards whose mode is known; ``first`` is the stack that this one is a later part of."""
         self._forwards, self._first = forwards, first
         self._later: dict[int, LateStack] = {}
+        self._added: dict[tuple[Module, int], Added | None] = {} if first is None else first._added
         self._cutting = threading.Lock()
         backbone = forwards.backbone
         self.boundary, self.n_blocks = forwards.boundary, backbone.n_blocks
@@ -165,7 +167,9 @@ class LateStack:
             )
         own, other = self._whole(), source._whole()
         model = with_swapped(own.model, other.model, swap)
-        return LateStack(Forwards(model, own.source, self.boundary, self.readout), self.mode, self.not_packable)
+        found = LateStack(Forwards(model, own.source, self.boundary, self.readout), self.mode, self.not_packable)
+        found._added = self._added  # the architecture's
+        return found
 
     def _whole(self) -> Forwards:
         """The forwards of all blocks, which are in memory."""
@@ -300,6 +304,73 @@ class LateStack:
         return found
 
     @torch.no_grad()
+    def states(
+        self,
+        rows: torch.Tensor,
+        offsets: torch.Tensor | Sequence[int],
+        boundary: int,
+        *,
+        strict: bool = False,
+        max_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """The states at a later boundary, ``[N, D]`` on the CPU, at every position of sequences that begin with these
+        rows (arguments and errors as :meth:`run`): of a stack with another checkpoint's modules, what these make of
+        the host's states.
+
+        Raises:
+            InputError: also where no such boundary lies behind this stack's, or blocks are in memory one at a time.
+        """
+        whole = self._whole()
+        if not self.boundary < boundary < self.n_blocks:
+            raise InputError(f"boundary {boundary} is none of {self.boundary + 1}..{self.n_blocks - 1}")
+        given = rows, offsets, [PLAIN], None, None, None, None, None
+        batch = Batch.of(whole, self._mode(strict), max_tokens, *given, entering=boundary)
+        out = torch.empty_like(rows, device="cpu")
+        for sequences, _, values in self._iterate(batch):
+            spans = [batch.spans[one] for one in sequences.unique_consecutive().tolist()]
+            out[torch.cat([torch.arange(span.start, span.stop) for span in spans])] = values
+        return out
+
+    @torch.no_grad()
+    def around(
+        self,
+        rows: torch.Tensor,
+        offsets: torch.Tensor | Sequence[int],
+        module: Module,
+        layers: Sequence[int],
+        *,
+        positions: Positions | None = None,
+        strict: bool = False,
+        max_tokens: int | None = None,
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Replay sequences, and look at the residual stream around a module of some blocks, at each event's position
+        (arguments and errors as :meth:`run`).
+
+        Args:
+            module: ``mlp``, ``attention`` or ``block``.
+            layers: indices of k late blocks, each once.
+
+        Yields:
+            events ``[m']``, and ``[m', 1 + 2 k, D]`` on the CPU: the last block's output, then of each block the
+            residual stream before the module adds to it, and after; each event once, in no fixed order.
+
+        Raises:
+            InputError: the stack has no such block, or its blocks are in memory one at a time.
+            UnsupportedModelError: what the module adds is unknown (see :func:`actcache.replay.around.find_added`).
+        """
+        whole = self._whole()
+        if wrong := [layer for layer in layers if not self.boundary <= layer < self.n_blocks]:
+            raise InputError(f"block {wrong[0]} is none of {self.boundary}..{self.n_blocks - 1}, which this stack has")
+        if unknown := [layer for layer in layers if (module, layer) not in self._added]:
+            found = find_added(whole, module, unknown)
+            self._added.update({(module, layer): one for layer, one in found.items()})
+        wanted = Around(module, {layer: self._added[module, layer] for layer in layers})
+        given = rows, offsets, [PLAIN], positions, None, None, None, None
+        batch = Batch.of(whole, self._mode(strict), max_tokens, *given, around=wanted)
+        for events, _, values in self._iterate(batch):
+            yield events, values
+
+    @torch.no_grad()
     def run_variants(
         self,
         rows: torch.Tensor,
@@ -398,7 +469,9 @@ class LateStack:
         lengths = [[len(one.rows) for one in work.passes] for work in works]
         n_workers, n_threads = share_work(batch.mode, self.device, sum(map(sum, lengths)))
         sites = {(layer, edit.site) for variant in batch.variants for layer, edit in variant.inside()}
-        copies = copies_of(self._forwards, n_workers, [self._forwards.site(*place) for place in sites])
+        hooked = [self._forwards.site(*place) for place in sites]
+        hooked += [] if batch.around is None else batch.around.parts(self._forwards)
+        copies = copies_of(self._forwards, n_workers, hooked)
         packs = [
             (work, pack)
             for work, of_passes in zip(works, lengths, strict=True)

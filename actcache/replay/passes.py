@@ -25,6 +25,7 @@ import torch
 from actcache.models.blocks import of_this_thread
 from actcache.models.packing import offsets_of, plan_packs
 from actcache.models.regimes import Regimes
+from actcache.replay.around import Watch
 from actcache.replay.batch import Batch
 from actcache.replay.edits import HEADS, Edit, Rows, Variant
 from actcache.replay.forwards import Forwards, Inside
@@ -53,7 +54,9 @@ class Work:
     branches: Sequence[int]
 
 
-# Indices of events and variants, [m] each, and [m, D] on the CPU; or [m, 4] float64, where sizes are wanted.
+# Indices of events and variants, [m] each, and [m, D] on the CPU; or [m, 4] float64, where sizes are wanted; or
+# [m, 1 + 2 k, D], where the residual stream around modules of k blocks is; or, where the states that enter a block are,
+# one for each position of each event's sequence, in order.
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -138,9 +141,17 @@ class PackedPasses:
         state, at = self.edited(number)
         if self.batch.sizes:
             return self.sized(number, self.forwards.outputs(state, self.bounds, self.batch.mode))
+        if self.batch.entering is not None:
+            rows = self.forwards.entering(self.batch.entering, state, self.bounds, self.batch.mode)
+            return self.at.sequence, torch.full_like(self.at.sequence, number), rows.cpu()
         distinct, of_event = self.ends.unique_consecutive(return_inverse=True)
-        inside = self._inside(self.batch.variants[number], at)
-        hidden = self.forwards.final(state, self.bounds, distinct, self.batch.mode, inside)
+        if self.batch.around is not None:
+            watch = Watch(self.forwards, self.batch.around, distinct)
+            final = self.forwards.final(state, self.bounds, distinct, self.batch.mode, watch.inside)
+            hidden = torch.cat([final[:, None], watch.rows()], dim=1)
+        else:
+            inside = self._inside(self.batch.variants[number], at)
+            hidden = self.forwards.final(state, self.bounds, distinct, self.batch.mode, inside)
         return self.events, torch.full_like(self.events, number), hidden[of_event.to(hidden.device)].cpu()
 
     def edited(self, number: int) -> tuple[torch.Tensor, Rows]:

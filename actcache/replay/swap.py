@@ -65,7 +65,7 @@ def with_swapped(host: PreTrainedModel, source: PreTrainedModel, swap: Swap) -> 
     own, others = (model.get_submodule(anatomy.blocks) for model in (host, source))
     for index in range(swap.first, swap.stop):
         block = own.get_submodule(str(index))
-        path = "" if swap.module == "block" else _path_in(block, find_site(block, swap.module))
+        path = "" if swap.module == "block" else path_in(block, find_site(block, swap.module))
         at = ".".join(part for part in (str(index), path) if part)
         module = with_weights_of(own.get_submodule(at), others.get_submodule(at), f"{swap.module} of block {index}")
         replace(clone, f"{anatomy.blocks}.{at}", module)
@@ -97,7 +97,8 @@ def with_weights_of(module: nn.Module, other: nn.Module, what: str) -> nn.Module
     return copied
 
 
-def _path_in(block: nn.Module, module: nn.Module) -> str:
+def path_in(block: nn.Module, module: nn.Module) -> str:
+    """The dotted name of a module of a block."""
     return next(path for path, one in block.named_modules() if one is module)
 
 

@@ -38,7 +38,9 @@ if TYPE_CHECKING:
 Options = TypeVar("Options")
 
 
-def option(default: Any, help: str, *, flag: str | None = None, type: Callable[[str], Any] = str) -> Any:
+def option(
+    default: Any, help: str, *, flag: str | None = None, type: Callable[[str], Any] = str, repeats: bool = False
+) -> Any:
     """A field of an analysis' options.
 
     Args:
@@ -46,8 +48,9 @@ def option(default: Any, help: str, *, flag: str | None = None, type: Callable[[
         help: what the flag's help says, beginning with a verb or with the noun that names the value.
         flag: where it is not ``--`` and the field's name.
         type: of the value, from the text of the command line.
+        repeats: whether the flag, of a text that lists things with commas between, may be given for each of them.
     """
-    return field(default=default, metadata={"help": help, "flag": flag, "type": type})
+    return field(default=default, metadata={"help": help, "flag": flag, "type": type, "repeats": repeats})
 
 
 def flag_of(entry: Field[Any]) -> str:

@@ -39,8 +39,9 @@ from actcache.study.replay_job import ReplayJob, States
 from actcache.study.results import file_name, read_final
 from actcache.study.scores import Scores, score
 from actcache.study.size_job import SizeJob
+from actcache.study.window_job import WindowJob
 
-LateJob = ReplayJob | SizeJob | EarlierJob | MapJob | PathJob | ContinuationJob | GradientJob
+LateJob = ReplayJob | SizeJob | EarlierJob | MapJob | PathJob | WindowJob | ContinuationJob | GradientJob
 LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone | Streaming]
 LoadReadout = Callable[[str], Readout]
@@ -118,7 +119,8 @@ class LocalEngine:
         """Hear of jobs before they are run: each late stack is loaded once, from the first boundary that replays it."""
         for job in jobs:
             if not (isinstance(job, ReplayJob) and self.has_kept(job)):
-                self._first[job.late] = min(job.boundary, self._first.get(job.late, job.boundary))
+                for label in job.stacks if isinstance(job, WindowJob) else (job.late,):
+                    self._first[label] = min(job.boundary, self._first.get(label, job.boundary))
 
     @property
     def dtype(self) -> torch.dtype:

@@ -23,6 +23,7 @@ from actcache.replay.batch import Batch
 from actcache.replay.edits import PLAIN, Edit, Replace, Variant
 from actcache.replay.late_stack import LateStack
 from actcache.replay.moves import Moves
+from actcache.replay.swap import Swap
 from actcache.study.cells import cell_table
 from actcache.study.jobs import Result
 from actcache.study.scores import Scores, ScoreTable, readout_order, whose_head
@@ -75,6 +76,9 @@ class ReplayEngine(Protocol):
 
     def late(self, label: str, boundary: int) -> LateStack:
         """The late stack of a checkpoint from a boundary on."""
+
+    def swapped(self, host: str, swap: Swap, boundary: int) -> LateStack:
+        """The same, with some modules of another checkpoint's."""
 
     def readout(self, label: str) -> Readout:
         """The final norm and head of a checkpoint."""
