@@ -143,7 +143,8 @@ class Windows(CellAnalysis[WindowsOptions]):
         """One row per event, host and window; one group per kind, pair and window."""
         store, exactness = run.store, exactness_of(run.folder)
         windows = windows_of(store, options.window)
-        tables, groups = [_table(store, [], "", "", Window("", 0, 1), 0, options.module, None, None)], []
+        tables = [_table(store, [], "", "", Window("", 0, 1), 0, options.module, None, None)]
+        groups: list[dict[str, Any]] = []
         for pair in pairs_of(store):
             place = _place(run.folder, pair)
             finished = finished_cells(place, store)
