@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 PLANTED, LAST, F = 2, 4, 8  # number of the feature, its block, features of the crosscoder
 NEURON, MARKED = 5, 2
-STEPS = ("rank", "mediate", "gate-test", "rescue", "dial")
+STEPS = ("rank", "mediate", "gate-test", "rescue", "dial", "handoff")
 ALL = {"tested": "all"}
 
 
@@ -265,6 +265,37 @@ def test_a_joint_encoding_reads_the_base_on_the_same_state(planted, tmp_path):
             without, _ = hooked["it"].run(ids, state, tokens, lambda x, step=step: x - step)
             lost[label] = hooked["it"].run(ids, state, tokens)[0] - without
         assert row["drop"] == pytest.approx(lost["it"] - lost["pt"], abs=1e-2)
+    with pytest.raises(InputError, match="a handoff reads the descendant's branch alone"):
+        analyse(out, "handoff")
+
+
+def test_what_a_window_hands_on_is_what_an_assembled_model_says(planted):
+    out, models, direction = planted
+    groups = analyse(out, "handoff", k=1, window="some=1:3", **ALL)
+    rows = table(out, "handoff").filter(pc.equal(table(out, "handoff")["set"], "top")).to_pylist()
+    given, remove = events(out), lambda x: x - (x @ direction).relu() * direction
+    for row in rows:
+        ids, tokens = given[row["event_id"]]
+        changed = {}
+        for label, model in models.items():
+            other = models["it" if label == "pt" else "pt"]
+            own = reference.parts(model).blocks
+            kept = [own[at].mlp for at in (1, 2)]
+            state = [reference.states(model, ids, LAST)]
+            for at in (1, 2):
+                own[at].mlp = reference.parts(other).blocks[at].mlp
+            state.append(reference.states(model, ids, LAST))
+            for at, mlp in zip((1, 2), kept, strict=True):
+                own[at].mlp = mlp
+            hooked = HookedMlp(models["it"], LAST, LAST)
+            changed[label] = [[hooked.run(ids, one, tokens, how)[0] for how in (lambda x: x, remove)] for one in state]
+        (pt, with_it), (it, with_pt) = np.array(changed["pt"]), np.array(changed["it"])
+        expected = {"rescue": with_it - pt, "degrade": it - with_pt, "both": it - pt}[row["direction"]]
+        assert row["change"] == pytest.approx(expected[0], abs=2e-3)
+        assert row["mediated"] == pytest.approx(expected[0] - expected[1], abs=2e-3)
+    assert {one["window"] for one in groups} == {"some", "entry"}
+    with pytest.raises(InputError, match="ends before block 4"):
+        analyse(out, "handoff", window="some=1:5")
 
 
 @pytest.mark.parametrize("step", STEPS)

@@ -79,7 +79,7 @@ FLOW = {
         *("statistics", "regression", "families", "overlap", "contrasts", "subsets", "left_out"),
         *("results", "scores", "work", "cells", "jobs"),
         *("replay_job", "prefix_job", "size_job", "earlier_job", "window_job", "map_job"),
-        *("path_job", "gradient_job", "forward_job"),
+        *("path_job", "gradient_job", "handoff_job", "forward_job"),
         *("decode_job", "branch_job", "states_job", "continuation_job"),
         *("capture_job", "holding", "held", "engine", "runner", "whole_models", "decisions", "capture", "replies"),
         *("plan", "reads", "finished", "run_folder", "lens"),
@@ -105,7 +105,7 @@ FLOW = {
     ),
     "analyses/features": (
         *("crosscoder", "batch_topk", "step", "trainer", "train", "gate", "contexts", "cell_step", "ranked", "rank"),
-        *("edited", "mediate", "gate_test", "rescue", "dial"),
+        *("edited", "mediate", "gate_test", "rescue", "dial", "handoff"),
     ),
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),
     "cli": (

@@ -69,6 +69,7 @@ STEPS = {
             "features rescue", "what of the descendant's margin do its best features bring back on the base's states"
         ),
         Named("features dial", "how the interaction changes as a few features are turned down, off, and beyond"),
+        Named("features handoff", "how much of what earlier MLPs do to the margin goes through the best features"),
         Named("features contexts", "on which texts is each feature the most active"),
     ),
 }

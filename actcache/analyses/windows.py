@@ -128,11 +128,7 @@ class Windows(CellAnalysis[WindowsOptions]):
         """
         store = run.folder.open_store()
         self.check(store, options)
-        if run.one_at_a_time:
-            raise InputError(
-                "modules of one checkpoint run among the blocks of another, so that both are in memory: give "
-                "--resident all, and leave out --stream"
-            )
+        check_together(run)
         n_blocks = store.fingerprint.n_blocks
         begins = {window: begin(store, window) for window in windows_of(store, options.window)}
         parts = ", ".join(f"{window.name} {1 - at / n_blocks:.0%}" for window, at in begins.items())
@@ -230,6 +226,15 @@ class Windows(CellAnalysis[WindowsOptions]):
                 f"of it. Windows of different lengths are not alike: a short one changes less.{later}"
             ),
             shares=("transfer, PT host", "transfer, IT host"),
+        )
+
+
+def check_together(run: Run) -> None:
+    """Raise InputError where a run has one checkpoint in memory at a time."""
+    if run.one_at_a_time:
+        raise InputError(
+            "modules of one checkpoint run among the blocks of another, so that both are in memory: give "
+            "--resident all, and leave out --stream"
         )
 
 

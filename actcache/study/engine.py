@@ -31,6 +31,7 @@ from actcache.study.cells import Finished, Scored
 from actcache.study.continuation_job import ContinuationJob
 from actcache.study.earlier_job import EarlierJob
 from actcache.study.gradient_job import GradientJob
+from actcache.study.handoff_job import HandoffJob
 from actcache.study.held import Held
 from actcache.study.holding import Holding
 from actcache.study.map_job import MapJob
@@ -41,7 +42,7 @@ from actcache.study.scores import Scores, score
 from actcache.study.size_job import SizeJob
 from actcache.study.window_job import WindowJob
 
-LateJob = ReplayJob | SizeJob | EarlierJob | MapJob | PathJob | WindowJob | ContinuationJob | GradientJob
+LateJob = ReplayJob | SizeJob | EarlierJob | MapJob | PathJob | WindowJob | ContinuationJob | GradientJob | HandoffJob
 LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone | Streaming]
 LoadReadout = Callable[[str], Readout]
@@ -119,7 +120,7 @@ class LocalEngine:
         """Hear of jobs before they are run: each late stack is loaded once, from the first boundary that replays it."""
         for job in jobs:
             if not (isinstance(job, ReplayJob) and self.has_kept(job)):
-                for label in job.stacks if isinstance(job, WindowJob) else (job.late,):
+                for label in job.stacks if isinstance(job, WindowJob | HandoffJob) else (job.late,):
                     self._first[label] = min(job.boundary, self._first.get(label, job.boundary))
 
     @property
