@@ -14,8 +14,8 @@ descendant's: no module, all that came before.
 
 Windows of the study are `early` and `mid`, `late_preterminal` (from the main boundary to the final blocks) and
 `midlate_preterminal` (from the middle to the final blocks). Those are left out that begin before every captured
-boundary, and the first of two that are the same blocks. In arXiv 2605.07284 (three families), the best features mediate 6.5% of the rescue and 10.8% of the degrade
-direction, and 12.5% of the entry's.
+boundary, and the first of two that are the same blocks. In arXiv 2605.07284 (three families), the best features
+mediate 6.5% of the rescue and 10.8% of the degrade direction, and 12.5% of the entry's.
 """
 
 from __future__ import annotations
