@@ -222,7 +222,8 @@ class LocalEngine:
         found = self._whole(label, dtype)
         if isinstance(found, Streaming):
             raise InputError(
-                f"checkpoint {label} decodes token by token, for which it is read whole: leave out --stream"
+                f"checkpoint {label} decodes token by token, for which it is read whole: leave out --stream, or "
+                "give --resident one where the run was captured with it"
             )
         return found
 
