@@ -82,7 +82,7 @@ FLOW = {
         *("path_job", "gradient_job", "handoff_job", "forward_job"),
         *("decode_job", "branch_job", "states_job", "continuation_job"),
         *("capture_job", "holding", "held", "engine", "runner", "whole_models", "decisions", "capture", "replies"),
-        *("plan", "reads", "finished", "run_folder", "lens"),
+        *("plan", "reads", "finished", "planned_store", "dealt", "run_folder", "lens"),
         *("run", "section", "analysis", "further"),
     ),
     "analyses": (

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -21,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import actcache
+from actcache.analyses import whole
 from actcache.capture.counter import SearchCounter
 from actcache.capture.forward import Resident
 from actcache.capture.given import given_by
@@ -32,17 +35,21 @@ from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.cost import ModelShape
 from actcache.models.lineup import Lineup
+from actcache.prompts import read_prompts
 from actcache.replay.late_stack import LateStack
 from actcache.sealed import json_bytes
 from actcache.study.capture_job import CaptureJob
 from actcache.study.cells import finished_cells
 from actcache.study.finished import _shared_counts, replays_of, settings_of, truth
-from actcache.study.plan import Study, default_assumptions, estimate
+from actcache.study.plan import Study, default_assumptions, estimate, shapes_of
+from actcache.study.planned_store import PlannedStore
+from actcache.study.run import Run
 from actcache.study.run_folder import RunFolder
 from actcache.study.work import CaptureWork, Places, ReplayWork, total
 
 pytestmark = pytest.mark.slow
 
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 MADE = ("llama", "qwen3", "gemma2", "gemma3", "olmo2", "gpt2", "mistral")
 COUNTS = ("tokens", "rows", "raw_bytes", "stored_bytes")
 WORK = ("search_multiply_adds", "capture_multiply_adds", "grid_multiply_adds", "multiply_adds")
@@ -595,6 +602,98 @@ def test_what_files_of_earlier_versions_took_is_not_known(piloted, tmp_path, pla
     assert found["capture_multiply_adds"] > 0
 
 
+# ---- every analysis ----
+
+
+@pytest.mark.usefixtures("no_pages")
+def test_every_analysis_is_planned_as_it_will_run(tmp_path, plan):
+    """Before the capture: within a fifth of what its jobs cost when the cells of a grid are there."""
+    folders = tiny.make_lineup(tmp_path, "llama", ("base", "sft", "dpo"))
+    words = [*(f"--checkpoint={label}={folder}" for label, folder in folders.items()), "--pair=base,dpo"]
+    words += ["--pair=base,sft", "--prompts", tiny.write_prompts(tmp_path / "p.jsonl"), "--shard-prompts=8"]
+    words += ["--boundary=2,3", "--dtype=float32", "--rate=1e9", "--readout=native", "--study"]
+    out = tmp_path / "run"
+    assert main([*map(str, ["capture", *words[:-3], "--out", out])]) == 0
+    assert main(["grid", str(out), "--readout=native"]) == 0  # what common readouts take is left to the analyses
+    found = plan(*words, "--pilot", out)["study"]
+    before = {one["name"]: one for one in found["analyses"]}
+    run = Run(out)
+    truly = whole.plan_study(run, also=[name for name, one in before.items() if one["opt_in"] and name != "features"])
+    costs = whole.costs(truly, shapes_of(run.lineup))
+    told = set()
+    for one, (_, products) in zip(truly, costs, strict=True):
+        name = one.analysis.name
+        if one.jobs is None:  # checks of stability are no jobs that are known before
+            assert name == "stability"
+            assert before[name]["multiply_adds"] > 0
+            continue
+        assert "not_told" not in before[name], name
+        assert before[name]["multiply_adds"] == pytest.approx(products, rel=0.2), name
+        told |= {name} if products else set()
+    assert before.keys() == {*(one.analysis.name for one in truly), "features"}
+    assert {"depth", "supports", "controls", "closure", "map", "continuation", "forced"} <= told
+    default = [one.get("multiply_adds", 0) for one in found["analyses"] if not one["opt_in"]]
+    assert found["together"]["multiply_adds"] == sum(default) + sum(one["multiply_adds"] for one in found["stages"])
+    # What the states are, nobody knows before.
+    store = PlannedStore.of(
+        run.lineup,
+        read_prompts(tmp_path / "p.jsonl"),
+        [9] * 24,
+        settings_of(run.store),
+        default_assumptions(settings_of(run.store), 2),
+    )
+    assert len(store) == 24 * len(run.lineup.pairs)
+    for read in (lambda: store.states("base", 2), lambda: store.excluded):
+        with pytest.raises(actcache.errors.InputError, match="before"):
+            read()
+
+
+def test_gpus_share_jobs_and_checkpoints(tiny_run, plan):
+    words = [*of(tiny_run("llama", torch.float32)), "--rate=1e9", "--study", "--device=cuda", "--shard-prompts=8"]
+    one, two, many = (plan(*words, "--gpus", n)["study"] for n in (1, 2, 64))
+    for whole_of, half, least in zip(one["stages"], two["stages"], many["stages"], strict=True):
+        assert whole_of["jobs"] == 3 * 2, "segments x late stacks, or checkpoints"
+        assert half["time_s"] == pytest.approx(whole_of["time_s"] / 2)
+        assert least["time_s"] == pytest.approx(whole_of["time_s"] / whole_of["jobs"])
+        assert least["memory_bytes"] == half["memory_bytes"] < whole_of["memory_bytes"]
+        assert {name: whole_of[name] for name in ("multiply_adds", "stored_bytes", "read_bytes")} == {
+            name: least[name] for name in ("multiply_adds", "stored_bytes", "read_bytes")
+        }
+    told = [found for found in one["analyses"] if found.get("multiply_adds")]
+    for found in told:
+        (least,) = (other for other in many["analyses"] if other["name"] == found["name"])
+        assert least["time_s"] == pytest.approx(found["time_s"] / found["jobs"])
+    apart = plan(*words, "--gpus", 2, "--resident=one")
+    assert [of_stage["memory_bytes"] for of_stage in apart["study"]["stages"]][-1] == apart["estimate"][
+        "grid_memory_bytes"
+    ]
+
+
+def test_large_pairs_are_planned_from_configs_that_a_script_writes(tmp_path, plan, capsys):
+    spec = importlib.util.spec_from_file_location("make_plan_configs", SCRIPTS / "make_plan_configs.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    assert script.main(["--out", str(tmp_path / "plans")]) == 0
+    assert script.main(["--out", str(tmp_path / "plans")]) == 2
+    assert not [path for path in (tmp_path / "plans").rglob("*") if path.suffix == ".safetensors"]
+    prompts = tmp_path / "plans" / "prompts.jsonl"
+    sizes = {"llama-8b": 8_030_261_248, "qwen-32b": 32_763_876_352}  # as their makers tell them
+    for name, n_parameters in sizes.items():
+        pair = tmp_path / "plans" / name
+        words = ["--pt", pair / "pt", "--it", pair / "it", "--prompts", prompts, "--limit=3"]
+        words += ["--device=cuda", "--rate=200TFLOP/s"]
+        found = plan(*words, "--study", "--gpus=2")
+        assert found["model"]["n_parameters"] == n_parameters
+        capture = found["study"]["stages"][0]
+        assert 2 * n_parameters < capture["memory_bytes"] < 1.2 * 2 * n_parameters, "one checkpoint in bfloat16 each"
+    capsys.readouterr()
+    assert main([*map(str, ["plan", *words, "--study", "--gpus=2"])]) == 0
+    shown = capsys.readouterr().out
+    assert "estimates for 2 GPUs, weights unread" in shown
+    assert "not told: its work depends on a corpus" in shown
+    assert main([*map(str, ["capture", *words[:7], "--out", tmp_path / "run", "--device=cpu"])]) == 2, "no weights"
+
+
 # ---- the command line ----
 
 
@@ -682,6 +781,10 @@ def test_bad_input(tiny_run, refused, tmp_path):
     refused("holds no run", *of(run), "--pilot", tmp_path)
     refused("holds a run already", *of(run), "--out", run.out)
     refused("is not empty and holds no run", *of(run), "--out", tmp_path)
+    refused("--gpus deals the work of a study", *of(run), "--gpus", "2")
+    refused("--gpus is a number of CUDA devices", *of(run), "--rate", "1e9", "--study", "--gpus", "2")
+    refused("--study is planned before a run", run.out, "--study")
+    refused("planned for first divergences", *of(run), "--rate", "1e9", "--study", "--rows", "divergence")
 
 
 @pytest.mark.parametrize("rate", ["fast", "0", "3TB/s", "-1e9", "TFLOP/s"])

@@ -8,17 +8,25 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pyarrow as pa
+
 from actcache.analyses import ANALYSES, Named, find_analysis
+from actcache.analyses.grid import GridSettings, jobs_left
 from actcache.canonical import digest_of
 from actcache.errors import CorruptFileError, InputError
+from actcache.files import write_atomically
 from actcache.models.cost import ModelShape
-from actcache.sealed import NoSealError
+from actcache.sealed import NoSealError, parquet_bytes
+from actcache.store import Store
 from actcache.study.analysis import Analysis, CellAnalysis
-from actcache.study.cells import finished_cells
+from actcache.study.cells import Finished, finished_cells
 from actcache.study.engine import LateJob
+from actcache.study.planned_store import PlannedStore, as_finished
 from actcache.study.run import Run, check_complete
+from actcache.study.run_folder import RunFolder
 from actcache.study.whole_models import ModelJob
 from actcache.study.work import total
 
@@ -65,10 +73,11 @@ def plan_study(run: Run, only: Collection[str] = (), also: Collection[str] = ())
     check_complete(run.store)
     if not run.folder.cells.is_file():
         raise InputError(f"{run.path} has no cells yet: 'actcache grid {run.path}' scores them")
+    finished = finished_cells(run.folder.cell_groups, run.store)
     found = []
     for one in ANALYSES:
         if one.name in named or not only:
-            planned = _plan(one, run)
+            planned = _plan(one, run.folder, run.store, finished)
             if planned.analysis.opt_in and one.name not in named and planned.content is None:
                 continue
             if planned.refused is not None and one.name in named:
@@ -83,9 +92,20 @@ def left_out(planned: Sequence[Planned]) -> list[str]:
     return [one.name for one in ANALYSES if one.name not in chosen]
 
 
-def _plan(named: Named, run: Run) -> Planned:
+def plan_before(store: PlannedStore, grid: GridSettings) -> list[Planned]:
+    """What every analysis will run with its default options, after a capture that leaves this store and a grid with
+    these settings, ``of_depth``; those that are ``opt_in`` too."""
+    finished = as_finished(jobs_left(store, {}, grid), store)
+    with TemporaryDirectory() as place:  # of a run that has no results, and says how cells are replayed
+        folder = RunFolder(Path(place))
+        notes = {"strict": grid.strict, "max_tokens": grid.max_tokens}
+        write_atomically(folder.cells, parquet_bytes(pa.table({}), notes))
+        return [_plan(named, folder, store, finished) for named in ANALYSES]
+
+
+def _plan(named: Named, folder: RunFolder, store: Store, finished: Finished) -> Planned:
     analysis = named.load()
-    store, folder, options = run.store, run.folder, analysis.options()
+    options = analysis.options()
     try:
         content = analysis.read(folder, store)
     except (CorruptFileError, NoSealError):  # it is made again
@@ -96,7 +116,7 @@ def _plan(named: Named, run: Run) -> Planned:
         analysis.check(store, options)
         work: dict[Path, Sequence[LateJob | ModelJob]] = {}
         if isinstance(analysis, CellAnalysis):
-            work |= analysis.work(folder, store, finished_cells(folder.cell_groups, store), options)
+            work |= analysis.work(folder, store, finished, options)
         models = {} if named.of_cells else analysis.model_jobs(folder, store, options)
     except InputError as error:
         return Planned(analysis, refused=str(error))
@@ -105,14 +125,21 @@ def _plan(named: Named, run: Run) -> Planned:
     return Planned(analysis, jobs=[(place, job) for place, jobs in (work | dict(models)).items() for job in jobs])
 
 
-def costs(planned: Sequence[Planned], shapes: Mapping[str, ModelShape]) -> list[tuple[int, float]]:
-    """Of each planned analysis, in order, replays and multiply-adds; what one before it computes counts no more."""
+def new_jobs(planned: Sequence[Planned]) -> list[list[LateJob | ModelJob]]:
+    """Of each planned analysis, in order, its jobs but those that one before it has too."""
     seen: set[tuple[Path, str]] = set()
     found = []
     for one in planned:
         jobs = {(place, digest_of(job.key)): job for place, job in one.jobs or ()}
-        new = [job for key, job in jobs.items() if key not in seen]
+        found.append([job for key, job in jobs.items() if key not in seen])
         seen |= jobs.keys()
+    return found
+
+
+def costs(planned: Sequence[Planned], shapes: Mapping[str, ModelShape]) -> list[tuple[int, float]]:
+    """Of each planned analysis, in order, replays and multiply-adds; what one before it computes counts no more."""
+    found = []
+    for new in new_jobs(planned):
         parts = total(job.cost(shapes) for job in new)
         found.append((sum(job.n_units for job in new), sum(n for part, n in parts.items() if part != "hooks")))
     return found

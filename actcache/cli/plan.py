@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from actcache.cli.arguments import (
     grid_settings,
     held_asked,
     open_lineup,
+    positive,
     rendering_asked,
 )
 from actcache.cli.captured import moved
@@ -31,8 +32,10 @@ from actcache.schema import ROLES
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from actcache.analyses.grid import GridSettings
     from actcache.capture.settings import CaptureSettings
     from actcache.models.lineup import Lineup
+    from actcache.prompts import Prompt
     from actcache.store import Store
     from actcache.study.cells import Finished
     from actcache.study.plan import Assumptions, Study
@@ -117,6 +120,16 @@ def add_verbs(verbs: Verbs) -> None:
         "measured here for a second)",
     )
     parser.add_argument(
+        "--study", action="store_true", help="tell what every analysis will take too, with its default options"
+    )
+    parser.add_argument(
+        "--gpus",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="with --study, GPUs that jobs and checkpoints are dealt to; --rate is of each (default 1)",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="RUN", help="keep the plan where the run will be, for 'actcache plan RUN' later"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -155,7 +168,11 @@ def _rate(text: str) -> float:
 
 def _plan(args: argparse.Namespace) -> None:
     quiet_libraries()
+    if args.gpus > 1 and not args.study:
+        raise InputError("--gpus deals the work of a study: give --study too")
     if args.run is not None:
+        if args.study:
+            raise InputError("--study is planned before a run: give a pair instead of RUN, or 'actcache study RUN'")
         _compare(args)
         return
     given = checkpoints_given(args)
@@ -173,7 +190,8 @@ def _plan(args: argparse.Namespace) -> None:
     ids = PromptIds(lineup, prompts, rendering_asked(args, lineup), say)
     if ids.is_sampled:
         say(f"{len(prompts):,} prompts: their lengths are taken from every {len(prompts) // N_SAMPLED}th of them")
-    work = _work_asked(args, lineup, capture)
+    grid = _grid_asked(args, lineup, capture)
+    work = [] if grid is None else _work_asked(args, lineup, grid)
     checked = tuple(samples_asked(args, capture.dtype).values()) if work else ()  # a capture by itself checks nothing
     study = Study(shapes_of(lineup), ids.lengths, capture, work, checked, lineup.pairs)
     assumed = _assume(args, lineup, study)
@@ -181,12 +199,15 @@ def _plan(args: argparse.Namespace) -> None:
     found = {"assumed": as_json(assumed), "estimate": _estimate(study, assumed, held)}
     if args.out is not None:
         RunFolder(args.out).write_plan(found, digest(prompts))
+    if args.study:
+        found["study"] = _study_planned(args, lineup, prompts, study, assumed, grid, found["estimate"])
     _print(args.json, study, assumed, found, held)
 
 
-def _work_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettings) -> list[ReplayWork]:
-    """What the arguments, and the sweep that they name, ask to be scored of what is captured."""
-    from actcache.analyses.grid import check_servable, planned_work
+def _grid_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettings) -> GridSettings | None:
+    """What the arguments, and the sweep that they name, ask to be scored of what is captured; None where no rows are
+    kept that could be replayed."""
+    from actcache.analyses.grid import check_servable
 
     if args.variants < 0:
         raise InputError(f"{args.variants} variants asked for; give 0 or more")
@@ -195,10 +216,104 @@ def _work_asked(args: argparse.Namespace, lineup: Lineup, capture: CaptureSettin
             raise InputError(
                 f"--rows {capture.row_selection} keeps no rows to replay: leave out --sweep and --variants"
             )
-        return []
+        return None
     settings = grid_settings(args, None, capture.boundaries, lineup.width, lineup.n_blocks, lineup.labels, lineup.pairs)
     check_servable(settings, lineup.labels, capture.boundaries, lineup.n_blocks)
+    return settings
+
+
+def _work_asked(args: argparse.Namespace, lineup: Lineup, settings: GridSettings) -> list[ReplayWork]:
+    """What is computed for it, with the variants that are counted alone."""
+    from actcache.analyses.grid import planned_work
+
     return [replace(one, n_last=one.n_last + args.variants) for one in planned_work(settings, lineup.labels)]
+
+
+def _study_planned(
+    args: argparse.Namespace,
+    lineup: Lineup,
+    prompts: Sequence[Prompt],
+    study: Study,
+    assumed: Assumptions,
+    grid: GridSettings | None,
+    estimated: Mapping[str, float],
+) -> dict[str, Any]:
+    """What each stage and every analysis will take of each GPU."""
+    from actcache.analyses import STEPS, whole
+    from actcache.analyses.grid import GridSettings
+    from actcache.analyses.stability import StabilityOptions
+    from actcache.models.devices import CUDA
+    from actcache.study.dealt import Dealt
+    from actcache.study.planned_store import PlannedStore
+
+    if args.gpus > 1 and study.capture.device != CUDA:
+        raise InputError("--gpus is a number of CUDA devices: give --device cuda too")
+    store = PlannedStore.of(lineup, prompts, study.lengths, study.capture, assumed)
+    settings = (grid or GridSettings(study.capture.boundaries)).of_pair(lineup.labels, lineup.pairs)
+    planned = whole.plan_before(store, settings.of_depth(lineup.n_blocks))
+    dealt = Dealt(study, assumed, estimated, args.gpus, apart=bool(held_asked(args)))
+    analyses: list[dict[str, Any]] = []
+    for one, jobs in zip(planned, whole.new_jobs(planned), strict=True):
+        name, options = one.analysis.name, one.analysis.options()
+        found: dict[str, Any] = {"name": name}
+        if one.refused is not None:
+            found["not_told"] = one.refused
+        elif one.jobs is not None:
+            found |= asdict(dealt.of_jobs(name, jobs)) if jobs else {"multiply_adds": 0.0}
+        elif isinstance(options, StabilityOptions):
+            found |= asdict(dealt.of_checks(name, list(options.samples.values())))
+        else:
+            found["not_told"] = "its work is no job that is known before it runs"
+        analyses.append(found | {"opt_in": one.analysis.opt_in})
+    analyses += [
+        {"name": name, "not_told": "its work depends on a corpus and on what was trained before it", "opt_in": True}
+        for name in STEPS
+    ]
+    is_default = [one for one in analyses if not one["opt_in"]]
+    stages = [asdict(one) for one in dealt.stages()]
+    together = {
+        name: sum(one.get(name) or 0.0 for one in (*stages, *is_default))
+        for name in ("multiply_adds", *(["time_s"] if assumed.rates else ()))
+    }
+    return {"gpus": args.gpus, "is_estimate": True, "stages": stages, "analyses": analyses, "together": together}
+
+
+def _study_lines(planned: Mapping[str, Any], at_least: bool) -> list[str]:
+    """A table of it."""
+    n = planned["gpus"]
+    columns = ("multiply_adds", "time_s", "memory_bytes", "stored_bytes", "read_bytes")
+    heads = ("multiply-adds", f"time on {n}", "memory each", "stored", "read")
+    said = [
+        "",
+        f"estimates for {_counted(n, 'GPU' if n > 1 else 'device')}, weights unread: a stage or analysis, and what it "
+        "takes with default options after those before it",
+        "estimate" + " " * 10 + "".join(f"{head:>15}" for head in heads) + f"{'jobs':>7}",
+    ]
+
+    def line(one: Mapping[str, Any]) -> str:
+        if "not_told" in one:
+            return f"{one['name']:18}  not told: {one['not_told']}"
+        if not one["multiply_adds"]:
+            return f"{one['name']:18}  nothing more: it is made of cells that are there"
+        shown = [
+            "-"
+            if one.get(name) is None or (name == "stored_bytes" and not one[name])
+            else f"{'>= ' if at_least and name == 'time_s' else ''}{_shown(name, one[name])}"
+            for name in columns
+        ]
+        return f"{one['name']:18}" + "".join(f"{text:>15}" for text in shown) + f"{one.get('jobs', ''):>7}"
+
+    said += [line(one) for one in (*planned["stages"], *(one for one in planned["analyses"] if not one["opt_in"]))]
+    said += [
+        line(planned["together"] | {"name": "together"}),
+        "asked for by 'actcache study RUN --also', or by itself:",
+    ]
+    said += [line(one) for one in planned["analyses"] if one["opt_in"]]
+    said.append(
+        "jobs are independent: at most so many GPUs work at once. Time is as if they were dealt evenly, loads and what "
+        "operations take beside multiply-adds apart; memory is at most, with what the host holds"
+    )
+    return said
 
 
 def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptions:
@@ -349,6 +464,8 @@ def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, A
 
         lines.append(said(stream=held == "block"))
     print("\n".join([*lines, "", *_table(study, assumed, estimated, true, held)]))
+    if planned := found.get("study"):
+        print("\n".join(_study_lines(planned, assumed.sources.get("rates") == _MEASURED_HERE)))
     if untimed := found.get("untimed"):
         print("without a time: " + "; ".join(f"{stage}: {why}" for stage, why in untimed.items()))
 

@@ -250,11 +250,15 @@ class ReplayJob:
         """Whether nothing is edited: final states that were kept serve it without a replay."""
         return all(variant.name == PLAIN.name for variant in self.variants)
 
+    @property
+    def work(self) -> ReplayWork:
+        """What it computes where its sequences can be packed, or each alone where it is strict."""
+        return ReplayWork.of_key(self.key | self._changed, self.late, "single" if self.strict else "packed")
+
     def cost(self, shapes: Mapping[str, ModelShape]) -> Cost:
-        """What it takes where its sequences can be packed, or each alone where it is strict."""
-        work = ReplayWork.of_key(self.key | self._changed, self.late, "single" if self.strict else "packed")
+        """What that takes."""
         places = Places.of(self.lengths, self.sequences, self.segment)
-        return work.cost(shapes[self.late], len(self.scored), places)
+        return self.work.cost(shapes[self.late], len(self.scored), places)
 
     def read(self, engine: ReplayEngine) -> States:
         """The states of its segment, from the store; or the final states that an earlier job kept."""
