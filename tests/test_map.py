@@ -13,11 +13,16 @@ import pytest
 import tiny
 import torch
 from conftest import first_quick
-from twins import patches, reference
+from transformers import AutoModelForCausalLM
+from twins import patches as hooked
+from twins import reference
+from twins.replay import CONFIGS
 
 import actcache
 from actcache.analyses.map import COLUMNS, MapOptions, _groups
 from actcache.cli import main
+from actcache.models.cost import ModelShape
+from actcache.study.map_job import MapJob, Patch
 from actcache.study.results import result_files
 
 CAPTURED = ("--boundary", "3,2", "--stability", "0", "--limit", "12")
@@ -60,8 +65,8 @@ def test_every_patch_is_what_hooks_make(tiny_run, tmp_path, arch):
         ids = run.store.token_ids([n])[0].tolist()
         host, source = models[row["host"]], models[row["source"]]
         place = {name: row[name] for name in ("head", "offset") if row[name] is not None}
-        final = patches.patched(host, source, ids, row["site"], row["boundary"], end=row["end_block"], **place)
-        expected = patches.margin(host, final, event["y_pt"], event["y_it"])
+        final = hooked.patched(host, source, ids, row["site"], row["boundary"], end=row["end_block"], **place)
+        expected = hooked.margin(host, final, event["y_pt"], event["y_it"])
         assert exact[number] == expected, row
         assert row["margin"] == pytest.approx(expected, abs=1e-4), row
         checked += 1
@@ -240,3 +245,31 @@ def test_what_the_store_cannot_serve_is_refused(run, capfd, words, said):
     err = capfd.readouterr().err
     assert said in err
     assert len(err.strip().splitlines()) == 1
+
+
+# ---- cost ----
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_the_cost_of_a_job_is_that_of_its_rows(strict):
+    """Two events on one sequence and one on another: each patch by the rows that it changes, or by a whole replay."""
+    shape = ModelShape.of_model(AutoModelForCausalLM.from_config(CONFIGS["llama"]))
+    patches = [Patch("state", 2, 0), Patch("state", 2, 3), Patch("mlp", 3), Patch("head", 2), Patch("block", 2, end=3)]
+    how = {"store": "s", "segment": "a", "events": (0, 1, 2), "lengths": (5, 9, 2), "sequences": (0, 0, 1)}
+    how |= {"upstreams": ("it",), "boundary": 2, "late": "pt", "strict": strict}
+    job = MapJob(patches=tuple(patches), **how)
+
+    def rows(n, length):
+        """The last ``n`` of so many."""
+        return shape.products(np.array([length], float), first=2) - shape.products(
+            np.array([max(0, length - n)], float), first=2
+        )
+
+    whole = sum(rows(length, length) for length in ((5, 9, 2) if strict else (9, 2)))
+    of_patches = sum((1 + 1 + 4) * rows(length if strict else 1, length) for length in (5, 9, 2))
+    of_patches += sum(rows(length if strict else 4, length) for length in (5, 9, 2))
+    expected = whole + of_patches + whole + (0 if strict else whole)  # what the source gives, the swap, the keys
+    parts = job.cost({"pt": shape, "it": shape}).parts
+    assert parts["map"] == pytest.approx(expected)
+    assert parts["hooks"] > parts["map"]
+    assert job.n_units == 3 * 5
