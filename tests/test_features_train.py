@@ -24,14 +24,16 @@ from stores import make_fingerprint, make_table, read_tree, write_store
 import actcache
 from actcache.analyses.features.contexts import ContextsOptions, highest
 from actcache.analyses.features.crosscoder import Crosscoder
-from actcache.analyses.features.gate import GateOptions, judged, measured
+from actcache.analyses.features.gate import GateOptions, drops_found, judged, measured
 from actcache.analyses.features.train import TrainOptions
 from actcache.analyses.features.trainer import Trainer
 from actcache.cli import main
 from actcache.errors import CorruptFileError, InputError
+from actcache.sealed import json_bytes
 from actcache.store import SegmentData, layout, open_store
 from actcache.store.corpus import held_out
 from actcache.store.feed import RowFeed
+from actcache.study.run_folder import RunFolder
 
 D, N_PLANTED, K = 16, 12, 2
 LABELS = ("pt", "it")
@@ -257,6 +259,21 @@ def test_the_gate_tells_good_from_bad(planted, trained):
     assert fails(replace(crosscoder, decoder=deaf)) == ["ve_pt"]
     assert fails(replace(crosscoder, threshold=1e9)) == ["l0_threshold"]
     assert "l0" in fails(replace(crosscoder, b_enc=crosscoder.b_enc - 1e9))
+
+
+def test_drops_are_those_of_the_same_crosscoders(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.features.mkdir()
+    groups = [
+        {"kind": "first_divergence", "set": name, "k": k, "drop": {"mean": drop + k / 1000}}
+        for name, drop in (("top", 1.0), ("random", 0.0), ("active", 5.0))
+        for k in (25, 200, 500)
+    ]
+    assert drops_found(folder, {"5": "a"}) == {}
+    data = json_bytes({"groups": groups}, {"crosscoders": {"5": "a"}})
+    (folder.features / "mediate.json").write_bytes(data)
+    assert drops_found(folder, {"5": "a"}) == {"top": 1.2, "random": 0.2}
+    assert drops_found(folder, {"5": "b"}) == {}
 
 
 def test_contexts_are_those_of_a_search_by_loops(planted, trained):

@@ -127,6 +127,8 @@ class Gate(Step[GateOptions]):
         labels = groups[0]["labels"]
         explained = [f"explained of {label}" for label in labels]
         alive = ["alive (code)", "alive (paper)"]
+        drops = {"drop_top": "drop of the best", "drop_random": "drop of random ones"}
+        drops = {name: head for name, head in drops.items() if all(name in group for group in groups)}
 
         def row(group: Mapping[str, Any]) -> list[Cell]:
             failed = ", ".join(group["fails"])
@@ -142,6 +144,7 @@ class Gate(Step[GateOptions]):
                 group["l0_threshold"],
                 _plain(group["alive_code"]),
                 _plain(group["alive_paper"]),
+                *(_plain(group[name]) for name in drops),
             ]
 
         n_pass = sum(group["passes"] for group in groups)
@@ -161,6 +164,7 @@ class Gate(Step[GateOptions]):
                 "L0",
                 "L0 by threshold",
                 *alive,
+                *drops.values(),
             ],
             rows=[row(group) for group in groups],
             shows=(
