@@ -76,6 +76,8 @@ def test_what_is_injected_is_the_reduced_difference(scale):
     by_delta = Inject(basis, mean, scale, None, given)(rows, rows_at(6))
     for found in (by_donor, by_delta):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    whole = Inject(None, None, scale, None, given)(rows, rows_at(6))
+    torch.testing.assert_close(whole, rows + scale * deltas, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("direction", ["random", "in_span"])
@@ -101,6 +103,8 @@ def test_what_cannot_be_injected_is_refused():
         ((basis * 2, mean, 1.0, "it"), "not orthonormal"),
         ((basis, mean, float("nan"), "it"), "scale is float nan"),
         ((basis, mean, 1.0, "it", None, "up"), "direction is 'up'"),
+        ((basis, None, 1.0, "it"), "basis and mean go together"),
+        ((None, None, 1.0, "it", None, "in_span"), "a direction in the span needs both"),
     ):
         with pytest.raises(InputError, match=said):
             Inject(*given)

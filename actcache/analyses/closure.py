@@ -251,7 +251,7 @@ def _variants(
     }
     found[_Asked("flipped", FULL, 1.0)] = Interpolate(late, -1.0)
     found[_Asked("random", FULL, 1.0)] = MatchedNorm(options.seed, late)
-    found[_Asked("shuffled", FULL, 1.0)] = Add(shuffled)
+    found[_Asked("shuffled", FULL, 1.0)] = Inject(None, None, 1.0, None, shuffled)
     if trained:
         fit = Fit.of(deltas[trained])
         mean, components = fit.mean.float(), fit.components.float()

@@ -165,10 +165,8 @@ class Add(InOneLine):
         return (rows.float() + self.scale * vector).to(rows.dtype)
 
     def may_stay(self, rows: torch.Tensor, at: Rows) -> torch.Tensor | bool:
-        """With scale 0, and where an event's own vector is zeros."""
-        if self.scale == 0 or not isinstance(self.vector, EventVectors):
-            return self.scale == 0
-        return (at.vectors(self.vector) == 0).all(dim=1)
+        """With scale 0."""
+        return self.scale == 0
 
 
 @dataclass(frozen=True, repr=False)
@@ -252,8 +250,8 @@ class Inject(InOneLine):
     With a direction r is a control as long as that: along a random one, drawn for each (seed, event, position).
 
     Attributes:
-        basis: ``[k, D]`` orthonormal rows, such as principal components of differences.
-        mean: ``[D]``, of these differences.
+        basis: ``[k, D]`` orthonormal rows, such as principal components of differences; None for all of delta.
+        mean: ``[D]``, of these differences; with a basis only.
         scale: of what is added.
         donor: label of another checkpoint, whose state minus the row is delta.
         delta: in place of a donor's difference, one for each event.
@@ -261,8 +259,8 @@ class Inject(InOneLine):
         seed: of the direction.
     """
 
-    basis: torch.Tensor
-    mean: torch.Tensor
+    basis: torch.Tensor | None
+    mean: torch.Tensor | None
     scale: float = 1.0
     donor: str | None = None
     delta: EventVectors | None = None
@@ -272,10 +270,13 @@ class Inject(InOneLine):
     def __post_init__(self) -> None:
         if (self.donor is None) == (self.delta is None):
             raise InputError("inject takes either a donor or delta")
+        if (self.basis is None) != (self.mean is None) or (self.basis is None and self.direction == "in_span"):
+            raise InputError("inject: basis and mean go together, and a direction in the span needs both")
         if self.direction not in (None, "random", "in_span"):
             raise InputError(f"inject: direction is {self.direction!r}; choose random or in_span, or leave it out")
-        object.__setattr__(self, "basis", _orthonormal(self.basis, "inject"))
-        object.__setattr__(self, "mean", as_vector(self.mean, "inject: the mean"))
+        if self.basis is not None:
+            object.__setattr__(self, "basis", _orthonormal(self.basis, "inject"))
+            object.__setattr__(self, "mean", as_vector(self.mean, "inject: the mean"))
         object.__setattr__(self, "scale", as_number(self.scale, "inject: scale"))
         object.__setattr__(self, "seed", _seed(self.seed, "inject"))
 
@@ -294,19 +295,21 @@ class Inject(InOneLine):
 
     def _added(self, rows: torch.Tensor, at: Rows) -> torch.Tensor:
         """``[m, D]`` float32."""
-        basis, mean = (_fitting(one, rows, at, "inject", torch.float32) for one in (self.basis, self.mean))
         if self.delta is not None:
-            delta = _fitting(self.delta, rows, at, "inject", torch.float32)
+            added = _fitting(self.delta, rows, at, "inject", torch.float32)
         else:
             assert self.donor is not None
-            delta = at.donor(self.donor, rows).float() - rows.float()
-        reduced = mean + (delta - mean) @ basis.T @ basis
+            added = at.donor(self.donor, rows).float() - rows.float()
+        basis = None
+        if self.basis is not None and self.mean is not None:
+            basis, mean = (_fitting(one, rows, at, "inject", torch.float32) for one in (self.basis, self.mean))
+            added = mean + (added - mean) @ basis.T @ basis
         if self.direction is None:
-            return reduced
+            return added
         drawn = at.draws(self.seed, rows.shape[1]).to(rows.device)
-        if self.direction == "in_span":
+        if basis is not None and self.direction == "in_span":
             drawn = drawn[:, : len(basis)] @ basis
-        return reduced.norm(dim=1, keepdim=True) * torch.nn.functional.normalize(drawn, dim=1)
+        return added.norm(dim=1, keepdim=True) * torch.nn.functional.normalize(drawn, dim=1)
 
 
 @dataclass(frozen=True, repr=False)
