@@ -8,6 +8,7 @@ only one of a crosscoder that carries anything, so that the descendant's last bl
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -182,7 +183,10 @@ def test_removing_it_removes_the_whole_interaction_and_removing_others_does_not(
 def test_the_curve_is_capped_by_the_features_that_there_are(planted, capfd):
     out, _, _ = planted
     assert main(["features", "mediate", str(out), "--k", "1,4,500", "--seeds", "1"]) == 0
-    assert "most active others, 4" in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "most active others, 4" in said.out
+    # 24 events and 2 upstreams: plain, and under four, four and two sets.
+    assert re.search(r"528 replays: \S+ multiply-adds", said.err), said.err
     groups = json.loads((out / "features" / "mediate.json").read_text())["groups"]
     assert sorted({one["k"] for one in groups}) == [1, 4, F]
     assert {one["set"] for one in groups if one["k"] == F} == {"top", "same_norm"}  # no other feature is left

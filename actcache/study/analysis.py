@@ -281,6 +281,9 @@ class CellAnalysis(Analysis[Options]):
         jobs |= self.own_jobs(folder, store, options, exactness)
         return {place: of for place, of in jobs.items() if of}
 
+    def announce(self, run: Run, jobs: Sequence[LateJob], say: Callable[[str], None]) -> None:
+        """Say what a person should know before these jobs run; by default nothing."""
+
     @abstractmethod
     def numbers(self, cells: pa.Table, run: Run, options: Options) -> Numbers:
         """Its numbers, of the cells of a run, among which are all that it needs."""
@@ -327,6 +330,7 @@ class CellAnalysis(Analysis[Options]):
         exactness = exactness_of(folder)
         self.prepare(run, store, options, on_progress)
         work = self.work(folder, store, finished, options)
+        self.announce(run, [job for jobs in work.values() for job in jobs], say)
         tally = Tally(sum(job.n_units for jobs in work.values() for job in jobs), "replays", on_progress)
         one_at_a_time = run.one_at_a_time
         engine = LocalEngine(
