@@ -8,6 +8,7 @@ windows         the MLPs of one checkpoint in each window of the other that begi
 controls        interpolated, permuted, equally long random and unmoved states behind both late stacks, and the sizes of
                 final states over whole sequences
 commitment      what a head makes of the states at the boundary
+closure         what is added to PT's state at p, of every rank and scale, and its controls
 supports        the four cells of events along both checkpoints' own rollouts
 lineage         all cells of three checkpoints, by two readouts
 recipes         the four cells of two descendants of one base, each on its own events
@@ -49,6 +50,8 @@ from study import READOUTS, Study, add_pair_arguments
 from torch import nn
 from transformers import PreTrainedModel
 
+from actcache.analyses.closure import ANALYSIS as CLOSURE
+from actcache.analyses.closure import injected
 from actcache.analyses.controls import ANALYSIS as CONTROLS
 from actcache.analyses.controls import controlled
 from actcache.analyses.grid import GridSettings, run_grid
@@ -455,6 +458,31 @@ def _controls(captured: Captured, row: Mapping[str, Any], event: HookEvent) -> I
             yield key, _margin(captured, "it", outputs, event)
 
 
+def _closure(captured: Captured, row: Mapping[str, Any], event: HookEvent) -> Iterator[tuple[tuple[Any, ...], float]]:
+    """What is added to PT's state at p, behind IT's late blocks, beside that state itself."""
+    ids, pair = torch.tensor([event.ids]), ("pt", "it")
+    native = _native(captured, event, captured.store.boundaries)
+    places = torch.arange(len(event.ids))
+    for boundary in captured.store.boundaries:
+        own, donor = (native[label][0][boundary][0] for label in pair)
+        lengths = torch.tensor([len(places)])
+        at = Rows(torch.zeros_like(places), places, places, lengths, [row["event_id"]], {"it": donor})
+
+        def margin(states: torch.Tensor, boundary: int = boundary) -> float:
+            outputs = hooks.replay(captured.models["it"], ids, boundary, states[None], whole=True)
+            return _margin(captured, "it", outputs, event)
+
+        floor = margin(own)
+        variants, meant = injected(captured.store, boundary, pair, CLOSURE.options())
+        for variant in variants:
+            yield (row["event_id"], boundary, *meant[variant.name]), margin(variant.edit_states(own, at)) - floor
+
+
+def _closure_found(run: InMemory) -> Iterator[tuple[tuple[Any, ...], float]]:
+    for row in pq.read_table(run.path / "closure.parquet").to_pylist():
+        yield (row["event_id"], row["boundary"], row["what"], row["rank"], row["scale"]), row["gain"]
+
+
 def _commitment(
     captured: Captured, row: Mapping[str, Any], event: HookEvent
 ) -> Iterator[tuple[tuple[Any, ...], float]]:
@@ -530,6 +558,7 @@ ANALYSES = {
     "windows": Both("pair", lambda run: run.analyse("windows"), _windows, _windows_found),
     "controls": Both("pair", lambda run: run.analyse("controls"), _controls, lambda run: _cells(run, "controls")),
     "commitment": Both("pair", lambda run: run.analyse("commitment"), _commitment, _margins_found),
+    "closure": Both("pair", lambda run: run.analyse("closure"), _closure, _closure_found),
     "supports": Both("rollouts", lambda run: run.analyse("supports"), _supports, _cells),
     "lineage": Both("three", lambda run: run.analyse("lineage"), _lineage, _cells),
     "recipes": Both("three", lambda run: run.analyse("recipes"), _recipes, _cells),

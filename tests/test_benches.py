@@ -114,10 +114,11 @@ def test_study_has_every_analysis_that_replays_beside_hooks(page):
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout.splitlines()[-1])
     names = [one["name"] for one in result["workloads"]]
-    assert names[:5] == ["grid, effects", "depth", "windows", "controls", "commitment"]
-    assert names[5:] == ["supports", "lineage", "recipes", "map", "path", "whole"]
+    assert names[:6] == ["grid, effects", "depth", "windows", "controls", "commitment", "closure"]
+    assert names[6:] == ["supports", "lineage", "recipes", "map", "path", "whole"]
     covered = {name for of in names[:-1] for name in of.split(", ")} - {"grid"}
-    assert covered == {named.name for named in ANALYSES} - {"stability"}, "which runs whole models"
+    run_whole_models = {"stability", "continuation", "forced"}
+    assert covered == {named.name for named in ANALYSES} - run_whole_models
     for one in result["workloads"]:
         assert one["seconds"].keys() == {"hooks", "actcache"}
     assert ran.stderr.count("margins equal to the hooks'") == len(names) - 1

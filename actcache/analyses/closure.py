@@ -235,7 +235,7 @@ class _Asked(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _variants(
+def injected(
     store: Store, boundary: int, pair: tuple[str, str], options: ClosureOptions
 ) -> tuple[tuple[Variant, ...], Mapping[str, _Asked]]:
     """What is replayed of the base's states, and what each name stands for."""
@@ -291,7 +291,7 @@ def _table(
 ) -> pa.Table:
     """One row per event and variant of a pair and boundary (see ``_COLUMNS``)."""
     base, late = pair
-    _, meant = _variants(store, boundary, pair, options)
+    _, meant = injected(store, boundary, pair, options)
     of = {"pair": ",".join(pair), "boundary": boundary, "scope": "prefix", "readout": "native", "late": late}
     ceilings = _margins(cells, of | {"upstream": late, "variant": PLAIN.name})
     # Held against the plain replay that ran with them: packs of another shape round otherwise.
@@ -378,7 +378,7 @@ def _settings(store: Store, options: ClosureOptions, pair: tuple[str, str]) -> G
     return GridSettings(
         tuple(_boundaries(store, options)),
         readouts=("native",),
-        variants=lambda boundary: _variants(store, boundary, pair, options)[0],
+        variants=lambda boundary: injected(store, boundary, pair, options)[0],
         upstreams=pair[:1],
         lates=pair[1:],
     )
