@@ -138,16 +138,26 @@ def test_splits_of_a_store_of_events(tiny_run):
 
 
 @pytest.mark.parametrize("n", [1, 40, 53])
-def test_as_many_rows_as_are_asked_for(place, corpus, tmp_path, n):
+def test_whole_texts_that_have_the_rows_asked_for(place, corpus, tmp_path, n):
     assert main(words(place, tmp_path / "some", "--tokens", str(n), "--strict")) == 0
-    some = open_store(tmp_path / "some")
-    states, places = fed(some, "mlp", 4)
-    assert len(states) == n
-    expected = fed(corpus, "mlp", 4)[0][:n]
-    last = int(places.sequence[-1]) == places.sequence  # whose forward is shorter: it rounds otherwise
-    assert torch.equal(states[~last], expected[~last])
-    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
-    assert some.segments[-1].read("token_ids")[-1] > tiny.PAD_ID  # nothing is read beyond the last row
+    states, places = fed(open_store(tmp_path / "some"), "mlp", 4)
+    every, of_every = fed(corpus, "mlp", 4)
+    assert torch.equal(states, every[: len(states)])
+    texts, of_all = texts_of(open_store(tmp_path / "some"), places), texts_of(corpus, of_every)
+    assert of_all[len(states)] != texts[-1], "the last text is cut"
+    assert len(states) >= n > len(states) - texts.count(texts[-1])
+
+
+def test_more_rows_asked_for_later_are_those_of_all_at_once(place, tmp_path):
+    for n, out in ((30, "grown"), (60, "grown"), (60, "once")):
+        assert main(words(place, tmp_path / out, "--tokens", str(n), "--strict")) == 0
+    grown, once = (open_store(tmp_path / out) for out in ("grown", "once"))
+    assert grown.sequences.drop_columns("segment").equals(once.sequences.drop_columns("segment"))
+    ids = [torch.cat([torch.from_numpy(of.read("token_ids")) for of in one.segments]) for one in (grown, once)]
+    assert torch.equal(*ids)
+    for site, block in (("mlp", 3), ("state", 2)):
+        (rows, _), (expected, _) = fed(grown, site, block), fed(once, site, block)
+        assert torch.equal(rows, expected)
 
 
 def test_fewer_rows_than_are_asked_for(place, corpus, tmp_path, capfd):

@@ -1,7 +1,8 @@
 """Texts of a corpus, whose rows are kept: no search, and no events.
 
-Each text is cut to a context; where so many rows are asked for, the last one ends with the last of these. Knows prompts
-and what is asked of checkpoints; writes nothing.
+Each text is cut to a context. Where so many rows are asked for, the text with the last of these is the last one, and is
+kept whole: so a corpus that grows has the rows of one captured at once. Knows prompts and what is asked of checkpoints;
+writes nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class Texts:
     """The texts of a corpus and their token ids.
 
     Attributes:
-        prompts: the texts: so many of those given as have the rows that are asked for.
+        prompts: the texts: the first of those given that have the rows that are asked for.
     """
 
     def __init__(
@@ -55,36 +56,31 @@ class Texts:
             rendering: how prompts become texts.
             say: told, in one line, what a person should know.
             context: how many tokens of each are read at most; no more than the checkpoints have positions.
-            n_rows: how many rows that count are wanted; None for those of all texts.
+            n_rows: how many rows that count are wanted at least; None for those of all texts.
 
         Raises:
             InputError, IncompatibleError: see :class:`PromptIds`; or no token of any text counts.
         """
         self.context = min(context, lineup.max_positions or context)
         self._ids = PromptIds(lineup, prompts, rendering, say, longest=self.context)
-        self.prompts, self._last = prompts, None
+        self.prompts = prompts
         if n_rows is None:
             return
         special, n_found = lineup.special_ids, 0
         for start in range(0, len(prompts), _AT_ONCE):
             part = prompts[start : start + _AT_ONCE]
             for number, ids in enumerate(self._ids.of(start, part), start):
-                ends = [at for at, token in enumerate(ids, 1) if token not in special]
-                if n_found + len(ends) >= n_rows:
+                n_found += sum(token not in special for token in ids)
+                if n_found >= n_rows:
                     self.prompts = prompts[: number + 1]
-                    self._last = ends[n_rows - n_found - 1]
                     return
-                n_found += len(ends)
         if not n_found:
             raise InputError("no text of the corpus has a token that is not a special one; give other texts")
         say(f"the corpus has {n_found:,} tokens that are not special ones; {n_rows:,} were asked for")
 
     def of(self, start: int, prompts: Sequence[Prompt]) -> list[list[int]]:
         """The ids of consecutive texts, the first of which has this number."""
-        found = self._ids.of(start, prompts)
-        if self._last is not None and start + len(prompts) == len(self.prompts):
-            found[-1] = found[-1][: self._last]
-        return found
+        return self._ids.of(start, prompts)
 
 
 def texts_captured(

@@ -43,7 +43,7 @@ def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=positive,
         metavar="N",
-        help="rows to keep of --corpus, special tokens not counted (default: all)",
+        help="rows to keep of --corpus at least, special tokens not counted; no text is cut there (default: all)",
     )
     parser.add_argument(
         "--context", type=positive, metavar="N", help="tokens of each text of --corpus to read, at most (default 512)"
