@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ import actcache
 from actcache.analyses.map import COLUMNS, MapOptions, _groups
 from actcache.cli import main
 from actcache.models.cost import ModelShape
+from actcache.replay.late_stack import LateStack
 from actcache.study.map_job import MapJob, Patch
 from actcache.study.results import result_files
 
@@ -108,6 +110,33 @@ def test_blocks_in_memory_one_at_a_time_are_patched_and_not_swapped(run, tmp_pat
     capfd.readouterr()
     assert main(["map", str(streamed), "--swaps", "2..3", "--stream"]) == 2
     assert "leave out --stream" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_one_checkpoint_is_in_memory_at_a_time(run, tmp_path, capfd, monkeypatch):
+    """Parts and paths let the one go before the other is loaded; swaps need both, and are refused."""
+    whole, apart = (shutil.copytree(run.out, tmp_path / name) for name in ("whole", "apart"))
+    assert main(["map", str(apart), "--swaps", "2..3", "--resident", "one"]) == 2
+    assert "both are in memory: give --resident all" in capfd.readouterr().err
+    alive, loaded, load = [], [], LateStack.load
+
+    def watched(*args, **more):
+        assert not [one for one in alive if one() is not None], "another late stack is in memory"
+        stack = load(*args, **more)
+        alive.append(weakref.ref(stack._forwards.model))
+        loaded.append(args[0].label)
+        return stack
+
+    for name, place, words in (("map", "patches", ("--sites", "mlp,head", "--layers", "3")), ("path", "parts", ())):
+        assert main([name, str(whole), *words]) == 0
+        with monkeypatch.context() as patched:
+            patched.setattr(LateStack, "load", watched)
+            loaded.clear()
+            assert main([name, str(apart), *words, "--resident", "one"]) == 0
+        expected, found = (pq.read_table(out / f"{name}.parquet") for out in (whole, apart))
+        assert found.drop_columns(["margin"]).equals(expected.drop_columns(["margin"]))
+        np.testing.assert_allclose(found["margin"].to_numpy(), expected["margin"].to_numpy(), atol=1e-4)
+        assert 2 <= len(loaded) <= 2 * len(result_files(apart / name / place)), loaded
 
 
 # ---- planted ----

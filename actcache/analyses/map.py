@@ -18,7 +18,7 @@ shared. The shape of such maps is the field's own (no number of arXiv 2605.07284
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -28,9 +28,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from actcache.analyses.grid import GridSettings, check_settings, jobs_left, pairs_of
+from actcache.analyses.windows import check_together
 from actcache.capture.settings import parse_boundaries
 from actcache.errors import InputError
 from actcache.models.blocks import span_of
+from actcache.progress import OnProgress, untold
 from actcache.replay.edits import PLAIN
 from actcache.schema import FIRST_DIVERGENCE, NATIVE
 from actcache.store import Store
@@ -104,6 +106,23 @@ class Map(CellAnalysis[MapOptions]):
         """The patches."""
         place = _place(folder)
         return {place: replace(_settings(store, options), **exactness).jobs(store, finished_cells(place, store))}
+
+    def answer(
+        self,
+        run: Run,
+        options: MapOptions,
+        *,
+        on_progress: OnProgress = untold,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> dict[str, Any]:
+        """See :meth:`CellAnalysis.answer`.
+
+        Raises:
+            InputError: also where blocks are swapped and one checkpoint is in memory at a time.
+        """
+        if _listed(options.swaps):
+            check_together(run)
+        return super().answer(run, options, on_progress=on_progress, say=say)
 
     def numbers(self, cells: pa.Table, run: Run, options: MapOptions) -> Numbers:
         """One row per event and patch; a group for each kind, pair, host and patch."""
