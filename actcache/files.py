@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,12 @@ def write_atomically(path: str | Path, data: Any) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def digests_of_files(files: Mapping[str, str]) -> dict[str, str]:
+    """SHA-256 of the bytes of files, in hex, by the name that each path has here; of those that are there."""
+    found = {name: Path(file) for name, file in files.items() if file}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in found.items() if path.is_file()}
 
 
 def write_durably(path: Path, data: Any) -> None:

@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import tiny
@@ -402,12 +401,34 @@ def test_bad_options(run, options, said):
         actcache.Run(run.out).analyse("continuation", **options)
 
 
-def test_0_alone_runs_no_model(run, tmp_path, monkeypatch):
-    opened = actcache.Run(copied(run, tmp_path))
-    monkeypatch.setattr(opened, "load_blocks", None)
-    groups = opened.analyse("continuation", n="0", draws=100)["groups"]
-    assert {one["n"] for one in groups} == {0}
-    assert pc.max(pc.abs(table_of(opened.path)["y"])).as_py() > 0
+def test_numbers_at_0_are_the_same_whatever_else_is_asked(run, tmp_path, monkeypatch):
+    """Which events count there is no matter of later tokens, where a chosen token is a special one neither."""
+    opened, first = actcache.Run(copied(run, tmp_path)), run.store.events.slice(0, 1).to_pylist()[0]
+    special = frozenset({first["y_it"], tiny.EOS_ID, tiny.PAD_ID})
+    monkeypatch.setattr(type(opened.lineup), "special_ids", property(lambda _: special))
+    groups, ys = {}, {}
+    for n in ("0", "0,1", "3"):
+        groups[n] = [one for one in opened.analyse("continuation", n=n, draws=100)["groups"] if one["n"] == 0]
+        ys[n] = {key: y for key, y in y_of(table_of(opened.folder.path)).items() if key[4] == 0}
+        assert ys[n] == pytest.approx(ys["0"], abs=1e-5)
+        assert [one["n_events"] for one in groups[n]] == [one["n_events"] for one in groups["0"]]
+    primary = {key[0] for key in ys["0"] if key[3] == "primary"}
+    assert primary
+    assert first["event_id"] not in primary
+
+
+def test_a_changed_file_of_classes_is_noticed(run, tmp_path):
+    opened, file = actcache.Run(copied(run, tmp_path)), tmp_path / "classes.toml"
+    file.write_text("discourse = ['^so$']")
+    opened.analyse("continuation", n="0", draws=100, classes=file)
+    assert ANALYSIS.read(opened.folder, opened.store) is not None
+    text = file.read_text()
+    file.write_text("discourse = ['^no$']")
+    assert ANALYSIS.read(opened.folder, opened.store) is None
+    file.write_text(text)
+    assert ANALYSIS.read(opened.folder, opened.store) is not None
+    file.unlink()  # what is gone cannot be held against them
+    assert ANALYSIS.read(opened.folder, opened.store) is not None
 
 
 def test_log_probabilities_are_of_the_tokens_that_may_be_chosen(run):

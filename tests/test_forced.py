@@ -127,6 +127,10 @@ def test_a_function_scores_from_python_and_from_a_file(planted, tmp_path, capfd)
     assert "checker, suffix" in printed
     of = by_group(json.loads((out / "forced.json").read_text())["groups"])
     assert of["checker", "category=decided", "suffix"]["effect"]["mean"] == 1.0
+    folder = actcache.Run(out).folder
+    assert forced.ANALYSIS.read(folder, folder.open_store()) is not None
+    file.write_text(file.read_text() + "\n# another one\n")
+    assert forced.ANALYSIS.read(folder, folder.open_store()) is None
     assert main(["forced", str(out), "--checker", str(file)]) == 2
     assert "is not FILE.py:function" in capfd.readouterr().err
 

@@ -37,6 +37,7 @@ from actcache.analyses.grid import GridSettings, check_settings, jobs_left, one_
 from actcache.canonical import digest_of
 from actcache.capture.token_class import TokenClasses, read_token_classes
 from actcache.errors import InputError
+from actcache.files import digests_of_files
 from actcache.progress import OnProgress
 from actcache.replay.edits import PLAIN
 from actcache.schema import CELL_KEY, EVENT_KEY, FIRST_DIVERGENCE, PAIR, names
@@ -145,6 +146,10 @@ class Continuation(CellAnalysis[ContinuationOptions]):
             if given and len(store) and name not in store.events.column_names:
                 raise InputError(f"the prompts have no column {name!r}, which --alike names")
         check_settings(store, _settings(store, options, pairs_of(store)))
+
+    def beside(self, folder: RunFolder, options: Mapping[str, Any]) -> dict[str, str]:
+        """The file of classes."""
+        return digests_of_files({"classes": options.get("classes", "")})
 
     def jobs(
         self, store: Store, finished: Finished, options: ContinuationOptions, exactness: Mapping[str, Any]
@@ -360,9 +365,8 @@ def _of_pair(store: Store, pair: Pair) -> list[int]:
 
 def _tails(store: Store, options: ContinuationOptions, pair: Pair, limits: Limits) -> dict[str, list[BranchJob]]:
     """The jobs that write what follows y_it by IT, y_pt by PT, and y_it by PT: by candidate."""
-    longest, (pt, it) = options.steps[-1], pair
-    if not longest:
-        return {}
+    # For n = 0 alone, too: so the same events count there as where more is asked.
+    longest, (pt, it) = max(1, options.steps[-1]), pair
     own = _of_pair(store, pair)
     tokens = {role: {number: store.events[f"y_{role}"][number].as_py() for number in own} for role in ("pt", "it")}
     who = {"desc_primary": ("it", it), "base_primary": ("pt", pt), "base_forced_desc": ("it", pt)}
@@ -383,9 +387,6 @@ def _candidates(
     written = {
         name: {row["event_id"]: row for row in read_branches(place, of).to_pylist()} for name, of in jobs.items()
     }
-    if not written:  # nothing follows
-        y_pt, y_it = (events[f"y_{role}"].to_pylist() for role in ("pt", "it"))
-        return {number: ((y_it[number],), (y_pt[number],), (y_it[number],), (y_it[number],)) for number in own}
     rooms: dict[str, int] = {}
     for row in (row for of in written.values() for row in of.values()):
         room = length if row["room"] is None else min(length, row["room"])

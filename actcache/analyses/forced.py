@@ -39,7 +39,7 @@ import torch
 from actcache.analyses.grid import pairs_of
 from actcache.capture.token_class import TokenClasses, read_token_classes
 from actcache.errors import InputError
-from actcache.files import write_atomically
+from actcache.files import digests_of_files, write_atomically
 from actcache.progress import OnProgress, untold
 from actcache.schema import FIRST_DIVERGENCE, ROLES
 from actcache.sealed import parquet_bytes
@@ -125,6 +125,11 @@ class Forced(Analysis[ForcedOptions]):
             if column and column not in store.events.column_names:
                 raise InputError(f"the prompts have no column {column!r}, which --{name} names")
 
+    def beside(self, folder: RunFolder, options: Mapping[str, Any]) -> dict[str, str]:
+        """The files of classes and of the checker."""
+        checker = options.get("checker", "").rpartition(":")[0]
+        return digests_of_files({"classes": options.get("classes", ""), "checker": checker})
+
     def options_of(self, given: Mapping[str, Any]) -> ForcedOptions:
         """As of every analysis; the checker may be a function."""
         checker = given.get("checker")
@@ -159,6 +164,7 @@ class Forced(Analysis[ForcedOptions]):
         folder = run.folder
         store = folder.open_store()
         self.check(store, options)
+        beside = self.beside(folder, asdict(options))
         place = folder.path / self.name / REPLIES
         tables, groups, n_left_out = [REPLY.empty_table()], [], 0
         for pair in pairs_of(store) if len(store) else ():
@@ -176,7 +182,7 @@ class Forced(Analysis[ForcedOptions]):
             groups += list(groups_of(table, store, options))
         if n_left_out:
             say(f"{n_left_out} of {len(store)} events are left out: a token of theirs is special, or not read as one")
-        made_from = self.made_from(folder, store)
+        made_from = self.made_with(folder, store, beside)
         notes = made_from | {"options": asdict(options)}
         write_atomically(self.table_path(folder), parquet_bytes(pa.concat_tables(tables), notes))
         return self.write(folder, options, groups, made_from)

@@ -38,6 +38,7 @@ from actcache.analyses.grid import GridSettings, check_settings, jobs_left, one_
 from actcache.capture.supports import FEWEST_BEFORE, HORIZONS, before_divergence
 from actcache.capture.token_class import CLASSES, TokenClasses, read_token_classes
 from actcache.errors import InputError
+from actcache.files import digests_of_files
 from actcache.models.readout import Readout
 from actcache.replay.edits import PLAIN
 from actcache.schema import FIRST_DIVERGENCE, PRE_DIVERGENCE, ROLES
@@ -119,6 +120,10 @@ class Supports(CellAnalysis[SupportsOptions]):
         check_weights(options.weights)
         _ = options.steps, _classes(options)
         check_settings(store, _settings(store, options))
+
+    def beside(self, folder: RunFolder, options: Mapping[str, Any]) -> dict[str, str]:
+        """The file of classes."""
+        return digests_of_files({"classes": options.get("classes", "")})
 
     def jobs(
         self, store: Store, finished: Finished, options: SupportsOptions, exactness: Mapping[str, Any]

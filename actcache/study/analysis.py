@@ -186,7 +186,7 @@ class Analysis(ABC, Generic[Options]):
 
     def read(self, folder: RunFolder, store: Store) -> dict[str, Any] | None:
         """What :meth:`answer` left; None where there is nothing, or it is of other events, of cells that were replayed
-        otherwise, or of another version.
+        otherwise, of files that have changed since, or of another version.
 
         Raises:
             CorruptFileError, NoSealError: the file is damaged, or not one of ours.
@@ -196,7 +196,7 @@ class Analysis(ABC, Generic[Options]):
             content, made_from, _ = read_json(self.path(folder), f"the numbers of {self.name}", again)
         except FileNotFoundError:
             return None
-        return content if made_from == self.made_from(folder, store) else None
+        return content if self._holds(made_from, folder, store, content["options"]) else None
 
     def options_of(self, given: Mapping[str, Any]) -> Options:
         """Options from names and values; those left out are the defaults.
@@ -235,6 +235,23 @@ class Analysis(ABC, Generic[Options]):
         from actcache.study.cells import identity
 
         return {**identity(store), "version": self.version}
+
+    def beside(self, folder: RunFolder, options: Mapping[str, Any]) -> dict[str, str]:
+        """Digests of what its options name outside of the run's store, of what is there: files, or a corpus.
+
+        Its numbers are no longer shown where one has changed. What is gone cannot be held against them.
+        """
+        return {}
+
+    def made_with(self, folder: RunFolder, store: Store, beside: Mapping[str, str]) -> dict[str, Any]:
+        """All that its numbers were made from, to be kept beside them."""
+        return self.made_from(folder, store) | ({"beside": dict(beside)} if beside else {})
+
+    def _holds(self, made_with: Mapping[str, Any], folder: RunFolder, store: Store, options: Mapping[str, Any]) -> bool:
+        """Whether what numbers were made from is there now."""
+        beside = made_with.get("beside", {})
+        same = made_with == self.made_with(folder, store, beside)
+        return same and all(beside.get(name, now) == now for name, now in self.beside(folder, options).items())
 
     def write(
         self, folder: RunFolder, options: Options, groups: list[dict[str, Any]], made_from: dict[str, Any]
@@ -302,8 +319,9 @@ class CellAnalysis(Analysis[Options]):
             table = read_parquet(self.table_path(folder), f"the table of {self.name}", again, columns=[])
         except FileNotFoundError:
             return None
-        wanted = self.made_from(folder, store) | {"options": content["options"]}
-        return content if table.made_from == wanted else None
+        made_with = dict(table.made_from)
+        same = made_with.pop("options", None) == content["options"]
+        return content if same and self._holds(made_with, folder, store, content["options"]) else None
 
     def answer(
         self,
@@ -327,7 +345,7 @@ class CellAnalysis(Analysis[Options]):
         store = folder.open_store()
         finished = finished_cells(folder.cell_groups, store)
         self.check(store, options)
-        exactness = exactness_of(folder)
+        exactness, beside = exactness_of(folder), self.beside(folder, asdict(options))  # type: ignore[call-overload]
         self.prepare(run, store, options, on_progress)
         work = self.work(folder, store, finished, options)
         self.announce(run, [job for jobs in work.values() for job in jobs], say)
@@ -350,7 +368,7 @@ class CellAnalysis(Analysis[Options]):
         if cells is None:
             cells = gather_cells(folder.cell_groups, store, **exactness)
         numbers = self.numbers(cells, run, options)
-        made_from = self.made_from(folder, store)
+        made_from = self.made_with(folder, store, beside)
         notes = made_from | {"options": asdict(options)}  # type: ignore[call-overload]
         write_atomically(self.table_path(folder), parquet_bytes(numbers.table, notes))
         return self.write(folder, options, numbers.groups, made_from)
