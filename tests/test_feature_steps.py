@@ -27,6 +27,7 @@ import actcache
 from actcache.analyses import find_analysis
 from actcache.analyses.features.crosscoder import Crosscoder, crosscoder_folder
 from actcache.analyses.features.edited import with_controls
+from actcache.analyses.features.gate import drops_found
 from actcache.analyses.features.rank import read_ranked
 from actcache.analyses.features.ranked import Ranked, Reading, ranking_prompts
 from actcache.cli import main
@@ -178,6 +179,16 @@ def test_removing_it_removes_the_whole_interaction_and_removing_others_does_not(
             without, _ = hooked.run(ids, state, tokens, lambda x: x - (x @ direction).relu() * direction)
             lost[label] = plain - without
         assert row["drop"] == pytest.approx(lost["it"] - lost["pt"], abs=1e-3)
+
+
+def test_the_gate_of_crosscoders_counts_drops_of_the_ranking_that_there_is(planted, tmp_path):
+    out = shutil.copytree(planted[0], tmp_path / "run")
+    top = of(analyse(out, "mediate", k=(1,)), set="top", k=1)
+    folder = actcache.Run(out).folder
+    found = drops_found(folder, folder.open_store())
+    assert (found["k"], found["top"]) == (1, top["drop"]["mean"])
+    analyse(out, "rank", ranking="4")  # other prompts rank, and others test
+    assert drops_found(folder, folder.open_store()) == {}
 
 
 def test_the_curve_is_capped_by_the_features_that_there_are(planted, capfd):

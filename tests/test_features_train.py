@@ -22,14 +22,16 @@ import torch
 from stores import make_fingerprint, make_table, read_tree, write_store
 
 import actcache
+from actcache.analyses.features.contexts import ANALYSIS as CONTEXTS
 from actcache.analyses.features.contexts import ContextsOptions, highest
 from actcache.analyses.features.crosscoder import Crosscoder
+from actcache.analyses.features.gate import ANALYSIS as GATE
 from actcache.analyses.features.gate import GateOptions, drops_found, judged, measured
+from actcache.analyses.features.mediate import ANALYSIS as MEDIATE
 from actcache.analyses.features.train import TrainOptions
 from actcache.analyses.features.trainer import Trainer
 from actcache.cli import main
 from actcache.errors import CorruptFileError, InputError
-from actcache.sealed import json_bytes
 from actcache.store import SegmentData, layout, open_store
 from actcache.store.corpus import held_out
 from actcache.store.feed import RowFeed
@@ -250,7 +252,10 @@ def test_the_gate_tells_good_from_bad(planted, trained):
     assert fails(crosscoder) == []
     assert fails(crosscoder, alive="0.01,0.2") == ["alive"]
     assert fails(crosscoder, alive="0.01,0.2", alive_rule="paper") == []
-    of = judged(crosscoder, *measured(crosscoder, store, 64, 3), GateOptions(alive="0,1"), {"top": -0.1, "random": 0.1})
+    of = judged(
+        crosscoder, *measured(crosscoder, store, 64, 3), GateOptions(alive="0,1"), {"k": 25, "top": -0.1, "random": 0.1}
+    )
+    assert "drop of the best 25" in GATE.section([of]).columns
     assert of["fails"] == ["drop", "drop_random"]
     assert not of["passes_published"]
     assert fails(crosscoder, min_explained=0.9999) == ["ve_pt", "ve_it"]
@@ -261,19 +266,25 @@ def test_the_gate_tells_good_from_bad(planted, trained):
     assert "l0" in fails(replace(crosscoder, b_enc=crosscoder.b_enc - 1e9))
 
 
-def test_drops_are_those_of_the_same_crosscoders(tmp_path):
-    folder = RunFolder(tmp_path)
-    folder.features.mkdir()
+def test_drops_are_of_the_most_features_up_to_200_and_say_of_how_many(planted, monkeypatch, tmp_path):
+    store, folder = planted[0], RunFolder(tmp_path)
+    assert drops_found(folder, store) == {}
     groups = [
-        {"kind": "first_divergence", "set": name, "k": k, "drop": {"mean": drop + k / 1000}}
+        {"kind": kind, "set": name, "k": k, "drop": {"mean": drop + k / 1000 - 9 * (kind != "first_divergence")}}
+        for kind in ("earlier", "first_divergence")
         for name, drop in (("top", 1.0), ("random", 0.0), ("active", 5.0))
         for k in (25, 200, 500)
     ]
-    assert drops_found(folder, {"5": "a"}) == {}
-    data = json_bytes({"groups": groups}, {"crosscoders": {"5": "a"}})
-    (folder.features / "mediate.json").write_bytes(data)
-    assert drops_found(folder, {"5": "a"}) == {"top": 1.2, "random": 0.2}
-    assert drops_found(folder, {"5": "b"}) == {}
+    for ks, found in (
+        ((25, 200, 500), {"k": 200, "top": 1.2, "random": 0.2}),
+        ((25, 500), {"k": 25, "top": 1.025, "random": 0.025}),
+        ((500,), {}),
+    ):
+        given = {"groups": [one for one in groups if one["k"] in ks]}
+        monkeypatch.setattr(MEDIATE, "read", lambda folder, store, given=given: given)
+        assert drops_found(folder, store) == pytest.approx(found)
+    monkeypatch.setattr(MEDIATE, "read", lambda folder, store: None)  # nothing, or of another ranking or other events
+    assert drops_found(folder, store) == {}
 
 
 def test_contexts_are_those_of_a_search_by_loops(planted, trained):
@@ -353,6 +364,30 @@ def test_train_gate_contexts_report(run, tmp_path, capfd):
     assert main(["verify", str(out)]) == 0
     said = capfd.readouterr().out
     assert "6 of features/, 1 of features/crosscoders/b003/" in said
+
+
+@pytest.mark.slow
+def test_a_corpus_that_grew_is_noticed(run, tmp_path):
+    """By what is shown of the rows that it had; a corpus that is gone says nothing against them."""
+    out = shutil.copytree(run, tmp_path / "run")
+    assert step("train", out, *TRAIN, "--blocks", 4) == 0
+    for name in ("gate", "contexts"):
+        assert step(name, out, "--batch", 16) == 0
+    folder = actcache.Run(out).folder
+
+    def shown():
+        return [one.read(folder, folder.open_store()) is not None for one in (GATE, CONTEXTS)]
+
+    assert shown() == [True, True]
+    folder.corpus.rename(tmp_path / "away")
+    assert shown() == [True, True]
+    (tmp_path / "away").rename(folder.corpus)
+    texts = tmp_path / "more.jsonl"
+    texts.write_text((run.parent / "texts.jsonl").read_text() + json.dumps({"id": "new", "prompt": "Salt."}) + "\n")
+    assert main(["capture", "--corpus", str(texts), "--site", "mlp:3,4", "--out", str(out)]) == 0
+    assert shown() == [False, False]
+    assert step("gate", out, "--batch", 16) == 0
+    assert shown() == [True, False]
 
 
 @pytest.mark.slow

@@ -104,8 +104,8 @@ FLOW = {
         *("whole", "across"),
     ),
     "analyses/features": (
-        *("crosscoder", "batch_topk", "step", "trainer", "train", "gate", "contexts", "cell_step", "ranked", "rank"),
-        *("edited", "mediate", "gate_test", "rescue", "dial", "handoff"),
+        *("crosscoder", "batch_topk", "step", "trainer", "train", "contexts", "cell_step", "ranked", "rank"),
+        *("edited", "mediate", "gate", "gate_test", "rescue", "dial", "handoff"),
     ),
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),
     "cli": (

@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from actcache.errors import IncompatibleError, InputError
 from actcache.store import Segment, Store, layout
-from actcache.store.rows import Ints, Positions, RowPlaces, StoreRows
+from actcache.store.rows import Ints, Positions, RowPlaces, StoreRows, records_digest
 from actcache.store.selection import Events
 
 SHUFFLES = ("blocks", "rows", "none")
@@ -146,7 +146,7 @@ class RowFeed(IterableDataset[RowBatch]):
         names = ("labels", "boundaries", "shuffle", "seed", "batch_rows", "drop_last", "rank", "world", "pool_rows")
         self._identity = {"store": opened.fingerprint.digest, "rows": self.chosen.digest()}
         self._identity |= {name: getattr(self, name) for name in names}
-        self._identity |= {"site": site, "records": self.chosen.records_digest()}
+        self._identity |= {"site": site, "records": records_digest(opened)}
         self._segments = self.chosen.segment_parts
         self._order: tuple[int, Ints, Ints] | None = None
         self._loaded: dict[str, Any] | None = None

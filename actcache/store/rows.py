@@ -124,11 +124,6 @@ class StoreRows:
         starts = np.flatnonzero((np.diff(owner, prepend=-1) != 0) | (np.diff(block, prepend=-1) != 0))
         return np.append(starts, len(self.chosen))
 
-    def records_digest(self) -> str:
-        """SHA-256 of the records of what writers committed: what proves that the rows themselves are the same."""
-        parts = (part for segment in self.store.segments for part in segment.parts)
-        return hashlib.sha256(repr([part.record for part in parts]).encode()).hexdigest()
-
     def digest(self) -> str:
         """SHA-256 of which rows these are."""
         digest = hashlib.sha256(repr((self.segments, self.firsts.tolist())).encode())
@@ -171,6 +166,12 @@ class StoreRows:
                 wanted = partial(_wanted, positions, number, segment, own)
                 chosen.append(self.store.reading(wanted) + self.firsts[number])
         return np.concatenate(chosen)
+
+
+def records_digest(store: Store) -> str:
+    """SHA-256 of the records of what writers committed: what proves that the rows themselves are the same."""
+    parts = (part for segment in store.segments for part in segment.parts)
+    return hashlib.sha256(repr([part.record for part in parts]).encode()).hexdigest()
 
 
 def _wanted(positions: Any, number: int, segment: Segment, events: Ints | None) -> Ints:

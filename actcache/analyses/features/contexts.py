@@ -17,13 +17,14 @@ import pyarrow.compute as pc
 import torch
 
 from actcache.analyses.features.crosscoder import Crosscoder
-from actcache.analyses.features.step import SITE, Step, load_crosscoders, open_corpus, trained_blocks
+from actcache.analyses.features.step import SITE, CorpusStep, load_crosscoders, open_corpus, trained_blocks
 from actcache.errors import InputError
 from actcache.files import write_atomically
 from actcache.progress import OnProgress, Tally, untold
 from actcache.sealed import parquet_bytes, read_parquet
 from actcache.store import Store
 from actcache.store.feed import RowFeed
+from actcache.store.rows import records_digest
 from actcache.study.analysis import option
 from actcache.study.run_folder import RunFolder
 from actcache.study.section import Section
@@ -59,7 +60,7 @@ class ContextsOptions:
     batch: int = option(2048, "rows of a batch (default %(default)s)", type=int)
 
 
-class Contexts(Step[ContextsOptions]):
+class Contexts(CorpusStep[ContextsOptions]):
     """The contexts of the features that matter most."""
 
     name = "features contexts"
@@ -88,6 +89,7 @@ class Contexts(Step[ContextsOptions]):
         folder, store = run.folder, run.folder.open_store()
         self.check(store, options)
         corpus = open_corpus(folder, options.corpus, store)
+        made_from = self.made_with(folder, store, {"corpus": records_digest(corpus)})
         blocks = trained_blocks(folder)
         device = run.placement.devices[0]
         tally = Tally(len(blocks), "crosscoders", on_progress)
@@ -97,7 +99,6 @@ class Contexts(Step[ContextsOptions]):
             tally.add(1, doing=f"block {block}")
         chosen, order = _chosen(folder, found, options.features)
         rows = [row for block, feature in chosen for row in _rows(block, feature, found[block], corpus, run, options)]
-        made_from = self.made_from(folder, store)
         table = pa.Table.from_pylist(rows, _TABLE)
         write_atomically(self.table_path(folder), parquet_bytes(table, made_from))
         groups = []

@@ -10,8 +10,9 @@ On rows of the texts that are held out, a crosscoder passes (arXiv 2605.07284, e
 rows (`code`, the default). The paper words it as the share of rows on which a feature is on, on average (`paper`).
 Both are shown.
 
-Where `features mediate` has removed features of these crosscoders, two more things count. Removing the best 200 must
-lower the interaction, and removing as many matched random ones must not lower it by more than .05.
+Where `features mediate` has removed features of these crosscoders, by the ranking that there is, two more things count.
+Removing the best 200 must lower the interaction, and removing as many matched random ones must not lower it by more
+than .05. Without a set of 200, its largest smaller one counts, and the table says of how many features it is.
 
 BatchTopK has `k` features per row whenever enough are above 0. All later steps use the threshold, so its features per
 row are held to the same 10%: `passes` asks for that too, `passes_published` does not.
@@ -30,14 +31,17 @@ import torch
 
 from actcache.analyses.features.batch_topk import batch_topk
 from actcache.analyses.features.crosscoder import Crosscoder
-from actcache.analyses.features.step import SITE, Step, load_crosscoders, open_corpus, trained_blocks
+from actcache.analyses.features.mediate import ANALYSIS as MEDIATE
+from actcache.analyses.features.step import SITE, CorpusStep, load_crosscoders, open_corpus, trained_blocks
 from actcache.errors import InputError
 from actcache.files import write_atomically
 from actcache.progress import OnProgress, Tally, untold
-from actcache.sealed import parquet_bytes, read_json
+from actcache.schema import FIRST_DIVERGENCE
+from actcache.sealed import parquet_bytes
 from actcache.store import Store
 from actcache.store.corpus import VALIDATION
 from actcache.store.feed import RowFeed
+from actcache.store.rows import records_digest
 from actcache.study.analysis import option
 from actcache.study.run_folder import RunFolder
 from actcache.study.section import Bars, Cell, Section
@@ -76,7 +80,7 @@ class GateOptions:
         return low, high
 
 
-class Gate(Step[GateOptions]):
+class Gate(CorpusStep[GateOptions]):
     """Which crosscoders pass."""
 
     name = "features gate"
@@ -107,8 +111,8 @@ class Gate(Step[GateOptions]):
         blocks = trained_blocks(folder)
         tally = Tally(len(blocks), "crosscoders", on_progress)
         tables, groups = [], []
-        made_from = self.made_from(folder, store)
-        drops = drops_found(folder, made_from["crosscoders"])
+        made_from = self.made_with(folder, store, {"corpus": records_digest(corpus)})
+        drops = drops_found(folder, store)
         for block in blocks:
             crosscoder = load_crosscoders(folder, [block], run.placement.devices[0])[block]
             table, alive = measured(crosscoder, corpus, options.batch, options.seed)
@@ -117,6 +121,14 @@ class Gate(Step[GateOptions]):
             tally.add(1, doing=f"block {block}")
         write_atomically(self.table_path(folder), parquet_bytes(pa.concat_tables(tables), made_from))
         return self.write(folder, options, groups, made_from)
+
+    def read(self, folder: RunFolder, store: Store) -> dict[str, Any] | None:
+        """See :meth:`Analysis.read`; drops that it counts must still be those that are found."""
+        content = super().read(folder, store)
+        if content is None:
+            return None
+        counted = [_drops_of(group) for group in content["groups"]]
+        return content if not any(counted) or all(of == drops_found(folder, store) for of in counted) else None
 
     def what_next(self, folder: RunFolder, options: GateOptions) -> str:
         """Where it is."""
@@ -127,7 +139,8 @@ class Gate(Step[GateOptions]):
         labels = groups[0]["labels"]
         explained = [f"explained of {label}" for label in labels]
         alive = ["alive (code)", "alive (paper)"]
-        drops = {"drop_top": "drop of the best", "drop_random": "drop of random ones"}
+        k = groups[0].get("drop_k")
+        drops = {"drop_top": f"drop of the best {k}", "drop_random": f"drop of {k} random ones"}
         drops = {name: head for name, head in drops.items() if all(name in group for group in groups)}
 
         def row(group: Mapping[str, Any]) -> list[Cell]:
@@ -237,24 +250,25 @@ def measured(crosscoder: Crosscoder, corpus: Store, batch_rows: int, seed: int) 
     return pa.table({"block": blocks, "prompt_id": pa.array(ids, pa.string()), **columns}), alive
 
 
-def drops_found(folder: RunFolder, crosscoders: Mapping[str, str]) -> dict[str, float]:
-    """Mean drops of the interaction without the best features, ``top``, and without matched ``random`` ones.
+def drops_found(folder: RunFolder, store: Store) -> dict[str, float]:
+    """Mean drops of the interaction without the best ``k`` features, ``top``, and without matched ``random`` ones.
 
-    They are there where `features mediate` has found them with the crosscoders of these digests. They are those of 200
-    features, or of as many as there are.
+    They are those of `features mediate`, as long as its numbers are of what there is now: crosscoders, ranking, events.
+    Its largest k up to 200 counts; where there is none, nothing is found.
     """
-    path = folder.features / "mediate.json"
-    try:
-        found, made_from, _ = read_json(path, "the numbers of features mediate", "'actcache features mediate' makes it")
-    except FileNotFoundError:
-        return {}
-    if made_from.get("crosscoders") != crosscoders or not found["groups"]:
-        return {}
-    kind = found["groups"][0]["kind"]
-    groups = [one for one in found["groups"] if one["kind"] == kind and one["k"] <= N_REMOVED]
+    found = MEDIATE.read(folder, store)
+    groups = [one for one in found["groups"] if one["k"] <= N_REMOVED] if found else []
+    kinds = [one["kind"] for one in groups]
+    kind = FIRST_DIVERGENCE if FIRST_DIVERGENCE in kinds else min(kinds, default="")
     most = max((one["k"] for one in groups), default=0)
-    at_most = {one["set"]: one["drop"]["mean"] for one in groups if one["k"] == most}
-    return {name: at_most[name] for name in ("top", "random") if at_most.get(name) is not None}
+    drops = {one["set"]: one["drop"]["mean"] for one in groups if (one["kind"], one["k"]) == (kind, most)}
+    known = {name: drops[name] for name in ("top", "random") if drops.get(name) is not None}
+    return {"k": most, **known} if known else {}
+
+
+def _drops_of(group: Mapping[str, Any]) -> dict[str, float]:
+    """The drops that a group counts, as :func:`drops_found` gives them."""
+    return {name: group[f"drop_{name}"] for name in ("k", "top", "random") if f"drop_{name}" in group}
 
 
 def judged(

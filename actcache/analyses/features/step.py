@@ -6,7 +6,7 @@ that it was made with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from actcache.files import make_folder
 from actcache.fingerprint import MISSING
 from actcache.sealed import Sealed
 from actcache.store import Store
+from actcache.store.rows import records_digest
 from actcache.study.analysis import Analysis, Options
 from actcache.study.run_folder import RunFolder
 
@@ -54,6 +55,19 @@ class Step(Analysis[Options]):
         """See :meth:`Analysis.write`."""
         make_folder(folder.features)
         return super().write(folder, options, groups, made_from)
+
+
+class CorpusStep(Step[Options]):
+    """A step that reads rows of a corpus, which its option ``corpus`` names."""
+
+    def beside(self, folder: RunFolder, options: Mapping[str, Any]) -> dict[str, str]:
+        """What writers committed of the corpus."""
+        from actcache.store import open_store
+
+        try:
+            return {"corpus": records_digest(open_store(options["corpus"] or folder.corpus))}
+        except InputError:  # it is gone
+            return {}
 
 
 def described_crosscoders(folder: RunFolder) -> dict[int, Sealed]:
