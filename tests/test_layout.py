@@ -110,7 +110,7 @@ FLOW = {
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),
     "cli": (
         *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses", "across"),
-        *("stability", "corpus", "stages", "study", "stores", "bench", "plan", "run"),
+        *("stability", "corpus", "stages", "study", "stores", "bench", "planned", "plan", "run"),
     ),
 }
 FOLDERS = list(FLOW)

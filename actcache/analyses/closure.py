@@ -35,7 +35,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from actcache.analyses.grid import GridSettings, check_settings, jobs_left, pairs_of
+from actcache.analyses.grid import GridSettings, check_settings, events_of_pair, jobs_left, pairs_of
 from actcache.canonical import digest_of
 from actcache.capture.settings import parse_boundaries
 from actcache.errors import CheckError, InputError
@@ -88,7 +88,7 @@ class Closure(CellAnalysis[ClosureOptions]):
         """Boundaries, ranks, scales, the split and draws."""
         check_draws(options.draws, options.seed)
         check_weights(options.weights)
-        _ranks(options), _scales(options)
+        _ = _ranks(options), _scales(options)
         if options.events not in SPLITS:
             raise InputError(f"events is {options.events!r}; choose {', '.join(SPLITS)}")
         if not 0 < options.share < 1:
@@ -108,7 +108,7 @@ class Closure(CellAnalysis[ClosureOptions]):
         """Of every pair, what is added to the base's states, behind the descendant's late stack."""
         jobs: dict[Path, Sequence[LateJob]] = {}
         for pair in pairs_of(store):
-            if len(_events_of(store, pair)):
+            if events_of_pair(store, pair):
                 place = _place(folder, store, pair, options)
                 settings = replace(_settings(store, options, pair), **exactness)
                 jobs[place] = jobs_left(store, finished_cells(place, store), settings)
@@ -120,7 +120,7 @@ class Closure(CellAnalysis[ClosureOptions]):
         tables = [pa.schema(_COLUMNS).empty_table()]
         groups: list[dict[str, Any]] = []
         for pair in pairs_of(store):
-            if not len(_events_of(store, pair)):
+            if not events_of_pair(store, pair):
                 continue
             varied = gather_cells(_place(run.folder, store, pair, options), store, **exactness)
             settings = _settings(store, options, pair)
@@ -214,11 +214,6 @@ class Fit:
         spanned = sizes > sizes.max() * max(deltas.shape) * torch.finfo(deltas.dtype).eps
         return cls(mean, components[spanned])
 
-    def reduced(self, deltas: torch.Tensor, rank: int) -> torch.Tensor:
-        """``[n, D]``: m + P_k (delta - m)."""
-        basis = self.components[:rank]
-        return self.mean + (deltas - self.mean) @ basis.T @ basis
-
 
 def is_training(prompt_id: str, share: float) -> bool:
     """Whether events of a prompt are fitted on: by the place of a digest among all, as published."""
@@ -241,7 +236,7 @@ def injected(
     """What is replayed of the base's states, and what each name stands for."""
     base, late = pair
     ids, prompts = (store.events[name].to_pylist() for name in ("event_id", "prompt_id"))
-    trained = [event for event in _events_of(store, pair) if is_training(prompts[event], options.share)]
+    trained = [event for event in events_of_pair(store, pair) if is_training(prompts[event], options.share)]
     states = {label: store.states(label, boundary, positions="event")[0].double() for label in pair}
     deltas = states[late] - states[base]
     others_event = deltas[_others_event(prompts, options.seed)].float()
@@ -297,7 +292,7 @@ def _table(
     # Held against the plain replay that ran with them: packs of another shape round otherwise.
     own = {name: _margins(varied, of | {"upstream": base, "variant": name}) for name in (PLAIN.name, *meant)}
     floors = own[PLAIN.name]
-    events = store.events.take(pa.array(_events_of(store, pair), pa.int64()))
+    events = store.events.take(pa.array(events_of_pair(store, pair), pa.int64()))
     ids, prompts, kinds = (events[name].to_pylist() for name in ("event_id", "prompt_id", "kind"))
     rows = []
     for name, asked in meant.items():
@@ -366,11 +361,6 @@ def _named(group: Mapping[str, Any]) -> str:
     rank = "full difference" if group["rank"] == FULL else f"rank {group['rank']}"
     what = group["what"]
     return "mean alone" if what == MEAN else rank if what == INJECTED else f"{rank}, {what}"
-
-
-def _events_of(store: Store, pair: tuple[str, str]) -> list[int]:
-    """Numbers of the events of a pair."""
-    return np.flatnonzero(pc.equal(store.events["pair"], ",".join(pair)).to_numpy(zero_copy_only=False)).tolist()
 
 
 def _settings(store: Store, options: ClosureOptions, pair: tuple[str, str]) -> GridSettings:

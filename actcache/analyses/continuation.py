@@ -33,7 +33,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actcache.analyses.grid import GridSettings, check_settings, jobs_left, one_boundary, pairs_of
+from actcache.analyses.grid import GridSettings, check_settings, events_of_pair, jobs_left, one_boundary, pairs_of
 from actcache.canonical import digest_of
 from actcache.capture.token_class import TokenClasses, read_token_classes
 from actcache.errors import InputError
@@ -350,24 +350,18 @@ def _all(
         else:
             longest = options.steps[-1] + 1
             assumed = tuple((number, *[0] * (longest - 1)) for number in range(len(CANDIDATES)))
-            candidates = dict.fromkeys(_of_pair(store, pair), assumed)
+            candidates = dict.fromkeys(events_of_pair(store, pair), assumed)
         states, replays = _replays(folder, store, options, pair, candidates)
         every.states += states
         every.replays += replays
     return every
 
 
-def _of_pair(store: Store, pair: Pair) -> list[int]:
-    """Numbers of the events of a pair."""
-    name = ",".join(pair)
-    return [number for number, of in enumerate(store.events["pair"].to_pylist()) if of == name]
-
-
 def _tails(store: Store, options: ContinuationOptions, pair: Pair, limits: Limits) -> dict[str, list[BranchJob]]:
     """The jobs that write what follows y_it by IT, y_pt by PT, and y_it by PT: by candidate."""
     # For n = 0 alone, too: so the same events count there as where more is asked.
     longest, (pt, it) = max(1, options.steps[-1]), pair
-    own = _of_pair(store, pair)
+    own = events_of_pair(store, pair)
     tokens = {role: {number: store.events[f"y_{role}"][number].as_py() for number in own} for role in ("pt", "it")}
     who = {"desc_primary": ("it", it), "base_primary": ("pt", pt), "base_forced_desc": ("it", pt)}
     return {
@@ -381,7 +375,7 @@ def _candidates(
 ) -> dict[int, Candidates]:
     """The candidates of every event of a pair that has some, of the tails that were written."""
     length = options.steps[-1] + 1
-    own = _of_pair(store, pair)
+    own = events_of_pair(store, pair)
     events = store.events
     ids = events["event_id"].to_pylist()
     written = {

@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from actcache.analyses.grid import pairs_of
+from actcache.analyses.grid import events_of_pair, pairs_of
 from actcache.capture.token_class import TokenClasses, read_token_classes
 from actcache.errors import InputError
 from actcache.files import digests_of_files, write_atomically
@@ -148,7 +148,7 @@ class Forced(Analysis[ForcedOptions]):
         for pair in pairs_of(store) if len(store) else ():
             for branch in BRANCHES:
                 of_role = columns[ROLES[0] if branch == "y_pt" else ROLES[1]]
-                tokens = {event: of_role[event] for event in _of_pair(store, pair)}
+                tokens = {event: of_role[event] for event in events_of_pair(store, pair)}
                 jobs += _jobs(store, options, pair, branch, tokens, Limits())
         return {place: left(place, jobs)}
 
@@ -169,7 +169,7 @@ class Forced(Analysis[ForcedOptions]):
         tables, groups, n_left_out = [REPLY.empty_table()], [], 0
         for pair in pairs_of(store) if len(store) else ():
             branches = _branches(store, run, options, pair)
-            n_left_out += len(_of_pair(store, pair)) - len(branches["y_it"])
+            n_left_out += len(events_of_pair(store, pair)) - len(branches["y_it"])
             jobs = {
                 branch: _jobs(store, options, pair, branch, {event: one.token for event, one in of.items()}, limits)
                 for limits in (Limits.of(run.lineup),)
@@ -255,15 +255,6 @@ def _values(store: Store, options: ForcedOptions) -> list[str]:
     return ["" if value is None else str(value) for value in store.events[options.by].to_pylist()]
 
 
-def _of_pair(store: Store, pair: tuple[str, str]) -> list[int]:
-    """Numbers of the events of a pair."""
-    name = ",".join(pair)
-    return [number for number, of in enumerate(store.events["pair"].to_pylist()) if of == name]
-
-
-# ---- which tokens are forced ----
-
-
 class _Forced(NamedTuple):
     """One token, and its log-probability under IT."""
 
@@ -294,7 +285,7 @@ def _branches(store: Store, run: Run, options: ForcedOptions, pair: tuple[str, s
     """The tokens of each branch, by the event's number; of an event that has both of its own."""
     tokens = _Tokens(run.lineup, pair[1], _classes(options))
     y_pt, y_it = (store.events[f"y_{role}"].to_pylist() for role in ROLES)
-    own = [event for event in _of_pair(store, pair) if tokens.may_be(y_pt[event]) and tokens.may_be(y_it[event])]
+    own = [event for event in events_of_pair(store, pair) if tokens.may_be(y_pt[event]) and tokens.may_be(y_it[event])]
     found: dict[str, dict[int, _Forced]] = {branch: {} for branch in BRANCHES}
     readout = run.load_readout(pair[1]) if own else None
     for start in range(0, len(own) if readout is not None else 0, _EVENTS_AT_ONCE):

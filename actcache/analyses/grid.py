@@ -292,6 +292,12 @@ def pairs_of(store: Store) -> list[tuple[str, str]]:
     return [(pt, it) for pt, it in (pair.split(",") for pair in pairs)]
 
 
+def events_of_pair(store: Store, pair: Sequence[str]) -> list[int]:
+    """Numbers of the events of a pair, ascending."""
+    name = ",".join(pair)
+    return [number for number, of in enumerate(store.events["pair"].to_pylist()) if of == name]
+
+
 def one_boundary(store: Store, given: str) -> int:
     """The boundary that a text names as ``--boundary`` does; the main one where it is empty.
 

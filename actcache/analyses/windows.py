@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from actcache.analyses.grid import pairs_of
+from actcache.analyses.grid import events_of_pair, pairs_of
 from actcache.errors import InputError
 from actcache.models.blocks import block_of
 from actcache.progress import OnProgress, untold
@@ -308,7 +308,7 @@ def _asked(
     windows = windows_of(store, options.window)
     (source,) = (label for label in pair if label != host)
     (module,) = (one for one in _MODULES if one == options.module)
-    events = np.flatnonzero(pc.equal(store.events["pair"], ",".join(pair)).to_numpy()).tolist()
+    events = events_of_pair(store, pair)
     every = sorted({layer for window in windows for layer in range(window.first, window.stop)})
     earliest = min(windows, key=lambda window: window.first)
 

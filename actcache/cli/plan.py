@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ from actcache.cli.arguments import (
     rendering_asked,
 )
 from actcache.cli.captured import moved
+from actcache.cli.planned import study_lines, study_planned
 from actcache.cli.stability import add_run_arguments, samples_asked
-from actcache.cli.terminal import quiet_libraries, say
+from actcache.cli.terminal import amount, counted, quiet_libraries, say
 from actcache.errors import IncompatibleError, InputError
 from actcache.schema import ROLES
 from actcache.study.run_folder import RunFolder
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from actcache.analyses.grid import GridSettings
     from actcache.capture.settings import CaptureSettings
     from actcache.models.lineup import Lineup
-    from actcache.prompts import Prompt
     from actcache.store import Store
     from actcache.study.cells import Finished
     from actcache.study.plan import Assumptions, Study
@@ -200,7 +200,7 @@ def _plan(args: argparse.Namespace) -> None:
     if args.out is not None:
         RunFolder(args.out).write_plan(found, digest(prompts))
     if args.study:
-        found["study"] = _study_planned(args, lineup, prompts, study, assumed, grid, found["estimate"])
+        found["study"] = study_planned(args, lineup, prompts, study, assumed, grid, found["estimate"])
     _print(args.json, study, assumed, found, held)
 
 
@@ -227,93 +227,6 @@ def _work_asked(args: argparse.Namespace, lineup: Lineup, settings: GridSettings
     from actcache.analyses.grid import planned_work
 
     return [replace(one, n_last=one.n_last + args.variants) for one in planned_work(settings, lineup.labels)]
-
-
-def _study_planned(
-    args: argparse.Namespace,
-    lineup: Lineup,
-    prompts: Sequence[Prompt],
-    study: Study,
-    assumed: Assumptions,
-    grid: GridSettings | None,
-    estimated: Mapping[str, float],
-) -> dict[str, Any]:
-    """What each stage and every analysis will take of each GPU."""
-    from actcache.analyses import STEPS, whole
-    from actcache.analyses.grid import GridSettings
-    from actcache.analyses.stability import StabilityOptions
-    from actcache.models.devices import CUDA
-    from actcache.study.dealt import Dealt
-    from actcache.study.planned_store import PlannedStore
-
-    if args.gpus > 1 and study.capture.device != CUDA:
-        raise InputError("--gpus is a number of CUDA devices: give --device cuda too")
-    store = PlannedStore.of(lineup, prompts, study.lengths, study.capture, assumed)
-    settings = (grid or GridSettings(study.capture.boundaries)).of_pair(lineup.labels, lineup.pairs)
-    planned = whole.plan_before(store, settings.of_depth(lineup.n_blocks))
-    dealt = Dealt(study, assumed, estimated, args.gpus, apart=bool(held_asked(args)))
-    analyses: list[dict[str, Any]] = []
-    for one, jobs in zip(planned, whole.new_jobs(planned), strict=True):
-        name, options = one.analysis.name, one.analysis.options()
-        found: dict[str, Any] = {"name": name}
-        if one.refused is not None:
-            found["not_told"] = one.refused
-        elif one.jobs is not None:
-            found |= asdict(dealt.of_jobs(name, jobs)) if jobs else {"multiply_adds": 0.0}
-        elif isinstance(options, StabilityOptions):
-            found |= asdict(dealt.of_checks(name, list(options.samples.values())))
-        else:
-            found["not_told"] = "its work is no job that is known before it runs"
-        analyses.append(found | {"opt_in": one.analysis.opt_in})
-    analyses += [
-        {"name": name, "not_told": "its work depends on a corpus and on what was trained before it", "opt_in": True}
-        for name in STEPS
-    ]
-    is_default = [one for one in analyses if not one["opt_in"]]
-    stages = [asdict(one) for one in dealt.stages()]
-    together = {
-        name: sum(one.get(name) or 0.0 for one in (*stages, *is_default))
-        for name in ("multiply_adds", *(["time_s"] if assumed.rates else ()))
-    }
-    return {"gpus": args.gpus, "is_estimate": True, "stages": stages, "analyses": analyses, "together": together}
-
-
-def _study_lines(planned: Mapping[str, Any], at_least: bool) -> list[str]:
-    """A table of it."""
-    n = planned["gpus"]
-    columns = ("multiply_adds", "time_s", "memory_bytes", "stored_bytes", "read_bytes")
-    heads = ("multiply-adds", f"time on {n}", "memory each", "stored", "read")
-    said = [
-        "",
-        f"estimates for {_counted(n, 'GPU' if n > 1 else 'device')}, weights unread: a stage or analysis, and what it "
-        "takes with default options after those before it",
-        "estimate" + " " * 10 + "".join(f"{head:>15}" for head in heads) + f"{'jobs':>7}",
-    ]
-
-    def line(one: Mapping[str, Any]) -> str:
-        if "not_told" in one:
-            return f"{one['name']:18}  not told: {one['not_told']}"
-        if not one["multiply_adds"]:
-            return f"{one['name']:18}  nothing more: it is made of cells that are there"
-        shown = [
-            "-"
-            if one.get(name) is None or (name == "stored_bytes" and not one[name])
-            else f"{'>= ' if at_least and name == 'time_s' else ''}{_shown(name, one[name])}"
-            for name in columns
-        ]
-        return f"{one['name']:18}" + "".join(f"{text:>15}" for text in shown) + f"{one.get('jobs', ''):>7}"
-
-    said += [line(one) for one in (*planned["stages"], *(one for one in planned["analyses"] if not one["opt_in"]))]
-    said += [
-        line(planned["together"] | {"name": "together"}),
-        "asked for by 'actcache study RUN --also', or by itself:",
-    ]
-    said += [line(one) for one in planned["analyses"] if one["opt_in"]]
-    said.append(
-        "jobs are independent: at most so many GPUs work at once. Time is as if they were dealt evenly, loads and what "
-        "operations take beside multiply-adds apart; memory is at most, with what the host holds"
-    )
-    return said
 
 
 def _assume(args: argparse.Namespace, lineup: Lineup, study: Study) -> Assumptions:
@@ -465,7 +378,7 @@ def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, A
         lines.append(said(stream=held == "block"))
     print("\n".join([*lines, "", *_table(study, assumed, estimated, true, held)]))
     if planned := found.get("study"):
-        print("\n".join(_study_lines(planned, assumed.sources.get("rates") == _MEASURED_HERE)))
+        print("\n".join(study_lines(planned, assumed.sources.get("rates") == _MEASURED_HERE)))
     if untimed := found.get("untimed"):
         print("without a time: " + "; ".join(f"{stage}: {why}" for stage, why in untimed.items()))
 
@@ -510,13 +423,13 @@ def _table(
     for name, value in estimated.items():
         if name in ("variants_multiply_adds", "stability_multiply_adds", "stability_s") and not value:
             continue
-        shown = _shown(name, value)
+        shown = amount(name, value)
         line = f"{_LABELS[name]:30}{f'>= {shown}' if at_least and name.endswith('_s') else shown:>12}"
         if true is not None:
             if name in true:
                 ratio = f"{value / true[name]:7.2f}" if true[name] else f"{'':7}"
                 far = " off" if abs(value - true[name]) > FAR * abs(true[name]) else ""
-                line += f" {_shown(name, true[name]):>12} {ratio}{far}"
+                line += f" {amount(name, true[name]):>12} {ratio}{far}"
             else:
                 line += f" {'-':>12}" + (f"  {notes[name]}" if name in notes else "")
         elif name in notes:
@@ -547,39 +460,18 @@ def _notes(study: Study, assumed: Assumptions, held: str) -> dict[str, str]:
         boundaries = len({one.boundary for one in work})
         readouts = len({name for one in work for name in one.readouts})
         notes["grid_multiply_adds"] = (
-            f"per event: {_counted(sum(cells), 'cell')} at {_counted(boundaries, 'boundary')}, "
-            f"{_counted(readouts, 'readout')} each"
+            f"per event: {counted(sum(cells), 'cell')} at {counted(boundaries, 'boundary')}, "
+            f"{counted(readouts, 'readout')} each"
         )
         edited = {"one token": 0, "a few tokens": 0, "the sequence": 0}
         for one, n_cells in zip(work, cells, strict=True):
             edited["one token" if one.mode == "packed" else "the sequence"] += n_cells * one.n_last
             edited["a few tokens" if one.mode == "packed" else "the sequence"] += n_cells * len(one.tails)
             edited["the sequence"] += n_cells * one.n_whole
-        replays = (f"{_counted(number, 'replay')} of {what}" for what, number in edited.items() if number)
+        replays = (f"{counted(number, 'replay')} of {what}" for what, number in edited.items() if number)
         notes["variants_multiply_adds"] = f"per event: {', '.join(replays)}"
         notes["hooks_multiply_adds"] = (
             "a full forward per event and cell, its search included; at batch one each takes far longer per "
             "multiply-add than a pack does"
         )
     return notes
-
-
-def _counted(number: int, what: str) -> str:
-    plural = {"boundary": "boundaries"}.get(what, f"{what}s")
-    return f"{number} {what if number == 1 else plural}"
-
-
-def _shown(name: str, value: float) -> str:
-    if name.endswith("_bytes"):
-        for unit in ("B", "kB", "MB", "GB"):
-            if value < 1000:
-                return f"{value:.4g} {unit}"
-            value /= 1000
-        return f"{value:,.4g} TB"
-    if name.endswith("_s"):
-        if value < 120:
-            return f"{value:.1f} s"
-        return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:,.1f} h"
-    if name.endswith("multiply_adds"):
-        return f"{value:.3g}" if value else "0"
-    return f"{value:,.0f}"

@@ -221,3 +221,26 @@ def clock(seconds: float) -> str:
 
 def _rounded(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+
+
+def counted(number: int, what: str) -> str:
+    """A number and what it counts, as ``2 boundaries``."""
+    plural = {"boundary": "boundaries"}.get(what, f"{what}s")
+    return f"{number} {what if number == 1 else plural}"
+
+
+def amount(name: str, value: float) -> str:
+    """A value in the unit that the end of its name tells: bytes, seconds, multiply-adds, or a count."""
+    if name.endswith("_bytes"):
+        for unit in ("B", "kB", "MB", "GB"):
+            if value < 1000:
+                return f"{value:.4g} {unit}"
+            value /= 1000
+        return f"{value:,.4g} TB"
+    if name.endswith("_s"):
+        if value < 120:
+            return f"{value:.1f} s"
+        return f"{value / 60:.1f} min" if value < 7200 else f"{value / 3600:,.1f} h"
+    if name.endswith("multiply_adds"):
+        return f"{value:.3g}" if value else "0"
+    return f"{value:,.0f}"

@@ -33,7 +33,7 @@ from actcache.schema import EVENT_KEY, names
 from actcache.store import Store
 from actcache.study.cells import Finished, Scored, by_segment, finished_cells
 from actcache.study.jobs import Result
-from actcache.study.prefix_job import PREFIX, PrefixJob, serves
+from actcache.study.prefix_job import PREFIX, PrefixJob, places_of, serves
 from actcache.study.replay_job import ReplayEngine, States
 from actcache.study.results import read_result
 from actcache.study.scores import ScoreTable
@@ -269,26 +269,22 @@ class MapSettings:
     def jobs(self, store: Store, finished: Finished) -> list[MapJob]:
         """What is not finished; ``finished`` is what the folder of the results holds."""
         jobs = []
-        columns = {name: store.events[name].to_pylist() for name in ("position", "sequence", "pair")}
+        pairs = store.events["pair"].to_pylist()
         for segment, of_segment in by_segment(finished, store):
             for pair, boundary in ((pair, boundary) for pair in self.pairs for boundary in self.at_boundaries):
-                own = [event for event in segment.events if columns["pair"][event] == ",".join(pair)]
-                lengths = tuple(columns["position"][event] + 1 for event in own)
+                own = [event for event in segment.events if pairs[event] == ",".join(pair)]
+                places = places_of(store, segment, own)
                 for host, source in (pair, pair[::-1]) if own else ():
                     done: dict[str, set[int]] = {}
                     for scored in of_segment.get((boundary, PREFIX, host), []):
                         for name in scored.key["patches"] if self._is_served_by(scored, source) else ():
                             done.setdefault(name, set()).update(scored.events.tolist())
-                    asked = self.patches_at(boundary, max(lengths))
+                    asked = self.patches_at(boundary, max(places["lengths"]))
                     left = tuple(patch for patch in asked if not done.get(str(patch), set()).issuperset(own))
                     if left:
                         jobs.append(
                             MapJob(
-                                store=store.fingerprint.digest,
-                                segment=segment.name,
-                                events=tuple(event - segment.events.start for event in own),
-                                lengths=lengths,
-                                sequences=tuple(columns["sequence"][event] for event in own),
+                                **places,
                                 upstreams=(source,),
                                 boundary=boundary,
                                 late=host,

@@ -27,7 +27,7 @@ from actcache.schema import EVENT_KEY, names
 from actcache.store import Store
 from actcache.study.cells import Finished, by_segment, finished_cells
 from actcache.study.jobs import Result
-from actcache.study.prefix_job import PREFIX, PrefixJob, serves
+from actcache.study.prefix_job import PREFIX, PrefixJob, places_of, serves
 from actcache.study.replay_job import ReplayEngine, States
 from actcache.study.results import read_result
 from actcache.study.work import Cost, Places
@@ -143,10 +143,10 @@ class PathSettings:
     def jobs(self, store: Store, finished: Finished) -> list[PathJob]:
         """What is not finished; ``finished`` is what the folder of the results holds."""
         jobs = []
-        columns = {name: store.events[name].to_pylist() for name in ("position", "sequence", "pair")}
+        pairs = store.events["pair"].to_pylist()
         for segment, of_segment in by_segment(finished, store):
             for pair in self.pairs:
-                own = [event for event in segment.events if columns["pair"][event] == ",".join(pair)]
+                own = [event for event in segment.events if pairs[event] == ",".join(pair)]
                 for host, source in (pair, pair[::-1]) if own else ():
                     found = of_segment.get((self.boundary, PREFIX, host), [])
                     served = [one for one in found if serves(one, [source], self.strict, self.max_tokens)]
@@ -154,11 +154,7 @@ class PathSettings:
                         continue
                     jobs.append(
                         PathJob(
-                            store=store.fingerprint.digest,
-                            segment=segment.name,
-                            events=tuple(event - segment.events.start for event in own),
-                            lengths=tuple(columns["position"][event] + 1 for event in own),
-                            sequences=tuple(columns["sequence"][event] for event in own),
+                            **places_of(store, segment, own),
                             upstreams=(source,),
                             boundary=self.boundary,
                             late=host,

@@ -11,7 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import pyarrow as pa
+
 from actcache.models.cost import ModelShape
+from actcache.store import Segment, Store
 from actcache.study.cells import Scored
 from actcache.study.replay_job import ReplayEngine, States
 from actcache.study.work import Cost, Places
@@ -83,6 +86,19 @@ class PrefixJob(ABC):
     def read(self, engine: ReplayEngine) -> States:
         """The states of its segment, from the store."""
         return engine.rows(self.segment, self.boundary)
+
+
+def places_of(store: Store, segment: Segment, own: Sequence[int]) -> dict[str, Any]:
+    """Fields of a job over some events of a segment, ``own``, each read at its own position: ``store``, ``segment``,
+    ``events`` (numbers in the segment), ``lengths`` and ``sequences``."""
+    of = store.events.select(["position", "sequence"]).take(pa.array(own, pa.int64()))
+    return {
+        "store": store.fingerprint.digest,
+        "segment": segment.name,
+        "events": tuple(event - segment.events.start for event in own),
+        "lengths": tuple(position + 1 for position in of["position"].to_pylist()),
+        "sequences": tuple(of["sequence"].to_pylist()),
+    }
 
 
 def serves(scored: Scored, upstreams: Sequence[str], strict: bool, max_tokens: int | None) -> bool:

@@ -26,7 +26,7 @@ from actcache.schema import EVENT_KEY, NATIVE, PAIR, ROLES, names
 from actcache.store import Store
 from actcache.study.cells import Finished, Scored, by_segment
 from actcache.study.jobs import Result
-from actcache.study.prefix_job import PREFIX, PrefixJob, serves
+from actcache.study.prefix_job import PREFIX, PrefixJob, places_of, serves
 from actcache.study.replay_job import ReplayEngine, States, check_noop
 from actcache.study.results import read_result
 from actcache.study.scores import Scores, ScoreTable
@@ -183,7 +183,6 @@ class Windowed:
     def jobs(self, store: Store, finished: Finished) -> list[WindowJob]:
         """What is not finished; ``finished`` is what the folder of the results holds."""
         jobs = []
-        columns = {name: store.events[name].to_pylist() for name in ("position", "sequence")}
         for segment, of_segment in by_segment(finished, store):
             first, last = np.searchsorted(self.events, [segment.events.start, segment.events.stop]).tolist()
             own = self.events[first:last]
@@ -192,11 +191,7 @@ class Windowed:
                 continue
             jobs.append(
                 WindowJob(
-                    store=store.fingerprint.digest,
-                    segment=segment.name,
-                    events=tuple(event - segment.events.start for event in own),
-                    lengths=tuple(columns["position"][event] + 1 for event in own),
-                    sequences=tuple(columns["sequence"][event] for event in own),
+                    **places_of(store, segment, own),
                     upstreams=(self.host,),
                     boundary=self.boundary,
                     late=self.host,
