@@ -104,7 +104,7 @@ FLOW = {
         *("whole", "across"),
     ),
     "analyses/features": (
-        *("crosscoder", "batch_topk", "step", "trainer", "train", "contexts", "cell_step", "ranked", "rank"),
+        *("before", "crosscoder", "batch_topk", "step", "trainer", "train", "contexts", "cell_step", "ranked", "rank"),
         *("edited", "mediate", "gate", "gate_test", "rescue", "dial", "handoff"),
     ),
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),

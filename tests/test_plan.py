@@ -23,7 +23,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
 import actcache
-from actcache.analyses import whole
+from actcache.analyses import STEPS, whole
+from actcache.analyses.features.before import Before
+from actcache.analyses.features.cell_step import CellStep
+from actcache.analyses.features.crosscoder import Crosscoder, crosscoder_folder
+from actcache.capture.corpus import CONTEXT
 from actcache.capture.counter import SearchCounter
 from actcache.capture.forward import Resident
 from actcache.capture.given import given_by
@@ -618,7 +622,7 @@ def test_every_analysis_is_planned_as_it_will_run(tmp_path, plan):
     found = plan(*words, "--pilot", out)["study"]
     before = {one["name"]: one for one in found["analyses"]}
     run = Run(out)
-    truly = whole.plan_study(run, also=[name for name, one in before.items() if one["opt_in"] and name != "features"])
+    truly = whole.plan_study(run, also=[name for name, one in before.items() if one["opt_in"]])
     costs = whole.costs(truly, shapes_of(run.lineup))
     told = set()
     for one, (_, products) in zip(truly, costs, strict=True):
@@ -630,10 +634,11 @@ def test_every_analysis_is_planned_as_it_will_run(tmp_path, plan):
         assert "not_told" not in before[name], name
         assert before[name]["multiply_adds"] == pytest.approx(products, rel=0.2), name
         told |= {name} if products else set()
-    assert before.keys() == {*(one.analysis.name for one in truly), "features"}
+    assert before.keys() == {one.analysis.name for one in truly}
     assert {"depth", "supports", "controls", "closure", "map", "continuation", "forced"} <= told
     default = [one.get("multiply_adds", 0) for one in found["analyses"] if not one["opt_in"]]
     assert found["together"]["multiply_adds"] == sum(default) + sum(one["multiply_adds"] for one in found["stages"])
+    check_steps(run, {one["name"]: one for one in found["steps"]}, found["features"])
     # What the states are, nobody knows before.
     store = PlannedStore.of(
         run.lineup,
@@ -646,6 +651,40 @@ def test_every_analysis_is_planned_as_it_will_run(tmp_path, plan):
     for read in (lambda: store.states("base", 2), lambda: store.excluded):
         with pytest.raises(actcache.errors.InputError, match="before"):
             read()
+
+
+def check_steps(run, before, features):
+    """The steps of features, beside what they cost once there are crosscoders, of as many features, and a ranking."""
+    assert before.keys() == {"capture --corpus", *(named.name for named in STEPS["features"])}
+    assert features == {"tokens": 2_000_000, "blocks": [2, 3, 4], "width": 32 * run.store.width}
+    n, width, drawn = features["width"], run.store.width, torch.Generator().manual_seed(0)
+    for block in features["blocks"]:
+        encoder = torch.randn(2, width, n, generator=drawn)
+        zeros = {"b_enc": torch.zeros(n), "b_dec": torch.zeros(2, width), "mean": torch.zeros(2, width)}
+        one = Crosscoder(("base", "dpo"), block, encoder, decoder=encoder.permute(2, 0, 1), **zeros, threshold=1, k=2)
+        one.save(crosscoder_folder(run.folder.features, block))
+    for named in STEPS["features"]:
+        step = named.load()
+        if not isinstance(step, CellStep):
+            continue
+        assert "not_told" not in before[step.name], step.name
+        work = step.work(run.folder, run.store, finished_cells(run.folder.cell_groups, run.store), step.options())
+        work.pop(run.folder.cell_groups, None)  # of plain cells, which earlier analyses ask for
+        parts = total(job.cost(shapes_of(run.lineup)) for jobs in work.values() for job in jobs)
+        products = sum(of for part, of in parts.items() if part != "hooks")
+        assert before[step.name]["multiply_adds"] == pytest.approx(products, rel=0.2), step.name
+        if step.name == "features rank":
+            run.analyse(step.name)
+    texts = tuple((0,) * CONTEXT for _ in range(3))
+    shapes = {label: shapes_of(run.lineup)[label] for label in ("base", "dpo")}
+    told = Before(run.store, 3 * CONTEXT, n).corpus(shapes)
+    assert (
+        told.multiply_adds
+        == CaptureJob("", "", replace(settings_of(run.store), support="corpus"), (), texts)
+        .cost(shapes)
+        .parts["capture"]
+    )
+    assert told.stored_bytes == 3 * CONTEXT * 3 * 2 * width * 4
 
 
 def test_gpus_share_jobs_and_checkpoints(tiny_run, plan):
@@ -690,7 +729,8 @@ def test_large_pairs_are_planned_from_configs_that_a_script_writes(tmp_path, pla
     assert main([*map(str, ["plan", *words, "--study", "--gpus=2"])]) == 0
     shown = capsys.readouterr().out
     assert "estimates for 2 GPUs, weights unread" in shown
-    assert "not told: its work depends on a corpus" in shown
+    assert "features of blocks 61, 62, 63, one step after another: 163,840 of each" in shown
+    assert "not in windows: no state is captured before early, mid: --boundary 38,0 serves all" in shown
     assert main([*map(str, ["capture", *words[:7], "--out", tmp_path / "run", "--device=cpu"])]) == 2, "no weights"
 
 
@@ -781,7 +821,8 @@ def test_bad_input(tiny_run, refused, tmp_path):
     refused("holds no run", *of(run), "--pilot", tmp_path)
     refused("holds a run already", *of(run), "--out", run.out)
     refused("is not empty and holds no run", *of(run), "--out", tmp_path)
-    refused("--gpus deals the work of a study", *of(run), "--gpus", "2")
+    refused("--gpus is of the work of a study", *of(run), "--gpus", "2")
+    refused("--corpus-tokens is of the work of a study", *of(run), "--corpus-tokens", "9")
     refused("--gpus is a number of CUDA devices", *of(run), "--rate", "1e9", "--study", "--gpus", "2")
     refused("--study is planned before a run", run.out, "--study")
     refused("planned for first divergences", *of(run), "--rate", "1e9", "--study", "--rows", "divergence")

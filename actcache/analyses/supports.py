@@ -139,6 +139,12 @@ class Supports(CellAnalysis[SupportsOptions]):
         earlier = _earlier(store, options, exactness)
         return {} if earlier is None else {place: earlier.jobs(store, finished_cells(place, store))}
 
+    def leaves_out(self, store: Store, options: SupportsOptions) -> str:
+        """Supports beyond the first divergences."""
+        if set(store.events["kind"].to_pylist()) - {FIRST_DIVERGENCE, PRE_DIVERGENCE}:
+            return ""
+        return "events on rollouts and native histories: --support rollouts captures them"
+
     def numbers(self, cells: pa.Table, run: Run, options: SupportsOptions) -> Numbers:
         """One row per event. Groups of two parts: ``support`` for each pair and support, and ``horizon`` for each pair,
         native kind and step."""

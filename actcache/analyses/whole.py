@@ -6,6 +6,7 @@ Knows analyses by name, and what they say of themselves; computes no numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from actcache.sealed import NoSealError, parquet_bytes
 from actcache.store import Store
 from actcache.study.analysis import Analysis, CellAnalysis
 from actcache.study.cells import Finished, finished_cells
+from actcache.study.dealt import Outlay
 from actcache.study.engine import LateJob
 from actcache.study.planned_store import PlannedStore, as_finished
 from actcache.study.run import Run, check_complete
@@ -43,12 +45,14 @@ class Planned:
         content: of its file, where it is answered already, under whatever options.
         jobs: what is not finished, replays and whole checkpoints, each with the folder of its result; None where its
             work is of another kind.
+        outlay: what it takes where its work is no jobs, as far as that is known.
     """
 
     analysis: Analysis[Any]
     refused: str | None = None
     content: dict[str, Any] | None = None
     jobs: Sequence[tuple[Path, LateJob | ModelJob]] | None = None
+    outlay: Outlay | None = None
 
     @property
     def runs_models(self) -> bool:
@@ -92,15 +96,20 @@ def left_out(planned: Sequence[Planned]) -> list[str]:
     return [one.name for one in ANALYSES if one.name not in chosen]
 
 
-def plan_before(store: PlannedStore, grid: GridSettings) -> list[Planned]:
-    """What every analysis will run with its default options, after a capture that leaves this store and a grid with
-    these settings, ``of_depth``; those that are ``opt_in`` too."""
-    finished = as_finished(jobs_left(store, {}, grid), store)
-    with TemporaryDirectory() as place:  # of a run that has no results, and says how cells are replayed
+@contextmanager
+def to_come(store: PlannedStore, grid: GridSettings) -> Iterator[tuple[RunFolder, Finished]]:
+    """The folder of a run that has no results, and says how cells are replayed; and what its cells will be after a
+    capture that leaves this store and a grid with these settings, ``of_depth``."""
+    with TemporaryDirectory() as place:
         folder = RunFolder(Path(place))
         notes = {"strict": grid.strict, "max_tokens": grid.max_tokens}
         write_atomically(folder.cells, parquet_bytes(pa.table({}), notes))
-        return [_plan(named, folder, store, finished) for named in ANALYSES]
+        yield folder, as_finished(jobs_left(store, {}, grid), store)
+
+
+def plan_before(folder: RunFolder, store: PlannedStore, finished: Finished) -> list[Planned]:
+    """What every analysis will run of a store to come (:func:`to_come`), those that are ``opt_in`` too."""
+    return [_plan(named, folder, store, finished) for named in ANALYSES]
 
 
 def _plan(named: Named, folder: RunFolder, store: Store, finished: Finished) -> Planned:

@@ -113,6 +113,12 @@ class Windows(CellAnalysis[WindowsOptions]):
             jobs[place] = sorted(distinct.values(), key=lambda job: (order[job.segment], job.boundary))
         return jobs
 
+    def leaves_out(self, store: Store, options: WindowsOptions) -> str:
+        """Windows that begin before every boundary."""
+        return (
+            "" if options.window else not_served(store, study_windows(store.fingerprint.n_blocks, store.main_boundary))
+        )
+
     def answer(
         self,
         run: Run,
@@ -286,6 +292,16 @@ def study_windows(n_blocks: int, main_boundary: int) -> list[Window]:
 def begin(store: Store, window: Window) -> int:
     """The boundary at which a replay of a window begins: the last one at its first block or before."""
     return max(_captured(store, window))
+
+
+def not_served(store: Store, windows: Sequence[Window]) -> str:
+    """Which of these begin before every boundary, in words, and what would serve them; nothing where none does."""
+    early = [one for one in windows if not _captured(store, one)]
+    if not early:
+        return ""
+    boundaries = ",".join(map(str, (*store.boundaries, min(one.first for one in early))))
+    names = ", ".join(one.name for one in early)
+    return f"no state is captured before {names}: --boundary {boundaries} serves all"
 
 
 def _captured(store: Store, window: Window) -> list[int]:

@@ -130,6 +130,12 @@ def add_verbs(verbs: Verbs) -> None:
         help="with --study, GPUs that jobs and checkpoints are dealt to; --rate is of each (default 1)",
     )
     parser.add_argument(
+        "--corpus-tokens",
+        type=positive,
+        metavar="N",
+        help="with --study, rows of the corpus that features are trained on (default 2000000)",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="RUN", help="keep the plan where the run will be, for 'actcache plan RUN' later"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -168,8 +174,9 @@ def _rate(text: str) -> float:
 
 def _plan(args: argparse.Namespace) -> None:
     quiet_libraries()
-    if args.gpus > 1 and not args.study:
-        raise InputError("--gpus deals the work of a study: give --study too")
+    for flag, given in (("--gpus", args.gpus > 1), ("--corpus-tokens", args.corpus_tokens is not None)):
+        if given and not args.study:
+            raise InputError(f"{flag} is of the work of a study: give --study too")
     if args.run is not None:
         if args.study:
             raise InputError("--study is planned before a run: give a pair instead of RUN, or 'actcache study RUN'")

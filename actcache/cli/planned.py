@@ -12,10 +12,17 @@ from actcache.cli.terminal import amount, counted
 from actcache.errors import InputError
 
 if TYPE_CHECKING:
+    from actcache.analyses.features.before import Before
     from actcache.analyses.grid import GridSettings
+    from actcache.analyses.whole import Planned
     from actcache.models.lineup import Lineup
     from actcache.prompts import Prompt
+    from actcache.study.cells import Finished
+    from actcache.study.dealt import Dealt
+    from actcache.study.engine import LateJob
     from actcache.study.plan import Assumptions, Study
+    from actcache.study.run_folder import RunFolder
+    from actcache.study.whole_models import ModelJob
 
 
 def study_planned(
@@ -28,9 +35,11 @@ def study_planned(
     estimated: Mapping[str, float],
 ) -> dict[str, Any]:
     """What each stage and every analysis will take of each GPU."""
-    from actcache.analyses import STEPS, whole
+    from actcache.analyses import whole
+    from actcache.analyses.features.before import TOKENS, Before
+    from actcache.analyses.features.step import Step
+    from actcache.analyses.features.train import TrainOptions
     from actcache.analyses.grid import GridSettings
-    from actcache.analyses.stability import StabilityOptions
     from actcache.models.devices import CUDA
     from actcache.study.dealt import Dealt
     from actcache.study.planned_store import PlannedStore
@@ -39,37 +48,81 @@ def study_planned(
         raise InputError("--gpus is a number of CUDA devices: give --device cuda too")
     store = PlannedStore.of(lineup, prompts, study.lengths, study.capture, assumed)
     settings = (grid or GridSettings(study.capture.boundaries)).of_pair(lineup.labels, lineup.pairs)
-    planned = whole.plan_before(store, settings.of_depth(lineup.n_blocks))
+    before = Before(store, args.corpus_tokens or TOKENS, TrainOptions().recipe(store.width).n_features)
+    with whole.to_come(store, settings.of_depth(lineup.n_blocks)) as (folder, finished):
+        planned = [*whole.plan_before(folder, store, finished), *_steps(before, folder, finished)]
     dealt = Dealt(study, assumed, estimated, args.gpus, apart=bool(held_asked(args)))
-    analyses: list[dict[str, Any]] = []
+    analyses, steps = [], [asdict(dealt.of_outlay("capture --corpus", before.corpus(study.shapes)))]
     for one, jobs in zip(planned, whole.new_jobs(planned), strict=True):
-        name, options = one.analysis.name, one.analysis.options()
-        found: dict[str, Any] = {"name": name}
-        if one.refused is not None:
-            found["not_told"] = one.refused
-        elif one.jobs is not None:
-            found |= asdict(dealt.of_jobs(name, jobs)) if jobs else {"multiply_adds": 0.0}
-        elif isinstance(options, StabilityOptions):
-            found |= asdict(dealt.of_checks(name, list(options.samples.values())))
+        analysis, found = one.analysis, _taken(one, jobs, dealt, before)
+        if said := analysis.leaves_out(store, analysis.options()):
+            found["leaves_out"] = said
+        if isinstance(analysis, Step):
+            steps.append(found)
         else:
-            found["not_told"] = "its work is no job that is known before it runs"
-        analyses.append(found | {"opt_in": one.analysis.opt_in})
-    analyses += [
-        {"name": name, "not_told": "its work depends on a corpus and on what was trained before it", "opt_in": True}
-        for name in STEPS
-    ]
+            analyses.append(found | {"opt_in": analysis.opt_in})
     is_default = [one for one in analyses if not one["opt_in"]]
     stages = [asdict(one) for one in dealt.stages()]
     together = {
         name: sum(one.get(name) or 0.0 for one in (*stages, *is_default))
         for name in ("multiply_adds", *(["time_s"] if assumed.rates else ()))
     }
-    return {"gpus": args.gpus, "is_estimate": True, "stages": stages, "analyses": analyses, "together": together}
+    return {
+        "gpus": args.gpus,
+        "is_estimate": True,
+        "stages": stages,
+        "analyses": analyses,
+        "together": together,
+        "steps": steps,
+        "features": {"tokens": before.n_rows, "blocks": before.blocks, "width": before.n_features},
+    }
+
+
+def _steps(before: Before, folder: RunFolder, finished: Finished) -> list[Planned]:
+    """The steps of features."""
+    from actcache.analyses import STEPS
+    from actcache.analyses.features.step import Step
+    from actcache.analyses.whole import Planned
+    from actcache.study.dealt import Outlay
+
+    found = []
+    for named in STEPS["features"]:
+        step = named.load()
+        assert isinstance(step, Step)
+        try:
+            work = step.planned(before, folder, finished)
+        except InputError as error:
+            found.append(Planned(step, refused=str(error)))
+            continue
+        if isinstance(work, Outlay):
+            found.append(Planned(step, outlay=work))
+        else:
+            found.append(Planned(step, jobs=[(place, job) for place, jobs in work.items() for job in jobs]))
+    return found
+
+
+def _taken(one: Planned, jobs: Sequence[LateJob | ModelJob], dealt: Dealt, before: Before) -> dict[str, Any]:
+    """What one analysis will take."""
+    from actcache.analyses.features.step import Step
+    from actcache.analyses.stability import StabilityOptions
+
+    name, options = one.analysis.name, one.analysis.options()
+    found: dict[str, Any] = {"name": name}
+    if one.refused is not None:
+        return found | {"not_told": one.refused}
+    if one.outlay is not None:
+        return asdict(dealt.of_outlay(name, one.outlay))
+    if one.jobs is not None:
+        beside = before.crosscoder_bytes if isinstance(one.analysis, Step) else 0.0
+        return asdict(dealt.of_jobs(name, jobs, beside)) if jobs else found | {"multiply_adds": 0.0}
+    if isinstance(options, StabilityOptions):
+        return asdict(dealt.of_checks(name, list(options.samples.values())))
+    return found | {"not_told": "its work is no job that is known before it runs"}
 
 
 def study_lines(planned: Mapping[str, Any], at_least: bool) -> list[str]:
     """A table of it."""
-    n = planned["gpus"]
+    n, of = planned["gpus"], planned["features"]
     columns = ("multiply_adds", "time_s", "memory_bytes", "stored_bytes", "read_bytes")
     heads = ("multiply-adds", f"time on {n}", "memory each", "stored", "read")
     said = [
@@ -90,14 +143,21 @@ def study_lines(planned: Mapping[str, Any], at_least: bool) -> list[str]:
             else f"{'>= ' if at_least and name == 'time_s' else ''}{amount(name, one[name])}"
             for name in columns
         ]
-        return f"{one['name']:18}" + "".join(f"{text:>15}" for text in shown) + f"{one.get('jobs', ''):>7}"
+        return (f"{one['name']:18}" + "".join(f"{text:>15}" for text in shown) + f"{one.get('jobs', ''):>7}").rstrip()
 
-    said += [line(one) for one in (*planned["stages"], *(one for one in planned["analyses"] if not one["opt_in"]))]
+    analyses, steps = planned["analyses"], planned["steps"]
+    said += [line(one) for one in (*planned["stages"], *(one for one in analyses if not one["opt_in"]))]
     said += [
         line(planned["together"] | {"name": "together"}),
         "asked for by 'actcache study RUN --also', or by itself:",
     ]
-    said += [line(one) for one in planned["analyses"] if one["opt_in"]]
+    said += [line(one) for one in analyses if one["opt_in"]]
+    said.append(
+        f"features of blocks {', '.join(map(str, of['blocks']))}, one step after another: {of['width']:,} of each, on "
+        f"a corpus of {of['tokens']:,} rows:"
+    )
+    said += [line(one) for one in steps]
+    said += [f"not in {one['name']}: {one['leaves_out']}" for one in (*analyses, *steps) if "leaves_out" in one]
     said.append(
         "jobs are independent: at most so many GPUs work at once. Time is as if they were dealt evenly, loads and what "
         "operations take beside multiply-adds apart; memory is at most, with what the host holds"

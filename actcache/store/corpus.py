@@ -17,6 +17,7 @@ CORPUS = "corpus"
 """What a fingerprint calls the support of a store without events."""
 
 HELD_OUT = "SHA-256 of 'corpus:ID', its first 8 bytes as a number, is divisible by 10"
+HELD_OUT_SHARE = 0.1
 TRAIN, VALIDATION = "train", "held_out"
 SPLITS = (TRAIN, VALIDATION)
 

@@ -142,6 +142,10 @@ class Analysis(ABC, Generic[Options]):
         known before any has run; None where they are of another kind, so that nobody knows what they take."""
         return None
 
+    def leaves_out(self, store: Store, options: Options) -> str:
+        """What of its question such a store does not serve, and what would; nothing where it serves all."""
+        return ""
+
     def of_table(self, cells: Sealed, options: Options, *, say: Callable[[str], None] = lambda line: None) -> Sealed:
         """Its answer of a table of cells that is no run's, for those that ``ANALYSES`` names as ``of_cells``."""
         raise InputError(f"{self.name} needs the folder of a run, RUN")

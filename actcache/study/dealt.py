@@ -45,6 +45,27 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Outlay:
+    """What an analysis takes where its work is no jobs.
+
+    Attributes:
+        multiply_adds: of all devices together.
+        n_jobs: parts that can be dealt.
+        memory_bytes: of a device, beside that of the checkpoints.
+        stored_bytes: of rows.
+        read_bytes: of rows and weights, checkpoints apart.
+        runs_models: whether whole checkpoints run.
+    """
+
+    multiply_adds: float
+    n_jobs: int
+    memory_bytes: float = 0.0
+    stored_bytes: float = 0.0
+    read_bytes: float = 0.0
+    runs_models: bool = False
+
+
+@dataclass(frozen=True)
 class Dealt:
     """A study on N devices.
 
@@ -92,8 +113,8 @@ class Dealt:
             found.append(self._share("grid", products, n_jobs, rows.get("grid_s"), memory, 0.0, read))
         return found
 
-    def of_jobs(self, name: str, jobs: Sequence[LateJob | ModelJob]) -> Share:
-        """Of the jobs of an analysis."""
+    def of_jobs(self, name: str, jobs: Sequence[LateJob | ModelJob], beside: float = 0.0) -> Share:
+        """Of the jobs of an analysis, which holds so many bytes beside."""
         study, size = self.study, self.study.captured.itemsize
         late = [job for job in jobs if not isinstance(job, ModelJob)]
         models = [job for job in jobs if isinstance(job, ModelJob)]
@@ -120,7 +141,16 @@ class Dealt:
         if models:
             memory = max(memory, self._memory("capture_memory_bytes", ()))
         rate = self.assumed.rates.get("grid")
-        return self._share(name, products, len(jobs), rate and products / rate, memory, stored, read)
+        return self._share(name, products, len(jobs), rate and products / rate, memory + beside, stored, read)
+
+    def of_outlay(self, name: str, outlay: Outlay) -> Share:
+        """Of what is no jobs."""
+        rate, memory, read = self.assumed.rates.get("grid"), outlay.memory_bytes, outlay.read_bytes
+        if outlay.runs_models:
+            memory += self._memory("capture_memory_bytes", ())
+            read += self.study.n_paired * self.study.shape.n_parameters * self.study.captured.itemsize
+        time_s = rate and outlay.multiply_adds / rate
+        return self._share(name, outlay.multiply_adds, outlay.n_jobs, time_s, memory, outlay.stored_bytes, read)
 
     def of_checks(self, name: str, samples: Sequence[int | None]) -> Share:
         """Of checks of stability, of so many events in each dtype."""

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from actcache.analyses.features.before import Before
 from actcache.analyses.features.crosscoder import Crosscoder
 from actcache.analyses.features.step import SITE, CorpusStep, load_crosscoders, open_corpus, trained_blocks
 from actcache.errors import InputError
@@ -26,13 +27,16 @@ from actcache.store import Store
 from actcache.store.feed import RowFeed
 from actcache.store.rows import records_digest
 from actcache.study.analysis import option
+from actcache.study.dealt import Outlay
 from actcache.study.run_folder import RunFolder
 from actcache.study.section import Section
 
 if TYPE_CHECKING:
+    from actcache.study.cells import Finished
     from actcache.study.run import Run
 
 _SHOWN = 20  # features in the report
+_N_BYTES = 36  # per row of a batch and feature: activations and row numbers, both sorted, and the order
 _TABLE = pa.schema(
     {
         "block": pa.int32(),
@@ -109,6 +113,10 @@ class Contexts(CorpusStep[ContextsOptions]):
                 group = {"block": block, "feature": feature, "order": number, "ordered_by": order, "texts": texts}
                 groups.append(group | {"active_rate": found[block].active_rate[feature], "highest": own[0]["value"]})
         return self.write(folder, options, groups, made_from)
+
+    def planned(self, before: Before, folder: RunFolder, finished: Finished) -> Outlay:
+        """All rows, encoded, and sorted by each feature."""
+        return before.passes(before.n_rows, 1, self.options().batch, n_bytes=_N_BYTES)
 
     def lines(self, found: Mapping[str, Any], store: Store | None = None) -> list[str]:
         """The first features, each with some contexts below it."""

@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 
 from actcache.analyses.controls import aligned
+from actcache.analyses.features.before import Before
 from actcache.analyses.features.cell_step import CellStep
 from actcache.analyses.features.crosscoder import Crosscoder
 from actcache.analyses.features.rank import ranking_seal, read_gradients, read_ranked
@@ -27,7 +29,7 @@ from actcache.analyses.features.step import load_crosscoders
 from actcache.analyses.grid import GridSettings, jobs_left
 from actcache.canonical import digest_of
 from actcache.errors import InputError
-from actcache.replay.edits import PLAIN, Edit, Variant
+from actcache.replay.edits import PLAIN, Add, Edit, Variant
 from actcache.replay.features import Instead, MoveFeatures
 from actcache.replay.vectors import EventVectors
 from actcache.store import Store
@@ -208,11 +210,31 @@ class EditStep(CellStep[Options]):
     ) -> dict[Path, Sequence[LateJob]]:
         """The plain cells at the ranking's boundary, and the edited ones."""
         ranked = read_ranked(folder, store)
-        reading, exactness = ranked.reading, exactness_of(folder)
         moved = self.moved(ranked, options) if len(store) else []
-        plain = GridSettings((reading.boundary,), readouts=(reading.readout,), **exactness)
+        edited = variants_of(moved, ranked, folder, store, ranked.reading.pair[self.roles])
+        return self._work(folder, store, finished, ranked, moved, edited)
+
+    def planned(self, before: Before, folder: RunFolder, finished: Finished) -> Mapping[Path, Sequence[LateJob]]:
+        """The same, of a ranking to come."""
+        ranked = Ranked.before(before)
+        moved = self.moved(ranked, self.options())
+        edited = dict.fromkeys(ranked.reading.pair[self.roles], stand_ins(moved, before.store.width))
+        return self._work(folder, before.store, finished, ranked, moved, edited)
+
+    def _work(
+        self,
+        folder: RunFolder,
+        store: Store,
+        finished: Finished,
+        ranked: Ranked,
+        moved: Sequence[Moved],
+        edited: Mapping[str, tuple[Variant, ...]],
+    ) -> dict[Path, Sequence[LateJob]]:
+        """What is not finished of the plain cells, and of the edited ones of each upstream."""
+        reading = ranked.reading
+        plain = GridSettings((reading.boundary,), readouts=(reading.readout,), **exactness_of(folder))
         work: dict[Path, Sequence[LateJob]] = {folder.cell_groups: jobs_left(store, finished, plain)}
-        for upstream, variants in variants_of(moved, ranked, folder, store, reading.pair[self.roles]).items():
+        for upstream, variants in edited.items():
             place = self._place(folder, ranked, moved, upstream)
             settings = replace(plain, upstreams=(upstream,), lates=reading.pair[1:], variants=variants)
             work[place] = jobs_left(store, finished_cells(place, store), settings)
@@ -288,6 +310,11 @@ def variants_of(
         upstream: tuple(Variant(one.name, tuple(edits[upstream, which])) for which, one in enumerate(moved))
         for upstream in upstreams
     }
+
+
+def stand_ins(moved: Sequence[Moved], width: int) -> tuple[Variant, ...]:
+    """Edits of position p that replay as those of features do, before there is a crosscoder: none is run."""
+    return tuple(Variant(one.name, (Edit(Add(torch.zeros(width))),)) for one in moved)
 
 
 def operation_of(

@@ -30,6 +30,7 @@ import pyarrow as pa
 import torch
 
 from actcache.analyses.features.batch_topk import batch_topk
+from actcache.analyses.features.before import Before
 from actcache.analyses.features.crosscoder import Crosscoder
 from actcache.analyses.features.mediate import ANALYSIS as MEDIATE
 from actcache.analyses.features.step import SITE, CorpusStep, load_crosscoders, open_corpus, trained_blocks
@@ -39,15 +40,17 @@ from actcache.progress import OnProgress, Tally, untold
 from actcache.schema import FIRST_DIVERGENCE
 from actcache.sealed import parquet_bytes
 from actcache.store import Store
-from actcache.store.corpus import VALIDATION
+from actcache.store.corpus import HELD_OUT_SHARE, VALIDATION
 from actcache.store.feed import RowFeed
 from actcache.store.rows import records_digest
 from actcache.study.analysis import option
+from actcache.study.dealt import Outlay
 from actcache.study.run_folder import RunFolder
 from actcache.study.section import Bars, Cell, Section
 from actcache.study.statistics import DRAWS, SEED, Number, Sample, check_draws
 
 if TYPE_CHECKING:
+    from actcache.study.cells import Finished
     from actcache.study.run import Run
 
 RULES = ("code", "paper")
@@ -129,6 +132,10 @@ class Gate(CorpusStep[GateOptions]):
             return None
         counted = [_drops_of(group) for group in content["groups"]]
         return content if not any(counted) or all(of == drops_found(folder, store) for of in counted) else None
+
+    def planned(self, before: Before, folder: RunFolder, finished: Finished) -> Outlay:
+        """Held-out rows: read for their mean, encoded and decoded as what is kept of them, and by the threshold."""
+        return before.passes(before.n_rows * HELD_OUT_SHARE, 3, self.options().batch, n_read=2)
 
     def what_next(self, folder: RunFolder, options: GateOptions) -> str:
         """Where it is."""

@@ -29,6 +29,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from actcache.analyses.features.before import Before
 from actcache.analyses.features.cell_step import CellStep
 from actcache.analyses.features.edited import (
     SETS,
@@ -39,12 +40,13 @@ from actcache.analyses.features.edited import (
     numbered,
     over_seeds,
     size,
+    stand_ins,
     variants_of,
     with_controls,
 )
 from actcache.analyses.features.rank import ranking_seal, read_ranked
 from actcache.analyses.features.ranked import Ranked
-from actcache.analyses.windows import Window, check_together, study_windows, windows_of
+from actcache.analyses.windows import Window, check_together, not_served, study_windows, windows_of
 from actcache.canonical import digest_of
 from actcache.errors import InputError
 from actcache.replay.edits import PLAIN, Variant
@@ -110,11 +112,28 @@ class FeatureHandoff(CellStep[HandoffOptions]):
         if not len(store):
             return {}
         ranked = _ranked(folder, store)
+        return self._work(folder, store, ranked, options, self._variants(folder, store, ranked, options))
+
+    def planned(self, before: Before, folder: RunFolder, finished: Finished) -> Mapping[Path, Sequence[LateJob]]:
+        """The same, of a ranking to come."""
+        ranked, options = Ranked.before(before), self.options()
+        variants = (PLAIN, *stand_ins(_moved(ranked, options), before.store.width))
+        return self._work(folder, before.store, ranked, options, variants)
+
+    def _work(
+        self, folder: RunFolder, store: Store, ranked: Ranked, options: HandoffOptions, variants: Sequence[Variant]
+    ) -> dict[Path, Sequence[LateJob]]:
+        """What is not finished of all hosts."""
         place = self._place(folder, ranked, options)
         done = finished_cells(place, store)
-        every = self._handoffs(folder, store, ranked, options, self._variants(folder, store, ranked, options))
+        every = self._handoffs(folder, store, ranked, options, variants)
         left = (job for one in every.values() for job in one.jobs(store, done))
         return {place: list({file_name(job.key): job for job in left}.values())}  # two windows may be the same blocks
+
+    def leaves_out(self, store: Store, options: HandoffOptions) -> str:
+        """Windows of the study that begin before every boundary."""
+        windows = _study_windows(store, store.fingerprint.n_blocks)
+        return "" if options.window else not_served(store, windows)
 
     def answer(self, run: Run, options: HandoffOptions, **how: Any) -> dict[str, Any]:
         """See :meth:`CellAnalysis.answer`.
@@ -244,13 +263,18 @@ def _windows(store: Store, first: int, given: str) -> list[Window]:
                     f"the first with a crosscoder, and is not named {ENTRY}"
                 )
         return windows
+    served = [one for one in _study_windows(store, first) if min(store.boundaries) <= one.first]
+    return list({(one.first, one.stop): one for one in served}.values())
+
+
+def _study_windows(store: Store, first: int) -> list[Window]:
+    """Those of the study, cut where the final blocks begin, whether the store serves them or not."""
     named = {one.name: one for one in study_windows(store.fingerprint.n_blocks, store.main_boundary)}
     found = [named["early"], named["mid"]]
     found += [Window("late_preterminal", store.main_boundary, first)]
     found += [Window("midlate_preterminal", named["mid"].first, first)]
     cut = [window._replace(stop=min(window.stop, first)) for window in found]
-    served = [one for one in cut if one.first < one.stop and min(store.boundaries) <= one.first]
-    return list({(one.first, one.stop): one for one in served}.values())
+    return [one for one in cut if one.first < one.stop]
 
 
 def _changes(margins: Mapping[_Place, Floats], ranked: Ranked) -> list[tuple[str, Window, Floats]]:

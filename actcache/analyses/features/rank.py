@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actcache.analyses.features.before import Before
 from actcache.analyses.features.cell_step import CellStep
 from actcache.analyses.features.crosscoder import Crosscoder
 from actcache.analyses.features.ranked import (
@@ -101,11 +102,11 @@ class Rank(CellStep[RankOptions]):
         self, folder: RunFolder, store: Store, finished: Finished, options: RankOptions
     ) -> dict[Path, Sequence[LateJob]]:
         """The gradients of all events, in the cells that are read."""
-        place = gradients_place(folder)
-        done = finished_cells(place, store)
-        blocks = crosscoder_blocks(folder)
-        reading = _reading(store, blocks, options)
-        return {place: [job for of in _gradients(reading, blocks).values() for job in of.jobs(store, done)]}
+        return _work(folder, store, crosscoder_blocks(folder), options)
+
+    def planned(self, before: Before, folder: RunFolder, finished: Finished) -> Mapping[Path, Sequence[LateJob]]:
+        """The same, of the blocks that will have a crosscoder."""
+        return _work(folder, before.store, before.blocks, self.options())
 
     def numbers(self, cells: pa.Table, run: Run, options: RankOptions) -> Numbers:
         """One row per feature, best first; a group for each of the best."""
@@ -178,6 +179,15 @@ def crosscoder_blocks(folder: RunFolder) -> list[int]:
     if not blocks:
         raise InputError(f"{folder.path} has no crosscoder: 'actcache features train {folder.path}' trains them")
     return blocks
+
+
+def _work(
+    folder: RunFolder, store: Store, blocks: Sequence[int], options: RankOptions
+) -> dict[Path, Sequence[LateJob]]:
+    """What is not finished of the gradients, by the folder of their results."""
+    place, reading = gradients_place(folder), _reading(store, blocks, options)
+    done = finished_cells(place, store)
+    return {place: [job for of in _gradients(reading, blocks).values() for job in of.jobs(store, done)]}
 
 
 def _reading(store: Store, blocks: Sequence[int], options: RankOptions) -> Reading:

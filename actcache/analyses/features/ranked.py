@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from actcache.analyses.features.before import Before
 from actcache.analyses.features.crosscoder import Crosscoder
 from actcache.analyses.grid import one_boundary, pairs_of
 from actcache.errors import InputError
@@ -26,6 +27,9 @@ from actcache.study.statistics import Ints
 ENCODINGS = ("branch", "joint")
 NEIGHBOURS = 50
 """How many features a random control is drawn among: those nearest in activity times attribution."""
+
+_NUMBERS = ("score", "active_rate", "mean_abs_attribution", "mean_activation")
+_DRAWN = 1000  # features of each block of a ranking to come
 
 Features = Mapping[int, Ints]
 """Block -> features of its crosscoder, ascending."""
@@ -135,6 +139,17 @@ class Ranked:
     prompts: set[str]
     table: pa.Table
     made: str
+
+    @classmethod
+    def before(cls, before: Before) -> Ranked:
+        """One to come, with the default options: which features are best is drawn, of so many as any set asks for."""
+        reading, n = reading_of(before.store, before.blocks, "", "", ENCODINGS[0]), min(before.n_features, _DRAWN)
+        drawn = np.random.default_rng(0)
+        columns: dict[str, Any] = {name: drawn.random(n * len(before.blocks)) for name in _NUMBERS}
+        columns["block"] = np.repeat(np.array(before.blocks, np.int32), n)
+        columns["feature"] = np.tile(np.arange(n, dtype=np.int32), len(before.blocks))
+        order = drawn.permutation(len(columns["block"]))
+        return cls(reading, set(), pa.table({name: column[order] for name, column in columns.items()}), "to come")
 
     @cached_property
     def _columns(self) -> dict[str, Any]:

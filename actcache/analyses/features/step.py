@@ -6,12 +6,14 @@ that it was made with.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from actcache.analyses.features.before import Before
 from actcache.analyses.features.crosscoder import Crosscoder, crosscoder_folder, describe
 from actcache.capture.settings import parse_sites
 from actcache.errors import IncompatibleError, InputError
@@ -21,7 +23,12 @@ from actcache.sealed import Sealed
 from actcache.store import Store
 from actcache.store.rows import records_digest
 from actcache.study.analysis import Analysis, Options
+from actcache.study.dealt import Outlay
 from actcache.study.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from actcache.study.cells import Finished
+    from actcache.study.engine import LateJob
 
 SITE = "mlp"
 
@@ -48,6 +55,22 @@ class Step(Analysis[Options]):
         """As of every analysis, and the crosscoders."""
         digests = {str(block): one.content["digest"] for block, one in described_crosscoders(folder).items()}
         return super().made_from(folder, store) | {"crosscoders": digests}
+
+    @abstractmethod
+    def planned(
+        self, before: Before, folder: RunFolder, finished: Finished
+    ) -> Mapping[Path, Sequence[LateJob]] | Outlay:
+        """What it will take with its default options: its replays, by the folder of their results; or, where its work
+        is no jobs, what that takes.
+
+        Args:
+            before: what there will be.
+            folder: of a run without results, which says how cells are replayed.
+            finished: what the folder of its cells will hold.
+
+        Raises:
+            InputError: the store to come cannot serve it.
+        """
 
     def write(
         self, folder: RunFolder, options: Options, groups: list[dict[str, Any]], made_from: dict[str, Any]

@@ -14,12 +14,13 @@ same number of threads, to the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
+from actcache.analyses.features.before import BATCH_BYTES, Before
 from actcache.analyses.features.crosscoder import DESCRIPTION, crosscoder_folder, describe
 from actcache.analyses.features.step import SITE, Step, blocks_of, open_corpus, records_of
 from actcache.analyses.features.trainer import Recipe, Trainer, check_same
@@ -31,13 +32,17 @@ from actcache.store import Store
 from actcache.store.corpus import TRAIN
 from actcache.store.feed import RowFeed
 from actcache.study.analysis import option
+from actcache.study.dealt import Outlay
 from actcache.study.run_folder import RunFolder
 from actcache.study.section import Lines, Section
 
 if TYPE_CHECKING:
+    from actcache.study.cells import Finished
     from actcache.study.run import Run
 
 _PER_DIMENSION = 32
+_N_PRODUCTS = 6  # per row, with encoder and decoder: once forwards, twice backwards
+_N_BYTES = 32  # per value of an encoder: of it and of a decoder, weights, gradients and two moments
 _CURVE = 40  # points of a curve in the report, at most
 
 
@@ -131,13 +136,12 @@ class Train(Step[TrainOptions]):
         recipe = options.recipe(corpus.width)
         blocks, labels = blocks_of(options.blocks, corpus), _labels(options.labels, store, corpus)
         device = run.placement.devices[0]
-        # Of encoder and decoder: once forwards, twice backwards.
         size = len(labels) * corpus.width * recipe.n_features
-        n_products = 6.0 * size * options.batch * recipe.steps * len(blocks)
+        n_products = _N_PRODUCTS * float(size) * options.batch * recipe.steps * len(blocks)
         say(
             f"{len(blocks)} x {recipe.steps:,} steps of {options.batch:,} rows: {n_products:.3g} multiply-adds; "
-            f"weights, gradients and moments take {32 * size / 1e9:.3g} GB, the activations of a batch as much as "
-            f"{20 * options.batch * recipe.n_features / 1e9:.3g} GB"
+            f"weights, gradients and moments take {_N_BYTES * size / 1e9:.3g} GB, the activations of a batch as much "
+            f"as {BATCH_BYTES * options.batch * recipe.n_features / 1e9:.3g} GB"
         )
         tally = Tally(recipe.steps * len(blocks), "steps", on_progress)
         for block in blocks:
@@ -158,6 +162,14 @@ class Train(Step[TrainOptions]):
         write_atomically(self.table_path(folder), parquet_bytes(pa.Table.from_pylist(log), made_from))
         groups = [_group(one) for one in trained.values()]
         return self.write(folder, options, groups, made_from)
+
+    def planned(self, before: Before, folder: RunFolder, finished: Finished) -> Outlay:
+        """Every step of every block."""
+        options = self.options()
+        recipe = options.recipe(before.store.width)
+        memory = float(_N_BYTES) * before.n_values + BATCH_BYTES * options.batch * recipe.n_features
+        outlay = before.passes(float(options.batch) * recipe.steps, _N_PRODUCTS, options.batch)
+        return replace(outlay, memory_bytes=memory, stored_bytes=len(before.blocks) * float(before.crosscoder_bytes))
 
     def what_next(self, folder: RunFolder, options: TrainOptions) -> str:
         """The gate."""
