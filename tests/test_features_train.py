@@ -32,6 +32,7 @@ from actcache.analyses.features.train import TrainOptions
 from actcache.analyses.features.trainer import Trainer
 from actcache.cli import main
 from actcache.errors import CorruptFileError, InputError
+from actcache.sealed import parquet_bytes
 from actcache.store import SegmentData, layout, open_store
 from actcache.store.corpus import held_out
 from actcache.store.feed import RowFeed
@@ -388,6 +389,20 @@ def test_a_corpus_that_grew_is_noticed(run, tmp_path):
     assert shown() == [False, False]
     assert step("gate", out, "--batch", 16) == 0
     assert shown() == [True, False]
+
+
+@pytest.mark.slow
+def test_contexts_notice_another_ranking(run, tmp_path):
+    out = shutil.copytree(run, tmp_path / "run")
+    assert step("train", out, *TRAIN, "--blocks", 4) == 0
+    folder = actcache.Run(out).folder
+    ranking = folder.features / "ranking.parquet"
+    for ranks in ((1, 2), (2, 1)):
+        assert step("contexts", out, "--batch", 16) == 0
+        assert CONTEXTS.read(folder, folder.open_store()) is not None
+        table = pa.table({"block": pa.array([4, 4], pa.int32()), "feature": [0, 1], "rank": ranks})
+        ranking.write_bytes(parquet_bytes(table, {}))
+        assert CONTEXTS.read(folder, folder.open_store()) is None
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ are the most active in all. Rows are encoded by all branches, with the threshold
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +21,11 @@ from actcache.analyses.features.before import Before
 from actcache.analyses.features.crosscoder import Crosscoder
 from actcache.analyses.features.step import SITE, CorpusStep, load_crosscoders, open_corpus, trained_blocks
 from actcache.errors import InputError
-from actcache.files import write_atomically
+from actcache.files import digests_of_files, write_atomically
 from actcache.progress import OnProgress, Tally, untold
 from actcache.sealed import parquet_bytes, read_parquet
 from actcache.store import Store
 from actcache.store.feed import RowFeed
-from actcache.store.rows import records_digest
 from actcache.study.analysis import option
 from actcache.study.dealt import Outlay
 from actcache.study.run_folder import RunFolder
@@ -71,6 +71,11 @@ class Contexts(CorpusStep[ContextsOptions]):
     options = ContextsOptions
     needs_less = "a smaller --batch needs less"
 
+    def beside(self, folder: RunFolder, options: Mapping[str, Any]) -> dict[str, str]:
+        """As of every step that reads a corpus, and the ranking, whose order the features have; "" for none yet."""
+        ranking = {"ranking": ""} | digests_of_files({"ranking": str(_ranking(folder))})
+        return super().beside(folder, options) | ranking
+
     def check(self, store: Store, options: ContextsOptions) -> None:
         """Counts, and which rows."""
         for name in ("features", "top", "batch"):
@@ -93,7 +98,7 @@ class Contexts(CorpusStep[ContextsOptions]):
         folder, store = run.folder, run.folder.open_store()
         self.check(store, options)
         corpus = open_corpus(folder, options.corpus, store)
-        made_from = self.made_with(folder, store, {"corpus": records_digest(corpus)})
+        made_from = self.made_with(folder, store, self.beside(folder, asdict(options)))
         blocks = trained_blocks(folder)
         device = run.placement.devices[0]
         tally = Tally(len(blocks), "crosscoders", on_progress)
@@ -207,10 +212,13 @@ def _on_one_line(text: str) -> str:
     return text.replace("\n", "\\n")
 
 
+def _ranking(folder: RunFolder) -> Path:
+    return folder.features / "ranking.parquet"
+
+
 def _chosen(folder: RunFolder, found: Mapping[int, Highest], n: int) -> tuple[list[tuple[int, int]], str]:
     """Blocks and features, the first ones first; and what they are ordered by, in words."""
-    path = folder.features / "ranking.parquet"
-    if path.is_file():
+    if (path := _ranking(folder)).is_file():
         again = f"'actcache features rank {folder.path}' makes it again"
         ranking = read_parquet(path, "a ranking of features", again, columns=["block", "feature", "rank"]).content
         ranking = ranking.filter(pc.is_in(ranking["block"], value_set=pa.array(list(found), ranking["block"].type)))
