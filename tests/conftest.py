@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import os
@@ -41,9 +42,7 @@ hypothesis.settings.load_profile("actcache")
 MAX_NEW = 24
 ROOT = Path(__file__).resolve().parents[1]
 BOUNDARY = 3  # round(0.6 * tiny.N_BLOCKS)
-PICTURES_SEEN_BY = {
-    f"test_{name}" for name in ("analyses", "demo", "docs", "figures", "report", "run_folder", "sections", "study")
-}
+PICTURES_SEEN_BY = {f"test_{name}" for name in ("demo", "figures", "sections")}
 DRAWN = figures._svg
 MEMORY = Path("/dev/shm")  # a file system there, on Linux
 IN_MEMORY = "tests-of-actcache"
@@ -80,6 +79,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: where processes share out the files, quick ones fill the time at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What is there now stays to the end: collections of garbage need not look through torch and all tests again."""
+    gc.collect()
+    gc.freeze()
 
 
 def first_quick(values: Iterable[Any]) -> list[Any]:
@@ -128,9 +133,10 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]
             folder = tmp_path_factory.mktemp(f"{arch}-")
             pt, it = tiny.make_pair(folder, arch, dtype=dtype, change=change, boundary=BOUNDARY, **pair)
             made = TinyRun(pt, it, tiny.write_prompts(folder / "prompts.jsonl"), folder / "run", dtype)
-            # A page costs as much as half of such a run: those of the first architecture are enough to look at.
-            drawn = mock.patch.object(figures, "_svg", DRAWN)
-            page = drawn if arch == "llama" else mock.patch.object(stages, "write_report")
+            # A page costs as much as half of such a run: those of the first architecture are enough to look at. Files
+            # share them, so that they are the same for each.
+            bare = mock.patch.object(figures, "_svg", only_described)
+            page = bare if arch == "llama" else mock.patch.object(stages, "write_report")
             with page:
                 assert main([*made.arguments(), *more]) == 0
             runs[key] = made
@@ -190,12 +196,20 @@ def only_described(figure: Any, name: str, alt: str) -> Markup:
 
 @pytest.fixture(scope="module", autouse=True)
 def pictures(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Pages are whole, but for the curves in their pictures where no test of a file looks at those.
+    """Pages are whole, but for the curves in their pictures where neither the tests of a file look at those nor the
+    test, which asks for ``drawn``.
 
     matplotlib takes as long over them as a tiny run takes.
     """
     seen = request.module.__name__ in PICTURES_SEEN_BY
     with mock.patch.object(figures, "_svg", DRAWN if seen else only_described):
+        yield
+
+
+@pytest.fixture
+def drawn() -> Iterator[None]:
+    """Pages that this test makes have their pictures whole."""
+    with mock.patch.object(figures, "_svg", DRAWN):
         yield
 
 

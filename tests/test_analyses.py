@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import shutil
+from contextlib import redirect_stderr
 from dataclasses import fields, is_dataclass
+from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
+from conftest import DRAWN
 
 import actcache
 from actcache.analyses import ANALYSES
 from actcache.cli import main
+from actcache.report import figures
 from actcache.study import results
 from actcache.study.analysis import CellAnalysis
 
@@ -48,6 +53,27 @@ def answered(run, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def every_answer(run, answered, tmp_path_factory):
+    """The folder of a run with the answers of all analyses, and its page."""
+    out = tmp_path_factory.mktemp("every") / "run"
+    for named in ANALYSES:
+        shutil.copytree(answered(named.name)[0], out, dirs_exist_ok=True)
+    with mock.patch.object(figures, "_svg", DRAWN):
+        assert main(["report", str(out)]) == 0
+    return out, (out / "report.html").read_text()
+
+
+@pytest.fixture(scope="module")
+def of_other_cells(every_answer, tmp_path_factory):
+    """The folder of that run with other cells, its page, and what was said while that was made."""
+    out = shutil.copytree(every_answer[0], tmp_path_factory.mktemp("other") / "run")
+    assert main(["grid", str(out)]) == 0  # packed, as the ones before were not
+    with redirect_stderr(io.StringIO()) as said:
+        assert main(["report", str(out)]) == 0
+    return out, (out / "report.html").read_text(), said.getvalue()
+
+
+@pytest.fixture(scope="module")
 def without_events(run, tmp_path_factory):
     """The folder of a run of the same checkpoint under three names."""
     out = tmp_path_factory.mktemp("same") / "run"
@@ -70,9 +96,8 @@ def test_it_is_well_described(named):
 
 
 @every_analysis
-def test_what_it_writes(named, answered, tmp_path):
-    asked, found, told = answered(named.name)
-    out = shutil.copytree(asked, tmp_path / "run")
+def test_what_it_writes(named, answered, every_answer):
+    out, found, told = answered(named.name)
     assert all(step.done <= step.total for step in told)
     assert not told or told[-1].done == told[-1].total
     content = json.loads((out / f"{named.name}.json").read_text())
@@ -91,17 +116,14 @@ def test_what_it_writes(named, answered, tmp_path):
     assert section.shows
     assert section.does_not_show
     assert {len(row) for row in section.rows} == {len(section.columns)}
-    assert main(["report", str(out)]) == 0
-    assert f'<section id="{named.name}">' in (out / "report.html").read_text()
+    assert f'<section id="{named.name}">' in every_answer[1]
 
 
 @every_one_of_cells
-def test_killed_and_resumed_gives_the_same_bytes(named, run, tmp_path, monkeypatch):
-    """Also where nothing was scored before."""
-    whole, killed = (shutil.copytree(run.out, tmp_path / name) for name in ("whole", "killed"))
-    for out in (whole, killed):
-        shutil.rmtree(out / "cells")
-    actcache.Run(whole).analyse(named.name)
+def test_killed_and_resumed_gives_the_same_bytes(named, run, answered, tmp_path, monkeypatch):
+    """Also where nothing was scored before: as where the grid was."""
+    killed = shutil.copytree(run.out, tmp_path / "killed")
+    shutil.rmtree(killed / "cells")
     write, left = results.write_result, [1]
 
     def die(*args, **more):
@@ -114,15 +136,17 @@ def test_killed_and_resumed_gives_the_same_bytes(named, run, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         actcache.Run(killed).analyse(named.name)
     assert not (killed / f"{named.name}.json").exists()
-    n_killed, n_whole = (
-        sum(len(results.result_files(place)) for place in out.rglob("*") if place.is_dir()) for out in (killed, whole)
-    )
+    n_killed = n_results(killed)
     assert left == [0]
-    assert 1 <= n_killed < n_whole
     monkeypatch.setattr("actcache.study.runner.write_result", write)
     actcache.Run(killed).analyse(named.name)
+    assert 1 <= n_killed < n_results(killed)
     for name in (f"{named.name}.json", f"{named.name}.parquet"):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+        assert (killed / name).read_bytes() == (answered(named.name)[0] / name).read_bytes()
+
+
+def n_results(out):
+    return sum(len(results.result_files(place)) for place in out.rglob("*") if place.is_dir())
 
 
 @every_analysis
@@ -137,12 +161,10 @@ def test_identical_checkpoints_give_nothing(named, without_events, tmp_path, cap
 
 
 @every_one_of_cells
-def test_numbers_of_other_cells_are_not_shown(named, answered, tmp_path, capfd):
-    out = shutil.copytree(answered(named.name)[0], tmp_path / "run")
-    assert main(["grid", str(out)]) == 0  # packed, as the ones before were not
-    assert main(["report", str(out)]) == 0
-    assert f"{out / named.name}.json is of other cells than the run's" in capfd.readouterr().err
-    assert f'<section id="{named.name}">' not in (out / "report.html").read_text()
+def test_numbers_of_other_cells_are_not_shown(named, of_other_cells):
+    out, page, said = of_other_cells
+    assert f"{out / named.name}.json is of other cells than the run's" in said
+    assert f'<section id="{named.name}">' not in page
 
 
 @every_one_of_cells

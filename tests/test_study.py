@@ -46,6 +46,7 @@ def shown(captured):
     return {line.split()[0]: line.partition("  ")[2].strip() for line in lines}
 
 
+@pytest.mark.usefixtures("drawn")
 def test_all_that_the_run_can_serve(out, capfd):
     assert main(["study", str(out)]) == 0
     captured = capfd.readouterr()
