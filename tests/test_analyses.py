@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from conftest import DRAWN
+from shared import DRAWN
 
 import actcache
 from actcache.analyses import ANALYSES

@@ -12,9 +12,9 @@ import families
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import TinyRun
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import TinyRun
 from tiny import make_checkpoint, write_tokenizer
 
 import actcache
