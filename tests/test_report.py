@@ -33,13 +33,18 @@ def tables():
     return run_tables()
 
 
-def test_sections_and_their_order(tables):
-    page = Page(page_of(tables))
-    assert list(page.by_section) == ["answer", "grid", "groups", "events", "examples", "excluded", "checks", "made"]
-    assert "60 events from 30 prompts; 3 prompts without one" in "".join(page.text)
+@pytest.fixture(scope="module")
+def plain(tables):
+    """The page of the tables as they are."""
+    return Page(page_of(tables))
 
 
-def test_shares_of_means_that_differ_in_sign_are_told(tables):
+def test_sections_and_their_order(plain):
+    assert list(plain.by_section) == ["answer", "grid", "groups", "events", "examples", "excluded", "checks", "made"]
+    assert "60 events from 30 prompts; 3 prompts without one" in "".join(plain.text)
+
+
+def test_shares_of_means_that_differ_in_sign_are_told(tables, plain):
     cells, events, excluded = tables
     flipped = [
         row["margin"] - (4 if (row["upstream"], row["late"]) == ("pt", "it") else 0) for row in cells.to_pylist()
@@ -48,7 +53,6 @@ def test_shares_of_means_that_differ_in_sign_are_told(tables):
     page = Page(page_of((opposed, events, excluded)))
     assert "A and B differ in sign: no share" in page.section("answer")
     assert "signs differ" in page.section("groups")
-    plain = Page(page_of(tables))
     assert "differ in sign" not in plain.section("answer")
     assert "signs differ" not in plain.section("groups")
 
@@ -82,12 +86,11 @@ def test_numbers_are_those_of_the_effects(tables):
         assert signed(number["mean"], 2) in page.section("grid"), name
 
 
-def test_excluded_prompts_noop_and_settings(tables):
-    page = Page(page_of(tables))
-    assert "3 of 33 prompts gave none" in page.section("excluded")
-    assert page.section("excluded").index("both stopped 2 6.1%") < page.section("excluded").index("no divergence 1")
-    assert "Over 240 cells the largest difference is 6e-05 logits" in page.section("checks")
-    assert "command actcache run --pt A --it B dtype bfloat16" in page.section("made")
+def test_excluded_prompts_noop_and_settings(plain):
+    assert "3 of 33 prompts gave none" in plain.section("excluded")
+    assert plain.section("excluded").index("both stopped 2 6.1%") < plain.section("excluded").index("no divergence 1")
+    assert "Over 240 cells the largest difference is 6e-05 logits" in plain.section("checks")
+    assert "command actcache run --pt A --it B dtype bfloat16" in plain.section("made")
 
 
 STABLE = {
@@ -169,6 +172,7 @@ def test_examples_span_the_interactions():
     assert "context 7" in text or "context 1" in text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_hostile_text_stays_text():
     cells, events, excluded = run_tables(16, texts=HOSTILE)
     excluded = excluded.append_column("note", pa.array(HOSTILE[:3])).set_column(1, "reason", pa.array(HOSTILE[:3]))
@@ -188,6 +192,7 @@ def test_hostile_text_stays_text():
     assert "\u240d\u21b5end\u21e5tab\u2400null" in text
 
 
+@pytest.mark.usefixtures("drawn")
 def test_hostile_labels_and_readouts():
     cells, events, excluded = run_tables(8, readouts=(HOSTILE[0],))
     names = {"pt": "$a_1$ --> <b>", "it": HOSTILE[1]}
@@ -202,6 +207,7 @@ def test_hostile_labels_and_readouts():
     assert names["pt"] in page.section("answer")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_page_fetches_nothing(tables):
     html = page_of(tables)
     page = Page(html)
@@ -217,6 +223,7 @@ def test_page_fetches_nothing(tables):
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", html))
 
 
+@pytest.mark.usefixtures("drawn")
 def test_element_ids_are_unique_and_references_resolve():
     html = page_of(run_tables(40, boundaries=(5, 10, 18)))
     ids = [value for name, value in Page(html).attributes if name == "id"]
@@ -224,6 +231,7 @@ def test_element_ids_are_unique_and_references_resolve():
     assert set(re.findall(r'(?:href="|url\()#([^")]+)', html)) <= set(ids)
 
 
+@pytest.mark.usefixtures("drawn")
 def test_figures_have_alt_text():
     html = page_of(run_tables(40, boundaries=(5, 10, 18)))
     figures = re.findall(r'<svg [^>]*role="img"[^>]*>', html)
@@ -232,6 +240,7 @@ def test_figures_have_alt_text():
     assert "nan" not in re.sub(r"data:[^\"]*", "", html).lower().replace(SCRIPT.lower(), "").replace("nan_", "")
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.slow
 def test_same_arguments_same_bytes(tables):
     cells, events, excluded = tables
@@ -241,13 +250,13 @@ def test_same_arguments_same_bytes(tables):
 
 
 @pytest.mark.slow
-def test_boundaries_get_their_figure_and_the_nearest_leads(tables):
+def test_boundaries_get_their_figure_and_the_nearest_leads(plain):
     swept = run_tables(20, boundaries=(5, 10, 18))
     for wished, leads in ((None, 10), (17, 18), (1, 5)):
         page = Page(page_of(swept, default_boundary=wished))
         assert f"Boundary {leads}, scope prefix" in page.section("answer")
         assert "Where the late stack starts" in page.section("boundaries")
-    assert "boundaries" not in Page(page_of(tables)).by_section
+    assert "boundaries" not in plain.by_section
 
 
 def test_native_leads_without_a_common_readout():
@@ -268,6 +277,7 @@ def test_the_answer_in_words(late_it, sentence):
     assert sentence in Page(page_of((pa.Table.from_pylist(rows, cells.schema), events, excluded))).section("answer")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_one_event():
     page = Page(page_of(run_tables(1)))
     assert "1 event from 1 prompt;" in "".join(page.text)
@@ -325,9 +335,9 @@ def test_equal_readouts_are_told_once():
 
 
 @pytest.mark.slow
-def test_choices_and_kl_are_shown(tables):
+def test_choices_and_kl_are_shown(tables, plain):
     cells, events, excluded = tables
-    assert "choices" not in Page(page_of(tables)).by_section
+    assert "choices" not in plain.by_section
     rows = [row | {"y_pt": 1, "y_it": 2, "top1_id": 1 if row["late"] == "pt" else 3} for row in cells.to_pylist()]
     page = Page(page_of((pa.Table.from_pylist(rows), events, excluded)))
     assert "pt, pt 100.0% 0.0% 0.0%" in page.section("choices")
@@ -339,9 +349,9 @@ def test_choices_and_kl_are_shown(tables):
 
 
 @pytest.mark.slow
-def test_special_tokens_are_marked(tables):
+def test_special_tokens_are_marked(tables, plain):
     cells, events, excluded = tables
-    assert "special" not in Page(page_of(tables)).section("examples")
+    assert "special" not in plain.section("examples")
     marked = events.append_column("special_pt", pa.array([0] * 60, pa.int32()))
     marked = marked.append_column("special_it", pa.array([int(i < 7) for i in range(60)], pa.int32()))
     html = page_of((cells, marked, excluded))
@@ -375,6 +385,7 @@ def test_a_home_folder_behind_a_link_is_not_shown(tables, tmp_path, monkeypatch)
     assert "typed ~/pt resolved ~/it" in made
 
 
+@pytest.mark.usefixtures("drawn")
 def test_equal_events_with_zero_margins():
     cells, events, excluded = run_tables(4)
     zero = cells.set_column(cells.column_names.index("margin"), "margin", pa.array([0.0] * cells.num_rows))
@@ -382,6 +393,7 @@ def test_equal_events_with_zero_margins():
     assert "A / B, portable share of the late effect \u2013" in page.section("answer")
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.parametrize("typed", [True, False])
 def test_no_event(typed):
     cells, events, excluded = run_tables(2)
@@ -396,6 +408,7 @@ def test_no_event(typed):
     assert list(page.by_section) == ["answer", "excluded", "made"]
 
 
+@pytest.mark.usefixtures("drawn")
 def test_nothing_at_all():
     cells, events, _ = run_tables(2)
     page = Page(page_of((cells.slice(0, 0), events.slice(0, 0), pa.table({"prompt_id": [], "reason": []})), {}))
@@ -411,9 +424,10 @@ def test_no_noop_and_no_exclusions():
     assert "without one" not in "".join(page.text)
 
 
+@pytest.mark.usefixtures("drawn")
 @pytest.mark.slow
 def test_size_does_not_grow_with_the_run():
-    wide = run_tables(30, boundaries=tuple(range(1, 190)))
+    wide = run_tables(20, boundaries=tuple(range(1, 190)))
     html = page_of(wide)
     assert len(html.encode()) < 2_000_000
     assert "78 more groups are in effects.json" in Page(html).section("groups")
@@ -445,8 +459,10 @@ def test_errors(tables):
 
 @pytest.mark.slow
 def test_every_character_is_visible_and_encodable():
-    for code in range(0x11_0000):
-        for piece in pieces(chr(code), spaces=True):
+    for first in range(0, 0x11_0000, 64):
+        found = pieces("".join(map(chr, range(first, first + 64))), spaces=True)
+        assert sum(1 if piece.mark else len(piece.text) for piece in found) == 64
+        for piece in found:
             assert piece.text.encode()
             assert piece.text.isprintable()
 
