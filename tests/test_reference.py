@@ -29,7 +29,7 @@ class Pair:
 
     def __init__(self, folder: Any, arch: str, dtype: torch.dtype, change: str = "all"):
         pt_dir, it_dir = tiny.make_pair(folder, arch, dtype=dtype, change=change, boundary=BOUNDARY)
-        self.pt, self.it = reference.load(pt_dir, dtype), reference.load(it_dir, dtype)
+        self.pt, self.it = (reference.remember(reference.load(path, dtype)) for path in (pt_dir, it_dir))
         self.lineup = {"pt": self.pt, "it": self.it}
         self.tokenizer = AutoTokenizer.from_pretrained(pt_dir)
 

@@ -3,12 +3,15 @@
 One event at a time, batch one, no cache, no packing, no padding: each cell is a full forward of the upstream model and
 a full forward of the late model. It shares no code with the package, so that agreement means something.
 
+Of a model given to `remember`, the same forward over the same ids is run once, however many ask for what it gives.
+
 D is the width, T the sequence length, V the vocabulary. `ids` is always a plain list of token ids.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -98,24 +101,53 @@ def _block_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]  # blocks name it otherwise only where it is given by position
 
 
-def states(model: PreTrainedModel, ids: Sequence[int], boundary: int) -> Tensor:
-    """The hidden state that enters block `boundary`: [T, D] in the model's dtype."""
-    seen = []
+_memory: WeakKeyDictionary[PreTrainedModel, dict[Any, Any]] = WeakKeyDictionary()
+
+
+def remember(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model, which nobody changes or hooks from here on: what a forward of it gave, it would give again."""
+    _memory[model] = {}
+    return model
+
+
+def _seen(model: PreTrainedModel, ids: Sequence[int], boundaries: Sequence[int]) -> list[Tensor]:
+    """One plain forward: what enters each of these blocks, then what leaves the last one."""
+    seen: list[Tensor] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.append(_block_input(args, kwargs)[0].clone())
 
-    handle = parts(model).blocks[boundary].register_forward_pre_hook(keep, with_kwargs=True)
+    blocks = parts(model).blocks
+    handles = [blocks[boundary].register_forward_pre_hook(keep, with_kwargs=True) for boundary in boundaries]
     try:
-        forward(model, ids)
+        final = _final_hidden(model, ids)
     finally:
-        handle.remove()
-    (state,) = seen
-    return state
+        for handle in handles:
+            handle.remove()
+    assert len(seen) == len(boundaries)
+    return [*seen, final]
+
+
+def _remembered(model: PreTrainedModel, ids: Sequence[int]) -> list[Tensor]:
+    memory, key = _memory[model], tuple(ids)
+    if key not in memory:
+        memory[key] = _seen(model, ids, range(len(parts(model).blocks)))
+    return memory[key]
+
+
+def states(model: PreTrainedModel, ids: Sequence[int], boundary: int) -> Tensor:
+    """The hidden state that enters block `boundary`: [T, D] in the model's dtype."""
+    if model in _memory:
+        return _remembered(model, ids)[boundary].clone()
+    return _seen(model, ids, [boundary])[0]
 
 
 def final_hidden(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     """The last block's output, before the final norm: [T, D] in the model's dtype."""
+    return _remembered(model, ids)[-1].clone() if model in _memory else _final_hidden(model, ids)
+
+
+def _final_hidden(model: PreTrainedModel, ids: Sequence[int]) -> Tensor:
     seen = []
     handle = parts(model).norm.register_forward_pre_hook(lambda _, args: seen.append(args[0][0].clone()))
     try:
@@ -133,6 +165,15 @@ def overwritten(
 
     scope "prefix" overwrites every position, "position" only the last one.
     """
+    if model not in _memory:
+        return _overwritten(model, ids, boundary, state, scope)
+    memory, key = _memory[model], (tuple(ids), boundary, scope, state.view(torch.uint8).numpy().tobytes())
+    if key not in memory:
+        memory[key] = _overwritten(model, ids, boundary, state, scope)
+    return memory[key].clone()
+
+
+def _overwritten(model: PreTrainedModel, ids: Sequence[int], boundary: int, state: Tensor, scope: str) -> Tensor:
     rows = {"prefix": slice(None), "position": slice(-1, None)}[scope]
 
     def overwrite(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -142,7 +183,7 @@ def overwritten(
 
     handle = parts(model).blocks[boundary].register_forward_pre_hook(overwrite, with_kwargs=True)
     try:
-        return final_hidden(model, ids)
+        return _final_hidden(model, ids)
     finally:
         handle.remove()
 
