@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+from unittest import mock
 
 import families
 import pyarrow.parquet as pq
@@ -15,11 +17,11 @@ from hypothesis import strategies as st
 from twins import reference
 
 import actcache
-from actcache.capture.decode import Decoding, find_decoding
+from actcache.capture.decode import Decoding
 from actcache.capture.forward import Resident
 from actcache.capture.residency import AllResident
 from actcache.capture.search import Outcome, SearchLimits, propose
-from actcache.cli import main
+from actcache.cli import main, stages
 from actcache.errors import InputError
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import Checkpoint
@@ -95,11 +97,12 @@ def test_regimes_are_read_off_the_config():
 # ---- a run: every path beside plain forwards ----
 
 
-def decided(models, ids, max_new):
+@functools.cache
+def decided(models, ids):
     """(step, y_pt, y_it) or the reason why there is no event, a full forward for each token."""
     sequence = list(ids)
-    for step in range(max_new):
-        with torch.inference_mode():
+    for step in range(MAX_NEW):
+        with torch.no_grad():
             a, b = (int(model(torch.tensor([sequence]), use_cache=False).logits[0, -1].argmax()) for model in models)
         if a != b:
             return step, a, b
@@ -116,29 +119,33 @@ def beginning(tokenizer, text, n_tokens):
 @pytest.fixture(scope="module")
 def captured(tmp_path_factory):
     """By model and numerics: a run over prompts on both sides of the limit, with a sweep, and its two checkpoints."""
-    made = {}
 
+    @functools.cache
+    def pair(name):
+        folder = tmp_path_factory.mktemp("regimes")
+        arch, overrides = MODELS[name]
+        paths = tiny.make_pair(folder, arch, eps=0.01, **overrides)
+        tokenizer = Checkpoint.open("pt", paths[0]).tokenizer
+        lengths = (4, tiny.LIMIT + 9, tiny.LIMIT, tiny.LIMIT - 2, tiny.LIMIT + 14, tiny.LIMIT, 2, tiny.LIMIT - 1)
+        texts = [beginning(tokenizer, " ".join(tiny.PROMPTS[i:]), n) for i, n in enumerate(lengths)]
+        lines = [{"id": f"p{i:02}", "prompt": text} for i, text in enumerate(texts)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / "sweep.toml").write_text(
+            '[[variants]]\nname="half"\n[[variants.edits]]\nedit="interpolate"\ndonor="it"\nweight=0.5\n'
+            '[[variants]]\nname="third"\n[[variants.edits]]\nedit="interpolate"\ndonor="it"\nweight=0.3\n'
+        )
+        models = [reference.remember(reference.load(path, torch.float32)) for path in paths]
+        return paths, dict(zip(("pt", "it"), models, strict=True)), lines
+
+    @functools.cache
     def make(name, *flags):
-        if (name, flags) not in made:
-            folder = tmp_path_factory.mktemp("regimes")
-            arch, overrides = MODELS[name]
-            pt, it = tiny.make_pair(folder, arch, eps=0.01, **overrides)
-            tokenizer = Checkpoint.open("pt", pt).tokenizer
-            lengths = (4, tiny.LIMIT + 9, tiny.LIMIT, tiny.LIMIT - 2, tiny.LIMIT + 14, tiny.LIMIT, 2, tiny.LIMIT - 1)
-            texts = [beginning(tokenizer, " ".join(tiny.PROMPTS[i:]), n) for i, n in enumerate(lengths)]
-            lines = [{"id": f"p{i:02}", "prompt": text} for i, text in enumerate(texts)]
-            prompts = folder / "prompts.jsonl"
-            prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
-            (folder / "sweep.toml").write_text(
-                '[[variants]]\nname="half"\n[[variants.edits]]\nedit="interpolate"\ndonor="it"\nweight=0.5\n'
-                '[[variants]]\nname="third"\n[[variants.edits]]\nedit="interpolate"\ndonor="it"\nweight=0.3\n'
-            )
-            given = ["--pt", pt, "--it", it, "--prompts", prompts, "--out", folder / "run", "--max-new", MAX_NEW]
-            given += ["--sweep", folder / "sweep.toml", "--boundary", BOUNDARY, "--stability", "0"]
+        (pt, it), models, lines = pair(name)
+        run = pt.parent / "-".join(("run", *flags))
+        given = ["--pt", pt, "--it", it, "--prompts", pt.parent / "prompts.jsonl", "--out", run, "--max-new", MAX_NEW]
+        given += ["--sweep", pt.parent / "sweep.toml", "--boundary", BOUNDARY, "--stability", "0"]
+        with mock.patch.object(stages, "write_report"):
             assert main(["run", *map(str, given), "--scope", "prefix,position", *flags]) == 0
-            models = [reference.load(path, torch.float32) for path in (pt, it)]
-            made[name, flags] = folder / "run", dict(zip(("pt", "it"), models, strict=True)), lines
-        return made[name, flags]
+        return run, models, lines
 
     return make
 
@@ -155,7 +162,7 @@ def test_a_capture_decides_and_stores_what_each_sequence_gives_alone(captured, n
     got = {event["prompt_id"]: (event["step"], event["y_pt"], event["y_it"]) for event in store.events.to_pylist()}
     got |= {line["prompt_id"]: line["reason"] for line in store.excluded.to_pylist()}
     ids = {line["id"]: tokenizer(line["prompt"])["input_ids"] for line in lines}
-    assert got == {name: decided(models.values(), of_prompt, MAX_NEW) for name, of_prompt in ids.items()}
+    assert got == {name: decided(tuple(models.values()), tuple(of_prompt)) for name, of_prompt in ids.items()}
     limit, events = tiny.LIMIT, store.events.to_pylist()
     crossing = [event for event in events if event["position"] + 1 - event["step"] <= limit < event["position"] + 1]
     assert crossing, "else it says little"
@@ -272,14 +279,14 @@ def test_a_search_finds_what_full_forwards_find(name):
         for parameter in backbones[1].decoder.parameters():
             std = parameter.std(correction=0)
             parameter.add_(0.01 * std * torch.randn(parameter.shape, generator=noise))
-    decoding, reason, *_ = find_decoding(backbones[0])
+    residents = {label: Resident(one) for label, one in zip(("pt", "it"), backbones, strict=True)}
+    decoding, reason, *_ = residents["pt"].decoding
     assert decoding is DECODINGS[name]
     assert (reason is None) == (decoding is Decoding.PADDED)
     generator = torch.Generator().manual_seed(2)
     prompts = [torch.randint(3, families.VOCAB_SIZE, (n,), generator=generator).tolist() for n in (3, 9, 4, 9, 1, 6)]
-    checkpoints = AllResident({label: Resident(one) for label, one in zip(("pt", "it"), backbones, strict=True)})
     limits = SearchLimits(8, frozenset({2}), 64)
-    found = propose(checkpoints, ("pt", "it"), prompts, [0] * len(prompts), limits)
+    found = propose(AllResident(residents), ("pt", "it"), prompts, [0] * len(prompts), limits)
     for prompt, proposal in zip(prompts, found, strict=True):
         sequence = list(prompt)
         for token in proposal.shared:
