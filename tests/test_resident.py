@@ -37,6 +37,7 @@ from actcache.progress import nobody_told
 from actcache.prompts import Prompt, read_prompts
 from actcache.spill import Spill
 from actcache.store import SegmentData, open_store
+from actcache.study import capture as study_capture
 from actcache.study.capture import LocalCapture, capture
 from actcache.study.held import Held
 from actcache.study.holding import Holding
@@ -265,24 +266,31 @@ def lineup(request, tmp_path_factory) -> Lineup:
 PROMPTS = [Prompt(f"p{i}", text) for i, text in enumerate(tiny.PROMPTS[:8])]
 
 
-def captured(lineup: Lineup, wanted: CaptureSettings, resident: str = "all", **how: Any) -> SegmentData:
+def captured(
+    lineup: Lineup, wanted: CaptureSettings, resident: str = "all", loads: Any = None, **how: Any
+) -> SegmentData:
+    """By checkpoints loaded from their folders, or by what ``loads`` gives in the place of each load."""
     engine = LocalCapture(lineup, wanted, held=Held(lineup, Holding(resident=resident)), **how)
-    decider = engine.decider
-    ((_, data),) = decider.complete([decider.searched(PROMPTS, lineup.encode(PROMPTS), nobody_told)])
+    with mock.patch.object(study_capture, "load_backbone", loads or study_capture.load_backbone):
+        decider = engine.decider
+        ((_, data),) = decider.complete([decider.searched(PROMPTS, lineup.encode(PROMPTS), nobody_told)])
     return data
 
 
 @pytest.mark.slow
 def test_every_way_gives_the_same_events_and_bytes(lineup):
-    backbones = {label: Backbone(of.load(torch.float32)) for label, of in lineup.checkpoints.items()}
-    for backbone in backbones.values():
-        backbone.readout.mask(lineup.masked_ids)
+    backbones = {label: study_capture.load_backbone(lineup, label, STRICT) for label in lineup.labels}
     limits, ids = SearchLimits(12, lineup.end_ids, lineup.max_positions), lineup.encode(PROMPTS)
     slow = in_lockstep(list(backbones.values()), ids, limits)
     residents = {label: Resident(one) for label, one in backbones.items()}
     for checkpoints in (AllResident(residents), OneResident(lineup.labels, residents.__getitem__, lambda _: None)):
         assert propose(checkpoints, lineup.pair, ids, [0] * len(ids), limits) == slow
-    plain = captured(lineup, STRICT)
+
+    def again(_: Lineup, label: str, *more: Any) -> Backbone:
+        """Loads, and the probes after each, are looked at once: where no continuation is told, one at a time."""
+        return backbones[label]
+
+    plain = captured(lineup, STRICT, loads=again)
     assert len(plain.events) > 4
     one = captured(lineup, STRICT, resident="one")
     assert one.events.equals(plain.events)
@@ -293,11 +301,11 @@ def test_every_way_gives_the_same_events_and_bytes(lineup):
             known.setdefault(f"p{i}", {})[label] = tokens
     del known["p0"]["pt"], known["p1"]["it"], known["p2"]
     for resident in ("all", "one"):
-        told = captured(lineup, STRICT, resident=resident, known=known)
+        told = captured(lineup, STRICT, resident=resident, loads=again, known=known)
         assert told.events.equals(plain.events)
         assert seen(told) == seen(plain)
     known["p3"]["it"][0], known["p4"]["pt"] = 77, [5, 5]
-    assert seen(captured(lineup, STRICT, resident="one", known=known)) == seen(plain)
+    assert seen(captured(lineup, STRICT, resident="one", loads=again, known=known)) == seen(plain)
 
 
 @pytest.fixture(scope="module")
