@@ -6,12 +6,12 @@ import dataclasses
 import gc
 import itertools
 import pickle
-import subprocess
 import sys
 import weakref
 from functools import partial
 from pathlib import Path
 
+import forked
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -116,7 +116,7 @@ def there(captured, jobs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("worker")
     (folder / "jobs").write_bytes(pickle.dumps((jobs, str(run.out / "store"), checkpoints, Holding(resident="one"))))
     command = [sys.executable, "-c", WORKER, str(folder / "jobs"), str(folder / "given")]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = forked.run(command)
     assert done.returncode == 0, done.stderr
     return pickle.loads((folder / "given").read_bytes())
 

@@ -457,6 +457,7 @@ def test_what_is_far_off_is_marked(piloted, tmp_path, capsys):
     assert not any(line.startswith("their tokens") and line.endswith(" off") for line in lines)
 
 
+@pytest.mark.usefixtures("no_pages")
 def test_times_are_only_of_stages_that_ran_in_one_go(piloted, tmp_path, plan, capsys):
     folder, words = piloted
     out = shutil.copytree(folder / "pilot", tmp_path / "run")
@@ -542,12 +543,13 @@ def sweep(tmp_path):
 
 
 @pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.usefixtures("no_pages")
 def test_a_sweep_is_planned_from_its_file_and_known_from_what_it_left(piloted, sweep, tmp_path, plan, strict):
     _, words = piloted
     more = ["--sweep", sweep, *(["--strict"] if strict else [])]
-    planned = plan(*words, "--limit", 40, *more, "--rate", "1e9")["estimate"]
+    planned = plan(*words, "--limit", 12, *more, "--rate", "1e9")["estimate"]
     out = tmp_path / "run"
-    words = [str(word) for word in [*words, "--limit", 40, "--out", out, "--stability", 0, *more]]
+    words = [str(word) for word in [*words, "--limit", 12, "--out", out, "--stability", 0, *more]]
     assert main(["run", *words]) == 0
     store = actcache.open_store(out / "store")
     mode = "single" if strict else "packed"
@@ -564,11 +566,19 @@ def test_a_sweep_is_planned_from_its_file_and_known_from_what_it_left(piloted, s
     assert share > 3 if strict else share < 3, "variants at position p cost replays only where nothing is shared"
 
 
+@pytest.fixture(scope="module")
+def few(piloted):
+    """The folder of a run of the first of these prompts."""
+    folder, words = piloted
+    with mock.patch.object(stages, "write_report"):
+        assert main(["run", *words, "--out", str(folder / "few"), "--limit", "12", "--stability", "0"]) == 0
+    return folder / "few"
+
+
 @pytest.mark.parametrize("mode", ["packed", "padded", "single"])
-def test_rows_that_go_through_a_late_block_are_those_planned(piloted, sweep, tmp_path, mode, monkeypatch):
+def test_rows_that_go_through_a_late_block_are_those_planned(few, sweep, tmp_path, mode, monkeypatch):
     """Counted in the block itself."""
-    folder, _ = piloted
-    out, counted, lates, load = shutil.copytree(folder / "pilot", tmp_path / "run"), [], [], LateStack.load
+    out, counted, lates, load = shutil.copytree(few, tmp_path / "run"), [], [], LateStack.load
     shutil.rmtree(out / "cells")
 
     def watched(*args, **more):
