@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import weakref
@@ -58,15 +59,16 @@ def test_every_patch_is_what_hooks_make(tiny_run, tmp_path, arch):
     assert table.drop_columns(["margin"]).equals(of_strict.drop_columns(["margin"]))
     exact = of_strict["margin"].to_pylist()
     events = {event["event_id"]: (n, event) for n, event in enumerate(run.store.events.to_pylist())}
+    given = functools.cache(hooked.given)
     checked, lengths = 0, sorted({event["position"] for _, event in events.values()})
     chosen = {lengths[0], lengths[len(lengths) // 2]}
     for number, row in enumerate(table.to_pylist()):
         n, event = events[row["event_id"]]
         if event["position"] not in chosen:
             continue
-        ids = run.store.token_ids([n])[0].tolist()
+        ids = tuple(run.store.token_ids([n])[0].tolist())
         host, source = models[row["host"]], models[row["source"]]
-        place = {name: row[name] for name in ("head", "offset") if row[name] is not None}
+        place = {name: row[name] for name in ("head", "offset") if row[name] is not None} | {"given": given}
         final = hooked.patched(host, source, ids, row["site"], row["boundary"], end=row["end_block"], **place)
         expected = hooked.margin(host, final, event["y_pt"], event["y_it"])
         assert exact[number] == expected, row

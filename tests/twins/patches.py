@@ -69,19 +69,27 @@ def swapped(host, source, first, last):
             blocks[index] = block
 
 
-def patched(host, source, ids, site, block, *, head=None, n_heads=4, end=None, offset=0):
-    """The host's final state at p, [D], with one patch."""
+def given(source, ids, site, block):
+    """What the source gives: the state that enters the block, [T, D], or of a part what is patched at p, [W]."""
+    if site == "state":
+        return reference.states(source, ids, block)
+    seen = []
+    with changing(part(source, site, block), lambda rows: seen.append(rows[-1].clone()), input=site == "head"):
+        reference.forward(source, ids)
+    (row,) = seen
+    return row
+
+
+def patched(host, source, ids, site, block, *, head=None, n_heads=4, end=None, offset=0, given=given):
+    """The host's final state at p, [D], with one patch, of what ``given`` says that the source gives."""
     position = len(ids) - 1 + offset
     with ExitStack() as hooks:
         if site == "state":
-            hooks.enter_context(entering(host, block, position, reference.states(source, ids, block)[position]))
+            hooks.enter_context(entering(host, block, position, given(source, ids, site, block)[position]))
         elif site == "block":
             hooks.enter_context(swapped(host, source, block, end))
         else:
-            seen = []
-            with changing(part(source, site, block), lambda rows: seen.append(rows[-1].clone()), input=site == "head"):
-                reference.forward(source, ids)
-            (row,) = seen
+            row = given(source, ids, site, block)
             width = len(row) // n_heads
             columns = slice(head * width, (head + 1) * width) if site == "head" else slice(None)
 
