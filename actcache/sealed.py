@@ -123,7 +123,7 @@ def read_parquet(path: str | Path, what: str, advice: str, columns: list[str] | 
 
     data = Path(path).read_bytes()
     seal = check_seal(data, path, what, advice)
-    table = pq.read_table(pa.BufferReader(data), columns=columns)
+    table = pq.ParquetFile(pa.BufferReader(data)).read(columns=columns)  # read_table takes twice as long, or more
     made_from = json.loads(table.schema.metadata[_NOTES])
     return Sealed(table.replace_schema_metadata(None), made_from, seal)
 
