@@ -12,6 +12,7 @@ import pickle
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,7 @@ from attacks.content import carried_is_nested_just_too_deeply_to_write
 from attacks.forger import Forger
 from attacks.names import record_of_a_name_that_steers_the_terminal
 from attacks.texts import record_nested_just_too_deeply_to_write, root_nested_just_too_deeply_to_write
+from forked import Process
 from stores import bits, make_fingerprint, make_segment, write_store
 
 from actcache.cli import main
@@ -137,10 +139,36 @@ def state_of(folder: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+# Each store is asked in a process of its own, forked from one that has done nothing but import this file and ask the
+# pristine store: a fork copies a map of the memory that there is, which in pytest's process takes longer than to ask.
+ASKING = """
+import json, sys
+from pathlib import Path
+sys.path[:0] = json.loads(sys.argv[1])
+import test_attacks
+test_attacks.open_store(Path(sys.argv[2])).events.to_pylist()  # what libraries set aside once is not the attack's
+for line in sys.stdin:
+    print(json.dumps(test_attacks.outcomes(*map(Path, json.loads(line)))), flush=True)
+"""
+
+
 @pytest.fixture(scope="module")
-def truth(pristine: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    open_store(pristine).events.to_pylist()  # what libraries set aside once is not the attack's
-    return outcomes(pristine, tmp_path_factory.mktemp("scratch"))
+def asked(pristine: Path) -> Iterator[Callable[[Path, Path], dict[str, Any]]]:
+    """``asked(path, scratch)``: the outcomes by such a process."""
+    command = [sys.executable, "-c", ASKING, json.dumps(sys.path), str(pristine)]
+    with Process(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def ask(path: Path, scratch: Path) -> dict[str, Any]:
+            print(json.dumps([str(path), str(scratch)]), file=process.stdin, flush=True)
+            return {name: tuple(outcome) for name, outcome in json.loads(process.stdout.readline()).items()}
+
+        yield ask
+        process.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def truth(pristine: Path, asked: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return asked(pristine, tmp_path_factory.mktemp("scratch"))
 
 
 def test_a_store_that_does_not_lie_passes(truth):
@@ -149,7 +177,7 @@ def test_a_store_that_does_not_lie_passes(truth):
     assert truth["actcache inspect"] == truth["actcache verify"] == ("answer", 0)
 
 
-def test_a_forger_who_changes_nothing_is_believed(forger, truth, tmp_path):
+def test_a_forger_who_changes_nothing_is_believed(forger, asked, truth, tmp_path):
     """The tools themselves: what they write passes every check but those that an attack is for."""
     before = {file: file.read_bytes() for file in forger.path.rglob("*") if file.is_file()}
     forger.record(lambda r: None)
@@ -158,16 +186,16 @@ def test_a_forger_who_changes_nothing_is_believed(forger, truth, tmp_path):
     forger.write_chunks("states/pt/b001", [chunk[:-4] for chunk in forger.chunks("states/pt/b001")])
     assert before == {file: file.read_bytes() for file in forger.path.rglob("*") if file.is_file()}
     forger.write_values("sequence_offsets", open_store(forger.path).segments[0].read("sequence_offsets"))
-    assert outcomes(forger.path, tmp_path / "scratch") == truth
+    assert asked(forger.path, tmp_path / "scratch") == truth
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attack(name, forger, truth, tmp_path):
+def test_attack(name, forger, asked, truth, tmp_path):
     assert ATTACKS[name].__doc__
     ATTACKS[name](forger)
     before = state_of(forger.path), state_of(forger.outside)
-    found = outcomes(forger.path, tmp_path / "scratch")
+    found = asked(forger.path, tmp_path / "scratch")
     assert (state_of(forger.path), state_of(forger.outside)) == before
     assert not [path for path in tmp_path.iterdir() if path.name not in ("store", "outside", "scratch")]
     bad = {act: outcome for act, outcome in found.items() if outcome[0] not in ("answer", "named")}
