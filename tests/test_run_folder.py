@@ -38,6 +38,13 @@ def run(tiny_run, tmp_path):
 
 
 @pytest.fixture
+def small(tiny_run, tmp_path):
+    """A finished run of two segments, to change."""
+    words = ("--limit", "6", *SEGMENTS[2:])
+    return shutil.copytree(tiny_run("llama", torch.float32, *words).out, tmp_path / "run")
+
+
+@pytest.fixture
 def sweep(tmp_path):
     """``sweep(name)``: a file of one variant of that name."""
 
@@ -156,19 +163,19 @@ def test_cells_that_vanish_are_a_failed_check(run, capfd, lost):
     ids=str,
 )
 @pytest.mark.parametrize("when", ["before it reads", "before it writes"])
-def test_two_grids_at_once_are_both_in_the_table(run, sweep, first, second, when):
+def test_two_grids_at_once_are_both_in_the_table(small, sweep, first, second, when):
     first, second = ([sweep(word) if len(word) == 1 else word for word in words] for words in (first, second))
 
     def other():
-        assert main(["grid", str(run), "--boundary", "3", *second]) == 0
+        assert main(["grid", str(small), "--boundary", "3", *second]) == 0
 
     owner, name = (ReplayJob, "read") if when == "before it reads" else (cells_module, "parquet_bytes")
     with between(owner, name, 0, other):
-        assert main(["grid", str(run), "--boundary", "3", *first]) == 0
-    at_once = by_key(cells_of(run))
-    assert main(["grid", str(run), "--boundary", "3", *second]) == 0
-    assert main(["grid", str(run), "--boundary", "3", *first]) == 0
-    assert at_once == by_key(cells_of(run))
+        assert main(["grid", str(small), "--boundary", "3", *first]) == 0
+    at_once = by_key(cells_of(small))
+    assert main(["grid", str(small), "--boundary", "3", *second]) == 0
+    assert main(["grid", str(small), "--boundary", "3", *first]) == 0
+    assert at_once == by_key(cells_of(small))
     for words in (first, second):
         if "--sweep" in words:
             assert {key[-1] for key in at_once} >= {Path(words[-1]).stem}
