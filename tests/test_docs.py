@@ -11,11 +11,11 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import forked
 import pytest
 import tiny
 import torch
@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [path for pattern in ("*.md", "docs/**/*.md") for path in sorted(ROOT.glob(pattern))]
 DOCUMENTS = [*PAGES, *sorted(ROOT.glob("actcache/**/*.md"))]
 LONGEST_SENTENCE = 30  # words
+N_PROMPTS = 12  # enough for intervals
 _BLOCK = re.compile(
     r"^(?:<!-- not run: (?P<needs>needs [^\n]+) -->\n)?```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S
 )
@@ -86,11 +87,29 @@ def pair(tmp_path_factory):
     for made, name in ((pt, "PT_FOLDER"), (half_way, "SFT_FOLDER"), (it, "IT_FOLDER")):
         end_sooner(made)
         made.rename(place / name)
-    lines = [{"id": f"chat-{i}", "prompt": f"User: {text}\nAssistant:"} for i, text in enumerate(tiny.PROMPTS[:14])]
+    lines = [
+        {"id": f"chat-{i}", "prompt": f"User: {text}\nAssistant:"} for i, text in enumerate(tiny.PROMPTS[:N_PROMPTS])
+    ]
     (place / "prompts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["--pt", place / "PT_FOLDER", "--it", place / "IT_FOLDER", "--prompts", place / "prompts.jsonl"]
     assert main([str(word) for word in ["run", *words, "--out", place / "RUN", "--dtype", "float32"]]) == 0
     return place
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """What a script makes for pages, hardly trained, with some of its prompts."""
+    out = tmp_path_factory.mktemp("examples") / "EXAMPLES"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(ROOT / "scripts")
+        import make_example_checkpoints as script
+
+        patched.setattr(script, "NEW_TOKENS", 2)
+        script.main(["--out", str(out), "--steps", "2"])
+    for name in ("prompts.jsonl", "messages.jsonl"):
+        lines = (out / name).read_text().splitlines(keepends=True)
+        (out / name).write_text("".join(lines[:N_PROMPTS]))
+    return out
 
 
 @pytest.fixture
@@ -103,11 +122,7 @@ def folder(pair, tmp_path, monkeypatch, request):
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
     if request.node.callspec.params["path"].name in ("checkpoints.md", "prompts.md"):
-        monkeypatch.syspath_prepend(ROOT / "scripts")
-        import make_example_checkpoints as script
-
-        monkeypatch.setattr(script, "NEW_TOKENS", 2)
-        script.main(["--out", "EXAMPLES", "--steps", "2"])
+        shutil.copytree(request.getfixturevalue("examples"), "EXAMPLES", symlinks=True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", "EXAMPLES/hub")
     return tmp_path
 
@@ -243,7 +258,7 @@ def test_generated_parts_are_made(monkeypatch):
 def test_the_site_builds_without_a_warning(tmp_path):
     pytest.importorskip("mkdocs")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
-    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    built = forked.run(command, cwd=ROOT)
     assert built.returncode == 0, built.stderr
     for page in ("index.html", "walkthrough.html", "command-line.html", "api.html", "formats/store.html"):
         assert (tmp_path / "site" / page).is_file()
