@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from twins import reference
 
 import actcache
+from actcache.analyses import find_analysis
 from actcache.analyses.commitment import CommitmentOptions as Options
 from actcache.analyses.commitment import _groups, thirds
 from actcache.cli import main
@@ -131,6 +132,16 @@ def test_few_events_have_no_interval_and_margins_apart_no_overlap(n):
     assert of["pairs"]["interaction"] == {"mean": None, "low": None, "high": None}, "one difference tells no line"
     assert "states, overlap" not in of
     assert "uncommitted" not in of
+
+
+@pytest.mark.parametrize(
+    ("pairs", "said"), [(["a,b"], "0% of 1 events."), (["a,b", "a,c"], "of a,b; 0% of 1 events of a,c.")]
+)
+def test_shares_are_said_of_each_pair(pairs, said):
+    own = views_of(planted(np.full(1, -2.0), np.full(1, -1.0), np.ones(1), np.full(1, 3.0)))
+    names = {"kind": "first_divergence", "boundary": 3, "scope": "prefix", "readout": "common_it"}
+    groups = [names | {"pair": pair} | one for pair in pairs for one in own.values()]
+    assert said in find_analysis("commitment").section(groups).shows
 
 
 # ---- runs ----

@@ -21,6 +21,7 @@ from twins import reference
 from twins.replay import CONFIGS
 
 import actcache
+from actcache.analyses import find_analysis
 from actcache.analyses.map import COLUMNS, MapOptions, _groups
 from actcache.cli import main
 from actcache.models.cost import ModelShape
@@ -304,3 +305,27 @@ def test_the_cost_of_a_job_is_that_of_its_rows(strict):
     assert parts["map"] == pytest.approx(expected)
     assert parts["hooks"] > parts["map"]
     assert job.n_units == 3 * 5
+
+
+def test_the_largest_patch_of_every_direction_is_named():
+    """Also where one checkpoint is the host of several; of other kinds, and of all positions, none is."""
+
+    def patch(pair, host, source, boundary, effect, site="state", kind="first_divergence"):
+        names = {"kind": kind, "pair": pair, "host": host, "source": source, "site": site, "boundary": boundary}
+        numbers = {name: {"mean": effect, "low": None, "high": None} for name in ("margin", "effect", "share")}
+        return names | {"head": None, "end_block": None, "offset": 0, "n_events": 3, "n_prompts": 3} | numbers
+
+    groups = [
+        *(patch("base,sft", "base", "sft", at, effect) for at, effect in ((2, 1.0), (4, 3.0))),
+        *(patch("base,dpo", "base", "dpo", at, effect) for at, effect in ((2, 7.0), (4, -2.0))),
+        patch("base,dpo", "dpo", "base", 4, -8.5),
+        patch("base,dpo", "dpo", "base", 4, -9.0, site="prefix"),
+        patch("base,dpo", "dpo", "base", 2, 20.0, kind="pt_rollout"),
+    ]
+    shows = find_analysis("map").section(groups).shows
+    named = (
+        "base into dpo: state at 4, p (-8.50)",
+        "dpo into base: state at 2, p (+7.00)",
+        "sft into base: state at 4, p (+3.00)",
+    )
+    assert f"The single patches with the largest mean effects: {'; '.join(named)}. " in shows

@@ -127,7 +127,12 @@ class Commitment(CellAnalysis[CommitmentOptions]):
         for one in (one for one in groups if one["kind"] == drawn):
             bars.setdefault(of_whom(one), []).append((_TEXTS.get(one["view"], one["view"]), one["interaction"]))
         whole = [one for one in groups if one["view"] == "all" and one["kind"] == drawn]
-        said = "; ".join(f"{one['committed_share_it']['mean']:.0%} of {one['n_events']} events" for one in whole)
+        has_one_pair = len({one["pair"] for one in groups}) == 1
+        said = "; ".join(
+            f"{one['committed_share_it']['mean']:.0%} of {one['n_events']} events"
+            + ("" if has_one_pair else f" of {one['pair']}")
+            for one in whole
+        )
         return Section(
             title="Commitment at the boundary",
             figures=[Bars("interaction B - A, logits", bars, 0.0, "The interaction in each view of commitment.")],

@@ -159,7 +159,7 @@ class Map(CellAnalysis[MapOptions]):
             figures += _figures(of_host)
         largest = sorted(whole, key=lambda one: -abs(one["effect"]["mean"] or 0.0))[:_MOST_ROWS]
         shown = [one for one in whole if any(one is other for other in largest)]
-        best = [_largest(whole, host) for host in dict.fromkeys(one["host"] for one in whole)]
+        best = _largest([one for one in whole if one["kind"] == drawn])
         return Section(
             title="Patching map",
             figures=figures,
@@ -174,8 +174,8 @@ class Map(CellAnalysis[MapOptions]):
                 for one in shown
             ],
             shows=(
-                f"The single patch with the largest mean effect is {' and '.join(filter(None, best))}. A share of 1 "
-                "would make of the host what the source is."
+                f"The single patches with the largest mean effects: {'; '.join(best) or 'none'}. "
+                "A share of 1 would make of the host what the source is."
             ),
             does_not_show=(
                 "Effects of single patches do not add up: parts may stand in for one another, or need one another. A "
@@ -298,13 +298,13 @@ def _patch_in_words(group: Mapping[str, Any], *, with_kind: bool = False) -> str
     return f"{kind}{group['source']} into {group['host']}: {what}"
 
 
-def _largest(groups: Sequence[Mapping[str, Any]], host: str) -> str:
-    """The single patch with the largest effect in this host, in words; empty where there is none."""
-    single = [one for one in groups if one["host"] == host and one["site"] not in (PREFIX, BLOCK)]
-    if not single:
-        return ""
-    largest = max(single, key=lambda one: abs(one["effect"]["mean"] or 0.0))
-    return f"{_patch_in_words(largest)} ({largest['effect']['mean']:+.2f})"
+def _largest(groups: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Of each host and source, the single patch with the largest effect, in words."""
+    largest: dict[tuple[str, str], Mapping[str, Any]] = {}
+    for one in sorted(groups, key=lambda one: -abs(one["effect"]["mean"] or 0.0)):
+        if one["site"] not in (PREFIX, BLOCK):
+            largest.setdefault((one["pair"], one["host"]), one)
+    return [f"{_patch_in_words(one)} ({one['effect']['mean']:+.2f})" for one in largest.values()]
 
 
 def _prefix(cells: pa.Table, settings: MapSettings) -> pa.Table:
