@@ -5,15 +5,15 @@ Events must be equal, strict cells bit-identical, packed cells equal to rounding
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 import tiny
 import torch
-from conftest import BOUNDARY, MAX_NEW, first_quick
+from conftest import BOUNDARY, first_quick
 from transformers import AutoTokenizer
 from twins import reference
 
@@ -26,14 +26,35 @@ DTYPES = pytest.mark.parametrize("dtype", first_quick([FLOAT32, BFLOAT16]), ids=
 ARCHS = pytest.mark.parametrize("arch", first_quick(tiny.ALL_ARCHS))
 NEAR_TIE = 0.125  # logits; what the report calls one
 # As many prompts as give each architecture some events, and no checks of rounding, which are tests/test_stability.py's.
-N_PROMPTS = 12
-FEW = ("--limit", str(N_PROMPTS), "--stability", "0")
+N_PROMPTS, MAX_NEW = 12, 12
+FEW = ("--limit", str(N_PROMPTS), "--max-new", str(MAX_NEW), "--stability", "0")
+BOTH = ("--scope", "prefix,position")
 READOUTS = {"native": None, "common_it": "it", "common_pt": "pt"}
+
+
+_loaded = {}
+
+
+def loaded(folder, dtype):
+    """The reference's own model of a folder; runs of equal weights share it, and what its forwards gave."""
+    key = dtype, *((folder / name).read_bytes() for name in ("config.json", "model.safetensors"))
+    if key not in _loaded:
+        _loaded[key] = reference.remember(reference.load(folder, dtype))
+    return _loaded[key]
 
 
 @functools.cache
 def lineup_of(run):
-    return {"pt": reference.load(run.pt, run.dtype), "it": reference.load(run.it, run.dtype)}
+    return {"pt": loaded(run.pt, run.dtype), "it": loaded(run.it, run.dtype)}
+
+
+def packed(tiny_run, arch, dtype):
+    """The run that is not strict: at every boundary in float32, so that none is needed for that alone."""
+    return tiny_run(arch, dtype, *FEW, *BOTH, *(("--boundary", "all") if dtype == FLOAT32 else ()))
+
+
+def strict(tiny_run, arch, dtype):
+    return tiny_run(arch, dtype, *FEW, *BOTH, "--strict")
 
 
 def expected_events(run):
@@ -84,7 +105,7 @@ def found_events(store):
 @DTYPES
 @ARCHS
 def test_events_equal_the_reference(tiny_run, arch, dtype):
-    run = tiny_run(arch, dtype, *FEW)
+    run = packed(tiny_run, arch, dtype)
     store, expected = run.store, expected_events(run)
     found = found_events(store)
     excluded = {row["prompt_id"]: row["reason"] for row in store.excluded.to_pylist()}
@@ -115,7 +136,7 @@ def test_events_equal_the_reference(tiny_run, arch, dtype):
 @DTYPES
 @ARCHS
 def test_stored_rows_are_the_states_of_a_strict_capture(tiny_run, arch, dtype):
-    run = tiny_run(arch, dtype, *FEW, "--strict")
+    run = strict(tiny_run, arch, dtype)
     store, models = run.store, lineup_of(run)
     for prompt_id, event in list(found_events(store).items())[:6]:
         index = store.events["prompt_id"].to_pylist().index(prompt_id)
@@ -125,36 +146,31 @@ def test_stored_rows_are_the_states_of_a_strict_capture(tiny_run, arch, dtype):
             assert torch.equal(store.final(label, [index])[0], reference.final_hidden(model, event["ids"])[-1])
 
 
-def scored(run, scope, n_events=8):
-    """(cell, margin of the reference, exact margin, its top-1) for every cell of some events, spread over the run."""
+def scored(run, scope):
+    """(cell, margin of the reference, exact margin, its top-1) for every cell of the events at the default boundary."""
     models, events = lineup_of(run), found_events(run.store)
-    some = sorted(events)[:: max(1, len(events) // n_events)]
-    cells = [cell for cell in run.cells.to_pylist() if cell["scope"] == scope and cell["prompt_id"] in some]
-    assert len(cells) == len(some) * 4 * len(READOUTS)
-    hidden = {}
-    for cell in cells:
-        event = events[cell["prompt_id"]]
+    cells = [cell for cell in run.cells.to_pylist() if cell["scope"] == scope and cell["boundary"] == BOUNDARY]
+    assert len(cells) == len(events) * 4 * len(READOUTS)
+
+    @functools.cache
+    def read(prompt_id, upstream, late, readout):
+        event = events[prompt_id]
         tokens = event["y_pt"], event["y_it"]
-        key = (cell["prompt_id"], cell["upstream"], cell["late"])
-        if key not in hidden:
-            pair = models[cell["upstream"]], models[cell["late"]]
-            hidden[key] = reference.cell(*pair, event["ids"], BOUNDARY, *tokens, scope).final_hidden_last
-        readout_model = models[READOUTS[cell["readout"]] or cell["late"]]
-        logits = reference.readout(readout_model, hidden[key])
-        exact = reference.exact_margin(readout_model, hidden[key], *tokens)
-        yield cell, float(logits[tokens[1]] - logits[tokens[0]]), exact, int(logits.argmax())
+        hidden = reference.cell(models[upstream], models[late], event["ids"], BOUNDARY, *tokens, scope)
+        logits = reference.readout(models[readout], hidden.final_hidden_last)
+        exact = reference.exact_margin(models[readout], hidden.final_hidden_last, *tokens)
+        return float(logits[tokens[1]] - logits[tokens[0]]), exact, int(logits.argmax())
 
-
-def copied(run, folder):
-    """A run to add cells to; other tests use the one that is shared."""
-    return dataclasses.replace(run, out=shutil.copytree(run.out, folder / "run"))
+    for cell in cells:
+        readout = READOUTS[cell["readout"]] or cell["late"]
+        yield cell, *read(cell["prompt_id"], cell["upstream"], cell["late"], readout)
 
 
 @DTYPES
 @ARCHS
-def test_strict_cells_are_bit_identical(tiny_run, tmp_path, arch, dtype):
-    run = copied(tiny_run(arch, dtype, *FEW, "--strict"), tmp_path)
-    assert main(["grid", str(run.out), "--strict", "--scope", "position"]) == 0
+def test_strict_cells_are_bit_identical(tiny_run, arch, dtype):
+    run = strict(tiny_run, arch, dtype)
+    assert set(run.cells["boundary"].to_pylist()) == {BOUNDARY}
     for scope in ("prefix", "position"):
         for cell, margin, exact, top1 in scored(run, scope):
             assert cell["margin"] == exact
@@ -166,9 +182,8 @@ def test_strict_cells_are_bit_identical(tiny_run, tmp_path, arch, dtype):
 
 @DTYPES
 @ARCHS
-def test_packed_cells_differ_by_rounding_only(tiny_run, tmp_path, arch, dtype):
-    run = copied(tiny_run(arch, dtype, *FEW), tmp_path)
-    assert main(["grid", str(run.out), "--scope", "position"]) == 0
+def test_packed_cells_differ_by_rounding_only(tiny_run, arch, dtype):
+    run = packed(tiny_run, arch, dtype)
     tolerance = 1e-4 if dtype == FLOAT32 else 0.5
     for scope in ("prefix", "position"):
         for cell, margin, _, _ in scored(run, scope):
@@ -177,11 +192,30 @@ def test_packed_cells_differ_by_rounding_only(tiny_run, tmp_path, arch, dtype):
             assert abs(cell["noop_delta"] or 0.0) <= tolerance
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "dtype"), [(strict, FLOAT32), (packed, BFLOAT16)], ids=["strict", "packed"])
+def test_a_scope_asked_for_later_has_the_same_cells(tiny_run, tmp_path, how, dtype):
+    """Of the other architectures, both scopes are asked for at once."""
+    run = how(tiny_run, "llama", dtype)
+    out = shutil.copytree(run.out, tmp_path / "run")
+    shutil.rmtree(out / "cells")
+    for scope in ("prefix", "position"):
+        assert main(["grid", str(out), "--scope", scope, *(("--strict",) if how is strict else ())]) == 0
+    keys = ("event_id", "boundary", "scope", "upstream", "late", "readout")
+    order = [(name, "ascending") for name in keys]
+    found, expected = (pq.read_table(folder / "cells.parquet").sort_by(order) for folder in (out, run.out))
+    assert found.select(keys).equals(expected.select(keys))
+    if how is strict:
+        assert found.equals(expected)
+    margins = (table["margin"].to_pylist() for table in (found, expected))
+    assert next(margins) == pytest.approx(next(margins), abs=1e-4 if dtype == FLOAT32 else 0.5)
+
+
 @DTYPES
 @ARCHS
 def test_no_event_contradicts_its_own_diagonal(tiny_run, arch, dtype):
-    for more in ((), ("--strict",)):
-        run = tiny_run(arch, dtype, *FEW, *more)
+    for how in (packed, strict):
+        run = how(tiny_run, arch, dtype)
         native = [cell for cell in run.cells.to_pylist() if cell["readout"] == "native"]
         diagonal = [cell for cell in native if cell["upstream"] == cell["late"]]
         assert {cell["event_id"] for cell in diagonal} == set(run.store.events["event_id"].to_pylist())
@@ -193,14 +227,14 @@ def test_no_event_contradicts_its_own_diagonal(tiny_run, arch, dtype):
 @pytest.mark.slow
 @ARCHS
 def test_every_boundary_at_once(tiny_run, arch):
-    run = tiny_run(arch, FLOAT32, *FEW, "--boundary", "all", "--readout", "native")
+    run = packed(tiny_run, arch, FLOAT32)
     models, events = lineup_of(run), found_events(run.store)
     boundaries = list(range(1, tiny.N_BLOCKS))
     assert run.store.boundaries == boundaries
     assert sorted({group["boundary"] for group in run.effects["groups"]}) == boundaries
     some = set(sorted(events)[:4])
     for cell in run.cells.to_pylist():
-        if cell["prompt_id"] in some:
+        if cell["prompt_id"] in some and (cell["scope"], cell["readout"]) == ("prefix", "native"):
             event = events[cell["prompt_id"]]
             want = reference.cell(
                 models[cell["upstream"]],
@@ -248,7 +282,7 @@ def test_identical_checkpoints_have_no_events(tiny_run, capsys):
 
 
 def test_carried_columns_reach_the_cells(tiny_run):
-    run = tiny_run("llama", FLOAT32, *FEW)
+    run = packed(tiny_run, "llama", FLOAT32)
     assert set(run.cells["category"].to_pylist()) <= {"prose", "question", "code"}
     assert run.cells.column_names[:17] == [
         *("event_id", "prompt_id", "kind", "pair", "step", "position", "y_pt", "y_it"),
@@ -258,7 +292,7 @@ def test_carried_columns_reach_the_cells(tiny_run):
 
 @ARCHS
 def test_replay_calls_no_upstream_block(tiny_run, arch, monkeypatch):
-    run = tiny_run(arch, FLOAT32, *FEW)
+    run = packed(tiny_run, arch, FLOAT32)
     model = reference.load(run.pt, FLOAT32)
     blocks = reference.parts(model).blocks
     calls = [0] * len(blocks)
@@ -281,7 +315,7 @@ def test_replay_calls_no_upstream_block(tiny_run, arch, monkeypatch):
 
 @ARCHS
 def test_a_late_stack_from_a_folder_equals_one_from_memory(tiny_run, arch):
-    run = tiny_run(arch, FLOAT32, *FEW)
+    run = packed(tiny_run, arch, FLOAT32)
     rows, offsets = run.store.states("it", BOUNDARY)
     model = reference.load(run.it, FLOAT32)
     before = {name: id(module) for name, module in model.named_modules()}
