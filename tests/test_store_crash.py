@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import forked
 import pytest
 from stores import make_fingerprint, make_segment, read_tree, write_store
 from twins.store import Twin
@@ -142,8 +144,17 @@ def append_missing(path: Path) -> None:
 # ---- killed --------------------------------------------------------------------------------------------------------
 
 
-def test_a_writer_killed_anywhere_loses_only_its_open_segment(tmp_path, uninterrupted):
-    path = write_store(tmp_path / "store", FINGERPRINT, {"a": SEGMENTS["a"]})
+def test_a_writer_killed_anywhere_loses_only_its_open_segment(tmp_path):
+    """All in a process without what other tests left in memory: each of hundreds of forks copies a map of it."""
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import test_store_crash as t; t.kill_anywhere({str(tmp_path)!r})"
+    ran = forked.run([sys.executable, "-c", code])
+    assert ran.returncode == 0, ran.stderr
+
+
+@mock.patch.object(os, "fsync", return_value=None)  # as conftest.py does
+def kill_anywhere(folder: str, _: mock.Mock) -> None:
+    uninterrupted = read_tree(write_store(Path(folder, "uninterrupted"), FINGERPRINT, SEGMENTS))
+    path = write_store(Path(folder, "store"), FINGERPRINT, {"a": SEGMENTS["a"]})
     store_writer = StoreWriter(path, FINGERPRINT)
     committed_before = read_tree(path)
     left: set[str] = set()
