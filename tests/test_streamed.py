@@ -248,7 +248,7 @@ def test_a_streamed_run_is_a_plain_one(pair, tmp_path, monkeypatch):
     run = pair("llama")
     found = {}
     for way in ((), ("--stream",)):
-        words = [*run.arguments(), "--strict", "--stability", "0", *way]
+        words = [*run.arguments(), "--strict", "--stability", "0", "--limit", "8", *way]
         words[words.index("--out") + 1] = str(tmp_path / "-".join(("run", *way)))
         with mock.patch.object(stages, "write_report"):
             assert main(words) == 0
