@@ -125,6 +125,8 @@ def read_parquet(path: str | Path, what: str, advice: str, columns: list[str] | 
     seal = check_seal(data, path, what, advice)
     table = pq.ParquetFile(pa.BufferReader(data)).read(columns=columns)  # read_table takes twice as long, or more
     made_from = json.loads(table.schema.metadata[_NOTES])
+    if columns is not None:
+        table = table.select(columns)  # KeyError for one that is not there, which the read leaves out
     return Sealed(table.replace_schema_metadata(None), made_from, seal)
 
 
