@@ -180,8 +180,9 @@ def _about(result: Mapping[str, Any]) -> str:
 
 
 def _workloads(result: Mapping[str, Any]) -> str:
-    """Times of the same results by several means; in bold, how many times longer than actcache each took."""
-    workloads = result["workloads"]
+    """Times of the same results by several means; in bold, how many times longer than actcache each took. Where the
+    bench counted them: passes of both, and the ratio that they are."""
+    workloads, passes = result["workloads"], result.get("passes", {})
     means = list(dict.fromkeys(name for one in workloads for name in one["seconds"]))
     has_limit = any(one["percent_of_limit"] for one in workloads)
     rows = []
@@ -193,8 +194,13 @@ def _workloads(result: Mapping[str, Any]) -> str:
             cells.append(time + (f" (**{ratio:.3g}x**)" if ratio is not None else ""))
         limit = one["percent_of_limit"]
         shown = [] if not has_limit else [""] if limit is None else [f"{limit[0]:.0f}%"]
-        rows.append([f"{one['name']}, per {one['unit']}", *cells, *shown])
-    said = [table(["", *means, *(["of the limit"] if has_limit else [])], rows)]
+        counted = []
+        if of := passes.get(one["name"]):
+            bound = "" if of["bound"] is None else f"{of['bound']:.3g}x"
+            counted = [f"{of['hooks']:.3g}", f"{of['actcache']:.2g}", bound]
+        rows.append([f"{one['name']}, per {one['unit']}", *cells, *shown, *counted])
+    heads = [*(["of the limit"] if has_limit else []), *(["passes of hooks", "of ours", "bound"] if passes else [])]
+    said = [table(["", *means, *heads], rows)]
     if "largest_difference" in result:
         found = result["largest_difference"]  # of each workload, or of all
         largest = max(found.values()) if isinstance(found, dict) else found

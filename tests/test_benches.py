@@ -17,7 +17,7 @@ import pytest
 import tiny
 import torch
 
-from actcache.analyses import ANALYSES
+from actcache.analyses import EVERY
 from actcache.cli import main
 from actcache.models.packing import attend_in_core
 
@@ -109,20 +109,48 @@ def test_sweep_has_everything_beside_every_rival_that_is_there(page):
     assert ran.stderr.count("margins equal to the hooks'") == len(REPLAYS) + n_beside * (1 + len(installed))
 
 
-def test_study_has_every_analysis_that_replays_beside_hooks(page):
+def test_study_has_every_analysis_beside_hooks(page):
     ran = run_smoke("study")
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout.splitlines()[-1])
-    names = [one["name"] for one in result["workloads"]]
-    assert names[:6] == ["grid, effects", "depth", "windows", "controls", "commitment", "closure"]
-    assert names[6:] == ["supports", "lineage", "recipes", "map", "path", "whole"]
-    covered = {name for of in names[:-1] for name in of.split(", ")} - {"grid"}
-    run_whole_models = {"stability", "continuation", "forced"}
-    assert covered == {named.name for named in ANALYSES} - run_whole_models
+    *names, late_only, whole = [one["name"] for one in result["workloads"]]
+    covered = {name for of in names for name in of.split(", ")} - {"grid"}
+    belong_to_no_event = {"stability", *(f"features {step}" for step in ("train", "gate", "contexts"))}
+    assert covered == {named.name for named in EVERY} - belong_to_no_event
+    assert (late_only, whole) == ("late-only", "whole")
     for one in result["workloads"]:
         assert one["seconds"].keys() == {"hooks", "actcache"}
-    assert ran.stderr.count("margins equal to the hooks'") == len(names) - 1
-    assert page(result).count("x**)") == len(names)
+    assert ran.stderr.count("margins equal to the hooks'") == len(names)
+    assert page(result).count("x**)") == len(names) + 2
+    # What hooks run of one event, forward by forward: of a 2x2 grid two native ones and two replays.
+    passes = result["passes"]
+    assert passes.keys() == {*names, "late-only", "whole"}
+    by_hooks = {name: round(of["hooks"], 2) for name, of in passes.items()}
+    assert (by_hooks["grid, effects"], by_hooks["lineage"], by_hooks["commitment"]) == (4, 9, 2)
+    assert by_hooks["features mediate"] == 2 * (2 + 5 * 8)
+    assert by_hooks["features rescue"] == 3 + 3 + 7
+    assert passes["commitment"]["actcache"] == 0
+    assert passes["commitment"]["bound"] is None
+    late = result["late_only"]
+    assert set(late) < set(names)
+    for means in ("hooks", "actcache"):
+        assert passes["late-only"][means] == pytest.approx(sum(passes[name][means] for name in late))
+        seconds = {one["name"]: one["seconds"][means] for one in result["workloads"]}
+        assert seconds["late-only"] == pytest.approx(sum(seconds[name] for name in late))
+
+
+def test_study_counts_the_products_of_blocks_and_no_others(benches):
+    """Two layers of 8 x 16 over three rows, one of them twice as its gradient is wanted; the head is left out."""
+    study = importlib.import_module("bench_study")
+    head, layer = torch.nn.Linear(8, 16, bias=False), torch.nn.Linear(8, 16)
+    model = SimpleNamespace(get_output_embeddings=lambda: head)
+    rows = torch.randn(1, 3, 8)
+    with study.counted([model]) as products:
+        layer.requires_grad_(False)(rows)
+        layer(rows.requires_grad_())
+        head(rows)
+    layer(rows)
+    assert products == [3 * 8 * 16, 2 * 3 * 8 * 16]
 
 
 def test_map_has_states_beside_every_rival_that_is_there(page):
