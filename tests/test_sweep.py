@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import shutil
@@ -368,6 +369,22 @@ def test_a_name_stands_for_one_thing(run, written, capfd, scored):
     ]
 
 
+@pytest.fixture(scope="module")
+def grid_of(captured, tmp_path_factory):
+    """``grid_of(swept, *arguments)``: a run that nothing but this scored, with FIRST or without; look, do not touch."""
+
+    @functools.cache
+    def make(swept, *more):
+        folder = tmp_path_factory.mktemp("grid")
+        save_file(TENSORS, folder / "x.safetensors")
+        (folder / "s.toml").write_text(FIRST)
+        run = shutil.copytree(captured[1], folder / "run")
+        score(run, *more, *(("--sweep", folder / "s.toml") if swept else ()))
+        return run
+
+    return make
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then"),
@@ -380,15 +397,13 @@ def test_a_name_stands_for_one_thing(run, written, capfd, scored):
     ids=str,
 )
 @pytest.mark.parametrize("order", ["sweep first", "plain first", "both sweep"])
-def test_what_is_asked_is_what_the_table_holds(captured, run, written, first, then, order):
+def test_what_is_asked_is_what_the_table_holds(grid_of, written, tmp_path, first, then, order):
     """Cells that were scored in another way before do not stand in for those asked now, whichever file they lie in."""
-    sweep = ("--sweep", written(FIRST))
     first, then = (("--boundary", "3", *more) for more in (first, then))
-    score(run, *first, *(sweep if order != "plain first" else ()))
-    found = score(run, *then, *(sweep if order != "sweep first" else ()))
-    fresh = shutil.copytree(captured[1], run.parent / "fresh")
-    alone = by_key(score(fresh, *then, *(sweep if order != "sweep first" else ())), "margin")
-    found = by_key(found, "margin")
+    run = shutil.copytree(grid_of(order != "plain first", *first), tmp_path / "run")
+    swept = order != "sweep first"
+    found = by_key(score(run, *then, *(("--sweep", written(FIRST)) if swept else ())), "margin")
+    alone = by_key(cells_of(grid_of(swept, *then)), "margin")
     tolerance = 0 if "--strict" in then else 1e-4
     assert all(abs(found[key][0] - margin) <= tolerance for key, (margin,) in alone.items())
     if "--readout" in first:  # scored again with both, so that nothing scored is lost
