@@ -463,3 +463,17 @@ def test_ranking_prompts_go_by_their_hash_or_their_place():
     for wrong in ("0", "1.0", "-3", "some", "nan"):
         with pytest.raises(InputError, match="ranking is"):
             ranking_prompts(prompts, wrong)
+
+
+@pytest.mark.parametrize(("step", "by"), [("mediate", "k"), ("dial", "alpha")])
+def test_shares_of_an_interaction_that_may_be_none_are_said_to_say_nothing(step, by):
+    def of_interaction(low, high):
+        number = {"mean": (low + high) / 2, "low": low, "high": high}
+        group = {"kind": "first_divergence", "set": "top", by: 5, "features": 5, "boundary": 3}
+        group |= {"n_events": 40, "n_prompts": 40, "interaction": number, "drop": number, "share": number}
+        return find_analysis(f"features {step}").section([group]).shows
+
+    said = "may be 0, +0.500 [-1.000, +2.000]: its shares say nothing"
+    assert said in of_interaction(-1.0, 2.0)
+    assert "may be 0" not in of_interaction(0.5, 2.0)
+    assert "may be 0" not in of_interaction(-2.0, -0.5)

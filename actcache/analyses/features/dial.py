@@ -27,6 +27,7 @@ from actcache.analyses.features.edited import (
     drop_groups,
     drops,
     event_table,
+    of_what,
     with_controls,
 )
 from actcache.analyses.features.ranked import Ranked
@@ -98,7 +99,8 @@ class Dial(EditStep[DialOptions]):
                 ]
                 for one in groups
             ],
-            shows=(
+            shows=of_what(groups, drawn)
+            + (
                 f"What the interaction at boundary {groups[0]['boundary']} loses as {groups[0]['features']} features "
                 "are turned down: alpha 1 removes them."
             ),

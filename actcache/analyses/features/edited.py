@@ -424,6 +424,15 @@ def drop_groups(
     return sample, groups
 
 
+def of_what(groups: Sequence[Mapping[str, Any]], kind: str) -> str:
+    """A warning where shares of the interaction of these events say nothing, as it may be 0; else nothing."""
+    of = next(one["interaction"] for one in groups if one["kind"] == kind)
+    if of["low"] is None or not of["low"] <= 0 <= of["high"]:
+        return ""
+    interval = f"{of['mean']:+.3f} [{of['low']:+.3f}, {of['high']:+.3f}]"
+    return f"The interaction of these events may be 0, {interval}: its shares say nothing then, and drops do. "
+
+
 def minus(sample: Sample, key: str, others: Mapping[str, str]) -> dict[str, Any]:
     """What a top set does more than each of its controls, by the names of these."""
     if others.get("top") != key:

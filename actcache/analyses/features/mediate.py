@@ -29,6 +29,7 @@ from actcache.analyses.features.edited import (
     drop_groups,
     drops,
     event_table,
+    of_what,
     sizes,
     with_controls,
 )
@@ -83,7 +84,8 @@ class Mediate(EditStep[MediateOptions]):
         for one in (one for one in groups if one["kind"] == drawn):
             lines.setdefault(SETS[one["set"]], []).append((one["k"], one["share"]))
         boundary = groups[0]["boundary"]
-        said = "; ".join(
+        warning = of_what(groups, drawn)
+        said = warning.strip() or "; ".join(
             f"{one['k']} features {one['share']['mean']:.0%}"
             for one in groups
             if one["kind"] == drawn and one["set"] == "top" and one["share"]["mean"] is not None
@@ -101,7 +103,8 @@ class Mediate(EditStep[MediateOptions]):
                 ]
                 for one in groups
             ],
-            shows=(
+            shows=warning
+            + (
                 f"The share of the interaction at boundary {boundary} that is gone without the best k features, which "
                 "other prompts ranked by default, and without as many others."
             ),
