@@ -20,6 +20,8 @@ import pytest
 import tiny
 import torch
 from conftest import MAX_NEW
+from hypothesis import given
+from hypothesis import strategies as st
 from twins import reference
 from twins.features import HookedMlp, activation
 
@@ -433,6 +435,23 @@ def test_matched_features_are_near_and_of_the_same_block():
         assert all(np.abs(weight[row] - weight[rows]).min() <= 2 * 60 for row in one)
     assert len({tuple(one.tolist()) for one in found.values()}) == 3
     assert (ranked.matched(rows, 0) == found[0]).all()
+
+
+@given(seed=st.integers(0, 2**32 - 1), n=st.integers(2, 150), n_weights=st.integers(1, 40), k=st.integers(1, 20))
+def test_matched_features_are_those_of_a_whole_sort(seed, n, n_weights, k):
+    """Many of the same weight: of equally near ones, the first."""
+    rng = np.random.default_rng(seed)
+    ranked = ranked_of(rng.integers(0, n_weights, n), rng.integers(1, 3, n).tolist())
+    rows = np.sort(rng.choice(n, min(k, n), replace=False))
+    block, weight = (ranked.table[name].to_numpy() for name in ("block", "mean_abs_attribution"))
+    free, drawn, found = [row for row in range(n) if row not in rows], np.random.default_rng(1), []
+    for row in rows:
+        of_block = [other for other in free if block[other] == block[row]]
+        nearest = sorted(of_block, key=lambda other: abs(weight[other] - weight[row]))[:50]
+        if nearest:
+            found.append(drawn.choice(nearest))
+            free.remove(found[-1])
+    assert ranked.matched(rows, 1).tolist() == sorted(found)
 
 
 def test_the_most_active_others_are_idle():

@@ -238,6 +238,14 @@ def test_a_joined_batch_goes_on_as_each_sequence_does_alone(pair, lengths):
     torch.testing.assert_close(last[0], alone[-1:], rtol=1e-4, atol=1e-4)
 
 
+def test_how_a_backbone_decodes_is_found_once(pair):
+    """By forwards: not by each of the many jobs that decode with it."""
+    first = Resident(pair[1]).decoding
+    with mock.patch.object(pair[1].decoder, "forward", side_effect=AssertionError):
+        assert Resident(pair[1]).decoding is first
+    assert first == find_decoding(pair[1])
+
+
 @pytest.mark.slow
 @settings(max_examples=5, deadline=None)
 @given(st.lists(st.integers(1, 25), min_size=2, max_size=7), st.sampled_from([30, 60, 120]), st.integers(0, 99))

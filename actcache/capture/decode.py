@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -137,6 +138,17 @@ class Found(NamedTuple):
     reason: str | None
     in_chunks: bool
     joins: bool = False
+
+
+_known: WeakKeyDictionary[Backbone, Found] = WeakKeyDictionary()
+
+
+def decoding_of(backbone: Backbone) -> Found:
+    """What :func:`find_decoding` finds, whose forwards run once for a backbone."""
+    if (found := _known.get(backbone)) is None:
+        with backbone.being_probed():
+            found = _known[backbone] = find_decoding(backbone)
+    return found
 
 
 @torch.no_grad()

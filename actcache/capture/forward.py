@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from actcache.capture.decode import CachedBatch, Decoding, Found, find_decoding
+from actcache.capture.decode import CachedBatch, Decoding, Found, decoding_of
 from actcache.errors import NotFiniteError
 from actcache.finite import first_no_state, first_not_finite, not_finite
 from actcache.models.backbone import Backbone
@@ -133,8 +133,7 @@ class Resident:
     @functools.cached_property
     def decoding(self) -> Found:
         """How it decodes; found by forwards."""
-        with self.backbone.being_probed():
-            found = find_decoding(self.backbone)
+        found = decoding_of(self.backbone)
         if found.decoding is Decoding.EVEN:
             self._say(f"searches share a batch where their prompts are of one length: {found.reason}")
         elif found.decoding is Decoding.FULL:

@@ -22,7 +22,7 @@ from actcache.analyses.grid import one_boundary, pairs_of
 from actcache.errors import InputError
 from actcache.schema import common_readout
 from actcache.store import Store
-from actcache.study.statistics import Ints
+from actcache.study.statistics import Floats, Ints
 
 ENCODINGS = ("branch", "joint")
 NEIGHBOURS = 50
@@ -174,10 +174,12 @@ class Ranked:
         block, weight = self._columns["block"], self._columns["active_rate"] * self._columns["mean_abs_attribution"]
         free, rng = np.ones(len(block), bool), np.random.default_rng(seed)
         free[rows] = False
+        own = {int(one): np.flatnonzero(block == one) for one in np.unique(block[rows])}
         found = []
         for row in rows.tolist():
-            left = np.flatnonzero(free & (block == block[row]))
-            nearest = left[np.argsort(np.abs(weight[left] - weight[row]), kind="stable")[:NEIGHBOURS]]
+            left = own[int(block[row])]
+            left = left[free[left]]
+            nearest = left[_smallest(np.abs(weight[left] - weight[row]), NEIGHBOURS)]
             if len(nearest):
                 found.append(int(rng.choice(nearest)))
                 free[found[-1]] = False
@@ -212,3 +214,11 @@ class Ranked:
         if unknown := [name for name in named if name not in at]:
             raise InputError(f"there is no feature {unknown[0]!r}; expected BLOCK:FEATURE, as {next(iter(at))}")
         return np.sort(np.array([at[name] for name in named], np.int64))
+
+
+def _smallest(values: Floats, n: int) -> Ints:
+    """Where the n smallest are, in their order, of equal ones the first; without sorting all."""
+    if len(values) <= n:
+        return np.argsort(values, kind="stable")
+    few = np.flatnonzero(values <= np.partition(values, n - 1)[n - 1])
+    return few[np.argsort(values[few], kind="stable")[:n]]
