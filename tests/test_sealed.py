@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -149,3 +151,17 @@ def test_what_is_wrong_is_said(tmp_path):
         read_json(path, "a plan", "plan again")
     with pytest.raises(CorruptFileError, match="is damaged"):
         read_json(path, "a plan", "plan again", without_seal=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_a_table_is_read_by_no_thread_that_may_outlive_the_interpreter(tmp_path):
+    """One of Arrow's that lets go of Python's bytes as the process ends aborts it."""
+    path = tmp_path / "cells.parquet"
+    path.write_bytes(parquet_bytes(pa.table({f"c{i}": list(range(1000)) for i in range(8)}), {}))
+    code = (
+        "import os, sys, pyarrow.parquet\nfrom actcache.sealed import read_parquet\n"
+        "def count(): return len(os.listdir('/proc/self/task'))\n"
+        "before = count(); read_parquet(sys.argv[1], 'cells', ''); print(count() - before)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    assert ran.stdout == "0\n"

@@ -28,6 +28,7 @@ def read_cells(path: Path) -> Sealed:
     except NoSealError:
         data = path.read_bytes()
     try:
-        return Sealed(pq.read_table(pa.BufferReader(data)), {}, hashlib.sha256(data).hexdigest())
+        table = pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)  # as sealed tables are
+        return Sealed(table, {}, hashlib.sha256(data).hexdigest())
     except pa.ArrowException as error:
         raise InputError(f"{path} is not a Parquet table: {one_line(error)}") from error
