@@ -16,8 +16,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 RUN    ?= runs/demo
 LINEAGE ?= pairs/lineage
-# More of pytest's arguments. Tests run side by side: one process per CPU, and one more for the times at which others
-# wait for what they started.
+# More of pytest's arguments. Tests run side by side, one process per CPU.
 PYTEST ?=
 
 BIN := $(VENV)/bin
@@ -29,7 +28,7 @@ SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 # threads ask for theirs. A file's tests stay in one process, which makes what they share once. Bytecode is kept, whatever
 # the environment says: else each process that a test starts compiles torch and transformers anew, which takes longer
 # than the test.
-RUN_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $$(($$(getconf _NPROCESSORS_ONLN) + 1)) --dist loadfile --no-loadscope-reorder
+RUN_TESTS := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 demo: $(VENV)/installed
 	$(BIN)/actcache demo --out $(RUN)
