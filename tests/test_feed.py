@@ -512,6 +512,7 @@ def test_damage_is_named_and_never_skipped(path, workers):
     feed = make_feed(path)
     with pytest.raises(CorruptStoreError, match="segment s-2, array states/it/b002, chunk 0"):
         [*feed.batches(workers)]
+    assert not multiprocessing.active_children()
     assert len([*make_feed(path, labels=["pt"], memory_bytes=1 << 20).batches(workers)]) == 17
 
 

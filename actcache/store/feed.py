@@ -244,9 +244,15 @@ class RowFeed(IterableDataset[RowBatch]):
         loader = iter(DataLoader(self, batch_size=None, num_workers=workers, **options))
         self._loaded = None  # the workers have it
         self._at = _position(self.epoch, first, workers)
-        for number, batch in enumerate(loader, first + 1):
-            self._at["next"] = number
-            yield batch
+        try:
+            for number, batch in enumerate(loader, first + 1):
+                self._at["next"] = number
+                yield batch
+        except Exception as error:
+            # Its frames refer to the workers and to itself: they would stay until garbage is collected, which then
+            # waits five seconds for each.
+            del loader
+            raise error.with_traceback(None) from error.__cause__
 
     def __iter__(self) -> Iterator[RowBatch]:
         """This process's share of the epoch's batches: of w workers, batch t comes from worker ``t % w``.
