@@ -471,6 +471,13 @@ def test_a_set_of_everything_has_no_other_features():
     assert names == ["top[k=6,amount=1.0]", "same_norm[k=6,amount=1.0,seed=0]"]
 
 
+def test_features_are_named_once_each():
+    ranked = ranked_of([1.0] * 6)
+    assert ranked.rows_of(["1:3", " 1:0"]).tolist() == [0, 3]
+    with pytest.raises(InputError, match="feature 1:3 is named twice"):  # it would be removed twice
+        ranked.rows_of(["1:3", "1:0", "1:3"])
+
+
 def test_ranking_prompts_go_by_their_hash_or_their_place():
     prompts = [f"p{i}" for i in range(40)]
     by_hash = ranking_prompts([*prompts, *prompts], "0.25")
@@ -479,7 +486,7 @@ def test_ranking_prompts_go_by_their_hash_or_their_place():
     assert ranking_prompts(reversed(prompts), "0.25") == by_hash
     assert ranking_prompts(prompts, "3") == set(prompts[:3])
     assert ranking_prompts(["one"], "0.01") == {"one"}
-    for wrong in ("0", "1.0", "-3", "some", "nan"):
+    for wrong in ("0", "1.0", "-3", "some", "nan", "\u00b2"):
         with pytest.raises(InputError, match="ranking is"):
             ranking_prompts(prompts, wrong)
 

@@ -76,7 +76,7 @@ def sizes(text: str) -> tuple[int, ...]:
 
 def size(text: str) -> int:
     """The size of a set, at least 1."""
-    if not text.strip().isdigit() or int(text) < 1:
+    if not text.strip().isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is not a number of features, 1 or more")
     return int(text)
 

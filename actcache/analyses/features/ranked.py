@@ -116,7 +116,7 @@ def ranking_prompts(prompts: Iterable[str], rule: str) -> set[str]:
         number = float(rule)
     except ValueError:
         number = math.nan
-    if rule.isdigit() and int(rule) > 0:
+    if rule.isdecimal() and int(rule) > 0:
         return set(every[: int(rule)])
     if not 0 < number < 1:
         raise InputError(f"ranking is {rule!r}; expected a share of the prompts, as 0.25, or how many of the first")
@@ -207,12 +207,15 @@ class Ranked:
         """The rows of features named ``block:feature``.
 
         Raises:
-            InputError: one is none.
+            InputError: one is none, or named twice.
         """
+        named = [name.strip() for name in named]
         places = zip(self._columns["block"].tolist(), self._columns["feature"].tolist(), strict=True)
         at = {f"{block}:{feature}": row for row, (block, feature) in enumerate(places)}
         if unknown := [name for name in named if name not in at]:
             raise InputError(f"there is no feature {unknown[0]!r}; expected BLOCK:FEATURE, as {next(iter(at))}")
+        if twice := [name for number, name in enumerate(named) if name in named[:number]]:
+            raise InputError(f"feature {twice[0]} is named twice; name each once")
         return np.sort(np.array([at[name] for name in named], np.int64))
 
 
