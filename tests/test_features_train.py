@@ -24,14 +24,15 @@ from stores import make_fingerprint, make_table, read_tree, write_store
 import actcache
 from actcache.analyses.features.contexts import ANALYSIS as CONTEXTS
 from actcache.analyses.features.contexts import ContextsOptions, highest
-from actcache.analyses.features.crosscoder import Crosscoder
+from actcache.analyses.features.crosscoder import DESCRIPTION, WEIGHTS, Crosscoder
 from actcache.analyses.features.gate import ANALYSIS as GATE
 from actcache.analyses.features.gate import GateOptions, drops_found, judged, measured
 from actcache.analyses.features.mediate import ANALYSIS as MEDIATE
-from actcache.analyses.features.train import TrainOptions
+from actcache.analyses.features.train import TrainOptions, _train
 from actcache.analyses.features.trainer import Trainer
 from actcache.cli import main
 from actcache.errors import CorruptFileError, InputError
+from actcache.progress import Tally, untold
 from actcache.sealed import parquet_bytes
 from actcache.store import SegmentData, layout, open_store
 from actcache.store.corpus import held_out
@@ -194,9 +195,38 @@ def test_a_training_that_died_ends_in_the_same_bytes(planted, tmp_path):
     last = Trainer(feed_of(store), small)
     assert last.resume(tmp_path / "died")
     assert last.step == 35
+    (tmp_path / "died" / ".training-000000042.safetensors.0123abcd.tmp").touch()  # killed as it was written
     last.run(tmp_path / "died", 7).save(tmp_path / "died")
     assert last.log == whole.log
     assert read_tree(tmp_path / "died") == read_tree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, DESCRIPTION])
+def test_what_is_damaged_is_trained_again(planted, tmp_path, name):
+    store, _ = planted
+
+    def train():
+        _train(tmp_path, feed_of(store), recipe(steps=4), "cpu", 100, Tally(4, "steps", untold))
+        return read_tree(tmp_path)
+
+    whole = train()
+    path = tmp_path / name
+    data = path.read_bytes()
+    path.write_bytes(data[:-9] + bytes([data[-9] ^ 1]) + data[-8:])
+    with pytest.raises((CorruptFileError, InputError), match="train it again"):
+        Crosscoder.load(tmp_path)
+    assert train() == whole
+    path.write_bytes(data)
+    Crosscoder.load(tmp_path).save(tmp_path)  # a person's own, of no known training
+    with pytest.raises(InputError, match="is of another training"):
+        train()
+
+
+def test_rows_that_are_all_equal_have_nothing_to_explain(planted):
+    trainer = Trainer(feed_of(planted[0]), recipe(steps=4))
+    rows = torch.ones(8, 2, D)
+    trainer._put_down(rows, rows, 0.0, 0.0, torch.ones(8, 24) > 0, torch.zeros(24))
+    assert trainer.log[-1]["ve_pt"] == 0.0
 
 
 def test_what_was_saved_is_of_the_same_training(planted, tmp_path):

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from actcache.analyses.features.before import BATCH_BYTES, Before
-from actcache.analyses.features.crosscoder import DESCRIPTION, crosscoder_folder, describe
+from actcache.analyses.features.crosscoder import Crosscoder, crosscoder_folder, describe
 from actcache.analyses.features.step import SITE, Step, blocks_of, open_corpus, records_of
-from actcache.analyses.features.trainer import Recipe, Trainer, check_same
-from actcache.errors import InputError
-from actcache.files import write_atomically
+from actcache.analyses.features.trainer import STATE, Recipe, Trainer, check_same
+from actcache.errors import CorruptFileError, InputError
+from actcache.files import locked, make_folder, write_atomically
 from actcache.progress import OnProgress, Tally, untold
 from actcache.sealed import Sealed, parquet_bytes
 from actcache.store import Store
@@ -222,18 +222,29 @@ class Train(Step[TrainOptions]):
 
 
 def _train(place: Path, feed: RowFeed, recipe: Recipe, device: str, save_every: int, tally: Tally) -> None:
-    """Train one block, unless it is trained."""
-    trainer = Trainer(feed, recipe, device)
-    if (place / DESCRIPTION).is_file():
-        check_same(describe(place).made_from["training"], trainer.identity, place)
-        tally.add(found=recipe.steps)
-    else:
-        trainer.resume(place)
-        tally.add(found=trainer.step)
-        crosscoder = trainer.run(place, save_every, tally.add)
-        made_from = {"training": trainer.identity, "corpus": records_of(feed.chosen.store), "log": trainer.log}
-        crosscoder.save(place, made_from)
-    Trainer.remove(place)
+    """Train one block, unless it is trained; one process at a time, as two would remove each other's files."""
+    make_folder(place)
+    with locked(place / STATE):
+        trainer = Trainer(feed, recipe, device)
+        if _is_whole(place):
+            check_same(describe(place).made_from.get("training", {}), trainer.identity, place)
+            tally.add(found=recipe.steps)
+        else:
+            trainer.resume(place)
+            tally.add(found=trainer.step)
+            crosscoder = trainer.run(place, save_every, tally.add)
+            made_from = {"training": trainer.identity, "corpus": records_of(feed.chosen.store), "log": trainer.log}
+            crosscoder.save(place, made_from)
+        Trainer.remove(place)
+
+
+def _is_whole(place: Path) -> bool:
+    """Whether a crosscoder is there; one that is damaged is trained again, as the error says that names it."""
+    try:
+        Crosscoder.load(place)
+    except (InputError, CorruptFileError):
+        return False
+    return True
 
 
 def _labels(given: str, store: Store, corpus: Store) -> list[str]:

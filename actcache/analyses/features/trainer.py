@@ -39,6 +39,7 @@ from actcache.store.feed import RowFeed
 
 STATE = "training.json"
 _TENSORS = re.compile(r"training-[0-9]+\.safetensors")
+_DRAFT = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")  # of a file here, by a training that was killed
 _LEARNED = ("encoder", "b_enc", "decoder", "b_dec")
 _N_LOGGED = 200  # rows of the log of a whole training, about
 
@@ -207,7 +208,7 @@ class Trainer:
             )
         left = (rows - found).square().sum(dim=(0, 2))
         whole = (rows - rows.mean(dim=0)).square().sum(dim=(0, 2))
-        explained = (1 - left / whole).tolist()
+        explained = torch.where(whole > 0, 1 - left / whole, 0.0).tolist()  # of rows that are all equal, nothing
         self.log.append(
             {
                 "block": self.block,
@@ -322,8 +323,8 @@ class Trainer:
     @staticmethod
     def _remove(folder: Path, but: str = "") -> None:
         for path in folder.iterdir():
-            if _TENSORS.fullmatch(path.name) and path.name != but:
-                path.unlink()
+            if (_TENSORS.fullmatch(path.name) and path.name != but) or _DRAFT.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         found = {**self._learned, "off": self._off, "mean": self.mean}
