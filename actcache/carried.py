@@ -61,6 +61,17 @@ def as_columns(texts: Sequence[str]) -> dict[str, pa.Array | pa.ChunkedArray]:
     return {key: _natural([record.get(key) for record in records]) for key in keys}
 
 
+def values_of(column: pa.ChunkedArray) -> list[Any]:
+    """The values of such a column. Those of mixed types, of which one is a text, are what their JSON texts say."""
+    values = column.to_pylist()
+    if not any(isinstance(value, str) and value.startswith('"') for value in values):
+        return values
+    try:
+        return [None if value is None else json.loads(value) for value in values]
+    except ValueError:  # texts, one of them in quotation marks
+        return values
+
+
 def _natural(values: list[Any]) -> pa.Array | pa.ChunkedArray:
     kinds = {type(value) for value in values if value is not None}
     if kinds <= {str} or kinds <= {bool} or kinds <= {int} or kinds <= {int, float}:

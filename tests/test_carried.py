@@ -9,7 +9,7 @@ import pytest
 import torch
 from stores import make_fingerprint, make_segment, write_store
 
-from actcache.carried import as_columns, encode
+from actcache.carried import as_columns, encode, values_of
 from actcache.sealed import parquet_bytes
 from actcache.store import open_store
 from actcache.study.cells import cell_table, gather_cells
@@ -84,3 +84,12 @@ def test_cells_have_the_columns_of_their_events(tmp_path, carried):
     of_event = {row["event_id"]: [row[name] for name in columns] for row in store.events.to_pylist()}
     for row in read.to_pylist():
         assert [row[name] for name in columns] == of_event[row["event_id"]]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[7, "seven", None, 1.5], ["7", "seven", None], ['"quoted"', "not"], [True, "x", [1, "y"]], [1, 2.5], [None]],
+)
+def test_values_of_mixed_types_are_what_was_carried(values):
+    column = as_columns([encode({"key": value}) for value in values])["key"]
+    assert values_of(pa.chunked_array([column])) == values

@@ -20,6 +20,7 @@ from actcache.analyses.forced import ANALYSIS, BRANCHES, VIEWS, alternatives
 from actcache.analyses.forced import ForcedOptions as Options
 from actcache.cli import main
 from actcache.errors import InputError
+from actcache.models.lineup import Lineup
 from actcache.study import whole_models
 from actcache.study.plan import shapes_of
 
@@ -71,8 +72,9 @@ def planted(tmp_path_factory):
     it = bigrams(folder / "it", {"?": "b", "!": "d", **SHARED})
     prompts = [
         {"id": f"{letter}{mark}", "prompt": f"{letter}{mark}", "category": kind, "answer": 7, "expected": "comply"}
+        | {"mixed": mixed, "tone": "polite"}
         for letter in DECIDES
-        for mark, kind in (("?", "decided"), ("!", "equal"))
+        for mark, kind, mixed in (("?", "decided", 7), ("!", "equal", "Seven"))
     ]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     words = ["run", "--pt", pt, "--it", it, "--prompts", folder / "prompts.jsonl", "--out", folder / "run", *FEW[2:]]
@@ -133,6 +135,28 @@ def test_a_function_scores_from_python_and_from_a_file(planted, tmp_path, capfd)
     assert forced.ANALYSIS.read(folder, folder.open_store()) is None
     assert main(["forced", str(out), "--checker", str(file)]) == 2
     assert "is not FILE.py:function" in capfd.readouterr().err
+
+
+def test_a_column_of_numbers_and_texts_holds_both(planted, tmp_path):
+    out = shutil.copytree(planted, tmp_path / "run")
+    asked = set()
+    found = actcache.Run(out).analyse(
+        "forced", answer="mixed", by="mixed", checker=lambda text, prompt: asked.add(prompt["mixed"])
+    )
+    of = by_group(found["groups"])
+    assert asked == {7, "Seven"}  # and no '"Seven"', which no reply says
+    assert of["exact", "mixed=7", "suffix"]["effect"]["mean"] == 1.0
+    assert of["exact", "mixed=Seven", "suffix"]["y_it"]["mean"] == 0.0
+
+
+def test_what_no_position_is_left_for_is_left_out(planted, tmp_path, monkeypatch, capfd):
+    out = shutil.copytree(planted, tmp_path / "run")
+    monkeypatch.setattr(Lineup, "max_positions", 2)  # all prompts have as many tokens
+    assert main(["forced", str(out), "--max-new", "3,decided=1,decide=2"]) == 0
+    said = capfd.readouterr()
+    assert "24 of 24 events are left out" in said.err
+    assert "max_new: no event has category 'decide'" in said.err
+    assert "no event" in said.out
 
 
 def test_lengths_by_column(planted, tmp_path):
@@ -272,6 +296,7 @@ def test_it_is_planned(planted, tmp_path):
     [
         ({"answer": "solution"}, "the prompts have no column 'solution', which --answer names"),
         ({"expected": "x"}, "the prompts have no column 'x', which --expected names"),
+        ({"expected": "tone"}, "column 'tone' says 'polite'; expected refuse or comply"),
         ({"by": "x"}, "the prompts have no column 'x', which --by names"),
         ({"checker": 3}, "checker is 3, expected a function"),
         ({"checker": lambda text, prompt: None, "colour": 1}, "forced has no option 'colour'"),

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from actcache.errors import InputError
-from actcache.study.replies import Checker, answer_of, behaves, exact, refuses, scorers
+from actcache.study.replies import Checker, answer_of, behaves, exact, expectation, refuses, scorers
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,12 @@ from actcache.study.replies import Checker, answer_of, behaves, exact, refuses, 
         ("12,5", "5"),
         ("10-4", "4"),
         ("10 -4", "-4"),
+        ("5e3 of them", "5000"),
+        ("so 1e-05", "0.00001"),
+        ("12 eggs, or 7e", "7"),
+        ("-0.0", "0"),
+        ("-007", "-7"),
+        ("1" * 5000, "1" * 5000),
         ("the answer is unknown", None),
         ("no number", None),
         ("", None),
@@ -48,6 +54,9 @@ def test_the_number_that_a_text_answers_with(text, answer):
         ("nothing", 7, 0.0),
         ("Judy works at the  mill.", "The mill", 1.0),
         ("Judy works at the windmill.", "mill", 0.0),
+        ("so it is 0.00001", 1e-05, 1.0),  # as Python writes it
+        ("so it is 5", 1e-05, 0.0),
+        ("so it is 10000000000000000", 1e16, 1.0),
         ("anything", None, None),
         ("anything", " ", None),
     ],
@@ -83,6 +92,14 @@ def test_what_is_no_refusal(text):
 
 def test_saying_nothing_is_neither():
     assert (behaves("  ", "refuse"), behaves("  ", "comply"), behaves("Sure", None)) == (0.0, 0.0, None)
+
+
+def test_what_is_expected_is_read_in_any_case():
+    assert [expectation(one) for one in ("Refuse", " comply ", "polite", "", True, None)] == [
+        *("refuse", "comply"),
+        *(None,) * 4,
+    ]
+    assert (behaves("Sure", "Comply"), behaves("Sure", "REFUSE")) == (1.0, 0.0)
 
 
 def length(text, prompt):

@@ -7,9 +7,9 @@ No state is patched here. IT alone goes on greedily from an event's sequence and
 - `class_matched`: the nearest of y_pt's class (content, layout or discourse) that is none of these three.
 
 Special tokens, those that are never chosen, and those whose text is not read as that one token are not forced: events
-whose y_it or y_pt is one are left out. What IT writes ends at an end token, or after `--max-new` tokens. It is scored
-in three views: `suffix`, the text without the forced token; `whole`, with it; and `first`, the first 64 tokens of the
-suffix. Scores are
+whose y_it or y_pt is one are left out, and so are those that end at the last position that the model has. What IT
+writes ends at an end token, or after `--max-new` tokens. It is scored in three views: `suffix`, the text without the
+forced token; `whole`, with it; and `first`, the first 64 tokens of the suffix. Scores are
 
 - `exact`: the answer of a text is its number behind "####", "answer is" or "therefore", or else its last one. It is
   compared with a column of the prompts (`--answer`). An answer without a number must stand in the text.
@@ -38,6 +38,7 @@ import torch
 
 from actcache.analyses.grid import events_of_pair, pairs_of
 from actcache.capture.token_class import TokenClasses, read_token_classes
+from actcache.carried import values_of
 from actcache.errors import InputError
 from actcache.files import digests_of_files, write_atomically
 from actcache.progress import OnProgress, untold
@@ -47,7 +48,7 @@ from actcache.store import Store
 from actcache.study.analysis import Analysis, option
 from actcache.study.branch_job import BranchJob, Limits, branch_jobs, read_branches
 from actcache.study.engine import LocalEngine
-from actcache.study.replies import Checker, scorers
+from actcache.study.replies import Checker, expectation, scorers
 from actcache.study.run_folder import RunFolder
 from actcache.study.section import Bars, Interval, Section
 from actcache.study.statistics import DRAWS, SEED, Number, Sample, check_draws, check_weights, number
@@ -124,6 +125,12 @@ class Forced(Analysis[ForcedOptions]):
         for name, column in asked.items():
             if column and column not in store.events.column_names:
                 raise InputError(f"the prompts have no column {column!r}, which --{name} names")
+        if len(options.lengths) > 1 and options.by not in store.events.column_names:
+            raise InputError(f"max_new is {options.max_new!r}, and the prompts have no column {options.by!r}")
+        said = values_of(store.events[options.expected]) if options.expected else []
+        other = [value for value in said if value is not None and expectation(value) is None]
+        if other and not any(map(expectation, said)):
+            raise InputError(f"column {options.expected!r} says {other[0]!r}; expected refuse or comply, or nothing")
 
     def beside(self, folder: RunFolder, options: Mapping[str, Any]) -> dict[str, str]:
         """The files of classes and of the checker."""
@@ -181,7 +188,12 @@ class Forced(Analysis[ForcedOptions]):
             tables.append(table)
             groups += list(groups_of(table, store, options))
         if n_left_out:
-            say(f"{n_left_out} of {len(store)} events are left out: a token of theirs is special, or not read as one")
+            say(
+                f"{n_left_out} of {len(store)} events are left out: a token of theirs is special, or not read as one, "
+                "or no position is left for another"
+            )
+        if len(store) and (unknown := sorted(options.lengths.keys() - {"", *_values(store, options)})):
+            say(f"max_new: no event has {options.by} {unknown[0]!r}")
         made_from = self.made_with(folder, store, beside)
         notes = made_from | {"options": asdict(options)}
         write_atomically(self.table_path(folder), parquet_bytes(pa.concat_tables(tables), notes))
@@ -252,7 +264,7 @@ def _values(store: Store, options: ForcedOptions) -> list[str]:
     """Of each event, the value of the column that groups are made of."""
     if options.by not in store.events.column_names:
         return [""] * len(store)
-    return ["" if value is None else str(value) for value in store.events[options.by].to_pylist()]
+    return ["" if value is None else str(value) for value in values_of(store.events[options.by])]
 
 
 class _Forced(NamedTuple):
@@ -285,7 +297,12 @@ def _branches(store: Store, run: Run, options: ForcedOptions, pair: tuple[str, s
     """The tokens of each branch, by the event's number; of an event that has both of its own."""
     tokens = _Tokens(run.lineup, pair[1], _classes(options))
     y_pt, y_it = (store.events[f"y_{role}"].to_pylist() for role in ROLES)
-    own = [event for event in events_of_pair(store, pair) if tokens.may_be(y_pt[event]) and tokens.may_be(y_it[event])]
+    positions, most = store.events["position"].to_pylist(), run.lineup.max_positions
+    own = [
+        event
+        for event in events_of_pair(store, pair)
+        if tokens.may_be(y_pt[event]) and tokens.may_be(y_it[event]) and (most is None or positions[event] + 1 < most)
+    ]
     found: dict[str, dict[int, _Forced]] = {branch: {} for branch in BRANCHES}
     readout = run.load_readout(pair[1]) if own else None
     for start in range(0, len(own) if readout is not None else 0, _EVENTS_AT_ONCE):
@@ -371,8 +388,9 @@ def _scored(
     }
     by = scorers(options.answer, options.expected, _checker(options))
     rows: list[dict[str, Any]] = []
+    columns = {name: values_of(store.events[name]) for name in store.events.column_names}
     for event in branches["y_it"]:
-        prompt = {name: store.events[name][event].as_py() for name in store.events.column_names}
+        prompt = {name: values[event] for name, values in columns.items()}
         score = functools.cache(lambda name, text, prompt=prompt: by[name](text, prompt))  # equal texts, equal scores
         texts: dict[str, str] = {}  # of branch y_it, which is the first
         of_branches = (one for one in product(BRANCHES, VIEWS) if event in branches[one[0]])
