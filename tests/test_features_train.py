@@ -28,6 +28,7 @@ from actcache.analyses.features.crosscoder import DESCRIPTION, WEIGHTS, Crosscod
 from actcache.analyses.features.gate import ANALYSIS as GATE
 from actcache.analyses.features.gate import GateOptions, drops_found, judged, measured
 from actcache.analyses.features.mediate import ANALYSIS as MEDIATE
+from actcache.analyses.features.step import crosscoder_digests
 from actcache.analyses.features.train import TrainOptions, _train
 from actcache.analyses.features.trainer import Trainer
 from actcache.cli import main
@@ -431,8 +432,18 @@ def test_contexts_notice_another_ranking(run, tmp_path):
         assert step("contexts", out, "--batch", 16) == 0
         assert CONTEXTS.read(folder, folder.open_store()) is not None
         table = pa.table({"block": pa.array([4, 4], pa.int32()), "feature": [0, 1], "rank": ranks})
-        ranking.write_bytes(parquet_bytes(table, {}))
+        ranking.write_bytes(parquet_bytes(table, {"crosscoders": crosscoder_digests(folder)}))
         assert CONTEXTS.read(folder, folder.open_store()) is None
+    assert step("contexts", out, "--batch", 16) == 0
+    assert features_of(CONTEXTS.read(folder, folder.open_store())) == {("causal rank", 1), ("causal rank", 0)}
+    shutil.rmtree(folder.features / "crosscoders")  # others, of fewer features than were ranked
+    assert step("train", out, *TRAIN, "--blocks", 4, "--width", 1, "--k", 1) == 0
+    assert step("contexts", out, "--batch", 16) == 0
+    assert features_of(CONTEXTS.read(folder, folder.open_store())) == {("activation in all", 0)}
+
+
+def features_of(found):
+    return {(one["ordered_by"], one["feature"]) for one in found["groups"]}
 
 
 @pytest.mark.slow
@@ -464,6 +475,14 @@ def test_what_a_step_refuses(run, tmp_path, capfd):
     assert "holds no corpus" in capfd.readouterr().err
     assert step("train", run, "--batch", 99999) == 2
     assert "smaller --batch" in capfd.readouterr().err
+    for flag, value, said in (
+        ("--labels", "it,it", "name each checkpoint once"),
+        ("--k-start", -4, "k_start is -4: give 0 or more"),
+        ("--aux-k", -3, "aux_k is -3: give 0 or more"),
+        ("--seed", 2**64, "give less than 2**63"),
+    ):
+        assert step("train", run, flag, value) == 2
+        assert said in capfd.readouterr().err
     with pytest.raises(SystemExit):
         main(["features", "trian", str(run)])
     assert "there is no step 'trian'; did you mean train?" in capfd.readouterr().err

@@ -1,8 +1,8 @@
 """Contexts: on which texts is each feature the most active?
 
 For each feature, the tokens of the corpus at which it is the highest, with the text around them: what a reader guesses
-a meaning from. The features are those that `features rank` puts first. Where nothing is ranked, they are those that
-are the most active in all. Rows are encoded by all branches, with the threshold.
+a meaning from. The features are those that `features rank` puts first. Where these crosscoders are not ranked, they are
+those that are the most active in all. Rows are encoded by all branches, with the threshold.
 """
 
 from __future__ import annotations
@@ -14,12 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from actcache.analyses.features.before import Before
 from actcache.analyses.features.crosscoder import Crosscoder
-from actcache.analyses.features.step import SITE, CorpusStep, load_crosscoders, open_corpus, trained_blocks
+from actcache.analyses.features.step import (
+    SITE,
+    CorpusStep,
+    crosscoder_digests,
+    load_crosscoders,
+    open_corpus,
+    trained_blocks,
+)
 from actcache.errors import InputError
 from actcache.files import digests_of_files, write_atomically
 from actcache.progress import OnProgress, Tally, untold
@@ -220,10 +226,10 @@ def _chosen(folder: RunFolder, found: Mapping[int, Highest], n: int) -> tuple[li
     """Blocks and features, the first ones first; and what they are ordered by, in words."""
     if (path := _ranking(folder)).is_file():
         again = f"'actcache features rank {folder.path}' makes it again"
-        ranking = read_parquet(path, "a ranking of features", again, columns=["block", "feature", "rank"]).content
-        ranking = ranking.filter(pc.is_in(ranking["block"], value_set=pa.array(list(found), ranking["block"].type)))
-        first = ranking.sort_by("rank").slice(0, n).to_pylist()
-        return [(row["block"], row["feature"]) for row in first], "causal rank"
+        ranking = read_parquet(path, "a ranking of features", again, columns=["block", "feature", "rank"])
+        if ranking.made_from.get("crosscoders") == crosscoder_digests(folder):  # else features are others by now
+            first = ranking.content.sort_by("rank").slice(0, n).to_pylist()
+            return [(row["block"], row["feature"]) for row in first], "causal rank"
     every = [(-mass, block, feature) for block, of in found.items() for feature, mass in enumerate(of.mass) if mass]
     return [(block, feature) for _, block, feature in sorted(every)[:n]], "activation in all"
 

@@ -53,8 +53,7 @@ class Step(Analysis[Options]):
 
     def made_from(self, folder: RunFolder, store: Store) -> dict[str, Any]:
         """As of every analysis, and the crosscoders."""
-        digests = {str(block): one.content["digest"] for block, one in described_crosscoders(folder).items()}
-        return super().made_from(folder, store) | {"crosscoders": digests}
+        return super().made_from(folder, store) | {"crosscoders": crosscoder_digests(folder)}
 
     @abstractmethod
     def planned(
@@ -97,6 +96,11 @@ def described_crosscoders(folder: RunFolder) -> dict[int, Sealed]:
     """What the crosscoders of a run say of themselves, by block; without their weights."""
     found = (describe(path.parent) for path in folder.features.glob("crosscoders/b*/crosscoder.json"))
     return {one.content["block"]: one for one in sorted(found, key=lambda one: one.content["block"])}
+
+
+def crosscoder_digests(folder: RunFolder) -> dict[str, str]:
+    """What tells the crosscoders of a run from all others, by block."""
+    return {str(block): one.content["digest"] for block, one in described_crosscoders(folder).items()}
 
 
 def load_crosscoders(

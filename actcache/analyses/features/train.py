@@ -100,10 +100,13 @@ class TrainOptions:
         for name, least in (
             *(("width", 1), ("k", 1), ("steps", 1), ("batch", 2), ("dead_steps", 1), ("threshold_batches", 1)),
             *(("mean_batches", 1), ("save_steps", 1), ("seed", 0), ("aux_weight", 0), ("clip", 0)),
+            *(("k_start", 0), ("aux_k", 0)),
         ):
             value = width if name == "width" else getattr(self, name)
             if not value >= least:
                 raise InputError(f"{name} is {value}: give {least} or more")
+        if self.seed >= 2**63:
+            raise InputError(f"seed is {self.seed}: give less than 2**63")
         if not max(found.k, found.k_start) <= width:
             raise InputError(f"k is {found.k}, at first {found.k_start}, of {width} features: give fewer, or a --width")
         if not (self.learning_rate > 0 and self.init_norm > 0 and self.clip > 0):
@@ -255,6 +258,8 @@ def _labels(given: str, store: Store, corpus: Store) -> list[str]:
     labels = list(store.fingerprint.event_pairs[0]) if given == "pair" else [one.strip() for one in given.split(",")]
     if missing := [label for label in labels if label not in known]:
         raise InputError(f"the corpus has rows of {', '.join(known)}, not of {missing[0]}: capture it with both")
+    if len(set(labels)) < len(labels):
+        raise InputError(f"labels is {given!r}: name each checkpoint once")
     return labels
 
 
