@@ -29,7 +29,8 @@ every_analysis = pytest.mark.parametrize("named", ANALYSES, ids=lambda named: na
 every_one_of_cells = pytest.mark.parametrize(
     "named", [one for one in ANALYSES if isinstance(one.load(), CellAnalysis)], ids=lambda named: named.name
 )
-BOUNDARIES = ("--boundary", "2,3", "--stability", "0", "--limit", "12")
+BOUNDARIES = ("--boundary", "2,3", "--stability", "0", "--limit", "7")
+ASKED = {"forced": {"max_new": 16}}  # of 128
 PAIRS = ("--pair", "pt,it", "--pair", "pt,between")
 
 
@@ -47,7 +48,7 @@ def answered(run, tmp_path_factory):
     @functools.cache
     def ask(name):
         out, told = shutil.copytree(run.out, tmp_path_factory.mktemp(name) / "run"), []
-        return out, actcache.Run(out).analyse(name, on_progress=told.append), told
+        return out, actcache.Run(out).analyse(name, on_progress=told.append, **ASKED.get(name, {})), told
 
     return ask
 
