@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import actcache
 from actcache.analyses import ANALYSES
 from actcache.cli import build_parser, main
+from actcache.cli.stability import add_run_arguments
 from actcache.replay.edits import Add, Edit, Project, Variant
 
 ROOT = Path(__file__).parent.parent
@@ -112,6 +113,12 @@ def examples(tmp_path_factory):
     return out
 
 
+def checks_few(parser):
+    """As a run that says nothing else, but with few of its checks of rounding, which take half of its time here."""
+    add_run_arguments(parser)
+    parser.set_defaults(stability=2)
+
+
 @pytest.fixture
 def folder(pair, tmp_path, monkeypatch, request):
     """Where a reader is: with a pair, its prompts and what the checkout has; README's makes the run as it says."""
@@ -121,6 +128,7 @@ def folder(pair, tmp_path, monkeypatch, request):
         shutil.copytree(pair / "RUN", tmp_path / "RUN")
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("actcache.cli.stages.add_run_arguments", checks_few)
     if request.node.callspec.params["path"].name in ("checkpoints.md", "prompts.md"):
         shutil.copytree(request.getfixturevalue("examples"), "EXAMPLES", symlinks=True)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", "EXAMPLES/hub")

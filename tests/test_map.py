@@ -51,7 +51,7 @@ def analysed(out, **options):
 @pytest.mark.parametrize("arch", first_quick(tiny.ARCHS))
 def test_every_patch_is_what_hooks_make(tiny_run, tmp_path, arch):
     """Of some events all patches: the strict map to the last digit, the packed one to rounding."""
-    run = tiny_run(arch, torch.float32, *CAPTURED[:4], "--limit", "4", "--strict")
+    run = tiny_run(arch, torch.float32, *CAPTURED[:4], "--limit", "3", "--strict")
     packed, strict = (shutil.copytree(run.out, tmp_path / name) for name in ("packed", "strict"))
     assert main(["grid", str(packed)]) == 0
     models = {label: reference.load(getattr(run, label), torch.float32) for label in ("pt", "it")}

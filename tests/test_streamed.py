@@ -18,7 +18,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from shared import TinyRun
-from tiny import make_checkpoint, make_pair, write_prompts, write_tokenizer
+from tiny import N_BLOCKS, make_checkpoint, make_pair, write_prompts, write_tokenizer
 
 import actcache
 from actcache.capture.forward import Pack, Resident
@@ -30,6 +30,7 @@ from actcache.models import checkpoint_files
 from actcache.models.backbone import Backbone
 from actcache.models.checkpoint import Checkpoint
 from actcache.models.parts import Frame
+from actcache.models.probe import probe_block
 from actcache.models.streamed import Streamed
 from actcache.replay.streamed_late import StreamedLate
 from actcache.study.holding import Holding
@@ -301,6 +302,8 @@ def test_checks_of_stability_stream_too(tiny_run, tmp_path):
     for way in ((), ("--stream",)):
         out = shutil.copytree(run.out, tmp_path / "-".join(("run", *way)))
         (out / "stability.parquet").unlink(missing_ok=True)
-        assert main(["stability", str(out), "--sample", "float32=3", *way]) == 0
+        with mock.patch("actcache.models.streamed.probe_block", wraps=probe_block) as looked_at:
+            assert main(["stability", str(out), "--sample", "float32=3", *way]) == 0
+        assert looked_at.call_count == (2 * N_BLOCKS if way else 0), "each block once, for all forwards over it"
         tables.append(pq.read_table(out / "stability.parquet").replace_schema_metadata())
     assert tables[0].equals(tables[1])

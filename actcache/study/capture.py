@@ -95,7 +95,6 @@ class LocalCapture:
         self._held, self._known, self._folder = held or Held(lineup, Holding(settings.device)), known, folder
         self._told: Told = nobody_told
         self._said: set[str] = set()
-        self._proven: dict[str, set[int]] = {label: set() for label in lineup.labels}
         self._passes = itertools.count(1)
         self._segments: dict[str, Segment] = {}
         self.between: Callable[[], None] = lambda: None
@@ -161,7 +160,7 @@ class LocalCapture:
 
     def _load_streamed(self, label: str) -> Streamed:
         settings, checkpoint = self._settings, self._lineup.checkpoints[label]
-        streamed = self._held.streamed(label, DTYPES[settings.dtype], self._proven[label])
+        streamed = self._held.streamed(label, DTYPES[settings.dtype])
         with checkpoint.named():
             for site, block in settings.sites:
                 find_site(streamed.empty_block(block), site)

@@ -1,11 +1,12 @@
 """Held: parts of the checkpoints of a store, loaded by whoever runs jobs, with the bound of memory that was asked for.
 
 A holding is plain data, which a run records and a worker is sent: so wherever a job runs, as little is in memory. Knows
-checkpoints and their parts; knows no jobs, and keeps nothing that it loads.
+checkpoints and their parts; knows no jobs, and keeps nothing that it loads but which blocks were looked at.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from functools import cached_property
 
@@ -31,6 +32,7 @@ class Held:
     def __init__(self, lineup: Lineup, holding: Holding, check: Callable[[], object] = lambda: None) -> None:
         """Of these checkpoints; ``check`` is called after each load, and raises where files are not what they were."""
         self.lineup, self.holding, self._check = lineup, holding, check
+        self._proven: dict[tuple[str, torch.dtype], set[int]] = defaultdict(set)
 
     @classmethod
     def of(cls, store: Store, lineup: Lineup, holding: Holding) -> Held:
@@ -78,8 +80,10 @@ class Held:
         """The same, or what streams, if the holding says so."""
         return Streaming(label, self.streamed(label, dtype)) if self.holding.stream else self.backbone(label, dtype)
 
-    def streamed(self, label: str, dtype: torch.dtype, proven: set[int] | None = None) -> Streamed:
-        """Blocks that are in memory one at a time (arguments and errors as :class:`Streamed`)."""
+    def streamed(self, label: str, dtype: torch.dtype) -> Streamed:
+        """Blocks that are in memory one at a time; each is looked at once, however often it is loaded (errors as
+        :class:`Streamed`)."""
+        proven = self._proven[label, dtype]
         streamed = Streamed(self.lineup.checkpoints[label], dtype, self.placement.of[label], proven=proven)
         streamed.readout.mask(self.lineup.masked_ids)
         self._check()
