@@ -59,10 +59,19 @@ def test_the_number_that_a_text_answers_with(text, answer):
         ("so it is 10000000000000000", 1e16, 1.0),
         ("anything", None, None),
         ("anything", " ", None),
+        ("It is in Holland.", ["the Netherlands", "Holland"], 1.0),
+        ("It is in Spain.", ["the Netherlands", "Holland"], 0.0),
+        ("anything", [], None),
+        ("anything", [None, ""], None),
     ],
 )
 def test_an_exact_answer(text, answer, score):
     assert exact(text, answer) == score
+
+
+def test_an_answer_that_is_none():
+    with pytest.raises(InputError, match="expected a number, a text, or a list of these"):
+        exact("anything", {"value": 7})
 
 
 @pytest.mark.parametrize(

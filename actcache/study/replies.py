@@ -63,8 +63,15 @@ def exact(text: str, answer: Any) -> float | None:
     """Whether a text gives the expected answer: 1 or 0; None where none is expected.
 
     An answer with a number is compared by its number, as :func:`answer_of` reads both. Any other must stand in the
-    text, as whole words and in whatever case.
+    text, as whole words and in whatever case. Of a list of answers, one suffices.
+
+    Raises:
+        InputError: an answer is an object.
     """
+    if isinstance(answer, list):
+        return max((one for each in answer if (one := exact(text, each)) is not None), default=None)
+    if isinstance(answer, dict):
+        raise InputError(f"an exact answer is {answer!r}; expected a number, a text, or a list of these")
     if answer is None or not str(answer).strip():
         return None
     expected = answer_of(str(answer))
