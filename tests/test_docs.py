@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 import actcache
 from actcache.analyses import ANALYSES
 from actcache.cli import build_parser, main
+from actcache.cli.arguments import choices_compared
 from actcache.cli.stability import add_run_arguments
 from actcache.replay.edits import Add, Edit, Project, Variant
 
@@ -170,6 +171,17 @@ def run_lines(block):
 @pytest.mark.parametrize("block", NOT_RUN, ids=lambda block: block.where)
 def test_what_is_not_run(block):
     pytest.skip(f"{block.where} {block.needs}")
+
+
+def test_commands_that_are_not_run_are_none_that_fail_at_once():
+    """They parse, and give no two options that exclude each other."""
+    text = "\n".join(block.text.replace("\\\n", " ") for block in NOT_RUN)
+    commands = re.findall(r"^(?:\$ )?(actcache .+)$", text, re.M)
+    assert len(commands) > 50
+    for command in commands:
+        args = build_parser().parse_args(shlex.split(command, comments=True)[1:])
+        if "rollout_tokens" in args:
+            choices_compared(args)
 
 
 def test_every_kind_of_block_is_known():

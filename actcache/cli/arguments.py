@@ -256,17 +256,10 @@ def capture_settings(
         InputError: a boundary is not one of the model; or lengths are given of another support.
     """
     from actcache.capture.settings import CaptureSettings, parse_boundaries, parse_sites
-    from actcache.capture.supports import ROLLOUT_TOKENS, ROLLOUTS
     from actcache.models.devices import kind_of
     from actcache.store.layout import STATE
 
-    max_new = CaptureSettings.max_new if args.max_new is None else args.max_new
-    if args.support == ROLLOUTS:
-        if args.max_new is not None:
-            raise InputError("--max-new is how far first divergences are searched: give --rollout-tokens instead")
-        max_new = 1 + (ROLLOUT_TOKENS if args.rollout_tokens is None else args.rollout_tokens)
-    elif args.rollout_tokens is not None:
-        raise InputError("--rollout-tokens belongs to --support rollouts: give both, or neither")
+    max_new = choices_compared(args)
     dtype = _dtype_asked(args, lineup, say, corpus)
     for label, checkpoint in lineup.checkpoints.items():
         if checkpoint.quantization is not None:
@@ -287,6 +280,24 @@ def capture_settings(
         support=args.support,
         sites=tuple(one for one in sites if one[0] != STATE),
     )
+
+
+def choices_compared(args: argparse.Namespace) -> int:
+    """How many choices per prompt are compared, at most.
+
+    Raises:
+        InputError: a length is given that belongs to another support.
+    """
+    from actcache.capture.settings import CaptureSettings
+    from actcache.capture.supports import ROLLOUT_TOKENS, ROLLOUTS
+
+    if args.support == ROLLOUTS:
+        if args.max_new is not None:
+            raise InputError("--max-new is how far first divergences are searched: give --rollout-tokens instead")
+        return 1 + (ROLLOUT_TOKENS if args.rollout_tokens is None else args.rollout_tokens)
+    if args.rollout_tokens is not None:
+        raise InputError("--rollout-tokens belongs to --support rollouts: give both, or neither")
+    return CaptureSettings.max_new if args.max_new is None else args.max_new
 
 
 def _dtype_asked(
