@@ -38,7 +38,7 @@ PAIRS = ("--pair", "pt,it", "--pair", "pt,between")
 def run(tiny_run, tmp_path_factory):
     """Two pairs, and a third checkpoint on the events of each: every analysis meets more than it asks for."""
     between = tiny.make_pair(tmp_path_factory.mktemp("between"), "llama", eps=tiny.EPS / 2)[1]
-    return tiny_run("llama", torch.float32, *BOUNDARIES, "--strict", "--checkpoint", f"between={between}", *PAIRS)
+    return tiny_run("llama", torch.float32, *BOUNDARIES, "--checkpoint", f"between={between}", *PAIRS)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def every_answer(run, answered, tmp_path_factory):
 def of_other_cells(every_answer, tmp_path_factory):
     """The folder of that run with other cells, its page, and what was said while that was made."""
     out = shutil.copytree(every_answer[0], tmp_path_factory.mktemp("other") / "run")
-    assert main(["grid", str(out)]) == 0  # packed, as the ones before were not
+    assert main(["grid", str(out), "--strict"]) == 0  # as the ones before were not
     with redirect_stderr(io.StringIO()) as said:
         assert main(["report", str(out)]) == 0
     return out, (out / "report.html").read_text(), said.getvalue()
