@@ -90,7 +90,7 @@ def planted(tmp_path_factory):
     """A run of the pair with its crosscoder, ranked by the default split."""
     folder = tmp_path_factory.mktemp("planted")
     pt, it, direction = plant(folder)
-    prompts, out = tiny.write_prompts(folder / "prompts.jsonl"), folder / "run"
+    prompts, out = tiny.write_prompts(folder / "prompts.jsonl", 16), folder / "run"
     words = ["run", "--pt", pt, "--it", it, "--prompts", prompts, "--out", out, "--max-new", MAX_NEW]
     more = ["--boundary", "3,1,4", "--stability", "0", "--dtype", "float32", "--shard-prompts", "8"]
     assert main([str(word) for word in [*words, *more]]) == 0
@@ -198,8 +198,8 @@ def test_the_curve_is_capped_by_the_features_that_there_are(planted, capfd):
     assert main(["features", "mediate", str(out), "--k", "1,4,500", "--seeds", "1"]) == 0
     said = capfd.readouterr()
     assert "most active others, 4" in said.out
-    # 24 events and 2 upstreams: plain, and under four, four and two sets.
-    assert re.search(r"528 replays: \S+ multiply-adds", said.err), said.err
+    # 16 events and 2 upstreams: plain, and under four, four and two sets.
+    assert re.search(r"352 replays: \S+ multiply-adds", said.err), said.err
     groups = json.loads((out / "features" / "mediate.json").read_text())["groups"]
     assert sorted({one["k"] for one in groups}) == [1, 4, F]
     assert {one["set"] for one in groups if one["k"] == F} == {"top", "same_norm"}  # no other feature is left
