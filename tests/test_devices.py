@@ -120,7 +120,7 @@ def placed_run(pair, prompts, out, devices):
     words += ["--prompts", str(prompts), "--out", str(out), "--device", devices, "--resident", "all"]
     words += [
         "--max-new",
-        "8",
+        "6",
         "--boundary",
         "3,2",
         "--site",
@@ -138,7 +138,7 @@ def placed_run(pair, prompts, out, devices):
 
 @pytest.mark.slow
 def test_a_pair_on_two_devices_gives_what_it_gives_on_one(tmp_path, monkeypatch):
-    pair, prompts = tiny.make_pair(tmp_path, "llama"), tiny.write_prompts(tmp_path / "p.jsonl", 5)
+    pair, prompts = tiny.make_pair(tmp_path, "llama"), tiny.write_prompts(tmp_path / "p.jsonl", 4)
     monkeypatch.setattr(
         linear, "_fastest_means", lambda: None
     )  # another means rounds otherwise, and is the CPU's alone

@@ -121,11 +121,19 @@ def check(out: Path, to: str, want: Exported) -> None:
     assert set(read_tree(out)) == named
 
 
+# Each dtype beside every format, every selection and every size of a batch.
+SELECTIONS, DTYPES = ("prefix", "divergence"), ("float32", "float16", "bfloat16")
+SIZES = (1, 100, actcache.store.export.BATCH_BYTES)
+CASES = [
+    (to, selection, size, DTYPES[(number + SELECTIONS.index(selection) + SIZES.index(size)) % len(DTYPES)])
+    for number, to in enumerate(FORMATS)
+    for selection in SELECTIONS
+    for size in SIZES
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("batch_bytes", [1, 100, actcache.store.export.BATCH_BYTES])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("selection", ["prefix", "divergence"])
-@pytest.mark.parametrize("to", FORMATS)
+@pytest.mark.parametrize(("to", "selection", "batch_bytes", "dtype"), CASES)
 def test_an_export_holds_what_was_captured(to, selection, dtype, batch_bytes, tmp_path):
     store, twin = make_twin(tmp_path / "store", dtype=dtype, row_selection=selection)
     with mock.patch.object(actcache.store.export, "BATCH_BYTES", batch_bytes):

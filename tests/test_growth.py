@@ -247,6 +247,21 @@ def whole(pair, tmp_path_factory) -> Path:
     return folder / "run/store"
 
 
+@pytest.fixture(scope="module")
+def of_boundary_3(pair, tmp_path_factory) -> Path:
+    """A folder with six prompts, and a run of them in two segments."""
+    folder = tmp_path_factory.mktemp("small")
+    assert capture(pair, tiny.write_prompts(folder / "p.jsonl", 6), folder / "run", "--boundary", "3") == 0
+    return folder
+
+
+@pytest.fixture
+def small(of_boundary_3, tmp_path) -> tuple[Path, Path]:
+    """Prompts and run of one's own."""
+    folder = shutil.copytree(of_boundary_3, tmp_path / "small")
+    return folder / "p.jsonl", folder / "run"
+
+
 @pytest.mark.slow
 def test_the_same_command_with_more_of_all_ends_in_the_same_rows(pair, whole, tmp_path, capfd):
     prompts, out = tmp_path / "p.jsonl", tmp_path / "run"
@@ -320,9 +335,8 @@ def test_a_site_is_what_a_hook_sees(pair, whole):
 
 
 @pytest.mark.slow
-def test_a_killed_growth_goes_on(pair, tmp_path, monkeypatch):
-    prompts, out = tiny.write_prompts(tmp_path / "p.jsonl", 9), tmp_path / "run"
-    assert capture(pair, prompts, out, "--boundary", "3") == 0
+def test_a_killed_growth_goes_on(pair, small, monkeypatch):
+    prompts, out = small
     add_rows, done = StoreWriter.add_rows, []
 
     def die(self, name, *given):
@@ -352,9 +366,8 @@ def capture_or_raise(pair, prompts: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_parts_grow_a_store_together(pair, tmp_path):
-    prompts, out = tiny.write_prompts(tmp_path / "p.jsonl", 9), tmp_path / "run"
-    assert capture(pair, prompts, out, "--boundary", "3") == 0
+def test_parts_grow_a_store_together(pair, small):
+    prompts, out = small
     for part in ("1/2", "2/2"):
         assert open_store(out / "store").boundaries == [3]
         assert capture(pair, prompts, out, "--boundary", "2", "--part", part) == 0
@@ -383,9 +396,8 @@ def test_rows_of_events_alone_grow(pair, whole, tmp_path):
         (6, ("--site", "head:1"), "give state, attention or mlp"),
     ],
 )
-def test_what_cannot_be_added_is_said_in_one_line(n, more, said, pair, tmp_path, capfd):
-    prompts, out = tiny.write_prompts(tmp_path / "p.jsonl", 6), tmp_path / "run"
-    assert capture(pair, prompts, out, "--boundary", "3") == 0
+def test_what_cannot_be_added_is_said_in_one_line(n, more, said, pair, small, capfd):
+    prompts, out = small
     before = read_tree(out / "store")
     capfd.readouterr()
     assert capture(pair, tiny.write_prompts(prompts, n), out, *("--boundary", "3"), *more) == 2
