@@ -59,6 +59,11 @@ def run(pair, prompts, tmp_path_factory) -> Path:
     return capture(pair, prompts, tmp_path_factory.mktemp("strict") / "run", "--strict", "--shard-prompts", 4)
 
 
+@pytest.fixture(scope="module")
+def packed(pair, prompts, tmp_path_factory) -> Path:
+    return capture(pair, prompts, tmp_path_factory.mktemp("packed") / "run")
+
+
 def sequences_of(store) -> dict[str, list[list[int]]]:
     """Token ids of the sequences of each prompt, in order."""
     found: dict[str, list[list[int]]] = {}
@@ -123,9 +128,8 @@ def test_states_are_those_of_one_forward_over_each_sequence(run, pair):
 
 
 @pytest.mark.slow
-def test_no_event_contradicts_its_own_diagonal(run, pair, prompts, tmp_path):
+def test_no_event_contradicts_its_own_diagonal(run, packed):
     assert main(["grid", str(run), "--strict"]) == 0
-    packed = capture(pair, prompts, tmp_path / "packed")
     assert main(["grid", str(packed)]) == 0
     for out in (run, packed):
         store = open_store(out / "store")
@@ -141,8 +145,8 @@ def test_no_event_contradicts_its_own_diagonal(run, pair, prompts, tmp_path):
 
 
 @pytest.mark.slow
-def test_packs_and_single_forwards_find_the_same(run, pair, prompts, tmp_path):
-    packed = open_store(capture(pair, prompts, tmp_path / "run") / "store")
+def test_packs_and_single_forwards_find_the_same(run, packed, pair, prompts, tmp_path):
+    packed = open_store(packed / "store")
     strict = open_store(run / "store")
     names = ["event_id", "step", "position", "y_pt", "y_it", "pair", "category"]
     assert packed.events.select(names).equals(strict.events.select(names))
@@ -451,7 +455,7 @@ def test_rollouts_of_several_pairs(lineup, prompts, tmp_path):
 def test_several_pairs_across_regimes(tmp_path):
     """Beyond 12 tokens all positions are computed otherwise: the pairs of one prompt may be of two sequences."""
     lineup = tiny.make_lineup(tmp_path, "phi3", LABELS[:3], eps=tiny.EPS / 8)
-    prompts = tiny.write_prompts(tmp_path / "p.jsonl")
+    prompts = tiny.write_prompts(tmp_path / "p.jsonl", 14)
     both = of_pairs(lineup, prompts, tmp_path / "both", *PAIRS)
     alone = [of_pairs(lineup, prompts, tmp_path / str(number), pair) for number, pair in enumerate(PAIRS)]
     assert rows_of(both) == sorted(row for one in alone for row in rows_of(one))

@@ -119,12 +119,12 @@ def actcache_store(run):
     return RunFolder(run).open_store()
 
 
-def test_a_compaction_loses_no_sweep_and_nothing_is_scored_again(run, sweep, monkeypatch):
-    assert main(["grid", str(run), "--sweep", sweep("a")]) == 0
-    before = by_key(cells_of(run))
-    compact(str(run / "store"))
-    assert main(["grid", str(run), "--sweep", sweep("b")]) == 0
-    after = cells_of(run)
+def test_a_compaction_loses_no_sweep_and_nothing_is_scored_again(small, sweep, monkeypatch):
+    assert main(["grid", str(small), "--sweep", sweep("a")]) == 0
+    before = by_key(cells_of(small))
+    compact(str(small / "store"))
+    assert main(["grid", str(small), "--sweep", sweep("b")]) == 0
+    after = cells_of(small)
     assert variants_in(after) == ["a", "b", "none"]
     of_a = by_key(after.filter(pc.not_equal(after["variant"], "b")))
     assert of_a == before
@@ -133,7 +133,7 @@ def test_a_compaction_loses_no_sweep_and_nothing_is_scored_again(run, sweep, mon
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr(grid.LateStack, "load", refuse)
-    assert main(["grid", str(run), "--sweep", sweep("a")]) == 0
+    assert main(["grid", str(small), "--sweep", sweep("a")]) == 0
 
 
 @pytest.mark.parametrize("lost", ["a group of this grid", "all groups"])
@@ -197,14 +197,14 @@ def test_two_stability_checks_at_once_are_both_in_the_table(run):
 # ---- files that are damaged, or of other cells ----
 
 
-def test_a_damaged_group_is_scored_again_or_refused(run, sweep, capfd):
-    assert main(["grid", str(run), "--sweep", sweep("a")]) == 0
-    cells = cells_of(run)
+def test_a_damaged_group_is_scored_again_or_refused(small, sweep, capfd):
+    assert main(["grid", str(small), "--sweep", sweep("a")]) == 0
+    cells = cells_of(small)
     plain = next(
-        path for path in sorted((run / "cells").glob("*.parquet")) if variants_in(pq.read_table(path)) == ["none"]
+        path for path in sorted((small / "cells").glob("*.parquet")) if variants_in(pq.read_table(path)) == ["none"]
     )
     others = next(
-        path for path in sorted((run / "cells").glob("*.parquet")) if variants_in(pq.read_table(path)) == ["a"]
+        path for path in sorted((small / "cells").glob("*.parquet")) if variants_in(pq.read_table(path)) == ["a"]
     )
     for path in (plain, others):
         good = path.read_bytes()
@@ -212,13 +212,13 @@ def test_a_damaged_group_is_scored_again_or_refused(run, sweep, capfd):
         data[len(data) // 3] ^= 4
         path.write_bytes(data)
         if path == others:
-            refused(capfd, f"{path} is damaged", "grid", run, code=1)
-            refused(capfd, f"{path} is damaged", "plan", run, code=1)
+            refused(capfd, f"{path} is damaged", "grid", small, code=1)
+            refused(capfd, f"{path} is damaged", "plan", small, code=1)
         capfd.readouterr()
-        assert main(["grid", str(run), "--sweep", sweep("a")]) == 0
+        assert main(["grid", str(small), "--sweep", sweep("a")]) == 0
         assert f"actcache: {path} is damaged; its cells are scored again" in capfd.readouterr().err
         assert path.read_bytes() == good
-        assert cells_of(run).equals(cells)
+        assert cells_of(small).equals(cells)
 
 
 def test_damaged_cells_are_refused_and_made_again(run, capfd):
@@ -233,58 +233,58 @@ def test_damaged_cells_are_refused_and_made_again(run, capfd):
     assert path.read_bytes() == good
 
 
-def test_a_report_is_of_the_cells_that_are_there(run, sweep, capfd):
-    assert main(["effects", str(run), "--draws", "50", "--seed", "3"]) == 0
-    assert main(["grid", str(run), "--sweep", sweep("new")]) == 0
+def test_a_report_is_of_the_cells_that_are_there(small, sweep, capfd):
+    assert main(["effects", str(small), "--draws", "50", "--seed", "3"]) == 0
+    assert main(["grid", str(small), "--sweep", sweep("new")]) == 0
     capfd.readouterr()
-    assert main(["report", str(run)]) == 0
+    assert main(["report", str(small)]) == 0
     assert "effects.json is of other cells than" in capfd.readouterr().err
-    effects = json.loads((run / "effects.json").read_text())
+    effects = json.loads((small / "effects.json").read_text())
     assert {group["variant"] for group in effects["groups"]} == {"none", "new"}
     assert (effects["draws"], effects["seed"]) == (50, 3)
-    before = (run / "effects.json").read_bytes()
+    before = (small / "effects.json").read_bytes()
     for damage in (before.replace(b"mean", b"maen", 1), b"", None):
         if damage is None:
-            (run / "effects.json").unlink()
+            (small / "effects.json").unlink()
         else:
-            (run / "effects.json").write_bytes(damage)
-        assert main(["report", str(run)]) == 0
-        again = json.loads((run / "effects.json").read_text())
+            (small / "effects.json").write_bytes(damage)
+        assert main(["report", str(small)]) == 0
+        again = json.loads((small / "effects.json").read_text())
         assert [group["interaction"]["mean"] for group in again["groups"]] == [
             group["interaction"]["mean"] for group in effects["groups"]
         ]
         assert again["draws"] == 2000, "what was asked before is not known"
 
 
-def test_a_report_shows_the_effects_as_they_were_asked_for(run, sweep, capfd):
+def test_a_report_shows_the_effects_as_they_were_asked_for(small, sweep, capfd):
     words = ["--draws", "50", "--by", "step", "--weights", "prompt"]
-    assert main(["effects", str(run), *words]) == 0
-    before = json.loads((run / "effects.json").read_text())
-    assert main(["report", str(run)]) == 0
-    page = (run / "report.html").read_text()
+    assert main(["effects", str(small), *words]) == 0
+    before = json.loads((small / "effects.json").read_text())
+    assert main(["report", str(small)]) == 0
+    page = (small / "report.html").read_text()
     assert "step&gt;=1" in page
     assert "weigh every prompt the same" in page
-    assert json.loads((run / "effects.json").read_text()) == before
-    assert main(["grid", str(run), "--sweep", sweep("other")]) == 0
-    assert main(["report", str(run)]) == 0
-    again = json.loads((run / "effects.json").read_text())
+    assert json.loads((small / "effects.json").read_text()) == before
+    assert main(["grid", str(small), "--sweep", sweep("other")]) == 0
+    assert main(["report", str(small)]) == 0
+    again = json.loads((small / "effects.json").read_text())
     assert again["options"] == before["options"]
     plain = [group for group in again["groups"] if group["variant"] == "none"]
     assert plain == before["groups"]
 
 
-def test_verify_names_damaged_files_of_the_run(run, capfd):
-    assert main(["verify", str(run)]) == 0
-    names = sorted([*run.glob("*.*"), *(run / "cells").iterdir()])
-    assert len(names) == 5 + len(list((run / "cells").iterdir()))
+def test_verify_names_damaged_files_of_the_run(small, capfd):
+    assert main(["verify", str(small)]) == 0
+    names = sorted([*small.glob("*.*"), *(small / "cells").iterdir()])
+    assert len(names) == 5 + len(list((small / "cells").iterdir()))
     for path in names:
         good = path.read_bytes()
         path.write_bytes(good[:-30] + bytes([good[-30] ^ 1]) + good[-29:])
         capfd.readouterr()
-        assert main(["verify", str(run)]) == 1
+        assert main(["verify", str(small)]) == 1
         assert path.name in "".join(capfd.readouterr())
         path.write_bytes(good)
-    assert main(["verify", str(run)]) == 0
+    assert main(["verify", str(small)]) == 0
 
 
 def test_a_record_whose_seal_is_none_is_damaged(run, capfd):

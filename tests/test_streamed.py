@@ -206,7 +206,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TinyRun]:
 
 def captured(run: TinyRun, out: Path, *more: str) -> dict[str, bytes]:
     """The files of a store captured strictly, by name, but what says who wrote it when."""
-    words = [*run.arguments("capture"), "--strict", "--shard-prompts", "3", "--limit", "7", "--max-new", "10", *more]
+    words = [*run.arguments("capture"), "--strict", "--shard-prompts", "3", "--limit", "6", "--max-new", "6", *more]
     words += ["--site", "mlp:1"]
     words[words.index("--out") + 1] = str(out)
     assert main(words) == 0
@@ -219,13 +219,13 @@ def test_a_capture_in_rounds_is_timed_and_says_no_time_left(pair, tmp_path, caps
     run, told = pair("llama"), []
     monkeypatch.setattr(LiveLine, "__call__", lambda self, progress: told.append(progress))
     captured(run, tmp_path / "run", *way)
-    assert told[-1].done == told[-1].total == 7
+    assert told[-1].done == told[-1].total == 6
     assert {one.in_rounds for one in told if one.done} == {True}
     if way == ("--stream",):
         assert any(re.match("(pt|it): pass 2, block 5 of 5", one.doing) for one in told)
     timings = RunFolder(tmp_path / "run").timings()["capture"]
     assert timings["elapsed_s"] > timings["load_s"] > 0
-    assert timings["n_searches"] >= 7
+    assert timings["n_searches"] >= 6
     capsys.readouterr()
     assert main(["plan", str(tmp_path / "run"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -249,7 +249,7 @@ def test_a_streamed_run_is_a_plain_one(pair, tmp_path, monkeypatch):
     run = pair("llama")
     found = {}
     for way in ((), ("--stream",)):
-        words = [*run.arguments(), "--strict", "--stability", "0", "--limit", "8", *way]
+        words = [*run.arguments(), "--strict", "--stability", "0", "--limit", "6", "--max-new", "10", *way]
         words[words.index("--out") + 1] = str(tmp_path / "-".join(("run", *way)))
         with mock.patch.object(stages, "write_report"):
             assert main(words) == 0
