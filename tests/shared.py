@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import os
@@ -26,7 +27,9 @@ from safetensors.torch import save_file
 from sweeps import TENSORS
 
 import actcache
+from actcache import cli
 from actcache.cli import main, stages
+from actcache.cli.parser import Parser
 from actcache.models.gather import engine
 from actcache.replay import modes
 from actcache.report import figures
@@ -67,11 +70,12 @@ class TinyRun:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]:
-    """``tiny_run(arch, dtype, *more_arguments, change="all", **pair)``: run, or hand out the run made before."""
+    """``tiny_run(arch, dtype, *more_arguments, change="all", verb="run", **pair)``: run, or hand out the run made
+    before; with the verb ``capture``, only its store."""
     runs: dict[Any, TinyRun] = {}
 
-    def run(arch: str, dtype: torch.dtype, *more: str, change: str = "all", **pair: Any) -> TinyRun:
-        key = (arch, dtype, more, change, tuple(sorted(pair.items())))
+    def run(arch: str, dtype: torch.dtype, *more: str, change: str = "all", verb: str = "run", **pair: Any) -> TinyRun:
+        key = (arch, dtype, more, change, verb, tuple(sorted(pair.items())))
         if key not in runs:
             folder = tmp_path_factory.mktemp(f"{arch}-")
             pt, it = tiny.make_pair(folder, arch, dtype=dtype, change=change, boundary=BOUNDARY, **pair)
@@ -81,7 +85,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyRun]
             bare = mock.patch.object(figures, "_svg", only_described)
             page = bare if arch == "llama" else mock.patch.object(stages, "write_report")
             with page:
-                assert main([*made.arguments(), *more]) == 0
+                assert main([*made.arguments(verb), *more]) == 0
             runs[key] = made
         return runs[key]
 
@@ -164,6 +168,27 @@ def skip_fsync(handle: int) -> None:
 def no_fsync() -> Iterator[None]:
     """No test cuts the power; the one that sees what is durable when sets its own (test_store_crash.py)."""
     with mock.patch.object(os, "fsync", skip_fsync):
+        yield
+
+
+BUILT = cli.build_parser
+
+
+@functools.cache
+def parser_with(add_run_arguments: Callable[..., None]) -> Parser:
+    """Of commands whose runs have these arguments."""
+    return BUILT()
+
+
+def shared_parser() -> Parser:
+    return parser_with(stages.add_run_arguments)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_parser() -> Iterator[None]:
+    """Commands of one process share their parser, which no command changes: making it takes as long as many a command
+    over a tiny run."""
+    with mock.patch.object(cli, "build_parser", shared_parser):
         yield
 
 

@@ -142,11 +142,15 @@ def state_of(folder: Path) -> dict[str, tuple[int, ...]]:
 # Each store is asked in a process of its own, forked from one that has done nothing but import this file and ask the
 # pristine store: a fork copies a map of the memory that there is, which in pytest's process takes longer than to ask.
 ASKING = """
-import json, sys
+import contextlib, functools, io, json, sys
 from pathlib import Path
 sys.path[:0] = json.loads(sys.argv[1])
 import test_attacks
+from actcache import cli
+cli.build_parser = functools.cache(cli.build_parser)
 test_attacks.open_store(Path(sys.argv[2])).events.to_pylist()  # what libraries set aside once is not the attack's
+with contextlib.redirect_stdout(io.StringIO()):
+    test_attacks.main(["inspect", sys.argv[2]])
 for line in sys.stdin:
     print(json.dumps(test_attacks.outcomes(*map(Path, json.loads(line)))), flush=True)
 """

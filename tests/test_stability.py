@@ -38,7 +38,7 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 LABELS = ("pt", "it")
 MAX_TOKENS = 90  # a few packs of a few sequences each
-BARE = ("--limit", "12", "--stability", "0")  # a run that was not checked
+FEW = ("--limit", "12")
 
 
 def load(run):
@@ -170,7 +170,7 @@ def test_any_two_choices_are_compared_as_the_twin_compares_them():
 @pytest.mark.parametrize("stored_in", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma3", "gpt2"])
 def test_the_table_equals_the_slow_twin(tiny_run, arch, stored_in):
-    run = tiny_run(arch, stored_in, *BARE)
+    run = tiny_run(arch, stored_in, *FEW, verb="capture")
     table = check_stability(run.store, load(run), list(DTYPES), max_tokens=MAX_TOKENS)
     assert table.num_rows == 2 * len(run.store)
     for dtype in DTYPES:
@@ -187,7 +187,7 @@ def test_the_table_equals_the_slow_twin(tiny_run, arch, stored_in):
 
 def test_a_strict_store_is_as_stored(tiny_run):
     for dtype in DTYPES:
-        run = tiny_run("gemma3", DTYPES[dtype], *BARE, "--strict")
+        run = tiny_run("gemma3", DTYPES[dtype], *FEW, "--strict", verb="capture")
         table = check_stability(run.store, load(run), [dtype], max_tokens=MAX_TOKENS)
         assert table["as_stored"].to_pylist() == [True] * len(run.store)
 
@@ -214,7 +214,7 @@ def shape_matters(monkeypatch):
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2", "mistral"])
 def test_what_the_shape_changes_is_found(tiny_run, arch, shape_matters):
-    run = tiny_run(arch, FLOAT32)
+    run = tiny_run(arch, FLOAT32, verb="run" if arch == "llama" else "capture")  # llama's run is there
     table = check_stability(run.store, load(run), list(DTYPES), max_tokens=MAX_TOKENS)
     assert_rows(table, "bfloat16", twin(run, BFLOAT16, range(len(run.store)), coarser))
     float32, bfloat16 = summarise(table)
@@ -325,7 +325,7 @@ def test_what_was_checked_is_not_checked_again(tiny_run, tmp_path, monkeypatch, 
 
 def test_a_table_of_other_events_is_made_anew(tiny_run, tmp_path):
     out = copied(tiny_run("llama", FLOAT32), tmp_path)
-    other = tiny_run("llama", BFLOAT16)
+    other = tiny_run("llama", BFLOAT16, *FEW, verb="capture")
     assert read_stability(other.store, out / "stability.parquet").num_rows == 0
     table = run_stability(other.store, load(other), out / "stability.parquet", {"bfloat16": 3}, max_tokens=99)
     assert table["dtype"].to_pylist() == ["bfloat16"] * 3
@@ -353,7 +353,7 @@ def test_a_check_that_is_killed_goes_on_after_the_last_dtype(tiny_run, tmp_path)
 
 
 def test_no_table_where_none_is_asked(tiny_run):
-    run = tiny_run("llama", FLOAT32, "--stability", "0")
+    run = tiny_run("llama", FLOAT32, "--stability", "0", "--limit", "3")
     assert not (run.out / "stability.parquet").exists()
     assert "Events that rounding would change" not in (run.out / "report.html").read_text()
 
@@ -401,7 +401,7 @@ def test_what_is_never_packed_cannot_change(tiny_run, tmp_path, monkeypatch, cap
 
 
 def test_without_events(tiny_run, capsys):
-    run = tiny_run("llama", FLOAT32, change="none")
+    run = tiny_run("llama", FLOAT32, "--limit", "6", change="none")
     capsys.readouterr()
     assert main(["stability", str(run.out)]) == 0
     assert capsys.readouterr().out == "no event to analyse\n"
