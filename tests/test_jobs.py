@@ -51,8 +51,8 @@ from actcache.study.work import Expected, total
 
 pytestmark = pytest.mark.slow
 
-N_PROMPTS = 12
-SEGMENTS = ("--shard-prompts", "4", "--limit", str(N_PROMPTS), "--boundary", "2,3", "--stability", "0")
+N_PROMPTS, OF_SEGMENT = 8, 3  # so that there are three segments
+SEGMENTS = ("--shard-prompts", str(OF_SEGMENT), "--limit", str(N_PROMPTS), "--boundary", "2,3", "--stability", "0")
 
 
 @pytest.fixture(scope="module")
@@ -355,7 +355,7 @@ def test_costs_of_jobs_sum_up_to_what_a_run_took(captured):
     shapes = {label: ModelShape.of_checkpoint(checkpoint) for label, checkpoint in lineup.checkpoints.items()}
     prompts = read_prompts(run.prompts)[:N_PROMPTS]
     lengths = [len(ids) for ids in lineup.encode(prompts)]
-    study = Study(shapes, lengths, CaptureSettings((2, 3), shard_prompts=4))
+    study = Study(shapes, lengths, CaptureSettings((2, 3), shard_prompts=OF_SEGMENT))
     asked = GridSettings((2, 3)).of_pair(["pt", "it"], ("pt", "it"))
     took = truth(study, run.store, {}, finished_cells(run.out / "cells", run.store))
     parts = total(job.cost(shapes) for job in jobs_left(run.store, {}, asked))
