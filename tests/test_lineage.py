@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import product
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ import tiny
 
 import actcache
 from actcache.analyses.lineage import ANALYSIS, LineageOptions
-from actcache.cli import main
+from actcache.cli import main, stages
 from actcache.errors import IncompatibleError, InputError
 
 LABELS = ("base", "sft", "dpo", "math")
@@ -205,7 +206,8 @@ def test_what_the_store_cannot_serve_is_refused(options, said):
 def captured(place, folders, pair, *more):
     words = [word for label, folder in folders.items() for word in ("--checkpoint", f"{label}={folder}")]
     words += ["--pair", pair, "--prompts", tiny.write_prompts(place.parent / "prompts.jsonl"), "--out", place]
-    assert main([str(word) for word in ["run", *words, "--max-new", 12, "--strict", "--stability", 0, *more]]) == 0
+    with mock.patch.object(stages, "write_report"):  # nobody looks at the page, which takes as long as the run
+        assert main([str(word) for word in ["run", *words, "--max-new", 12, "--strict", "--stability", 0, *more]]) == 0
     return place
 
 
@@ -221,6 +223,19 @@ def folders(tmp_path_factory):
 @pytest.fixture(scope="module")
 def run(folders, tmp_path_factory):
     return captured(tmp_path_factory.mktemp("run") / "run", folders, "base,final")
+
+
+@pytest.fixture(scope="module")
+def further(folders, tmp_path_factory):
+    """Of the events of an earlier stage."""
+    return captured(tmp_path_factory.mktemp("further") / "run", folders, "base,half")
+
+
+@pytest.fixture(scope="module")
+def of_both(run, further, tmp_path_factory):
+    """What the run gives beside the further one, which is answered too."""
+    here = shutil.copytree(run, tmp_path_factory.mktemp("of-both") / "run")
+    return actcache.Run(here).analyse("lineage", stages="half", further=str(further))
 
 
 @pytest.mark.slow
@@ -246,7 +261,7 @@ def test_a_change_of_late_blocks_alone_has_no_interaction(tmp_path):
     """And its late effect is the same from every state."""
     base, final = tiny.make_pair(tmp_path / "whole", "llama", change="late")
     half = tiny.make_pair(tmp_path / "half", "llama", change="late", eps=tiny.EPS / 2)[1]
-    run = captured(tmp_path / "run", {"base": base, "half": half, "final": final}, "base,final")
+    run = captured(tmp_path / "run", {"base": base, "half": half, "final": final}, "base,final", "--limit", 12)
     groups = [one for one in actcache.Run(run).analyse("lineage")["groups"] if one["part"] == "stage"]
     assert {one["stage"] for one in groups} == {"half", "final"}
     for one in groups:
@@ -258,10 +273,9 @@ def test_a_change_of_late_blocks_alone_has_no_interaction(tmp_path):
 
 
 @pytest.mark.slow
-def test_further_runs_have_the_events_of_earlier_stages(run, folders, tmp_path):
+def test_further_runs_have_the_events_of_earlier_stages(run, further, of_both):
     """Their cells under the final's readout are replayed where they are; the same numbers come of both at once."""
-    here, further = (shutil.copytree(run, tmp_path / "run"), captured(tmp_path / "half", folders, "base,half"))
-    found = actcache.Run(here).analyse("lineage", stages="half", further=str(further))
+    found = of_both
     assert {one["pair"] for one in found["groups"]} == {"base,final", "base,half"}
     of_further = json.loads((further / "lineage.json").read_text())["groups"]
     assert [one for one in found["groups"] if one["pair"] == "base,half" and one["part"] == "stage"] == [
@@ -269,16 +283,17 @@ def test_further_runs_have_the_events_of_earlier_stages(run, folders, tmp_path):
     ]
     assert of_further[0]["readout"] == "common_final"
     with pytest.raises(InputError, match=r"has events of base,half .first_divergence., which another of the runs has"):
-        actcache.Run(here).analyse("lineage", stages="half", further=f"{further},{further}")
+        actcache.Run(run).analyse("lineage", stages="half", further=f"{further},{further}")
 
 
 @pytest.mark.slow
 def test_a_further_run_of_other_checkpoints_is_refused(run, folders, tmp_path):
     others = folders | {"half": folders["final"]}
-    other = captured(tmp_path / "other", others, "base,half")
+    other = captured(tmp_path / "other", others, "base,half", "--limit", 4)
     with pytest.raises(IncompatibleError, match=r"checkpoint half of .* is not that of .*: its weights is another"):
         actcache.Run(run).analyse("lineage", stages="half", further=str(other))
-    fewer = captured(tmp_path / "fewer", {"base": folders["base"], "final": folders["final"]}, "base,final")
+    two = {"base": folders["base"], "final": folders["final"]}
+    fewer = captured(tmp_path / "fewer", two, "base,final", "--limit", 4)
     with pytest.raises(InputError, match=r"there is no checkpoint 'half' in .*; it has base, final"):
         actcache.Run(run).analyse("lineage", stages="half", further=str(fewer))
     with pytest.raises(InputError, match=r"has no stage between base and final, but base, final: name some"):
@@ -286,12 +301,10 @@ def test_a_further_run_of_other_checkpoints_is_refused(run, folders, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_capture_of_several_pairs_has_all_supports(run, folders, tmp_path):
+def test_one_capture_of_several_pairs_has_all_supports(of_both, folders, tmp_path):
     """As of runs of one pair each; and its recipes are of both descendants."""
     several = captured(tmp_path / "several", folders, "base,final", "--pair", "base,half")
-    apart = captured(tmp_path / "half", folders, "base,half")
-    found = actcache.Run(several).analyse("lineage", stages="half")
-    expected = actcache.Run(run).analyse("lineage", stages="half", further=str(apart))
+    found, expected = actcache.Run(several).analyse("lineage", stages="half"), of_both
     key = ("part", "pair", "subset", "stage", "upstream", "late")
     of = {tuple(one.get(name) for name in key): one for one in found["groups"]}
     for one in expected["groups"]:
