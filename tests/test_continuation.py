@@ -77,7 +77,7 @@ def test_it_is_what_teacher_forced_hooks_give(tiny_run, tmp_path, case):
     table, found = table_of(out), y_of(table_of(out))
     assert table.column_names == COLUMNS
     assert set(table["readout"].to_pylist()) == {"common_it"}
-    models, events, store = models_of(run), run.store.events.to_pylist()[:5], run.store
+    models, events, store = models_of(run), run.store.events.to_pylist()[:3], run.store
     tails = {}
     n_rows = 0
     for event, prefix in zip(events, sequences_of(store), strict=False):
@@ -281,7 +281,7 @@ def test_a_branch_counts_tokens_before_a_special_one_and_those_that_fit(run, bra
 def test_tails_that_end_count_up_to_their_end(tmp_path):
     """Checkpoints for which frequent tokens end a text: some candidates end, and count at no later n."""
     pt, it = tiny.make_pair(tmp_path / "plain", "llama")
-    prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", 12)
+    prompts = tiny.write_prompts(tmp_path / "prompts.jsonl", 8)
     words = ["run", "--prompts", str(prompts), "--max-new", "12", *FEW[2:]]
     assert main([*words, "--pt", str(pt), "--it", str(it), "--out", str(tmp_path / "first")]) == 0
     actcache.Run(tmp_path / "first").analyse("continuation", draws=100)

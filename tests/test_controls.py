@@ -26,6 +26,7 @@ from actcache.study.contrasts import contrasts
 from actcache.study.results import result_files
 
 BOUNDARY = 3
+FEW = ("--limit", "8", "--stability", "0")
 
 
 # ---- numbers ----
@@ -215,7 +216,7 @@ def test_cells_are_what_hooks_make(run, answered):
     models = {"pt": reference.load(run.pt, torch.float32), "it": reference.load(run.it, torch.float32)}
     store = run.store
     margins = {(c["event_id"], c["variant"], c["upstream"], c["late"]): c for c in cells.to_pylist()}
-    for number, event in enumerate(store.events.to_pylist()[:8]):
+    for number, event in enumerate(store.events.to_pylist()[:4]):
         ids = store.token_ids([number])[0].tolist()
         states = {label: reference.states(model, ids, BOUNDARY) for label, model in models.items()}
         moved = set()
@@ -314,7 +315,7 @@ def test_more_seeds_replay_what_is_new_alone(answered, tmp_path):
 @pytest.mark.slow
 def test_a_change_of_late_blocks_alone_is_all_portable(tiny_run, tmp_path):
     """Both checkpoints have one state: every weight has the same late advantage, and there is nothing to displace."""
-    run = tiny_run("llama", torch.float32, change="late")
+    run = tiny_run("llama", torch.float32, *FEW, change="late")
     out = shutil.copytree(run.out, tmp_path / "run")
     groups = actcache.Run(out).analyse("controls")["groups"]
     of = {group.get("stratum", group["control"]): group for group in groups}
@@ -335,7 +336,7 @@ def test_a_change_of_late_blocks_alone_is_all_portable(tiny_run, tmp_path):
     ],
 )
 def test_a_placebo_moves_nothing_whatever_rounding_there_is(tiny_run, tmp_path, arch, dtype, more):
-    out = shutil.copytree(tiny_run(arch, dtype, *more, "--stability", "0").out, tmp_path / "run")
+    out = shutil.copytree(tiny_run(arch, dtype, "--limit", "14", "--stability", "0", *more).out, tmp_path / "run")
     groups = actcache.Run(out).analyse("controls", seeds=1)["groups"]
     (placebo,) = (group["displacement"] for group in groups if group["control"] == "placebo")
     assert set(placebo.values()) == {0.0}
@@ -344,7 +345,7 @@ def test_a_placebo_moves_nothing_whatever_rounding_there_is(tiny_run, tmp_path, 
 @pytest.mark.slow
 def test_of_three_checkpoints_the_pair_alone_is_replayed(tmp_path):
     folders = tiny.make_lineup(tmp_path, "llama", ["a", "b", "c"])
-    prompts, out = tiny.write_prompts(tmp_path / "prompts.jsonl", 12), tmp_path / "run"
+    prompts, out = tiny.write_prompts(tmp_path / "prompts.jsonl", 6), tmp_path / "run"
     words = [word for label, folder in folders.items() for word in ("--checkpoint", f"{label}={folder}")]
     words = ["run", *words, "--pair", "a,c", "--prompts", prompts, "--out", out, "--max-new", 12, "--stability", 0]
     assert main([str(word) for word in words]) == 0
@@ -363,7 +364,7 @@ def test_of_three_checkpoints_the_pair_alone_is_replayed(tmp_path):
 @pytest.mark.slow
 def test_every_pair_of_a_run_has_controls_of_its_own(tmp_path):
     folders = tiny.make_lineup(tmp_path, "llama", ["a", "b", "c"])
-    prompts, out = tiny.write_prompts(tmp_path / "prompts.jsonl", 12), tmp_path / "run"
+    prompts, out = tiny.write_prompts(tmp_path / "prompts.jsonl", 6), tmp_path / "run"
     words = [word for label, folder in folders.items() for word in ("--checkpoint", f"{label}={folder}")]
     words = ["run", *words, "--prompts", prompts, "--out", out, "--max-new", 12, "--stability", 0]
     assert main([str(word) for word in [*words, "--pair", "a,b", "--pair", "a,c", "--readout", "native"]]) == 0
