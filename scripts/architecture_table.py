@@ -100,8 +100,9 @@ class Outcome:
         return f"| {' | '.join(cells)} |".replace("|  |", "| |").replace("|  |", "| |")
 
 
-def examine(name: str, model: PreTrainedModel | None = None) -> Outcome:
-    """Build one family, unless its model is given, and replay it, beside the hooks."""
+def examine(name: str, model: PreTrainedModel | None = None, *, other_head: bool = True) -> Outcome:
+    """Build one family, unless its model is given, and replay it, beside the hooks; and with its head tied where it is
+    not, or the other way round, unless told otherwise."""
     model = model or families.build(name)
     class_name = type(model).__name__
     try:
@@ -119,7 +120,7 @@ def examine(name: str, model: PreTrainedModel | None = None) -> Outcome:
     other = late.run(changed, [0, LENGTHS[-1]], strict=True)[0]
     exact = torch.equal(strict, expected)
     own = _is_tied(model)
-    tied = [tied for tied in (True, False) if (exact if tied == own else _replays(name, tied))]
+    tied = [tied for tied in (True, False) if (exact if tied == own else other_head and _replays(name, tied))]
     return Outcome(
         name,
         class_name,
