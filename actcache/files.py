@@ -53,7 +53,7 @@ def write_durably(path: Path, data: Any) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: Path | str) -> Iterator[None]:
     """An OSError that names no file, as of a write to a full disk, names this one."""
     try:
         yield
@@ -86,9 +86,9 @@ def _not_own(path: Path) -> InputError:
     return InputError(f"{path} is a link, or no ordinary file: nothing is written there; remove it")
 
 
-def check_own_folder(folder: Path) -> None:
+def check_own_folder(folder: Path | str) -> None:
     """Raise InputError where a link is in the place of a folder whose files shall change: it would lead elsewhere."""
-    if folder.is_symlink():
+    if os.path.islink(folder):
         raise InputError(f"{folder} is a link: nothing is changed through it; put the folder itself there")
 
 

@@ -201,6 +201,7 @@ class _Description:
         self._folder, self._width, self._described = folder, width, described
         self._tensors: dict[tuple[Path, str, str], torch.Tensor | EventVectors] = {}  # those that many variants share
         self._at: dict[int, list[Variant]] = {}
+        self._everywhere: dict[int, list[Variant]] = {}  # of entries that are the same at every boundary, by their id
 
     def sweep(self) -> Sweep:
         described = self._described
@@ -243,10 +244,14 @@ class _Description:
         if n_variants > MOST_VARIANTS:
             raise _too_many(f"{n_variants:,}" if n_variants < 10**15 else "10^15 or more")
         seen = {"none"}
-        for variant in (variant for one in written for variant in self._variants(one, None)):
-            if variant.name in seen:
-                raise InputError(f"variant {variant.name!r}: the name is taken; each needs its own")
-            seen.add(variant.name)
+        for one in written:
+            variants = self._variants(one, None)
+            for variant in variants:
+                if variant.name in seen:
+                    raise InputError(f"variant {variant.name!r}: the name is taken; each needs its own")
+                seen.add(variant.name)
+            if "{boundary}" not in str(one):
+                self._everywhere[id(one)] = variants
 
     def _variants(self, one: dict[str, Any], boundary: int | None) -> list[Variant]:
         """All variants of one entry; without a boundary, of all boundaries, to be checked before any is scored."""
@@ -255,6 +260,8 @@ class _Description:
             only = _listed(f"variant {name!r}: boundaries", one["boundaries"], int)
             if boundary is not None and boundary not in only:
                 return []
+        if id(one) in self._everywhere:
+            return self._everywhere[id(one)]
         placebo = one.get("placebo", False)
         _check_flag(f"variant {name!r}: placebo", placebo)
         variants = []

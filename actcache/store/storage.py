@@ -197,8 +197,9 @@ class LocalStorage:
 
     @contextmanager
     def new_folder(self, folder: str, files: Sequence[str]) -> Iterator[Write]:
-        self.remove_files(folder, files)
         top = self._own(folder)
+        if os.path.lexists(top):
+            self.remove_files(folder, files)
         if os.path.lexists(top):
             raise InputError(f"{top} holds what no writer of this segment left there; move it away")
         folders: set[Path] = set()  # that are there
@@ -260,23 +261,26 @@ class LocalStorage:
         parts = PurePosixPath(key).parts
         if ".." in parts or PurePosixPath(key).is_absolute():
             raise InputError(f"{key!r} does not lie in {self.root}")
-        for n in range(1, len(parts)):
-            check_own_folder(self.root.joinpath(*parts[:n]))
+        folder = str(self.root)
+        for part in parts[:-1]:
+            folder = os.path.join(folder, part)  # in a third of the time that Path takes, for every file of a segment
+            check_own_folder(folder)
         return self.root / key
 
     @contextmanager
     def _open(self, key: str) -> Iterator[int]:
+        path = os.path.join(self.root, key)  # in a third of the time that Path takes, for every read
         try:
             # Without waiting: a pipe in a file's place would keep a reader for ever.
-            handle = os.open(self.root / key, os.O_RDONLY | os.O_NONBLOCK)
+            handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         except OSError as error:
             if error.errno not in (errno.ENOTDIR, errno.ELOOP, errno.ENXIO):
                 raise
-            raise FileNotFoundError(errno.ENOENT, "not an ordinary file", str(self.root / key)) from error
+            raise FileNotFoundError(errno.ENOENT, "not an ordinary file", path) from error
         try:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise FileNotFoundError(errno.ENOENT, "not an ordinary file", str(self.root / key))
-            with naming(self.root / key):
+                raise FileNotFoundError(errno.ENOENT, "not an ordinary file", path)
+            with naming(path):
                 yield handle
         finally:
             os.close(handle)
