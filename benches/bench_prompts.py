@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--smoke", action="store_true", help="a few seconds' worth, to see that it runs")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.prompts, args.repeat = 30_000, 1
+        args.prompts, args.repeat = 3_000, 1
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "prompts.jsonl"
         tables = {kind: str(path.with_suffix(f".{kind}")) for kind in ("csv", "parquet")}

@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=list(ANALYSES), default=list(ANALYSES), metavar="ANALYSIS")
     args = parser.parse_args(argv)
     if args.smoke:
-        args.sampled_events, args.repeat = 2, 1
+        args.sampled_events, args.repeat = 1, 1
     study = Study.open(args)
     with tempfile.TemporaryDirectory() as scratch:
         bench = Bench(study, Path(scratch), args)
