@@ -26,7 +26,7 @@ DTYPES = pytest.mark.parametrize("dtype", first_quick([FLOAT32, BFLOAT16]), ids=
 ARCHS = pytest.mark.parametrize("arch", first_quick(tiny.ALL_ARCHS))
 NEAR_TIE = 0.125  # logits; what the report calls one
 # As many prompts as give each architecture some events, and no checks of rounding, which are tests/test_stability.py's.
-N_PROMPTS, MAX_NEW = 12, 12
+N_PROMPTS, MAX_NEW = 9, 12
 FEW = ("--limit", str(N_PROMPTS), "--max-new", str(MAX_NEW), "--stability", "0")
 BOTH = ("--scope", "prefix,position")
 READOUTS = {"native": None, "common_it": "it", "common_pt": "pt"}

@@ -396,7 +396,7 @@ print(*(run(*how) - before for how in (("one", 2, "two"), ("one", 4, "four"), ("
 
 @pytest.mark.slow
 def test_memory_holds_one_checkpoint_whatever_their_number(tmp_path):
-    shape = {"hidden_size": 640, "intermediate_size": 1920, "num_attention_heads": 8}
+    shape = {"hidden_size": 512, "intermediate_size": 1536, "num_attention_heads": 8}
     for number, (label, other) in enumerate((("a", "c"), ("b", "d"))):
         tiny.make_checkpoint(tmp_path / label, "llama", seed=number, **shape)
         shutil.copytree(tmp_path / label, tmp_path / other)
