@@ -49,6 +49,10 @@ def nobody_told(n: int = 0, *, tokens: int = 0, doing: str = "", in_rounds: bool
     """Tell nobody."""
 
 
+class PartDone(Exception):
+    """The jobs of one part are done, and some of other parts are not: no table can be made of all yet."""
+
+
 class Tally:
     """Counts the steps of one stage, and tells a listener the state after each."""
 

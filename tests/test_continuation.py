@@ -22,7 +22,7 @@ from actcache.analyses.continuation import ANALYSIS, groups_of
 from actcache.analyses.continuation import ContinuationOptions as Options
 from actcache.cli import main
 from actcache.errors import CheckError, InputError
-from actcache.study import whole_models
+from actcache.study import runner
 from actcache.study.branch_job import BranchJob, Limits, branch_jobs
 from actcache.study.continuation_job import CONTRASTS
 from actcache.study.engine import LocalEngine
@@ -329,7 +329,7 @@ def test_few_events(run, tmp_path, n_events, monkeypatch):
 @pytest.mark.parametrize("n_results", [1, 3])
 def test_killed_while_models_run_it_goes_on_to_the_same_bytes(run, answered, tmp_path, monkeypatch, n_results):
     out = copied(run, tmp_path)
-    write, left = whole_models.write_result, [n_results]
+    write, left = runner.write_result, [n_results]
 
     def die(*args):
         if not left[0]:
@@ -337,13 +337,13 @@ def test_killed_while_models_run_it_goes_on_to_the_same_bytes(run, answered, tmp
         left[0] -= 1
         write(*args)
 
-    monkeypatch.setattr(whole_models, "write_result", die)
+    monkeypatch.setattr(runner, "write_result", die)
     with pytest.raises(KeyboardInterrupt):
         actcache.Run(out).analyse("continuation")
     ran = []
     of = BranchJob.run
     monkeypatch.setattr(BranchJob, "run", lambda job, *args: ran.append(job) or of(job, *args))
-    monkeypatch.setattr(whole_models, "write_result", write)
+    monkeypatch.setattr(runner, "write_result", write)
     actcache.Run(out).analyse("continuation")
     for name in ("continuation.json", "continuation.parquet"):
         assert (out / name).read_bytes() == (answered / name).read_bytes()

@@ -22,6 +22,7 @@ from actcache.cli import main
 from actcache.errors import InputError
 from actcache.models.lineup import Lineup
 from actcache.study import whole_models
+from actcache.study import runner
 from actcache.study.plan import shapes_of
 
 FEW = ("--limit", "8", "--stability", "0")
@@ -260,7 +261,7 @@ def test_few_events(planted, tmp_path, n_events):
 def test_killed_it_goes_on_to_the_same_bytes(planted, tmp_path, monkeypatch):
     finished, out = (shutil.copytree(planted, tmp_path / name) for name in ("finished", "killed"))
     actcache.Run(finished).analyse("forced", answer="answer")
-    write, left = whole_models.write_result, [2]
+    write, left = runner.write_result, [2]
 
     def die(*args):
         if not left[0]:
@@ -268,7 +269,7 @@ def test_killed_it_goes_on_to_the_same_bytes(planted, tmp_path, monkeypatch):
         left[0] -= 1
         write(*args)
 
-    monkeypatch.setattr(whole_models, "write_result", die)
+    monkeypatch.setattr(runner, "write_result", die)
     with pytest.raises(KeyboardInterrupt):
         actcache.Run(out).analyse("forced", answer="answer")
     left[0] = 2  # what was written is not written again

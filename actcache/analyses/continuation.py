@@ -178,8 +178,10 @@ class Continuation(CellAnalysis[ContinuationOptions]):
             return
         place, limits = run.folder.path / self.name, Limits.of(run.lineup)
         engine = LocalEngine(store, load_backbone=run.load_blocks)
-        run_left({place / TAILS: _all(run.folder, store, options, limits).tails}, engine, on_progress)
-        run_left({place / STATES: _all(run.folder, store, options, limits).states}, engine, on_progress)
+        tails = _all(run.folder, store, options, limits).tails
+        run_left(tails, place / TAILS, engine, on_progress, run.runner)
+        run.runner.check_all({place / TAILS: tails})  # events are given the tails of others
+        run_left(_all(run.folder, store, options, limits).states, place / STATES, engine, on_progress, run.runner)
 
     def numbers(self, cells: pa.Table, run: Run, options: ContinuationOptions) -> Numbers:
         """One row per event, cell, contrast and n; groups for each kind, pair, contrast and n."""

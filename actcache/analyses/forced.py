@@ -111,6 +111,7 @@ class Forced(Analysis[ForcedOptions]):
 
     name = "forced"
     options = ForcedOptions
+    has_parts = True
     opt_in = True  # a whole checkpoint writes four replies per event
 
     def check(self, store: Store, options: ForcedOptions) -> None:
@@ -183,7 +184,9 @@ class Forced(Analysis[ForcedOptions]):
                 for branch, of in branches.items()
             }
             engine = LocalEngine(store, load_backbone=run.load_blocks)
-            run_left({place: [job for of in jobs.values() for job in of]}, engine, on_progress)
+            every = [job for of in jobs.values() for job in of]
+            run_left(every, place, engine, on_progress, run.runner)
+            run.runner.check_all({place: every})
             table = _scored(store, run.lineup, options, pair, branches, place, jobs)
             tables.append(table)
             groups += list(groups_of(table, store, options))

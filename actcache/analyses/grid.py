@@ -38,7 +38,7 @@ from actcache.study.cells import (
 from actcache.study.engine import LoadReadout, LocalEngine, nothing_given
 from actcache.study.replay_job import ReplayJob
 from actcache.study.results import file_name, has_earlier_files
-from actcache.study.runner import run_replays
+from actcache.study.runner import Runner
 from actcache.study.scores import readout_names
 from actcache.study.work import ReplayWork
 
@@ -105,6 +105,7 @@ def run_grid(
     *,
     load_readout: LoadReadout = nothing_given,
     one_at_a_time: bool = False,
+    runner: Runner | None = None,
     on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
 ) -> pa.Table:
@@ -119,6 +120,7 @@ def run_grid(
         load_readout: gives the final norm and head of a checkpoint alone, by label: of one whose late stack replays
             nothing, or is not in memory.
         one_at_a_time: whether a late stack is let go before another checkpoint's is loaded.
+        runner: where jobs run; None for here.
         on_progress: told of replays, an (event, scope, upstream, late, variant) each, after every pack.
         say: told, in one line, what a person should know.
 
@@ -133,7 +135,9 @@ def run_grid(
         CheckError: a replayed diagonal margin is off its native one by more than rounding, or that is off the one that
             capture stored; a cell asked for is missing at the end, as files of finished jobs went away meanwhile.
         CorruptFileError: the file of a finished job is damaged, and not one that is scored again here.
+        PartDone: the runner has a part of the jobs, and those of others are not finished.
     """
+    runner = runner or Runner()
     settings = settings.of_pair(store.checkpoints, store.fingerprint.event_pairs)
     check_settings(store, settings)
     settings = settings.of_depth(store.fingerprint.n_blocks)
@@ -150,9 +154,9 @@ def run_grid(
         if name not in replaced:
             raise error
         say(f"{folder / name} is damaged; its cells are scored again")
-    n_replays = count_replays(store, settings)
-    tally = Tally(n_replays, "replays", on_progress)
-    tally.add(found=n_replays - sum(job.n_units for job in jobs))
+    before = count_replays(store, settings) - sum(job.n_units for job in jobs)
+    tally = Tally(before + sum(job.n_units for job in runner.own(jobs, store)), "replays", on_progress)
+    tally.add(found=before)
 
     def load(label: str, boundary: int) -> LateStack:
         late = load_late(label, boundary)
@@ -163,7 +167,8 @@ def run_grid(
 
     said: list[str] = []
     engine = LocalEngine(store, load, finished, load_readout=load_readout, one_at_a_time=one_at_a_time)
-    run_replays(jobs, engine, folder, tally.add)
+    runner.run(jobs, engine, folder, tally.add)
+    runner.check_all({folder: jobs})
     cells = gather_cells(folder, store, strict=settings.strict, max_tokens=settings.max_tokens)
     asked = (
         (boundary, scope, [variant.name for variant in settings.variants_at(boundary)])

@@ -20,6 +20,7 @@ from actcache.canonical import digest_of
 from actcache.errors import CorruptFileError, InputError
 from actcache.files import write_atomically
 from actcache.models.cost import ModelShape
+from actcache.progress import PartDone
 from actcache.sealed import NoSealError, parquet_bytes
 from actcache.store import Store
 from actcache.study.analysis import Analysis, CellAnalysis
@@ -42,6 +43,7 @@ class Planned:
     Attributes:
         analysis: itself.
         refused: why the run cannot serve it, and what would; None where it can.
+        waits: for the parts of others, of which it says how many jobs are left; None where it does not.
         content: of its file, where it is answered already, under whatever options.
         jobs: what is not finished, replays and whole checkpoints, each with the folder of its result; None where its
             work is of another kind.
@@ -50,6 +52,7 @@ class Planned:
 
     analysis: Analysis[Any]
     refused: str | None = None
+    waits: str | None = None
     content: dict[str, Any] | None = None
     jobs: Sequence[tuple[Path, LateJob | ModelJob]] | None = None
     outlay: Outlay | None = None
@@ -162,4 +165,6 @@ def answered(planned: Sequence[Planned], answer: Answer) -> Iterator[Planned]:
                 one = replace(one, content=answer(one.analysis), jobs=())
             except InputError as error:
                 one = replace(one, refused=str(error))
+            except PartDone as done:
+                one = replace(one, waits=str(done))
         yield one

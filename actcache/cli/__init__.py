@@ -13,9 +13,10 @@ from collections.abc import Sequence
 
 from actcache.cli import across, analyses, bench, plan, stages, stores, study
 from actcache.cli.parser import Parser
-from actcache.cli.terminal import be_quiet, one_line, reader_is_gone, said_by_system
+from actcache.cli.terminal import be_quiet, one_line, reader_is_gone, said_by_system, say
 from actcache.cpus import settle_threads
 from actcache.errors import ActcacheError, CheckError, CorruptFileError, CorruptStoreError, KernelError
+from actcache.progress import PartDone
 
 _FAILED_CHECKS = (CheckError, CorruptFileError, CorruptStoreError, KernelError)
 _VERBS_OF = (stages, analyses, study, across, plan, stores, bench)  # in the order of the help
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit:  # --help, or a command that is none
         reader_is_gone()
         raise
+    except PartDone as done:
+        say(str(done))
+        return 0
     except ActcacheError as error:
         print(f"actcache: {one_line(error)}", file=sys.stderr)
         return 1 if isinstance(error, _FAILED_CHECKS) else 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from actcache.analyses import ANALYSES, STEPS, STEPS_IN_WORDS, Named
-from actcache.cli.arguments import Verbs, add_verb, holding_asked
+from actcache.cli.arguments import (
+    Verbs,
+    add_engine_arguments,
+    add_part_argument,
+    add_verb,
+    holding_asked,
+    runner_asked,
+)
 from actcache.cli.captured import add_captured_arguments, moved
 from actcache.cli.memory import enough_memory
 from actcache.cli.parser import WHAT, Parser
@@ -24,6 +32,7 @@ if TYPE_CHECKING:
     from actcache.models.lineup import Lineup
     from actcache.store import Store
     from actcache.study.analysis import Analysis
+    from actcache.study.runner import Runner
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -58,7 +67,11 @@ def _add_verb_of(verbs: Verbs, named: Named) -> None:
 
 def _add_options(named: Named, parser: Parser) -> None:
     quiet_libraries()
-    add_options(parser, named.load().options)
+    analysis = named.load()
+    add_options(parser, analysis.options)
+    if analysis.has_parts:
+        add_part_argument(parser)
+        add_engine_arguments(parser)
 
 
 def add_options(parser: Parser, options: Any) -> None:
@@ -90,7 +103,9 @@ def _answer(named: Named, args: argparse.Namespace) -> None:
     folder = RunFolder(args.run)
     record = folder.record()
     holding = holding_asked(args, record.holding)
-    found = analyse(analysis, folder, holding, checkpoints=moved(args, record), **options)
+    checkpoints = moved(args, record)
+    with closing(runner_asked(args, args.run, holding, checkpoints)) as runner:
+        found = analyse(analysis, folder, holding, runner, checkpoints=checkpoints, **options)
     _print_of_run(analysis, folder, found, args)
 
 
@@ -139,6 +154,7 @@ def analyse(
     analysis: Analysis[Any],
     folder: RunFolder,
     holding: Holding,
+    runner: Runner,
     *,
     checkpoints: Mapping[str, str] = MappingProxyType({}),
     lineup: Lineup | None = None,
@@ -150,16 +166,19 @@ def analyse(
         analysis: which.
         folder: of the run.
         holding: of the checkpoints.
+        runner: where jobs run.
         checkpoints: where they are now, of those that moved.
         lineup: the checkpoints, where they are open already.
         options: of the analysis.
     """
     from actcache.cli.watched import WatchedRun
 
-    clock = AnalysisClock(folder, analysis)
+    clock = AnalysisClock(folder, analysis, shared=not runner.has_every_job)
     line = LiveLine(analysis.name)
     run = WatchedRun(folder.path, clock, line, checkpoints=checkpoints, **asdict(holding))
-    _ = run.placement
+    run.runner = runner
+    if not runner.is_elsewhere:
+        _ = run.placement
     if lineup is not None:
         run.lineup = lineup
     analysis.check(run.store, analysis.options_of(options))

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.cli.arguments import capture_settings, checkpoints_given, holding_asked, positive, rendering_asked
+from actcache.cli.arguments import (
+    capture_settings,
+    checkpoints_given,
+    holding_asked,
+    positive,
+    rendering_asked,
+    runner_asked,
+)
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.errors import InputError
@@ -87,11 +95,13 @@ def capture_corpus(args: argparse.Namespace) -> None:
             with enough_memory(f"loading {label}", LESS_MODEL), line.during(f"loading {label}"):
                 return load()
 
-        how: dict[str, Any] = {"rendering": rendering, "texts": texts, "part": args.part, "watch": watch}
+        how: dict[str, Any] = {"rendering": rendering, "texts": texts, "part": args.part or (0, 1), "watch": watch}
         held = Held(lineup, holding_asked(args))
         beside = Path(args.out).parent
         folder = beside if beside.is_dir() else None
-        capture(lineup, prompts, place, settings, **how, on_progress=line, say=say, held=held, folder=folder)
+        with closing(runner_asked(args, args.out, held.holding, {})) as runner:
+            how["elsewhere"] = runner if runner.is_elsewhere else None
+            capture(lineup, prompts, place, settings, **how, on_progress=line, say=say, held=held, folder=folder)
     say(_holds(open_store(place)))
 
 

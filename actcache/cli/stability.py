@@ -35,10 +35,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup) -> None:
     """Check what the arguments of a run ask for, and say what was found."""
+    from actcache.study.runner import Runner
+
     if samples := samples_asked(args, folder.open_store().fingerprint.dtype):
         asked = ",".join(f"{dtype}={'all' if n is None else n}" for dtype, n in samples.items())
         analysis = find_analysis("stability")
-        found = analyse(analysis, folder, holding_asked(args), lineup=lineup, sample=asked)
+        found = analyse(analysis, folder, holding_asked(args), Runner(), lineup=lineup, sample=asked)
         for line in analysis.lines(found) if found["groups"] else ():
             say(line)
 

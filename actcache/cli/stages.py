@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from actcache.cli.arguments import (
     Verbs,
     add_capture_arguments,
+    add_engine_arguments,
     add_grid_arguments,
+    add_part_argument,
     add_strict_and_pack,
     add_verb,
     capture_settings,
@@ -21,8 +24,9 @@ from actcache.cli.arguments import (
     holding_asked,
     open_lineup,
     rendering_asked,
+    runner_asked,
 )
-from actcache.cli.captured import add_captured_arguments, open_captured
+from actcache.cli.captured import add_captured_arguments, moved, open_captured
 from actcache.cli.corpus import add_corpus_arguments, capture_corpus, check_no_corpus
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.stability import add_run_arguments, check_run
@@ -42,6 +46,7 @@ if TYPE_CHECKING:
     from actcache.replay.late_stack import LateStack
     from actcache.store import Store
     from actcache.study.holding import Holding
+    from actcache.study.runner import Runner
 
 
 def add_verbs(verbs: Verbs) -> None:
@@ -74,13 +79,8 @@ def add_verbs(verbs: Verbs) -> None:
     add_capture_arguments(capture)
     add_strict_and_pack(capture)
     add_corpus_arguments(capture)
-    capture.add_argument(
-        "--part",
-        type=_part,
-        default=(0, 1),
-        metavar="I/N",
-        help="capture segments I, I+N, I+2N and so on only, counted from 1",
-    )
+    add_part_argument(capture)
+    add_engine_arguments(capture)
 
     grid = add_verb(
         verbs,
@@ -92,6 +92,8 @@ def add_verbs(verbs: Verbs) -> None:
     add_captured_arguments(grid)
     grid.add_argument("--boundary", metavar="B", help="boundaries to score, of those captured (default: all of them)")
     add_grid_arguments(grid)
+    add_part_argument(grid)
+    add_engine_arguments(grid)
 
     report = add_verb(
         verbs, "report", _report, "write one self-contained HTML page about a run", "actcache report RUN --stable-only"
@@ -124,13 +126,7 @@ def add_all_arguments(parser: argparse.ArgumentParser) -> None:
     add_capture_arguments(parser)
     add_grid_arguments(parser)
     add_run_arguments(parser)
-
-
-def _part(text: str) -> tuple[int, int]:
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise argparse.ArgumentTypeError(f"{text} is not I/N with 1 <= I <= N")
-    return int(i) - 1, int(n)
+    add_engine_arguments(parser)
 
 
 def run_study(args: argparse.Namespace) -> tuple[RunFolder, dict[str, Any]]:
@@ -142,10 +138,11 @@ def run_study(args: argparse.Namespace) -> tuple[RunFolder, dict[str, Any]]:
         )
     prompts = _read_prompts(args)
     _check_grid_asked(args)
-    lineup = _capture_lineup(args, prompts)
-    folder = RunFolder(args.out)
-    check_run(args, folder, lineup)
-    _score(folder, lineup, args, None, holding_asked(args))
+    folder, holding = RunFolder(args.out), holding_asked(args)
+    with closing(runner_asked(args, args.out, holding, {})) as runner:
+        lineup = _capture_lineup(args, prompts, runner)
+        check_run(args, folder, lineup)
+        _score(folder, lineup, args, None, holding, runner)
     from actcache.analyses.effects import ANALYSIS, EffectsOptions
 
     store = folder.open_store()
@@ -212,18 +209,21 @@ def _capture(args: argparse.Namespace) -> None:
     if args.corpus is not None:
         return capture_corpus(args)
     check_no_corpus(args)
-    _capture_lineup(args, _read_prompts(args))
+    prompts = _read_prompts(args)
+    with closing(runner_asked(args, args.out, holding_asked(args), {})) as runner:
+        _capture_lineup(args, prompts, runner)
     say(f"{RunFolder(args.out).store} holds them; next: actcache grid {args.out}")
 
 
-def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Lineup:
+def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt], runner: Runner) -> Lineup:
     quiet_libraries()
+    from actcache.models.devices import kind_of
     from actcache.study.capture import capture
     from actcache.study.held import Held
 
     lineup = open_lineup(args)
     held = Held(lineup, holding_asked(args))
-    devices = held.placement
+    device = kind_of(args.device) if runner.is_elsewhere else held.placement.kind
     settings = capture_settings(args, lineup, say)
     rendering = rendering_asked(args, lineup)
     given = _read_events(args, lineup, prompts, rendering)
@@ -236,12 +236,12 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
     record = RunRecord(
         checkpoints={label: c.place for label, c in lineup.checkpoints.items()},
         prompts=str((args.prompts or args.events).resolve()),
-        device=devices.kind,
+        device=device,
         command=args.command,
         store=absolute_place(args.store),
         kept=held.holding.kept,
     )
-    part = getattr(args, "part", (0, 1))
+    part = getattr(args, "part", None) or (0, 1)
     clock = CaptureClock(lineup, held_asked(args))
     less = "a lower --max-tokens or --shard-prompts, in a new RUN, needs less; so does --resident one, or --stream"
     with (
@@ -261,6 +261,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
             "rendering": rendering,
             "given": given,
             "part": part,
+            "elsewhere": runner if runner.is_elsewhere else None,
             "watch": watch,
             "on_progress": line,
             "say": say,
@@ -283,11 +284,21 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt]) -> Line
 def _grid(args: argparse.Namespace) -> None:
     quiet_libraries()
     folder, lineup = open_captured(args)
-    n_cells = _score(folder, lineup, args, args.boundary, holding_asked(args, folder.record().holding))
+    record = folder.record()
+    holding = holding_asked(args, record.holding)
+    with closing(runner_asked(args, args.run, holding, moved(args, record))) as runner:
+        n_cells = _score(folder, lineup, args, args.boundary, holding, runner)
     say(f"{folder.cells} holds {n_cells:,} cells; next: actcache effects {args.run}")
 
 
-def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary: str | None, holding: Holding) -> int:
+def _score(
+    folder: RunFolder,
+    lineup: Lineup,
+    args: argparse.Namespace,
+    boundary: str | None,
+    holding: Holding,
+    runner: Runner,
+) -> int:
     """Score what is not scored yet, with late stacks that are held so; how many cells there are now."""
     from actcache.analyses.grid import check_settings, run_grid
     from actcache.study.cells import publish_cells
@@ -302,8 +313,8 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
     check_settings(store, settings)
     lineup.check_captured(captured)
     held = Held.of(store, lineup, holding)
-    together = held.are_together(captured.dtype, min(settings.boundaries), say)
-    clock = GridClock(folder, store)
+    together = runner.is_elsewhere or held.are_together(captured.dtype, min(settings.boundaries), say)
+    clock = GridClock(folder, store, shared=not runner.has_every_job)
 
     less = "a lower --max-tokens needs less; so does --resident one, or --stream"
     fewer = (
@@ -322,7 +333,7 @@ def _score(folder: RunFolder, lineup: Lineup, args: argparse.Namespace, boundary
             with enough_memory(what, fewer), clock.loading(), line.during(what):
                 return held.readout(label, store.dtype)
 
-        how: dict[str, Any] = {"load_readout": load_readout, "one_at_a_time": not together}
+        how: dict[str, Any] = {"load_readout": load_readout, "one_at_a_time": not together, "runner": runner}
         run_grid(store, load, folder.cell_groups, settings, **how, on_progress=line, say=say)
     clock.write(lineup)
     exactness: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from actcache.cli.analyses import analyse
-from actcache.cli.arguments import Verbs, add_verb, holding_asked
+from actcache.cli.arguments import (
+    Verbs,
+    add_engine_arguments,
+    add_part_argument,
+    add_verb,
+    holding_asked,
+    runner_asked,
+)
 from actcache.cli.captured import add_captured_arguments, moved
 from actcache.cli.stages import write_report
 from actcache.cli.terminal import clock, quiet_libraries, say
@@ -34,6 +42,8 @@ def add_verbs(verbs: Verbs) -> None:
     study.add_argument(
         "--also", type=_named, default=(), metavar="NAMES", help="analyses to answer beside the default set"
     )
+    add_part_argument(study)
+    add_engine_arguments(study)
 
 
 def _named(text: str) -> tuple[str, ...]:
@@ -44,20 +54,29 @@ def _study(args: argparse.Namespace) -> None:
     quiet_libraries()
     from actcache.analyses import whole
     from actcache.study.run import Run
+    from actcache.study.runner import Runner
 
     folder = RunFolder(args.run)
     record = folder.record()
     holding = holding_asked(args, record.holding)
-    run = Run(folder.path, checkpoints=moved(args, record), **asdict(holding))
+    checkpoints = moved(args, record)
+    run = Run(folder.path, checkpoints=checkpoints, **asdict(holding))
     planned = whole.plan_study(run, args.only, args.also)
     print("\n".join(_described(run, planned)), flush=True)
 
     def answer(analysis: Analysis[Any]) -> dict[str, Any]:
-        return analyse(analysis, folder, holding, lineup=run.lineup)
+        of = runner if analysis.has_parts else Runner()
+        return analyse(analysis, folder, holding, of, checkpoints=checkpoints, lineup=run.lineup)
 
-    for before, after in zip(planned, whole.answered(planned, answer), strict=True):
+    with closing(runner_asked(args, args.run, holding, checkpoints)) as runner:
+        found = list(whole.answered(planned, answer))
+    for before, after in zip(planned, found, strict=True):
         if after.refused is not None and before.refused is None:
             say(f"{after.analysis.name} is left out: {after.refused}")
+        if after.waits is not None:
+            say(f"{after.analysis.name}: {after.waits}")
+    if any(one.waits is not None for one in found):
+        return
     write_report(folder, folder.open_store())
     print(f"\nReport: {folder.report}")
 

@@ -10,10 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from actcache.progress import Progress
+from actcache.progress import PartDone, Progress
 
 _REDRAW_S = 0.25  # of a terminal
 _PLAIN_S = 10.0  # between two lines of a stage where stderr is a file or a pipe
@@ -72,7 +70,7 @@ class LiveLine:
         _shown = None
         self._over.set()
         with self.cleared():
-            if error is None and not _quiet:
+            if (error is None or isinstance(error, PartDone)) and not _quiet:
                 print(self._ended(), file=sys.stderr, flush=True)
 
     def __call__(self, progress: Progress) -> None:

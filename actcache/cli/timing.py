@@ -70,10 +70,11 @@ class CaptureClock(_Clock):
 class AnalysisClock(_Clock):
     """Times an analysis: put its loads under :meth:`loading`."""
 
-    def __init__(self, folder: RunFolder, analysis: Analysis[Any]) -> None:
+    def __init__(self, folder: RunFolder, analysis: Analysis[Any], *, shared: bool = False) -> None:
+        """Of a run; ``shared`` with processes that do a part of its work."""
         super().__init__()
         self._folder, self._name = folder, analysis.name
-        self._from_nothing = not analysis.table_path(folder).exists()
+        self._from_nothing = not shared and not analysis.table_path(folder).exists()
 
     def write(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """Record an answer of so many events in each group; one before which something was there is taken off the
@@ -86,10 +87,11 @@ class AnalysisClock(_Clock):
 class GridClock(_Clock):
     """Times a grid: put its loads under :meth:`loading`."""
 
-    def __init__(self, folder: RunFolder, store: Store) -> None:
+    def __init__(self, folder: RunFolder, store: Store, *, shared: bool = False) -> None:
+        """Of a run; ``shared`` with processes that do a part of its work."""
         super().__init__()
         self._folder, self._store = folder, store
-        self._from_nothing = not any(folder.cell_groups.glob("*.parquet"))
+        self._from_nothing = not shared and not any(folder.cell_groups.glob("*.parquet"))
 
     def write(self, lineup: Lineup) -> None:
         """Record the grid, with what it scored; one of which something was finished before is taken off the record."""

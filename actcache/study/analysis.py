@@ -95,6 +95,7 @@ class Analysis(ABC, Generic[Options]):
             its analysis and its own.
         options: a frozen dataclass of :func:`option` fields.
         version: of its numbers: raised where the same run gives others.
+        has_parts: whether its work is jobs whose results are files, so that it can be shared.
         opt_in: whether ``actcache study`` leaves it out unless it is named, as it costs more than the rest.
         needs_less: what a person may do where its memory is not enough.
         ratios: those of its numbers that are ratios of two others of their group, which these are; None where they are
@@ -104,6 +105,7 @@ class Analysis(ABC, Generic[Options]):
     name: ClassVar[str]
     options: type[Options]
     version: ClassVar[int] = 1
+    has_parts: ClassVar[bool] = False
     opt_in: ClassVar[bool] = False
     needs_less: ClassVar[str] = "a run captured with --dtype bfloat16 needs less"
     ratios: ClassVar[Mapping[str, tuple[str, str] | None]] = MappingProxyType({})
@@ -274,6 +276,8 @@ class Analysis(ABC, Generic[Options]):
 class CellAnalysis(Analysis[Options]):
     """One question to cells: of replays, and of what is made of their table."""
 
+    has_parts = True
+
     @abstractmethod
     def jobs(self, store: Store, finished: Finished, options: Options, exactness: Mapping[str, Any]) -> list[ReplayJob]:
         """What is not finished of the cells that it needs, to be replayed as ``exactness`` says: ``strict`` and
@@ -340,10 +344,10 @@ class CellAnalysis(Analysis[Options]):
         Raises:
             InputError: the store cannot serve these options.
             CheckError, CorruptFileError, NotFiniteError: see :meth:`actcache.study.replay_job.ReplayJob.run`.
+            PartDone: the run's runner has a part of the jobs, and those of others are not finished.
         """
         from actcache.study.cells import finished_cells, gather_cells, publish_cells
         from actcache.study.engine import LocalEngine
-        from actcache.study.runner import run_replays
 
         folder = run.folder
         store = folder.open_store()
@@ -353,7 +357,8 @@ class CellAnalysis(Analysis[Options]):
         self.prepare(run, store, options, on_progress)
         work = self.work(folder, store, finished, options)
         self.announce(run, [job for jobs in work.values() for job in jobs], say)
-        tally = Tally(sum(job.n_units for jobs in work.values() for job in jobs), "replays", on_progress)
+        own = [job for jobs in work.values() for job in run.runner.own(jobs, store)]
+        tally = Tally(sum(job.n_units for job in own), "replays", on_progress)
         one_at_a_time = run.one_at_a_time
         engine = LocalEngine(
             store,
@@ -365,10 +370,11 @@ class CellAnalysis(Analysis[Options]):
         )
         cells = None
         for place, jobs in work.items():
-            place.mkdir(parents=True, exist_ok=True)
-            run_replays(jobs, engine, place, tally.add)
-            if place == folder.cell_groups:  # at once: a command that is killed later will not find them missing
+            run.runner.run(jobs, engine, place, tally.add)
+            # At once: a command that is killed later will not find them missing.
+            if place == folder.cell_groups and run.runner.has_all({place: jobs}):
                 cells = publish_cells(folder.cells, folder.cell_groups, store, **exactness)
+        run.runner.check_all(work)
         if cells is None:
             cells = gather_cells(folder.cell_groups, store, **exactness)
         numbers = self.numbers(cells, run, options)

@@ -8,11 +8,11 @@ from __future__ import annotations
 import functools
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
@@ -52,7 +52,6 @@ from actcache.prompts import Prompt
 from actcache.schema import FIRST_DIVERGENCE
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
 from actcache.store.corpus import CORPUS, HELD_OUT
-from actcache.store.segment_data import SiteRows
 from actcache.study.capture_job import CaptureJob, RowsJob
 from actcache.study.held import Held
 from actcache.study.holding import Holding
@@ -63,6 +62,75 @@ Watch: TypeAlias = Callable[[str, Callable[[], Any]], Any]
 def unwatched(label: str, load: Callable[[], Any]) -> Any:
     """Load a checkpoint, and do nothing else."""
     return load()
+
+
+@dataclass(frozen=True)
+class CaptureStage:
+    """What another process has to know to run jobs of a capture.
+
+    Attributes:
+        number: of the stage; each has an engine of its own.
+        checkpoints, pairs: what :meth:`Lineup.open` opened.
+        settings, holding, known, folder: see :class:`LocalCapture`.
+        store: where the store is.
+        fingerprint, prompts: what :class:`StoreWriter` was given.
+    """
+
+    number: int
+    checkpoints: Mapping[str, str]
+    pairs: Sequence[tuple[str, str]] | None
+    settings: CaptureSettings
+    holding: Holding
+    known: Known | None
+    folder: Path | None
+    store: Place
+    fingerprint: Fingerprint
+    prompts: Mapping[str, str]
+
+    def open(self) -> tuple[LocalCapture, StoreWriter]:
+        """An engine, and what commits into the store."""
+        lineup = Lineup.open(self.checkpoints, self.pairs, dequantize=True)
+        writer = StoreWriter(self.store, self.fingerprint, self.prompts)
+        lineup.follow(writer.fingerprint.vocabulary)
+        held = Held(lineup, self.holding)
+        engine = LocalCapture(lineup, self.settings, held=held, known=self.known, folder=self.folder)
+        return engine, writer
+
+    def complete(
+        self, engine: LocalCapture, writer: StoreWriter, jobs: Sequence[CaptureJob | RowsJob], told: Told
+    ) -> None:
+        """Run jobs and commit what they give; what others have committed meanwhile is as good."""
+        committed = writer.committed
+        left = [job for job in jobs if isinstance(job, RowsJob) or job.segment not in committed]
+        rows = [job for job in left if isinstance(job, RowsJob)]
+        if rows:
+            engine.hold(open_store(self.store).segments)
+        with BackgroundWriter(writer) as background:
+            engine.between = background.check
+            engine.complete(left, functools.partial(_commit, engine, background), told)
+
+
+def _commit(engine: LocalCapture, background: BackgroundWriter, job: CaptureJob | RowsJob, given: Any) -> None:
+    """Hand over what a job gave."""
+    if isinstance(job, CaptureJob):
+        background.append(job.segment, given)
+    else:
+        segment = engine.segment(job.segment)
+        missing = {site: list(blocks) for site, blocks in job.sites}
+        background.add_rows(name_of_addition(segment, missing), segment.record, given)
+
+
+class Elsewhere(Protocol):
+    """Other processes that run the jobs of a capture."""
+
+    def capture(
+        self,
+        stage: CaptureStage,
+        names: Sequence[str],
+        jobs_of: Callable[[Sequence[str]], Sequence[CaptureJob | RowsJob]],
+        told: Told,
+    ) -> Searched:
+        """Run jobs of the segments named, which are made when they are sent: many at once."""
 
 
 class LocalCapture:
@@ -180,6 +248,7 @@ def capture(
     given: Sequence[GivenPrompt] | None = None,
     texts: Texts | None = None,
     part: tuple[int, int] = (0, 1),
+    elsewhere: Elsewhere | None = None,
     watch: Watch = unwatched,
     on_progress: OnProgress = untold,
     say: Callable[[str], None] = lambda line: None,
@@ -201,6 +270,7 @@ def capture(
         given: events to store instead of those that a search finds (see :mod:`actcache.capture.given`).
         texts: to store rows of, and no events at all (see :mod:`actcache.capture.corpus`).
         part: ``(i, n)`` leaves all segments but every n-th, from the i-th on, to others that capture at the same time.
+        elsewhere: what runs the jobs, if not this process.
         watch: runs each load of a checkpoint, given its label and what loads it: a :class:`Backbone`, or a
             :class:`Streamed` where its blocks are streamed.
         on_progress: told of prompts decided (or found committed), after every step of a search and every pack; then
@@ -241,7 +311,8 @@ def capture(
     found = fingerprint(lineup, prompts, settings, rendering)
     captured = {} if before is None else before.prompts  # a store without events is false
     segments = segments_of(prompts, settings.shard_prompts, captured)
-    writer = StoreWriter(store, found, digests_of_segments(prompts, settings.shard_prompts, captured))
+    digests = digests_of_segments(prompts, settings.shard_prompts, captured)
+    writer = StoreWriter(store, found, digests)
     if before is not None:
         stored, asked = sites_of_store(before), settings.wanted
         kept = {
@@ -256,66 +327,76 @@ def capture(
     tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)
     tally.add(found=sum(len(shard) for name, shard in shards if name in committed))
 
+    def job_of(name: str) -> CaptureJob:
+        shard = segments[name]
+        own = slice(shard.start, shard.stop)
+        of_segment = tuple(prompts[own])  # of a large file, read once
+        return CaptureJob(
+            store=found.digest,
+            segment=name,
+            settings=settings,
+            prompts=of_segment,
+            ids=tuple(map(tuple, prompt_ids.of(shard.start, of_segment))) if prompt_ids is not None else (),
+            given=tuple(given or ())[own],
+            n_pairs=len(lineup.pairs),
+            n_paired=len(lineup.paired),
+        )
+
     def jobs() -> Iterator[CaptureJob]:
-        for name, shard in [(name, shard) for name, shard in shards if name not in committed]:
+        for name, shard in left.items():
             if name in writer.committed:  # by another process meanwhile
                 tally.add(found=len(shard))
                 continue
-            own = slice(shard.start, shard.stop)
-            of_segment = tuple(prompts[own])  # of a large file, read once
-            yield CaptureJob(
-                store=found.digest,
-                segment=name,
-                settings=settings,
-                prompts=of_segment,
-                ids=tuple(map(tuple, prompt_ids.of(shard.start, of_segment))) if prompt_ids is not None else (),
-                given=tuple(given or ())[own],
-                n_pairs=len(lineup.pairs),
-                n_paired=len(lineup.paired),
-            )
+            yield job_of(name)
 
-    with BackgroundWriter(writer) as background:
-        engine.between = background.check
-        engine.complete(jobs(), lambda job, data: background.append(job.segment, data), tally.add)
-    searched = engine.searched
-    _add_rows(engine, writer, list(open_store(store).segments)[part[0] :: part[1]], settings, on_progress, say)
+    left = {name: shard for name, shard in shards if name not in committed}
+    if elsewhere is None:
+        with BackgroundWriter(writer) as background:
+            engine.between = background.check
+            engine.complete(jobs(), functools.partial(_commit, engine, background), tally.add)
+        searched = engine.searched
+    else:
+        held = held or Held(lineup, Holding(settings.device))
+        stage = CaptureStage(
+            number=0,
+            checkpoints={label: one.place for label, one in lineup.checkpoints.items()},
+            pairs=lineup.pairs if len(lineup.labels) > 1 else None,
+            settings=settings,
+            holding=held.holding,
+            known=known,
+            folder=folder and folder.resolve(),
+            store=Path(store).resolve() if isinstance(store, str | Path) and "://" not in str(store) else store,
+            fingerprint=found,
+            prompts=digests,
+        )
+        searched = elsewhere.capture(stage, [*left], lambda names: [job_of(name) for name in names], tally.add)
+    there = list(open_store(store).segments)[part[0] :: part[1]]
+    missing = {segment.name: sites for segment in there if (sites := missing_of(segment, settings.wanted))}
+    if not missing:
+        return searched
+    gained = said_of_sites(functools.reduce(joined, missing.values()))
+    say(f"the store gains {gained}: stored sequences run again, without a search")
+    lacking = {segment.name: segment for segment in there if segment.name in missing}
+    rows = {name: _rows_job(segment, missing[name]) for name, segment in lacking.items()}
+    tally = Tally(sum(job.n_units for job in rows.values()), "sequences", on_progress)
+    if elsewhere is None:
+        engine.hold(lacking.values())
+        with BackgroundWriter(writer) as background:
+            engine.between = background.check
+            engine.complete(rows.values(), functools.partial(_commit, engine, background), tally.add)
+    else:
+        elsewhere.capture(stage, [*rows], lambda names: [rows[name] for name in names], tally.add)
     return searched
 
 
-def _add_rows(
-    engine: LocalCapture,
-    writer: StoreWriter,
-    stored: Sequence[Segment],
-    settings: CaptureSettings,
-    on_progress: OnProgress,
-    say: Callable[[str], None],
-) -> None:
-    """Rows that are wanted and that stored segments lack."""
-    missing = {segment.name: sites for segment in stored if (sites := missing_of(segment, settings.wanted))}
-    if not missing:
-        return
-    lacking = {segment.name: segment for segment in stored if segment.name in missing}
-    gained = said_of_sites(functools.reduce(joined, missing.values()))
-    say(f"the store gains {gained}: stored sequences run again, without a search")
-    jobs = [
-        RowsJob(
-            store=segment.fingerprint.digest,
-            segment=name,
-            lengths=tuple(np.diff(segment.row_offsets).tolist()),
-            sites=tuple((site, tuple(blocks)) for site, blocks in missing[name].items()),
-        )
-        for name, segment in lacking.items()
-    ]
-    tally = Tally(sum(job.n_units for job in jobs), "sequences", on_progress)
-    engine.hold(lacking.values())
-    with BackgroundWriter(writer) as background:
-        engine.between = background.check
-
-        def add(job: RowsJob, rows: SiteRows) -> None:
-            segment = lacking[job.segment]
-            background.add_rows(name_of_addition(segment, missing[job.segment]), segment.record, rows)
-
-        engine.complete(jobs, add, tally.add)
+def _rows_job(segment: Segment, missing: Mapping[str, Sequence[int]]) -> RowsJob:
+    """Of rows that are wanted and that a stored segment lacks."""
+    return RowsJob(
+        store=segment.fingerprint.digest,
+        segment=segment.name,
+        lengths=tuple(np.diff(segment.row_offsets).tolist()),
+        sites=tuple((site, tuple(blocks)) for site, blocks in missing.items()),
+    )
 
 
 def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings, device: str | None = None) -> Backbone:

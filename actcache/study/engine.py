@@ -47,6 +47,12 @@ LoadLate = Callable[[str, int], LateStack]
 LoadBackbone = Callable[[str, torch.dtype], Backbone | Streaming]
 LoadReadout = Callable[[str], Readout]
 
+
+def stacks_of(job: LateJob) -> tuple[str, ...]:
+    """Labels of the late stacks that a job replays."""
+    return tuple(job.stacks) if isinstance(job, WindowJob | HandoffJob) else (job.late,)
+
+
 _STATES_KEPT = 2  # those that are replayed, and those read ahead
 
 
@@ -120,8 +126,26 @@ class LocalEngine:
         """Hear of jobs before they are run: each late stack is loaded once, from the first boundary that replays it."""
         for job in jobs:
             if not (isinstance(job, ReplayJob) and self.has_kept(job)):
-                for label in job.stacks if isinstance(job, WindowJob | HandoffJob) else (job.late,):
+                for label in stacks_of(job):
                     self._first[label] = min(job.boundary, self._first.get(label, job.boundary))
+
+    @property
+    def first(self) -> dict[str, int]:
+        """The boundary to load each late stack from, of those that are expected."""
+        return dict(self._first)
+
+    def hold(self, first: Mapping[str, int]) -> None:
+        """Expect these late stacks from these boundaries on and no others, which are let go."""
+        if any(label not in first for label in (*self._lates, *self._first)):
+            self._lates = {label: late for label, late in self._lates.items() if label in first}
+            self._backbone = None
+            self._loads.give_back()
+        self._first = dict(first)
+
+    def finished_of(self, job: ReplayJob) -> Finished:
+        """Of what is finished that which has kept all final states of a job; nothing where some are to be replayed."""
+        places = {(job.boundary, scope, job.late): self._keeping(job, scope) for scope in job.scopes}
+        return {place: [one] for place, one in places.items() if one is not None} if self.has_kept(job) else {}
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,6 +18,7 @@ from actcache.counts import check_whole
 from actcache.errors import IncompatibleError, InputError
 from actcache.progress import OnProgress, untold
 from actcache.sealed import Sealed, read_json, read_parquet
+from actcache.study.holding import ONE
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from actcache.store import Store
     from actcache.store.selection import Events
     from actcache.study.held import Held
+    from actcache.study.runner import Runner
 
 # What cells are joined with: the texts of the two choices, and how sure each checkpoint was of its own.
 _OF_EVENTS = ("token_pt", "token_it", "gap_pt", "gap_it")
@@ -169,8 +171,17 @@ class Run:
         return Held.of(self.store, self.lineup, self.holding)
 
     @cached_property
+    def runner(self) -> Runner:
+        """Where its jobs run: here, unless it is set to another one."""
+        from actcache.study.runner import Runner
+
+        return Runner()
+
+    @cached_property
     def one_at_a_time(self) -> bool:
         """Whether a late stack is let go before another checkpoint's is loaded."""
+        if self.runner.is_elsewhere:  # whose memory nobody knows here
+            return self.holding.stream or self.holding.resident == ONE
         return not self.held.are_together(self.store.fingerprint.dtype, min(self.store.boundaries))
 
     def load_late(self, label: str, boundary: int, device: str | None = None) -> LateStack:

@@ -1,5 +1,8 @@
 """Runner: runs jobs one after another, reads ahead, and hands over what each gives as soon as it is there.
 
+Stages and analyses are given a :class:`Runner`, and leave to it where their jobs run: here, or a part of them here
+(part.py).
+
 A killed command goes on where it stopped: what is finished is not among the jobs that a caller makes next time. Knows
 that jobs read and run; knows nothing of what they compute.
 """
@@ -7,7 +10,7 @@ that jobs read and run; knows nothing of what they compute.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
@@ -15,12 +18,50 @@ from typing import Any, TypeVar
 
 from actcache.progress import Told, nobody_told
 from actcache.replay.streamed_late import StreamedLate
+from actcache.store import Store
+from actcache.study.branch_job import BranchJob
 from actcache.study.engine import LateJob, LocalEngine
 from actcache.study.jobs import Job, Result
 from actcache.study.replay_job import ReplayJob
 from actcache.study.results import write_result
+from actcache.study.states_job import StatesJob
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any, Any, Any])
+ModelJob = BranchJob | StatesJob
+FileJob = TypeVar("FileJob", bound=LateJob | ModelJob)
+
+
+class Runner:
+    """Where the jobs run whose results are files: here, all of them."""
+
+    is_elsewhere = False
+    """Whether other processes load the checkpoints."""
+    has_every_job = True
+    """Whether it runs all jobs of a stage."""
+
+    def own(self, jobs: Sequence[FileJob], store: Store) -> list[FileJob]:
+        """Those of a stage's jobs that :meth:`run` will run."""
+        return list(jobs)
+
+    def run(
+        self, jobs: Sequence[LateJob | ModelJob], engine: LocalEngine, folder: Path, told: Told = nobody_told
+    ) -> None:
+        """Run jobs of one kind, replays or those of whole checkpoints; the result of each is a file in ``folder``,
+        which is created."""
+        folder.mkdir(parents=True, exist_ok=True)
+        late = [job for job in jobs if not isinstance(job, ModelJob)]
+        run_replays(late, engine, folder, told)
+        run_models([job for job in jobs if isinstance(job, ModelJob)], engine, folder, told)
+
+    def has_all(self, work: Mapping[Path, Sequence[LateJob | ModelJob]]) -> bool:
+        """Whether every one of these jobs, by folder, is finished, now that :meth:`run` has run its own."""
+        return True
+
+    def close(self) -> None:
+        """Let go of what it runs jobs with."""
+
+    def check_all(self, work: Mapping[Path, Sequence[LateJob | ModelJob]]) -> None:
+        """Raise PartDone where :meth:`has_all` says no."""
 
 
 def run_jobs(
@@ -56,18 +97,27 @@ def run_replays(jobs: Sequence[LateJob], engine: LocalEngine, folder: Path, told
         of_late = list(own)
         shared = [job for job in of_late if isinstance(job, ReplayJob) and not engine.has_kept(job)]
         if shared and isinstance(stack := engine.late(late, min(job.boundary for job in shared)), StreamedLate):
-            for group in _groups(shared, engine):
+            for group in groups_of(shared, engine):
                 for job, result in _in_one_pass(group, engine, stack, told):
                     keep(job, result)
             of_late = [job for job in of_late if job not in set(shared)]
         run_jobs(of_late, engine, keep, told)
 
 
+def run_models(jobs: Sequence[ModelJob], engine: LocalEngine, folder: Path, told: Told = nobody_told) -> None:
+    """Run jobs of whole checkpoints, of one checkpoint after another; results as of :func:`run_replays`."""
+
+    def keep(job: ModelJob, result: Result) -> None:
+        write_result(folder, job.key | result.notes, result.table, result.final)
+
+    run_jobs(sorted(jobs, key=lambda job: job.label), engine, keep, told)
+
+
 # Bytes of the rows of jobs that share a pass over blocks: these are in memory, what becomes of them need not be.
 ROWS_AT_ONCE = 512 << 20
 
 
-def _groups(jobs: Sequence[ReplayJob], engine: LocalEngine) -> Iterator[list[ReplayJob]]:
+def groups_of(jobs: Sequence[ReplayJob], engine: LocalEngine) -> Iterator[list[ReplayJob]]:
     """Jobs in their order, in groups whose rows fit into memory."""
     group: list[ReplayJob] = []
     n_bytes = 0

@@ -6,19 +6,17 @@ files; knows nothing of what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from actcache.progress import OnProgress, Tally
 from actcache.study.branch_job import BranchJob
 from actcache.study.engine import LocalEngine
-from actcache.study.jobs import Result
-from actcache.study.results import is_finished, write_result
-from actcache.study.runner import run_jobs
+from actcache.study.results import is_finished
+from actcache.study.runner import ModelJob, Runner
 from actcache.study.states_job import StatesJob
 
-ModelJob = BranchJob | StatesJob
 OneJob = TypeVar("OneJob", BranchJob, StatesJob)
 
 
@@ -27,23 +25,19 @@ def left(folder: Path, jobs: Sequence[OneJob]) -> list[OneJob]:
     return [job for job in jobs if not is_finished(folder, job.key)]
 
 
-def run_left(work: Mapping[Path, Sequence[ModelJob]], engine: LocalEngine, on_progress: OnProgress) -> None:
-    """Run what is not finished; the result of each job is a file in its folder, which is created.
+def run_left(
+    jobs: Sequence[ModelJob], folder: Path, engine: LocalEngine, on_progress: OnProgress, runner: Runner
+) -> None:
+    """Run what is not finished; the result of each job is a file in a folder, which is created.
 
     Args:
-        work: jobs by folder.
+        jobs: all of them.
+        folder: where their results lie.
         engine: that loads whole checkpoints.
         on_progress: told of the sequences, unless there are none.
+        runner: that runs them, or its part of them.
     """
-    ordered = [(job, folder) for folder, jobs in work.items() for job in jobs if not is_finished(folder, job.key)]
-    if not ordered:
-        return
-    ordered.sort(key=lambda one: one[0].label)
-    tally = Tally(sum(job.n_units for job, _ in ordered), "sequences", on_progress)
-    folders = {id(job): folder for job, folder in ordered}
-
-    def keep(job: ModelJob, result: Result) -> None:
-        folders[id(job)].mkdir(parents=True, exist_ok=True)
-        write_result(folders[id(job)], job.key | result.notes, result.table, result.final)
-
-    run_jobs((job for job, _ in ordered), engine, keep, tally.add)
+    jobs = [job for job in jobs if not is_finished(folder, job.key)]
+    if own := runner.own(jobs, engine.store):
+        tally = Tally(sum(job.n_units for job in own), "sequences", on_progress)
+        runner.run(jobs, engine, folder, tally.add)
