@@ -52,6 +52,9 @@ def run(
     stability: int | str | None = None,
     stable_only: bool = False,
     resident: str | None = None,
+    engine: str | None = None,
+    address: str | None = None,
+    workers: int | None = None,
     threads: int | None = None,
     quiet: bool = False,
     **options: Any,
@@ -93,6 +96,9 @@ def run(
         stability: how many events to check for changes by rounding, or ``"all"``.
         stable_only: whether to leave out of the effects what rounding changes.
         resident: checkpoints in memory at once: ``one``, ``all``, or ``auto``, the default: all if they fit.
+        engine: ``local``, or ``ray`` for workers of a Ray cluster.
+        address: of that cluster.
+        workers: how many of them.
         threads: of the CPU.
         quiet: whether stderr shows no progress.
         options: none; a name that is no option is an InputError, which says which one was probably meant.
