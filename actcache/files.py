@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -24,7 +25,10 @@ def write_atomically(path: str | Path, data: Any) -> None:
 
     On an OSError (full or read-only disk) the temporary file is removed and ``path`` is as it was.
     """
-    path = Path(path)
+    path = as_path(path)
+    if not isinstance(path, Path):
+        path.write_atomically(data)
+        return
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with naming(path):
@@ -34,6 +38,11 @@ def write_atomically(path: str | Path, data: Any) -> None:
         temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
+
+
+def as_path(given: str | Path) -> Path:
+    """A path from its text; any other stays what it is, also one that is not on this disk."""
+    return Path(given) if isinstance(given, str) else given
 
 
 def digests_of_files(files: Mapping[str, str]) -> dict[str, str]:
@@ -101,10 +110,20 @@ def no_file(path: Path, what: str) -> str:
 
 def make_folder(path: Path) -> None:
     """Make a folder, with parents, unless it is there; durable when this returns."""
+    if not isinstance(path, Path):
+        return  # on an object store, files bring their folders with them
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
         fsync(folder.parent)
+
+
+def remove_tree(path: Path) -> None:
+    """Delete a folder with all that is in it; what cannot be deleted stays."""
+    if isinstance(path, Path):
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.remove_tree()
 
 
 def fsync(path: Path) -> None:
@@ -149,22 +168,6 @@ def sole_creator(path: Path) -> Iterator[Callable[[bytes], None]]:
         if _is_open_at(handle, draft):
             draft.unlink()
         # A child forked meanwhile shares the open file: closing it here would not end the lock.
-        fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Alone with ``path``, which need not exist, among those that use this: for what is read, changed and written.
-
-    Waits for another process or thread; one that dies is out of it.
-    """
-    lock = path.with_name(f".{path.name}.lock")
-    handle = _lock(lock)
-    try:
-        yield
-    finally:
-        lock.unlink()
         fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 

@@ -41,11 +41,13 @@ def untold(progress: Progress) -> None:
 class Told(Protocol):
     """What hears how far a piece of a stage is: :meth:`Tally.add`."""
 
-    def __call__(self, n: int = 0, *, tokens: int = 0, doing: str = "", in_rounds: bool = False) -> object:
-        """``n`` units more are done, and ``tokens`` were run."""
+    def __call__(
+        self, n: int = 0, *, found: int = 0, tokens: int = 0, doing: str = "", in_rounds: bool = False
+    ) -> object:
+        """``n`` units more are done here, ``found`` by others, and ``tokens`` were run."""
 
 
-def nobody_told(n: int = 0, *, tokens: int = 0, doing: str = "", in_rounds: bool = False) -> None:
+def nobody_told(n: int = 0, *, found: int = 0, tokens: int = 0, doing: str = "", in_rounds: bool = False) -> None:
     """Tell nobody."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actcache.errors import CorruptFileError, InputError
+from actcache.files import as_path
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -100,7 +101,7 @@ def read_json(path: str | Path, what: str, advice: str, *, without_seal: bool = 
         CorruptFileError: its bytes are not those written.
         FileNotFoundError: there is no such file.
     """
-    data = Path(path).read_bytes()
+    data = as_path(path).read_bytes()
     if without_seal and _last_seal(data) is None:
         try:
             content = json.loads(data)
@@ -121,7 +122,7 @@ def read_parquet(path: str | Path, what: str, advice: str, columns: list[str] | 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    data = Path(path).read_bytes()
+    data = as_path(path).read_bytes()
     seal = check_seal(data, path, what, advice)
     # Not by threads of Arrow: where the last to hold these bytes is one, as the process ends, that aborts the process.
     table = pq.ParquetFile(pa.BufferReader(data)).read(columns=columns, use_threads=False)
@@ -135,7 +136,7 @@ def read_safetensors(path: str | Path, what: str, advice: str) -> Sealed:
     """What :func:`safetensors_bytes` made (arguments and errors as :func:`read_json`)."""
     from safetensors.torch import load
 
-    data = Path(path).read_bytes()
+    data = as_path(path).read_bytes()
     seal = check_seal(data, path, what, advice)
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return Sealed(load(data), json.loads(header["__metadata__"][_NOTES.decode()])["made_from"], seal)

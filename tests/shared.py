@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -245,3 +247,31 @@ def device(request: pytest.FixtureRequest) -> Any:
     with using(request.param):
         assert engine("cuda") == request.param
         yield torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    """The URL of an empty bucket on a server on loopback, and the environment that leads there."""
+    pytest.importorskip("obstore")
+    moto = pytest.importorskip("moto.moto_server.werkzeug_app")
+    serving = pytest.importorskip("werkzeug.serving")
+    # S3 alone: where moto serves everything, it looks at each request for whose it is, for longer than S3 takes.
+    server = serving.make_server("127.0.0.1", 0, moto.create_backend_app("s3"), threaded=True)
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    environment = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
+        "AWS_ALLOW_HTTP": "true",
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+    }
+    with mock.patch.dict(os.environ, environment):
+        import boto3
+
+        boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"]).create_bucket(Bucket="bucket")
+        yield "s3://bucket"
+    server.shutdown()
+    server.server_close()
+    thread.join()

@@ -45,7 +45,7 @@ FLOW = {
         "spill",
     ),
     "store": (
-        *("planes", "zarr_codec", "chunks", "storage", "objects", "shard", "layout", "records"),
+        *("planes", "zarr_codec", "chunks", "far_path", "storage", "objects", "claims", "shard", "layout", "records"),
         *("segment_data", "segment", "selection", "reader", "writer", "background", "compact", "verify", "export"),
         *("corpus", "rows", "feed"),
     ),
@@ -128,7 +128,7 @@ FLOW = {
 FOLDERS = list(FLOW)
 # What chooses among kinds when it is called: a place of a store, whose kind may need the extra s3; an analysis by name.
 # A study of a run ends in its page.
-FACTORIES = {("storage", "objects"), ("run", "analyses"), ("run", "report")}
+FACTORIES = {("storage", "objects"), ("far_path", "storage"), ("run", "analyses"), ("run", "report")}
 
 
 def imported(path: Path) -> set[tuple[str, str]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -27,34 +25,6 @@ from actcache.store import BackgroundWriter, Store, StoreWriter, compact, layout
 from actcache.store.storage import open_storage
 
 EVENTS = sum(segment.events.num_rows for segment in SEGMENTS.values())
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The URL of an empty bucket on a server on loopback, and the environment that leads there."""
-    pytest.importorskip("obstore")
-    moto = pytest.importorskip("moto.moto_server.werkzeug_app")
-    serving = pytest.importorskip("werkzeug.serving")
-    # S3 alone: where moto serves everything, it looks at each request for whose it is, for longer than S3 takes.
-    server = serving.make_server("127.0.0.1", 0, moto.create_backend_app("s3"), threaded=True)
-    logging.getLogger("werkzeug").setLevel(logging.WARNING)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    environment = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_REGION": "us-east-1",
-    }
-    with mock.patch.dict(os.environ, environment):
-        import boto3
-
-        boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"]).create_bucket(Bucket="bucket")
-        yield "s3://bucket"
-    server.shutdown()
-    server.server_close()
-    thread.join()
 
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.slow)])

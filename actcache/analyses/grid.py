@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from actcache.capture.settings import parse_boundaries
 from actcache.errors import InputError
-from actcache.files import check_own_folder
+from actcache.files import as_path, check_own_folder
 from actcache.progress import OnProgress, Tally, untold
 from actcache.replay.edits import PLAIN, Variant
 from actcache.replay.late_stack import LateStack
@@ -141,7 +141,7 @@ def run_grid(
     settings = settings.of_pair(store.checkpoints, store.fingerprint.event_pairs)
     check_settings(store, settings)
     settings = settings.of_depth(store.fingerprint.n_blocks)
-    folder = Path(folder)
+    folder = as_path(folder)
     check_own_folder(folder)
     folder.mkdir(parents=True, exist_ok=True)
     finished, damaged = find_finished(folder, store)

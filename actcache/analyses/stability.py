@@ -23,12 +23,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from actcache.errors import InputError
-from actcache.files import locked, write_atomically
+from actcache.files import as_path, write_atomically
 from actcache.models.checkpoint import DTYPES
 from actcache.progress import OnProgress, Tally, untold
 from actcache.schema import CHOSEN_KINDS
 from actcache.sealed import NoSealError, Sealed, parquet_bytes, read_parquet
 from actcache.store import Store
+from actcache.store.claims import Claims
+from actcache.store.storage import open_storage
 from actcache.study.analysis import Analysis, option
 from actcache.study.cells import identity
 from actcache.study.decisions import DECIDED, UNIT, check_dtype, check_stability, n_decisions
@@ -83,7 +85,8 @@ def run_stability(
         if sample is not None and sample < 1:
             raise InputError(f"a sample of {sample} events: give at least 1, or all")
         wanted[dtype] = len(chosen) if sample is None else min(sample, len(chosen))
-    path, found = Path(path), read_sealed(store, path)
+    path = as_path(path)
+    found = read_sealed(store, path)
     tally = Tally(sum(map(n_decisions, wanted.values())), UNIT, on_progress)
     for dtype, n_wanted in wanted.items():
         note = found.made_from["dtypes"].get(dtype, {})
@@ -92,7 +95,11 @@ def run_stability(
             continue
         events = [chosen[index] for index in spread(len(chosen), n_wanted)]
         rows = check_stability(store, load, [dtype], max_tokens=max_tokens, events=events, tally=tally, say=say)
-        with locked(path):  # another check may have written another dtype meanwhile
+        with (
+            Claims(open_storage(path.parent)) as claims,
+            claims.alone(path.name),
+        ):
+            # Another check may have written another dtype meanwhile.
             found = read_sealed(store, path)
             of_dtype = {name: found.content.filter(pc.equal(found.content["dtype"], name)) for name in DTYPES}
             table = pa.concat_tables([DECIDED.empty_table(), *(of_dtype | {dtype: rows}).values()])

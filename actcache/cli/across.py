@@ -15,6 +15,7 @@ from actcache.cli.terminal import quiet_libraries, say
 from actcache.errors import InputError
 from actcache.files import write_atomically
 from actcache.sealed import html_bytes, json_bytes
+from actcache.store.far_path import path_at
 from actcache.study.run_folder import run_at
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ def add_verbs(verbs: Verbs) -> None:
         metavar="RUN|CELLS.parquet",
         help="folders of runs or tables of cells, one for each family; NAME=RUN gives a family its name",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the answer and its page")
+    parser.add_argument("--out", type=path_at, required=True, metavar="DIR", help="folder of the answer and its page")
     parser.add_argument("--json", action="store_true", help="print JSON, as in DIR/across.json")
     parser.later = _add_options
 
@@ -89,9 +90,9 @@ def _family(text: str) -> Family:
     from actcache.analyses.across import Family
 
     name, separator, place = text.partition("=")
-    if not separator or Path(text).exists():
+    if not separator or path_at(text).exists():
         name, place = "", text
-    path = Path(place)
+    path = path_at(place)
     if path.is_dir():
         return Family.of_run(name or path.resolve().name, path)
     return Family.of_table(name or path.name.removesuffix(".parquet").removesuffix(".cells"), path, read_cells(path))

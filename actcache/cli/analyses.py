@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import asdict, fields
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +24,7 @@ from actcache.cli.memory import enough_memory
 from actcache.cli.parser import WHAT, Parser
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import AnalysisClock
+from actcache.store.far_path import path_at
 from actcache.study.holding import Holding
 from actcache.study.run_folder import RunFolder
 
@@ -58,7 +58,7 @@ def _add_verb_of(verbs: Verbs, named: Named) -> None:
     parser = add_verb(verbs, named.name.rpartition(" ")[2], answer, named.question, _example(named))
     if named.of_cells:
         words = "folder of a run, or a table of cells"
-        parser.add_argument("source", type=Path, metavar="RUN|CELLS.parquet", help=words)
+        parser.add_argument("source", type=path_at, metavar="RUN|CELLS.parquet", help=words)
     else:
         add_captured_arguments(parser)
     parser.later = partial(_add_options, named)
@@ -183,6 +183,6 @@ def analyse(
         run.lineup = lineup
     analysis.check(run.store, analysis.options_of(options))
     with enough_memory(analysis.name, analysis.needs_less), line:
-        found = run.analyse(analysis.name, on_progress=line, say=say, **options)
+        found = run.analyse(analysis.name, on_progress=clock.hearing(line), say=say, **options)
     clock.write(found["groups"])
     return found

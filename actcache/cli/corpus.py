@@ -97,8 +97,8 @@ def capture_corpus(args: argparse.Namespace) -> None:
 
         how: dict[str, Any] = {"rendering": rendering, "texts": texts, "part": args.part or (0, 1), "watch": watch}
         held = Held(lineup, holding_asked(args))
-        beside = Path(args.out).parent
-        folder = beside if beside.is_dir() else None
+        beside = args.out.parent
+        folder = beside if isinstance(beside, Path) and beside.is_dir() else None
         with closing(runner_asked(args, args.out, held.holding, {})) as runner:
             how["elsewhere"] = runner if runner.is_elsewhere else None
             capture(lineup, prompts, place, settings, **how, on_progress=line, say=say, held=held, folder=folder)

@@ -34,6 +34,7 @@ from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock
 from actcache.errors import InputError
 from actcache.schema import ROLES
+from actcache.store.far_path import path_at
 from actcache.study.run import check_complete
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
 
@@ -58,7 +59,7 @@ def add_verbs(verbs: Verbs) -> None:
         "run everything on the pair that the package ships, without a network",
         "actcache demo --out actcache-demo",
     )
-    demo.add_argument("--out", type=Path, default=Path("actcache-demo"), metavar="RUN", help="folder of the run")
+    demo.add_argument("--out", type=path_at, default=Path("actcache-demo"), metavar="RUN", help="folder of the run")
 
     run = add_verb(
         verbs,
@@ -98,7 +99,7 @@ def add_verbs(verbs: Verbs) -> None:
     report = add_verb(
         verbs, "report", _report, "write one self-contained HTML page about a run", "actcache report RUN --stable-only"
     )
-    report.add_argument("run", type=Path, metavar="RUN", help="folder of the run")
+    report.add_argument("run", type=path_at, metavar="RUN", help="folder of the run")
     _add_filters(report)
 
 
@@ -257,7 +258,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt], runner:
         how: dict[str, Any] = {
             "held": held,
             "known": known,
-            "folder": None if args.store else folder.path,
+            "folder": None if args.store else folder.on_disk,
             "rendering": rendering,
             "given": given,
             "part": part,
@@ -334,7 +335,7 @@ def _score(
                 return held.readout(label, store.dtype)
 
         how: dict[str, Any] = {"load_readout": load_readout, "one_at_a_time": not together, "runner": runner}
-        run_grid(store, load, folder.cell_groups, settings, **how, on_progress=line, say=say)
+        run_grid(store, load, folder.cell_groups, settings, **how, on_progress=clock.hearing(line), say=say)
     clock.write(lineup)
     exactness: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
     return publish_cells(folder.cells, folder.cell_groups, store, **exactness).num_rows

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from actcache.progress import OnProgress, Progress
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -19,9 +20,21 @@ if TYPE_CHECKING:
 class _Clock:
     """Runs from the first load of weights on; a stage that loads none has nothing to do."""
 
+    _from_nothing = True
+    """Whether all that is timed was done here."""
+
     def __init__(self) -> None:
         self._start: float | None = None
         self._load_s = 0.0
+
+    def hearing(self, on_progress: OnProgress) -> OnProgress:
+        """Tell this listener, and notice what others have done."""
+
+        def tell(progress: Progress) -> None:
+            self._from_nothing = self._from_nothing and not progress.found
+            on_progress(progress)
+
+        return tell
 
     @contextmanager
     def loading(self) -> Iterator[None]:

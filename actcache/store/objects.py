@@ -27,7 +27,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedEr
 from obstore.store import from_url
 
 from actcache.errors import CorruptStoreError, InputError
-from actcache.store.storage import MAX_JSON_BYTES, Place, Publish, Ranges, Storage, Write
+from actcache.store.storage import MAX_JSON_BYTES, Place, Publish, Ranges, Stamp, Storage, Write
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -89,11 +89,11 @@ class ObjectStorage:
     def __str__(self) -> str:
         return self.where
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, at_most: int | None = MAX_JSON_BYTES) -> bytes:
         with _as_oserror(key):
             found = self.objects.get(key)
-            if found.meta["size"] > MAX_JSON_BYTES:
-                raise CorruptStoreError(f"{key}: {found.meta['size']} bytes, expected at most {MAX_JSON_BYTES}")
+            if at_most is not None and found.meta["size"] > at_most:
+                raise CorruptStoreError(f"{key}: {found.meta['size']} bytes, expected at most {at_most}")
             return bytes(found.bytes())
 
     def read_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
@@ -139,6 +139,15 @@ class ObjectStorage:
         with _as_oserror(key):
             return int(self.objects.head(key)["size"])
 
+    def stamp(self, key: str) -> Stamp | None:
+        try:
+            with _as_oserror(key):
+                found = self.objects.head(key)
+        except FileNotFoundError:
+            return None
+        time_s = found["last_modified"].timestamp()
+        return Stamp(time_s, f"{found['e_tag']}-{time_s}")
+
     def names(self, folder: str) -> list[str]:
         with _as_oserror(folder):
             found = self.objects.list_with_delimiter(folder)
@@ -177,6 +186,9 @@ class ObjectStorage:
             f"{self.where}: this server {why}; give a local folder, or a server with conditional puts and listings "
             "that are up to date"
         )
+
+    def make_folder(self, folder: str) -> None:
+        pass
 
     def put(self, key: str, data: bytes) -> None:
         # 409: the server met another request for this key, and asks to send it again.

@@ -15,11 +15,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 from actcache.cpus import usable_cpus
 from actcache.errors import CorruptStoreError, InputError
 from actcache.files import check_own_folder, fsync, is_draft, make_folder, naming, sole_creator, write_durably
+from actcache.store.far_path import FarPath
 
 if TYPE_CHECKING:
     import obstore.store
@@ -31,6 +32,18 @@ Place: TypeAlias = "str | Path | Storage | obstore.store.ObjectStore"  # what na
 
 # JSON that a reader takes into memory before it can check it; a record names some hundred bytes a file.
 MAX_JSON_BYTES = 16 * 2**20
+
+
+class Stamp(NamedTuple):
+    """When a file was written, by the storage's own clock, and what tells it from others under its key.
+
+    Attributes:
+        time: in seconds; object stores give whole ones.
+        version: unlike that of a file that was there before, or is put there later.
+    """
+
+    time: float
+    version: str
 
 
 class Storage(Protocol):
@@ -45,14 +58,17 @@ class Storage(Protocol):
     parallel_writes: int
     """How many files are worth being made durable at once: a disk merges what waits for it, a net has far to go."""
 
-    def read(self, key: str) -> bytes:
-        """A whole file; CorruptStoreError if it is larger than ``MAX_JSON_BYTES``."""
+    def read(self, key: str, at_most: int | None = MAX_JSON_BYTES) -> bytes:
+        """A whole file; CorruptStoreError if it is larger, unless ``at_most`` is None."""
 
     def read_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
         """Ranges of a file; one that goes past its end comes back short."""
 
     def size(self, key: str) -> int | None:
         """Bytes of a file, or None where there is none."""
+
+    def stamp(self, key: str) -> Stamp | None:
+        """When a file was written, and which it is; None where there is none."""
 
     def names(self, folder: str) -> list[str]:
         """Names of the files and folders that lie directly in a folder, sorted; none where there is no such folder.
@@ -70,6 +86,9 @@ class Storage(Protocol):
         Raises:
             InputError: an object store does not keep the promise that the commit protocol stands on; says which.
         """
+
+    def make_folder(self, folder: str) -> None:
+        """Make a folder of the store, where folders exist at all."""
 
     def put(self, key: str, data: bytes) -> None:
         """Write a small file, durably, in place of what may be there; one that dies may leave it half."""
@@ -126,6 +145,8 @@ def open_storage(place: Place) -> Storage:
     """
     if isinstance(place, LocalStorage):
         return place
+    if isinstance(place, FarPath):
+        place = str(place)
     if isinstance(place, Path) or (isinstance(place, str) and "://" not in place):
         return LocalStorage(Path(place))
     try:
@@ -149,11 +170,11 @@ class LocalStorage:
     def __str__(self) -> str:
         return str(self.root)
 
-    def read(self, key: str) -> bytes:
+    def read(self, key: str, at_most: int | None = MAX_JSON_BYTES) -> bytes:
         with self._open(key) as handle:
             size = os.fstat(handle).st_size
-            if size > MAX_JSON_BYTES:
-                raise CorruptStoreError(f"{key}: {size} bytes, expected at most {MAX_JSON_BYTES}")
+            if at_most is not None and size > at_most:
+                raise CorruptStoreError(f"{key}: {size} bytes, expected at most {at_most}")
             return os.pread(handle, size, 0)
 
     def read_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
@@ -163,6 +184,13 @@ class LocalStorage:
     def size(self, key: str) -> int | None:
         path = self.root / key
         return path.stat().st_size if path.is_file() else None
+
+    def stamp(self, key: str) -> Stamp | None:
+        try:
+            found = (self.root / key).stat()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return Stamp(found.st_mtime, f"{found.st_ino}-{found.st_mtime_ns}") if stat.S_ISREG(found.st_mode) else None
 
     def names(self, folder: str) -> list[str]:
         try:
@@ -181,7 +209,10 @@ class LocalStorage:
 
     def prepare(self, folders: Iterable[str]) -> None:
         for folder in ("", *folders):
-            make_folder(self._own(folder))
+            self.make_folder(folder)
+
+    def make_folder(self, folder: str) -> None:
+        make_folder(self._own(folder))
 
     def put(self, key: str, data: bytes) -> None:
         path = self._own(key)

@@ -9,10 +9,11 @@ import functools
 import itertools
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -51,11 +52,14 @@ from actcache.progress import OnProgress, Tally, Told, nobody_told, untold
 from actcache.prompts import Prompt
 from actcache.schema import FIRST_DIVERGENCE
 from actcache.store import BackgroundWriter, Place, Segment, StoreWriter, open_store
+from actcache.store.claims import Claims
 from actcache.store.corpus import CORPUS, HELD_OUT
+from actcache.store.layout import commit_key
 from actcache.study.capture_job import CaptureJob, RowsJob
 from actcache.study.held import Held
 from actcache.study.holding import Holding
 
+Unit = TypeVar("Unit")
 Watch: TypeAlias = Callable[[str, Callable[[], Any]], Any]
 
 
@@ -258,6 +262,8 @@ def capture(
 ) -> Searched:
     """Find the events of every prompt and store what their replay needs; resumable by the same call.
 
+    Processes that do this at once, for one part, share its segments by claims (see :mod:`actcache.store.claims`).
+
     A store grows by it too. Prompts that follow those it was made from become new segments. For boundaries or sites
     that it lacks, its sequences run again, without a search. What it has stays as it is.
 
@@ -342,18 +348,20 @@ def capture(
             n_paired=len(lineup.paired),
         )
 
-    def jobs() -> Iterator[CaptureJob]:
-        for name, shard in left.items():
-            if name in writer.committed:  # by another process meanwhile
-                tally.add(found=len(shard))
+    def jobs(free: Iterable[str]) -> Iterator[CaptureJob]:
+        for name in free:
+            if name in writer.committed:  # by another process meanwhile, and merged into another one
+                tally.add(found=len(segments[name]))
                 continue
             yield job_of(name)
 
-    left = {name: shard for name, shard in shards if name not in committed}
+    left = [name for name, _ in shards if name not in committed]
     if elsewhere is None:
-        with BackgroundWriter(writer) as background:
-            engine.between = background.check
-            engine.complete(jobs(), functools.partial(_commit, engine, background), tally.add)
+        with _shared(writer, left, str, lambda name: len(segments[name]), tally) as rounds:
+            for free in rounds:
+                with BackgroundWriter(writer) as background:
+                    engine.between = background.check
+                    engine.complete(jobs(free), functools.partial(_commit, engine, background), tally.add)
         searched = engine.searched
     else:
         held = held or Held(lineup, Holding(settings.device))
@@ -369,7 +377,7 @@ def capture(
             fingerprint=found,
             prompts=digests,
         )
-        searched = elsewhere.capture(stage, [*left], lambda names: [job_of(name) for name in names], tally.add)
+        searched = elsewhere.capture(stage, left, lambda names: [job_of(name) for name in names], tally.add)
     there = list(open_store(store).segments)[part[0] :: part[1]]
     missing = {segment.name: sites for segment in there if (sites := missing_of(segment, settings.wanted))}
     if not missing:
@@ -381,9 +389,15 @@ def capture(
     tally = Tally(sum(job.n_units for job in rows.values()), "sequences", on_progress)
     if elsewhere is None:
         engine.hold(lacking.values())
-        with BackgroundWriter(writer) as background:
-            engine.between = background.check
-            engine.complete(rows.values(), functools.partial(_commit, engine, background), tally.add)
+
+        def name_of(job: RowsJob) -> str:
+            return name_of_addition(lacking[job.segment], missing[job.segment])
+
+        with _shared(writer, [*rows.values()], name_of, lambda job: job.n_units, tally) as rounds_of_rows:
+            for free_rows in rounds_of_rows:
+                with BackgroundWriter(writer) as background:
+                    engine.between = background.check
+                    engine.complete(free_rows, functools.partial(_commit, engine, background), tally.add)
     else:
         elsewhere.capture(stage, [*rows], lambda names: [rows[name] for name in names], tally.add)
     return searched
@@ -397,6 +411,23 @@ def _rows_job(segment: Segment, missing: Mapping[str, Sequence[int]]) -> RowsJob
         lengths=tuple(np.diff(segment.row_offsets).tolist()),
         sites=tuple((site, tuple(blocks)) for site, blocks in missing.items()),
     )
+
+
+@contextmanager
+def _shared(
+    writer: StoreWriter,
+    units: Sequence[Unit],
+    name: Callable[[Unit], str],
+    size: Callable[[Unit], int],
+    tally: Tally,
+) -> Iterator[Iterator[Iterator[Unit]]]:
+    """A context that yields what shall be committed, by names, in rounds: see :meth:`Claims.rounds`."""
+
+    def is_done(unit: Unit) -> bool:
+        return writer.storage.size(commit_key(name(unit))) is not None
+
+    with Claims(writer.storage) as claims:
+        yield claims.rounds(units, name, is_done, tally.add, lambda unit: tally.add(found=size(unit)))
 
 
 def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings, device: str | None = None) -> Backbone:

@@ -21,11 +21,12 @@ import pyarrow.compute as pc
 import torch
 
 from actcache.errors import CheckError, CorruptFileError
-from actcache.files import write_atomically
+from actcache.files import as_path, write_atomically
 from actcache.replay.edits import PLAIN
 from actcache.schema import CELL_KEY, CELL_VALUES, CELLS, EVENT_KEY, PAIR, arrow_type, names
 from actcache.sealed import NoSealError, Sealed, parquet_bytes
 from actcache.store import Segment, Store, layout
+from actcache.store.storage import Stamp, open_storage
 from actcache.study.results import final_path, read_final, read_result, read_results, result_files, scopes_of
 from actcache.study.scores import readout_order
 
@@ -100,25 +101,47 @@ def find_finished(folder: str | Path, store: Store) -> tuple[Finished, dict[str,
     """
     digest = store.fingerprint.digest
     events = store.events.select(_EVENT_COLUMNS)
-    ids = events["event_id"].combine_chunks()
     finished: Finished = {}
     damaged: dict[str, CorruptFileError | NoSealError] = {}
     for path, found in read_results(folder, list(_EVENT_COLUMNS)):
         if not isinstance(found, Sealed):
             damaged[path.name] = found
             continue
-        rows, key = found.content, found.made_from
-        if key["store"] != digest or not rows.num_rows:
-            continue
-        n_events = pc.count_distinct(rows["event_id"]).as_py()
-        own = rows.take(pa.array(np.arange(n_events) * (rows.num_rows // n_events)))
-        at = pc.index_in(own["event_id"].combine_chunks(), value_set=ids)
-        if at.null_count == 0 and events.take(at).equals(own):
-            scored = Scored(path, key, at.to_numpy().astype(np.int64))
+        key = found.made_from
+        if key["store"] == digest and (at := _events_of(found.content, events)) is not None:
+            scored = Scored(path, key, at)
             lates = [key["late"]] if "late" in key else store.checkpoints  # earlier versions had one file for all
             for scope, late in product(scopes_of(key), lates):
                 finished.setdefault((key["boundary"], scope, late), []).append(scored)
     return finished, damaged
+
+
+def _events_of(rows: pa.Table, events: pa.Table) -> npt.NDArray[np.int64] | None:
+    """Which events these are the rows of; None where they are not of these events as they are now."""
+    if not rows.num_rows:
+        return None
+    n_events = pc.count_distinct(rows["event_id"]).as_py()
+    own = rows.take(pa.array(np.arange(n_events) * (rows.num_rows // n_events)))
+    at = pc.index_in(own["event_id"].combine_chunks(), value_set=events["event_id"].combine_chunks())
+    if at.null_count or not events.take(at).equals(own):
+        return None
+    found: npt.NDArray[np.int64] = at.to_numpy().astype(np.int64)
+    return found
+
+
+def of_no_use(folder: str | Path, store: Store, names: Iterable[str]) -> dict[str, Stamp]:
+    """Of these files, those that are there and that :func:`find_finished` would leave out or call damaged."""
+    events, storage = store.events.select(_EVENT_COLUMNS), open_storage(folder)
+    there, found = set(storage.names("")), {}
+    for name in there.intersection(names):
+        stamp = storage.stamp(name)
+        try:
+            whole = _events_of(read_result(as_path(folder) / name, list(_EVENT_COLUMNS)).content, events) is not None
+        except (CorruptFileError, NoSealError, FileNotFoundError):
+            whole = False
+        if stamp is not None and not whole:
+            found[name] = stamp
+    return found
 
 
 def finished_cells(folder: str | Path, store: Store) -> Finished:

@@ -20,6 +20,7 @@ from actcache.cpus import usable_cpus
 from actcache.errors import CheckError, InputError
 from actcache.models.devices import AUTO, CPU, CUDA
 from actcache.progress import Told, nobody_told
+from actcache.store.far_path import path_at
 from actcache.study.capture import CaptureStage
 from actcache.study.engine import LateJob, LocalEngine, stacks_of
 from actcache.study.holding import Holding
@@ -81,7 +82,7 @@ class Cluster(Runner):
             threads: of each worker on the CPU; None for an equal share.
             say: told, in one line, what a person should know.
         """
-        self._run, self._holding, self._checkpoints = str(Path(run).resolve()), holding, dict(checkpoints or {})
+        self._run, self._holding, self._checkpoints = str(path_at(run).resolve()), holding, dict(checkpoints or {})
         self._address, self._asked, self._threads, self._say = address, workers, threads, say
         self._n_stages = 0
         self._shape = Shape(CPU, 0, 0, 1)

@@ -270,8 +270,8 @@ def _choose(
     def keep(job: ForwardJob, result: Result) -> None:
         (strict if job.strict else packed)[job.label] = result
 
-    def told(n: int = 0, *, tokens: int = 0, doing: str = "", in_rounds: bool = False) -> None:
-        tally.add(sum(itertools.islice(n_decided, n)), tokens=tokens, doing=doing, in_rounds=in_rounds)
+    def told(n: int = 0, *, found: int = 0, tokens: int = 0, doing: str = "", in_rounds: bool = False) -> None:
+        tally.add(sum(itertools.islice(n_decided, n)), found=found, tokens=tokens, doing=doing, in_rounds=in_rounds)
 
     jobs = (sequences.job(label, dtype) for label in sequences.labels)
     both = itertools.chain.from_iterable((job, replace(job, strict=False, max_tokens=max_tokens)) for job in jobs)

@@ -218,6 +218,10 @@ class LocalEngine:
             self._lates[label] = self._load_late(label, first)
         return self._lates[label].at(boundary)
 
+    def expected(self, label: str) -> LateStack:
+        """The late stack of a checkpoint from the first boundary on of the jobs that :meth:`expect` heard of."""
+        return self.late(label, self._first[label])
+
     def swapped(self, host: str, swap: Swap, boundary: int) -> LateStack:
         """The late stack of a checkpoint from a boundary on, with some modules of another one's.
 

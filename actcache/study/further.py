@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -39,7 +38,7 @@ def with_further(
         IncompatibleError: a checkpoint is another one there; names the field.
     """
     for place in filter(None, map(str.strip, places.split(","))):
-        further = Run(Path(place), **asdict(run.holding))
+        further = Run(place, **asdict(run.holding))
         for label in labels:
             _check_same(label, run.store, further.store)
         check_complete(further.store)

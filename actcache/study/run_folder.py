@@ -19,7 +19,6 @@ All but the store are sealed (sealed.py), and every path that is recorded is abs
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -28,9 +27,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actcache.errors import CorruptFileError, IncompatibleError, InputError
-from actcache.files import write_atomically
+from actcache.files import remove_tree, write_atomically
 from actcache.models.origin import Recorded
 from actcache.sealed import NoSealError, Sealed, check_seal, json_bytes, read_json
+from actcache.store.far_path import path_at
 from actcache.study.holding import Holding
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ _RECORD_ADVICE = "put back what was there; after a change on purpose, remove its
 
 
 def run_at(given: str | Path) -> RunFolder | None:
-    """The run in a folder; None where what was given is a store's place."""
+    """The run in a folder, or in one of an object store; None where what was given is a store's place."""
     run = RunFolder(given)
-    return run if "://" not in str(given) and run.record_path.is_file() else None
+    return run if run.record_path.is_file() else None
 
 
 def store_place(given: str | Path) -> str | Path:
@@ -118,7 +118,8 @@ class RunFolder:
     """Paths of one run."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        """Of the run in a folder; ``s3://bucket/prefix`` and its like are folders on object stores."""
+        self.path = path_at(path)
         self.record_path = self.path / "run.json"
         self.corpus = self.path / "corpus"
         self.features = self.path / "features"
@@ -129,6 +130,11 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.timings_path = self.path / "timings.json"
         self.plan = self.path / "plan.json"
+
+    @property
+    def on_disk(self) -> Path | None:
+        """The folder, where it is one of a disk."""
+        return self.path if isinstance(self.path, Path) else None
 
     @property
     def store(self) -> str | Path:
@@ -143,7 +149,8 @@ class RunFolder:
                 f"{self.record_path} has its store at {elsewhere!r}, relative to a folder that it does not name; give "
                 "the capture command again where it was first given"
             )
-        return elsewhere or self.path / "store"
+        place = self.path / "store"
+        return elsewhere or (place if self.on_disk else str(place))
 
     def open_store(self) -> Store:
         """The store, which must be the one that the run was captured into.
@@ -173,8 +180,8 @@ class RunFolder:
     def being_captured(self, record: RunRecord, *, alone: bool = True) -> Iterator[None]:
         """Create the folder (or go on in an earlier run's) for the time of a capture.
 
-        If the capture fails before anything was committed, whatever it created is removed again, unless others may
-        capture into it at the same time.
+        If the capture fails before anything was committed, whatever it created is removed again, unless others capture
+        into it at the same time.
 
         Raises:
             InputError: the path is a file, or a folder with files in it that is not a run's; or the run's store is
@@ -203,7 +210,7 @@ class RunFolder:
             self._write_record(record)
             yield
         except BaseException:
-            if alone and record.store is None and not self._has_commits():
+            if alone and record.store is None and not self._is_others():
                 self._clear(made_folder)
             raise
 
@@ -386,11 +393,13 @@ class RunFolder:
             raise InputError(f"{self.path} is not empty and holds no run; give a new folder")
         return existing
 
-    def _has_commits(self) -> bool:
-        return any((self.path / "store").glob("commits/*.json"))
+    def _is_others(self) -> bool:
+        """Whether something was committed, or another process is at it."""
+        store = self.path / "store"
+        return any(store.glob("commits/*.json")) or any(store.glob("claims/*"))
 
     def _clear(self, made_folder: bool) -> None:
-        shutil.rmtree(self.path / "store", ignore_errors=True)
+        remove_tree(self.path / "store")
         self.record_path.unlink(missing_ok=True)
         if made_folder and self.path.is_dir():
             self.path.rmdir()

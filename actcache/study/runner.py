@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from actcache.progress import Told, nobody_told
 from actcache.replay.streamed_late import StreamedLate
 from actcache.store import Store
 from actcache.study.branch_job import BranchJob
+from actcache.study.cells import of_no_use
 from actcache.study.engine import LateJob, LocalEngine
 from actcache.study.jobs import Job, Result
 from actcache.study.replay_job import ReplayJob
-from actcache.study.results import write_result
+from actcache.study.results import file_name, shared, write_result
 from actcache.study.states_job import StatesJob
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any, Any, Any])
@@ -80,28 +81,35 @@ def run_jobs(
 
 
 def run_replays(jobs: Sequence[LateJob], engine: LocalEngine, folder: Path, told: Told = nobody_told) -> None:
-    """Run replays; the result of each is a file in ``folder``, which exists.
+    """Run replays, shared with other processes that run them here too; the result of each is a file in ``folder``,
+    which exists. All are there when this returns.
 
     Where the engine keeps one late stack at a time, those of one stack follow one another. Where its blocks are in
     memory one at a time, as many jobs share a pass over them as their rows are in memory.
     """
     engine.expect(jobs)
 
+    def in_passes(job: LateJob) -> bool:
+        return isinstance(job, ReplayJob) and not engine.has_kept(job)
+
     def keep(job: LateJob, result: Result) -> None:
         write_result(folder, job.key | result.notes, result.table, result.final)
 
-    if not engine.one_at_a_time:
-        run_jobs(jobs, engine, keep, told)
-        return
-    for late, own in itertools.groupby(sorted(jobs, key=lambda job: job.late), key=lambda job: job.late):
-        of_late = list(own)
-        shared = [job for job in of_late if isinstance(job, ReplayJob) and not engine.has_kept(job)]
-        if shared and isinstance(stack := engine.late(late, min(job.boundary for job in shared)), StreamedLate):
-            for group in groups_of(shared, engine):
-                for job, result in _in_one_pass(group, engine, stack, told):
-                    keep(job, result)
-            of_late = [job for job in of_late if job not in set(shared)]
-        run_jobs(of_late, engine, keep, told)
+    if engine.one_at_a_time:
+        jobs = sorted(jobs, key=lambda job: (job.late, not in_passes(job)))
+    before = of_no_use(folder, engine.store, (file_name(job.key) for job in jobs))
+    with shared(folder, jobs, told, before) as rounds:
+        for free in rounds:
+            if not engine.one_at_a_time:
+                run_jobs(free, engine, keep, told)
+                continue
+            for (late, replays), own in itertools.groupby(free, key=lambda job: (job.late, in_passes(job))):
+                if replays and isinstance(stack := engine.expected(late), StreamedLate):
+                    for group in groups_of(cast(Iterator[ReplayJob], own), engine):
+                        for job, result in _in_one_pass(group, engine, stack, told):
+                            keep(job, result)
+                else:
+                    run_jobs(own, engine, keep, told)
 
 
 def run_models(jobs: Sequence[ModelJob], engine: LocalEngine, folder: Path, told: Told = nobody_told) -> None:
@@ -110,14 +118,16 @@ def run_models(jobs: Sequence[ModelJob], engine: LocalEngine, folder: Path, told
     def keep(job: ModelJob, result: Result) -> None:
         write_result(folder, job.key | result.notes, result.table, result.final)
 
-    run_jobs(sorted(jobs, key=lambda job: job.label), engine, keep, told)
+    with shared(folder, sorted(jobs, key=lambda job: job.label), told) as rounds:
+        for free in rounds:
+            run_jobs(free, engine, keep, told)
 
 
 # Bytes of the rows of jobs that share a pass over blocks: these are in memory, what becomes of them need not be.
 ROWS_AT_ONCE = 512 << 20
 
 
-def groups_of(jobs: Sequence[ReplayJob], engine: LocalEngine) -> Iterator[list[ReplayJob]]:
+def groups_of(jobs: Iterable[ReplayJob], engine: LocalEngine) -> Iterator[list[ReplayJob]]:
     """Jobs in their order, in groups whose rows fit into memory."""
     group: list[ReplayJob] = []
     n_bytes = 0

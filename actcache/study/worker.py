@@ -9,10 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from actcache.cpus import settle_threads
+from actcache.store.far_path import path_at
 from actcache.study.holding import Holding
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Stage:
 
         run = Run(self.run, checkpoints=self.checkpoints, **asdict(self.holding))
         loads: dict[str, Any] = {"load_backbone": run.load_blocks, "load_readout": run.load_readout}
-        one_at_a_time, results = run.one_at_a_time, Path(self.results).parent
+        one_at_a_time, results = run.one_at_a_time, path_at(self.results).parent
         return LocalEngine(run.store, run.load_late, **loads, one_at_a_time=one_at_a_time, results=results)
 
 
@@ -130,10 +130,10 @@ class Worker:
         with self._running:
             engine.hold(first)
             if len(jobs) > 1:
-                Runner().run(jobs, engine, Path(stage.results), done)
+                Runner().run(jobs, engine, path_at(stage.results), done)
             else:
                 result = job.run(engine, read, done)
-                write_result(Path(stage.results), job.key | result.notes, result.table, result.final)
+                write_result(path_at(stage.results), job.key | result.notes, result.table, result.final)
         return done.answer()
 
     def _capture(self, stage: CaptureStage, jobs: Sequence[CaptureJob | RowsJob]) -> Answer:
@@ -158,8 +158,10 @@ class _Counted:
     def __init__(self) -> None:
         self._n = self._tokens = 0
 
-    def __call__(self, n: int = 0, *, tokens: int = 0, doing: str = "", in_rounds: bool = False) -> None:
-        self._n, self._tokens = self._n + n, self._tokens + tokens
+    def __call__(
+        self, n: int = 0, *, found: int = 0, tokens: int = 0, doing: str = "", in_rounds: bool = False
+    ) -> None:
+        self._n, self._tokens = self._n + n + found, self._tokens + tokens
 
     def answer(self) -> Answer:
         return Answer(self._n, self._tokens)

@@ -22,7 +22,7 @@ import torch
 from actcache import sealed
 from actcache.canonical import canonical
 from actcache.errors import CorruptFileError, InputError
-from actcache.files import fsync, make_folder, write_atomically
+from actcache.files import as_path, fsync, make_folder, write_atomically
 
 WEIGHTS, DESCRIPTION = "weights.safetensors", "crosscoder.json"
 _TENSORS = ("encoder", "b_enc", "decoder", "b_dec", "mean")
@@ -142,7 +142,7 @@ class Crosscoder:
             folder: whose crosscoder it becomes.
             made_from: what it was trained on, kept in the description.
         """
-        folder = Path(folder)
+        folder = as_path(folder)
         make_folder(folder)
         write_tensors(folder / WEIGHTS, {name: getattr(self, name) for name in _TENSORS})
         described = {**self._described(), "digest": self.digest}
@@ -157,12 +157,11 @@ class Crosscoder:
             CorruptFileError: its bytes are not those written, or its two files are not of one crosscoder.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        folder = Path(folder)
+        folder = as_path(folder)
         described: dict[str, Any] = dict(describe(folder).content)
         try:
-            tensors = load_file(folder / WEIGHTS)
+            tensors = read_tensors(folder / WEIGHTS)
         except FileNotFoundError as error:
             raise InputError(f"{folder} has no {WEIGHTS} beside its {DESCRIPTION}; {_ADVICE}") from error
         except SafetensorError as error:
@@ -199,13 +198,29 @@ def describe(folder: Path) -> sealed.Sealed:
         raise InputError(f"{folder} has no crosscoder (no {DESCRIPTION}); {_ADVICE}") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write a safetensors file, whole or not at all, without a second copy of it in memory."""
-    from safetensors.torch import save_file
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """What :func:`write_tensors` wrote.
 
+    Raises:
+        SafetensorError: it is damaged.
+        FileNotFoundError: there is no such file.
+    """
+    from safetensors.torch import load, load_file
+
+    return load_file(path) if isinstance(path, Path) else load(path.read_bytes())
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Write a safetensors file, whole or not at all; on a disk without a second copy of it in memory."""
+    from safetensors.torch import save, save_file
+
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    if not isinstance(path, Path):
+        write_atomically(path, save(tensors))
+        return
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft)
+        save_file(tensors, draft)
         fsync(draft)
         os.replace(draft, path)
     except BaseException:

@@ -29,6 +29,7 @@ from actcache.analyses.features.crosscoder import (
     Crosscoder,
     decoder_scale,
     raw_activations,
+    read_tensors,
     reconstructed,
     write_tensors,
 )
@@ -355,10 +356,9 @@ def _checksum(tensor: torch.Tensor) -> int:
 
 def _read(path: Path, checksums: Mapping[str, int], advice: str) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     try:
-        tensors = load_file(path)
+        tensors = read_tensors(path)
     except (SafetensorError, FileNotFoundError) as error:
         raise CorruptFileError(f"{path} is damaged or gone: {error}; {advice}") from error
     for name, checksum in checksums.items():
