@@ -93,8 +93,8 @@ FLOW = {
             "capture",
             "replies",
         ),
-        "scheduler",
-        *("plan", "reads", "finished", "planned_store", "dealt", "run_folder", "lens"),
+        *("scheduler", "simulated_cluster"),
+        *("plan", "reads", "finished", "planned_store", "dealt", "planned_cluster", "run_folder", "lens"),
         *("run", "section", "analysis", "further", "worker", "cluster"),
     ),
     "analyses": (
@@ -121,8 +121,8 @@ FLOW = {
     ),
     "report": ("visible", "figures", "variants", "sections", "template", "page", "families", "written"),
     "cli": (
-        *("terminal", "memory", "parser", "arguments", "tables", "captured", "timing", "watched", "analyses", "across"),
-        *("stability", "corpus", "stages", "study", "stores", "bench", "planned", "plan", "run"),
+        *("terminal", "memory", "parser", "arguments", "runners", "tables", "captured", "timing", "watched"),
+        *("analyses", "across", "stability", "corpus", "stages", "study", "stores", "bench", "planned", "plan", "run"),
     ),
 }
 FOLDERS = list(FLOW)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import torch
+from same import SEGMENTS, fresh, results
 
 from actcache.cli import main
 from actcache.study import runner
@@ -14,7 +14,6 @@ from actcache.study.part import Part
 
 pytestmark = pytest.mark.slow
 
-SEGMENTS = ("--shard-prompts", "3", "--limit", "9", "--boundary", "2,3", "--stability", "0", "--strict")
 # Each of cells, of jobs of its own, and of whole checkpoints in two steps.
 ANALYSES = ("depth", "map", "continuation", "forced")
 
@@ -22,19 +21,6 @@ ANALYSES = ("depth", "map", "continuation", "forced")
 @pytest.fixture(scope="module")
 def captured(tiny_run):
     return tiny_run("llama", torch.float32, *SEGMENTS)
-
-
-def fresh(captured, folder):
-    """The same run before its grid."""
-    shutil.copytree(captured.out, folder, ignore=shutil.ignore_patterns("cells*", "effects*", "report*", "timings*"))
-    return folder
-
-
-def results(folder):
-    """Every table and number of a run, and what its jobs left."""
-    kinds = (".parquet", ".safetensors", ".json")
-    every = (path for path in sorted(folder.rglob("*")) if path.suffix in kinds and "store" not in path.parts)
-    return {str(path.relative_to(folder)): path.read_bytes() for path in every if path.name != "timings.json"}
 
 
 @pytest.fixture(scope="module")

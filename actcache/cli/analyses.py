@@ -13,17 +13,15 @@ from typing import TYPE_CHECKING, Any
 from actcache.analyses import ANALYSES, STEPS, STEPS_IN_WORDS, Named
 from actcache.cli.arguments import (
     Verbs,
-    add_engine_arguments,
-    add_part_argument,
     add_verb,
     holding_asked,
-    runner_asked,
 )
 from actcache.cli.captured import add_captured_arguments, moved
 from actcache.cli.memory import enough_memory
 from actcache.cli.parser import WHAT, Parser
+from actcache.cli.runners import add_engine_arguments, add_part_argument, runner_asked
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
-from actcache.cli.timing import AnalysisClock
+from actcache.cli.timing import AnalysisClock, write_taken
 from actcache.store.far_path import path_at
 from actcache.study.holding import Holding
 from actcache.study.run_folder import RunFolder
@@ -185,4 +183,5 @@ def analyse(
     with enough_memory(analysis.name, analysis.needs_less), line:
         found = run.analyse(analysis.name, on_progress=clock.hearing(line), say=say, **options)
     clock.write(found["groups"])
+    write_taken(folder, analysis.name, runner)
     return found

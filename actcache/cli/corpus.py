@@ -14,9 +14,9 @@ from actcache.cli.arguments import (
     holding_asked,
     positive,
     rendering_asked,
-    runner_asked,
 )
 from actcache.cli.memory import LESS_MODEL, enough_memory
+from actcache.cli.runners import runner_asked
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.errors import InputError
 from actcache.study.run_folder import run_at

@@ -25,9 +25,10 @@ from actcache.cli.arguments import (
     rendering_asked,
 )
 from actcache.cli.captured import moved
-from actcache.cli.planned import study_lines, study_planned
+from actcache.cli.planned import cluster_lines, cluster_planned, study_lines, study_planned, taken_line
 from actcache.cli.stability import add_run_arguments, samples_asked
 from actcache.cli.terminal import amount, counted, quiet_libraries, say
+from actcache.cli.timing import ON_RAY
 from actcache.errors import IncompatibleError, InputError
 from actcache.schema import ROLES
 from actcache.store.far_path import path_at
@@ -128,7 +129,14 @@ def add_verbs(verbs: Verbs) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="with --study, GPUs that jobs and checkpoints are dealt to; --rate is of each (default 1)",
+        help="with --study, GPUs that jobs and checkpoints are dealt to; with --engine ray, a worker for each; --rate "
+        "is of each (default 1)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=["local", "ray"],
+        default="local",
+        help="whether to tell what the stages take of the workers of a Ray cluster too (default %(default)s)",
     )
     parser.add_argument(
         "--corpus-tokens",
@@ -175,9 +183,10 @@ def _rate(text: str) -> float:
 
 def _plan(args: argparse.Namespace) -> None:
     quiet_libraries()
-    for flag, given in (("--gpus", args.gpus > 1), ("--corpus-tokens", args.corpus_tokens is not None)):
-        if given and not args.study:
-            raise InputError(f"{flag} is of the work of a study: give --study too")
+    if args.gpus > 1 and not args.study and args.engine == "local":
+        raise InputError("--gpus is of the work of a study, or of a cluster: give --study or --engine ray too")
+    if args.corpus_tokens is not None and not args.study:
+        raise InputError("--corpus-tokens is of the work of a study: give --study too")
     if args.run is not None:
         if args.study:
             raise InputError("--study is planned before a run: give a pair instead of RUN, or 'actcache study RUN'")
@@ -209,6 +218,8 @@ def _plan(args: argparse.Namespace) -> None:
         RunFolder(args.out).write_plan(found, digest(prompts))
     if args.study:
         found["study"] = study_planned(args, lineup, prompts, study, assumed, grid, found["estimate"])
+    if args.engine == "ray":
+        found["cluster"] = cluster_planned(args, study, assumed, found["estimate"])
     _print(args.json, study, assumed, found, held)
 
 
@@ -292,6 +303,7 @@ def _compare(args: argparse.Namespace) -> None:
         "estimate": _estimate(study, assumed, held),
         "truth": truth(study, store, timings, finished),
         "untimed": _untimed(folder, timings),
+        "on_ray": {name: taken for name, taken in timings.items() if name.endswith(ON_RAY)},
     }
     _print(args.json, study, assumed, found, held)
 
@@ -361,6 +373,8 @@ def _untimed(folder: RunFolder, timings: Mapping[str, Any]) -> dict[str, str]:
     for stage, verb in done.items():
         if not recorded:
             why[stage] = f"{folder.timings_path.name} has no times of this store"
+        elif f"{stage}{ON_RAY}" in recorded:
+            why[stage] = "its workers' is told above"
         elif stage in recorded and stage not in timings:
             why[stage] = "it scored other cells than the run now has"
         elif stage not in timings:
@@ -387,6 +401,9 @@ def _print(as_json: bool, study: Study, assumed: Assumptions, found: dict[str, A
     print("\n".join([*lines, "", *_table(study, assumed, estimated, true, held)]))
     if planned := found.get("study"):
         print("\n".join(study_lines(planned, assumed.sources.get("rates") == _MEASURED_HERE)))
+    if on_cluster := found.get("cluster"):
+        print("\n".join(cluster_lines(on_cluster)))
+    print("".join(taken_line(name, taken) + "\n" for name, taken in found.get("on_ray", {}).items()), end="")
     if untimed := found.get("untimed"):
         print("without a time: " + "; ".join(f"{stage}: {why}" for stage, why in untimed.items()))
 

@@ -163,3 +163,53 @@ def study_lines(planned: Mapping[str, Any], at_least: bool) -> list[str]:
         "operations take beside multiply-adds apart; memory is at most, with what the host holds"
     )
     return said
+
+
+def cluster_planned(
+    args: argparse.Namespace, study: Study, assumed: Assumptions, estimated: Mapping[str, float]
+) -> dict[str, Any]:
+    """What capture and grid will take of the workers of a cluster, one for each GPU."""
+    from actcache.models.devices import CUDA
+    from actcache.study.dealt import Dealt
+    from actcache.study.planned_cluster import on_workers
+
+    if args.gpus > 1 and study.capture.device != CUDA:
+        raise InputError("--gpus is a number of CUDA devices: give --device cuda too")
+    stages = on_workers(Dealt(study, assumed, estimated, apart=bool(held_asked(args))), args.gpus)
+    return {"gpus": args.gpus, "is_estimate": True, "stages": [asdict(one) for one in stages]}
+
+
+def cluster_lines(planned: Mapping[str, Any]) -> list[str]:
+    """A table of it."""
+    heads = ("tasks", "time", "GPU-hours", "busy", "held by each", "read", "written")
+    said = [
+        "",
+        f"estimates for a Ray cluster with {counted(planned['gpus'], 'worker')}, a GPU each:",
+        f"{'estimate':10}" + "".join(f"{head:>14}" for head in heads),
+    ]
+    for one in planned["stages"]:
+        timed = one["time_s"] is not None
+        shown = [
+            f"{one['tasks']:,}",
+            amount("time_s", one["time_s"]) if timed else "-",
+            f"{one['gpu_hours']:,.3g}" if timed else "-",
+            f"{one['busy']:.1%}" if timed else "-",
+            *(amount(name, one[name]) for name in ("held_bytes", "read_bytes", "written_bytes")),
+        ]
+        said.append(f"{one['name']:10}" + "".join(f"{text:>14}" for text in shown))
+    said.append(
+        "held: in a capture all checkpoints, in a grid one late stack and all heads. read and written go over the "
+        "network where the store or the folders are far; in a grid every late stack reads the rows of all checkpoints"
+    )
+    return said
+
+
+def taken_line(name: str, taken: Mapping[str, Any]) -> str:
+    """What a stage took on a cluster."""
+    elapsed_s, workers = taken["elapsed_s"], taken["workers"]
+    hours = f", {taken['gpus'] * elapsed_s / 3600:.3g} GPU-hours" if taken["gpus"] else ""
+    busy = taken["busy_s"] / (workers * elapsed_s) if elapsed_s else 1.0
+    return (
+        f"{name}: {taken['tasks']:,} tasks by {counted(workers, 'worker')} in {amount('time_s', elapsed_s)}, "
+        f"{busy:.1%} of it busy{hours}, {taken['requeued']} requeued"
+    )

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 from actcache.cli.arguments import (
     Verbs,
     add_capture_arguments,
-    add_engine_arguments,
     add_grid_arguments,
-    add_part_argument,
     add_strict_and_pack,
     add_verb,
     capture_settings,
@@ -24,14 +22,14 @@ from actcache.cli.arguments import (
     holding_asked,
     open_lineup,
     rendering_asked,
-    runner_asked,
 )
 from actcache.cli.captured import add_captured_arguments, moved, open_captured
 from actcache.cli.corpus import add_corpus_arguments, capture_corpus, check_no_corpus
 from actcache.cli.memory import LESS_MODEL, enough_memory
+from actcache.cli.runners import add_engine_arguments, add_part_argument, runner_asked
 from actcache.cli.stability import add_run_arguments, check_run
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
-from actcache.cli.timing import CaptureClock, GridClock
+from actcache.cli.timing import CaptureClock, GridClock, write_taken
 from actcache.errors import InputError
 from actcache.schema import ROLES
 from actcache.store.far_path import path_at
@@ -270,6 +268,7 @@ def _capture_lineup(args: argparse.Namespace, prompts: Sequence[Prompt], runner:
         searched = capture(lineup, prompts, folder.store, settings, **how)
     folder.bind_store(record, len(prompts if given is None else given))
     clock.write(folder, len(prompts if given is None else given), searched)
+    write_taken(folder, "capture", runner)
     if known is not None:
         say(f"the capture forward corrected {searched.n_corrected} of {searched.n_known} prompts with continuations")
     store = folder.open_store()
@@ -337,6 +336,7 @@ def _score(
         how: dict[str, Any] = {"load_readout": load_readout, "one_at_a_time": not together, "runner": runner}
         run_grid(store, load, folder.cell_groups, settings, **how, on_progress=clock.hearing(line), say=say)
     clock.write(lineup)
+    write_taken(folder, "grid", runner)
     exactness: dict[str, Any] = {"strict": settings.strict, "max_tokens": settings.max_tokens}
     return publish_cells(folder.cells, folder.cell_groups, store, **exactness).num_rows
 

@@ -11,13 +11,11 @@ from typing import TYPE_CHECKING, Any
 from actcache.cli.analyses import analyse
 from actcache.cli.arguments import (
     Verbs,
-    add_engine_arguments,
-    add_part_argument,
     add_verb,
     holding_asked,
-    runner_asked,
 )
 from actcache.cli.captured import add_captured_arguments, moved
+from actcache.cli.runners import add_engine_arguments, add_part_argument, runner_asked
 from actcache.cli.stages import write_report
 from actcache.cli.terminal import clock, quiet_libraries, say
 from actcache.study.run_folder import RunFolder

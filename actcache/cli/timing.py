@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from actcache.models.lineup import Lineup
     from actcache.store import Store
     from actcache.study.analysis import Analysis
+    from actcache.study.runner import Runner
+
+
+ON_RAY = " on ray"  # behind the name of a stage
 
 
 class _Clock:
@@ -48,6 +52,12 @@ class _Clock:
         if self._start is None:
             return None
         return {"elapsed_s": time.perf_counter() - self._start, "load_s": self._load_s}
+
+
+def write_taken(folder: RunFolder, stage: str, runner: Runner) -> None:
+    """Record what the workers of a cluster took for a stage."""
+    if (taken := runner.taken()) is not None:
+        folder.record_timing(f"{stage}{ON_RAY}", taken)
 
 
 class CaptureClock(_Clock):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from actcache.capture.decide import Searched
-from actcache.capture.residency import TOGETHER
 from actcache.cpus import usable_cpus
 from actcache.errors import CheckError, InputError
 from actcache.models.devices import AUTO, CPU, CUDA
@@ -23,7 +23,8 @@ from actcache.progress import Told, nobody_told
 from actcache.store.far_path import path_at
 from actcache.study.capture import CaptureStage
 from actcache.study.engine import LateJob, LocalEngine, stacks_of
-from actcache.study.holding import Holding
+from actcache.study.holding import ONE, Holding
+from actcache.study.planned_cluster import segments_together
 from actcache.study.replay_job import ReplayJob
 from actcache.study.results import file_name
 from actcache.study.runner import ModelJob, Runner, groups_of
@@ -33,7 +34,6 @@ from actcache.study.worker import Answer, Stage, Worker
 T = TypeVar("T")
 
 _WAIT_S = 30.0  # after which it is said that no worker is there
-_ROUNDS = 4  # of captures for each worker, at least: the last one's end is not far behind the first one's
 _NAMED = 3  # tasks in quarantine that an error names
 _STORE_BYTES = 100 << 20  # of Ray's object store, through which no array goes
 
@@ -59,6 +59,8 @@ class Cluster(Runner):
     """Runs jobs by actors, each of which holds what its jobs need."""
 
     is_elsewhere = True
+    worker: type[Worker] = Worker
+    """What an actor is."""
 
     def __init__(
         self,
@@ -86,10 +88,10 @@ class Cluster(Runner):
         self._address, self._asked, self._threads, self._say = address, workers, threads, say
         self._n_stages = 0
         self._shape = Shape(CPU, 0, 0, 1)
-        self._actors: dict[int, Any] = {}
+        self.actors: dict[int, Any] = {}
         self._groups: list[Any] = []
         self._is_own = False
-        self.busy_s = 0.0
+        self._taken: dict[str, Any] | None = None
 
     # ---- what a stage asks for ----
 
@@ -107,7 +109,7 @@ class Cluster(Runner):
         folder.mkdir(parents=True, exist_ok=True)
         late = [job for job in jobs if not isinstance(job, ModelJob)]
         engine.expect(late)
-        self._begin()
+        self.begin()
         stage = Stage(self._n_stages, self._run, self._checkpoints, self._held(), str(folder.resolve()))
         # Their order keeps those together that read the same states.
         groups: list[Sequence[LateJob | ModelJob]] = [[job] for job in jobs]
@@ -131,7 +133,7 @@ class Cluster(Runner):
             return stage, group, first, kept
 
         tasks = {Task(file_name(group[0].key), needs(group[0])): group for group in groups}
-        self._complete("run", tasks, sent, told)
+        self.complete("run", tasks, sent, told)
 
     def capture(
         self,
@@ -151,18 +153,18 @@ class Cluster(Runner):
         Returns:
             What the searches did.
         """
-        self._begin()
+        self.begin()
         stage = replace(stage, number=self._n_stages, holding=self._held())
-        most = max(1, TOGETHER // stage.settings.shard_prompts)
-        n = min(most, max(1, len(names) // (_ROUNDS * self._shape.n)))
+        apart = stage.holding.stream or stage.holding.resident == ONE
+        n = segments_together(len(names), stage.settings.shard_prompts, self._shape.n, apart=apart)
         bundles = [names[start : start + n] for start in range(0, len(names), n)]
         tasks = {Task(", ".join(bundle), "capture"): bundle for bundle in bundles}
-        answers = self._complete("capture", tasks, lambda bundle: (stage, jobs_of(bundle)), told)
+        answers = self.complete("capture", tasks, lambda bundle: (stage, jobs_of(bundle)), told)
         return Searched(*map(sum, zip(Searched(), *(one.searched for one in answers if one.searched), strict=True)))
 
     # ---- tasks ----
 
-    def _complete(
+    def complete(
         self, method: str, tasks: Mapping[Task, T], sent: Callable[[T], tuple[Any, ...]], told: Told
     ) -> list[Answer]:
         """Run all tasks by a method of the workers, with what ``sent`` makes of each."""
@@ -170,22 +172,23 @@ class Cluster(Runner):
         from ray.exceptions import RayActorError, RayError
 
         scheduler: Scheduler[int] = Scheduler(tasks)
-        coming = {actor.ready.remote(): name for name, actor in self._actors.items()}
+        began_s = time.monotonic()
+        coming = {actor.ready.remote(): name for name, actor in self.actors.items()}
         flying: dict[Any, tuple[int, Task]] = {}
         answers: list[Answer] = []
 
         def leave(name: int, reason: str, *, blamed: bool) -> list[Task]:
             for ref in [ref for ref, (at, _) in flying.items() if at == name]:
                 del flying[ref]
-            coming[self._actors[name].ready.remote()] = name
+            coming[self.actors[name].ready.remote()] = name
             return scheduler.leave(name, reason, blamed=blamed)
 
         def came(name: int, ref: Any) -> None:
             try:
                 ray.get(ref)
             except RayActorError:  # for good: Ray itself begins anew those that died
-                self._actors[name] = self._actor()
-                coming[self._actors[name].ready.remote()] = name
+                self.actors[name] = self._actor()
+                coming[self.actors[name].ready.remote()] = name
             else:
                 scheduler.join(name)
 
@@ -204,13 +207,13 @@ class Cluster(Runner):
                 return []
             given_up = scheduler.failed(name, task, answer.reason)
             if answer.is_lost:
-                ray.kill(self._actors[name], no_restart=False)
+                ray.kill(self.actors[name], no_restart=False)
                 given_up += leave(name, answer.reason, blamed=False)
             return given_up
 
         while not scheduler.is_over:
             for name, task in scheduler.place():
-                flying[getattr(self._actors[name], method).remote(*sent(tasks[task]))] = name, task
+                flying[getattr(self.actors[name], method).remote(*sent(tasks[task]))] = name, task
             done, _ = ray.wait([*flying, *coming], timeout=None if scheduler.n_workers else _WAIT_S)
             if not done:
                 self._say(f"no worker is there yet; the cluster has {_said(ray.cluster_resources())}")
@@ -220,7 +223,14 @@ class Cluster(Runner):
                 elif ref in flying:  # else its worker has died meanwhile
                     for task in answered(*flying.pop(ref), ref):
                         self._say(f"{task.name} is given up: {_told_of(task)}")
-        self.busy_s += scheduler.busy_s
+        self._taken = {
+            "workers": self._shape.n,
+            "gpus": self._shape.n * self._shape.n_gpus,
+            "tasks": len(tasks),
+            "elapsed_s": time.monotonic() - began_s,
+            "busy_s": scheduler.busy_s,
+            "requeued": scheduler.n_requeued,
+        }
         if given_up := scheduler.quarantined:
             more = f" and {len(given_up) - _NAMED} more" if len(given_up) > _NAMED else ""
             said = "; ".join(f"{task.name} ({_told_of(task)})" for task in given_up[:_NAMED])
@@ -232,18 +242,18 @@ class Cluster(Runner):
 
     # ---- workers ----
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
         """Have workers, and a new stage."""
         self._n_stages += 1
-        if self._actors:
+        if self.actors:
             return
-        ray = _imported(self._address)
+        ray = imported(self._address)
         if not ray.is_initialized():
             self._is_own = True
             _connect(ray, self._address)
         self._shape = self._shape_of(ray.cluster_resources(), len(ray.nodes()))
         for name in range(self._shape.n):
-            self._actors[name] = self._actor()
+            self.actors[name] = self._actor()
 
     def _shape_of(self, resources: Mapping[str, float], n_machines: int) -> Shape:
         """What workers shall be, on a cluster that has so much."""
@@ -276,39 +286,40 @@ class Cluster(Runner):
             strategy = PlacementGroupSchedulingStrategy(self._groups[-1])
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": n_gpus, "scheduling_strategy": strategy}
         # No call is made again by Ray but the first: it waits until the worker is there, or there again.
-        kind = ray.remote(_actor_class(ray))
+        kind = ray.remote(_actor_class(ray, self.worker))
         return kind.options(**options, max_concurrency=IN_FLIGHT, max_restarts=-1, max_task_retries=0).remote(
             self._shape.threads
         )
 
+    def taken(self) -> dict[str, Any] | None:
+        """See :class:`Runner`."""
+        taken, self._taken = self._taken, None
+        return taken
+
     def close(self) -> None:
         """End the workers, and the cluster if it was begun here."""
-        if not self._actors:
+        if not self.actors:
             return
         import ray
         from ray.util.placement_group import remove_placement_group
 
         try:
-            for actor in self._actors.values():
+            for actor in self.actors.values():
                 ray.kill(actor)
         finally:
             for group in self._groups:
                 remove_placement_group(group)
-            self._actors, self._groups = {}, []
+            self.actors, self._groups = {}, []
             if self._is_own:
                 ray.shutdown()
 
 
-def _actor_class(ray: Any) -> type:
-    """:class:`Worker` as Ray wants it."""
-
-    class Actor(Worker):
-        ready = ray.method(max_task_retries=-1)(Worker.ready)
-
-    return Actor
+def _actor_class(ray: Any, worker: type[Worker]) -> type:
+    """A worker as Ray wants it."""
+    return type("Actor", (worker,), {"ready": ray.method(max_task_retries=-1)(worker.ready)})
 
 
-def _imported(address: str | None) -> Any:
+def imported(address: str | None) -> Any:
     """Ray, so that a cluster of this machine alone listens on loopback alone.
 
     Raises:
@@ -317,6 +328,7 @@ def _imported(address: str | None) -> Any:
     if _address_of(address) is None:
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # else workers wait for whatever else runs here
     try:
         import ray
     except ImportError as error:

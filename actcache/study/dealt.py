@@ -108,7 +108,7 @@ class Dealt:
             boundaries = {one.boundary for one in study.work}
             n_jobs = self.n_segments * len(study.work)
             read = rows["stored_bytes"] / len(study.capture.boundaries) * len(boundaries)
-            read += rows.get("grid_read_bytes", study.n_checkpoints * self._late_weights(min(boundaries)))
+            read += rows.get("grid_read_bytes", study.n_checkpoints * self.late_weights(min(boundaries)))
             memory = self._memory("grid_memory_bytes", study.work)
             found.append(self._share("grid", products, n_jobs, rows.get("grid_s"), memory, 0.0, read))
         return found
@@ -127,7 +127,7 @@ class Dealt:
             rows |= {(job.segment, job.boundary, label): n_rows for label in of_job}
             first[job.late] = min(job.boundary, first.get(job.late, job.boundary))
         row_bytes = study.shape.width * size
-        read = sum(rows.values()) * row_bytes / self.assumed.compression + sum(map(self._late_weights, first.values()))
+        read = sum(rows.values()) * row_bytes / self.assumed.compression + sum(map(self.late_weights, first.values()))
         read += len({job.label for job in models}) * study.shape.n_parameters * size
         states = [job for job in models if isinstance(job, StatesJob)]
         stored = row_bytes * sum(
@@ -176,7 +176,8 @@ class Dealt:
         time_s = time_s and time_s * math.ceil(n_jobs / self.devices) / n_jobs
         return Share(name, products, n_jobs, time_s, memory, stored, read)
 
-    def _late_weights(self, boundary: int) -> float:
+    def late_weights(self, boundary: int) -> float:
+        """Bytes of a late stack from a boundary on."""
         shape = self.study.shape
         return (sum(shape.block_parameters[boundary:]) + shape.readout_parameters) * self.study.captured.itemsize
 

@@ -58,6 +58,10 @@ class Runner:
         """Whether every one of these jobs, by folder, is finished, now that :meth:`run` has run its own."""
         return True
 
+    def taken(self) -> dict[str, Any] | None:
+        """What other processes took for the last stage, to be recorded once; None where there are none."""
+        return None
+
     def close(self) -> None:
         """Let go of what it runs jobs with."""
 
