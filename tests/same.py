@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shared import TinyRun
 
-SEGMENTS = ("--shard-prompts", "3", "--limit", "9", "--boundary", "2,3", "--stability", "0", "--strict")
+SEGMENTS = ("--shard-prompts", "2", "--limit", "6", "--boundary", "2,3", "--stability", "0", "--strict")
 
 
 def fresh(captured: TinyRun, folder: Path) -> Path:
