@@ -42,6 +42,7 @@ from actcache.models.lineup import Lineup
 from actcache.prompts import read_prompts
 from actcache.replay.late_stack import LateStack
 from actcache.sealed import json_bytes
+from actcache.study import planned_cluster
 from actcache.study.capture_job import CaptureJob
 from actcache.study.cells import finished_cells
 from actcache.study.finished import _shared_counts, replays_of, settings_of, truth
@@ -716,6 +717,51 @@ def test_gpus_share_jobs_and_checkpoints(tiny_run, plan):
     assert [of_stage["memory_bytes"] for of_stage in apart["study"]["stages"]][-1] == apart["estimate"][
         "grid_memory_bytes"
     ]
+
+
+def test_stages_are_planned_for_the_workers_of_a_cluster(tiny_run, plan, capsys):
+    run = tiny_run("llama", torch.float32)
+    words = [*of(run), "--device=cuda", "--shard-prompts=2", "--engine=ray"]
+    told = plan(*words, "--rate=1e9", "--gpus=4")
+    capture, grid = told["cluster"]["stages"]
+    n_segments = -(-told["estimate"]["prompts"] // 2)
+    assert grid["tasks"] == n_segments * 2
+    assert n_segments >= capture["tasks"] >= min(n_segments, 4 * planned_cluster.ROUNDS)
+    for stage in (capture, grid):
+        alone_s = told["estimate"][f"{stage['name']}_s"]
+        assert alone_s / 4 <= stage["time_s"] * (1 + 1e-9) <= alone_s
+        assert stage["gpu_hours"] == pytest.approx(4 * stage["time_s"] / 3600)
+        assert stage["busy"] == pytest.approx(alone_s / (4 * stage["time_s"]))
+    assert capture["held_bytes"] == told["estimate"]["capture_memory_bytes"]
+    assert grid["held_bytes"] < told["estimate"]["grid_memory_bytes"], "one late stack"
+    assert capture["written_bytes"] == told["estimate"]["stored_bytes"]
+    assert grid["read_bytes"] > 2 * told["estimate"]["stored_bytes"], "by the workers of each late stack, and weights"
+    (alone,) = (plan(*words, "--rate=1e9")["cluster"]["stages"][1:],)
+    assert alone[0]["time_s"] == pytest.approx(told["estimate"]["grid_s"])
+    capsys.readouterr()
+    assert main([*map(str, ["plan", *words, "--rate=1e9", "--gpus=4"])]) == 0
+    assert "estimates for a Ray cluster with 4 workers, a GPU each" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("tasks", "n", "busy"), [({"a": 400, "b": 400}, 8, 0.95), ({"a": 90_000, "b": 90_000}, 64, 0.99)], ids=str
+)
+def test_what_is_too_much_to_simulate_is_nearly_divided(tasks, n, busy):
+    time_s = planned_cluster._simulated(tasks, 2.0, 5.0, n)
+    assert busy <= 2.0 * sum(tasks.values()) / (n * time_s) <= 1
+
+
+def test_what_a_stage_took_on_a_cluster_is_told(tiny_run, plan, tmp_path, capsys):
+    run = tiny_run("llama", torch.float32)
+    out = shutil.copytree(run.out, tmp_path / "run")
+    taken = {"workers": 8, "gpus": 8, "tasks": 64, "elapsed_s": 90.0, "busy_s": 684.0, "requeued": 3}
+    RunFolder(out).record_timing("grid on ray", taken)
+    RunFolder(out).record_timing("grid", None)
+    assert plan(out)["on_ray"] == {"grid on ray": taken}
+    assert main(["plan", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "grid on ray: 64 tasks by 8 workers in 90.0 s, 95.0% of it busy, 0.2 GPU-hours, 3 requeued" in shown
+    assert "grid: its workers' is told above" in shown
 
 
 def test_large_pairs_are_planned_from_configs_that_a_script_writes(tmp_path, plan, capsys):

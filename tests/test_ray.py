@@ -6,6 +6,7 @@ One cluster of this machine and its two workers serve the whole file. Skipped wh
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import random
@@ -272,6 +273,19 @@ def test_workers_of_several_gpus_are_in_groups_that_are_removed(workers):
     cluster.close()
     assert ray.is_initialized()  # it was there before
     assert left(lambda: [one for one in made if placement_group_table()[one]["state"] != "REMOVED"]) == []
+
+
+def test_the_bench_at_a_small_size(workers, monkeypatch, capsys):
+    from ray import cloudpickle
+
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benches")
+    bench = importlib.import_module("bench_scale")
+    cloudpickle.register_pickle_by_value(bench)
+    assert bench.main(["--smoke"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["simulated"]["16 workers"]["share"] >= 0.95
+    assert found["overhead"].keys() == {"job_s", "local_s", "ray_s", "share", "empty_job_s"}
+    assert 0 < found["workers"]["2"] <= 1
 
 
 # ---- without a cluster ----
