@@ -19,7 +19,7 @@ import numpy as np
 from actcache import carried
 from actcache.errors import InputError
 from actcache.files import no_file
-from actcache.prompt_files import PromptFile, open_prompt_file
+from actcache.prompt_files import PromptFile, Row, open_prompt_file
 from actcache.schema import RESERVED_NAMES, RESERVED_PREFIXES
 
 MAX_ID = 1000  # characters: it is repeated in every cell of its events, and a path or a URL fits
@@ -28,6 +28,7 @@ MAX_HELD_BYTES = 2**26  # of them in the file
 PART = 64  # prompts of a segment, unless told otherwise
 
 _HASHED_AT_ONCE = 2**16  # bytes
+_STRIDE = 64  # rows of a large file, of which it is known where one lies
 _FORMS = ("prompt", "messages", "token_ids")
 
 
@@ -65,29 +66,34 @@ class Prompt:
 class Prompts(Sequence[Prompt]):
     """The prompts of a large file, by number; a slice is read, and is a list.
 
+    Where one row in ``_STRIDE`` lies is known; the others are found from there. So a file of many millions takes little
+    memory.
+
     Attributes:
         n_messages: how many are messages.
+        known: digests of some of them.
     """
 
     def __init__(
-        self, file: PromptFile, path: Path, places: Sequence[tuple[int, int]] | np.ndarray, n_messages: int,
-        digests: Mapping[tuple[int, int], str],
-    ) -> None:  # fmt: skip
+        self, file: PromptFile, path: Path, n: int, places: Sequence[int], n_messages: int, known: Digests
+    ) -> None:
         """Of a file that was read once.
 
         Args:
             file: gives the rows.
             path: of it.
-            places: ``[n, 2]``, offset and number of each row.
+            n: how many of its rows count.
+            places: of every ``_STRIDE``-th row its offset and its number, one after another.
             n_messages: see there.
-            digests: of some ranges, by start and stop.
+            known: see there.
         """
-        self._file, self._path, self._places = file, path, np.asarray(places, np.int64)
-        self.n_messages, self.digests = n_messages, dict(digests)
+        self._file, self._path, self._n, self._places = file, path, n, places
+        self.n_messages, self.known = n_messages, known
+        self._next: tuple[int, Iterator[Row]] | None = None  # where the last slice ended, and the rows from there on
         self._stamp = _stamp(path)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return self._n
 
     @overload
     def __getitem__(self, at: int) -> Prompt: ...
@@ -96,21 +102,40 @@ class Prompts(Sequence[Prompt]):
     def __getitem__(self, at: int | slice) -> Prompt | list[Prompt]:
         numbers = range(len(self))[at]
         if isinstance(numbers, int):
-            return next(self._from(numbers))
+            return self._read(range(numbers, numbers + 1))[0]
         if numbers.step == 1:
-            # In this order, so that no row is read beyond the last one.
-            return [prompt for _, prompt in zip(numbers, self._from(numbers.start), strict=False)] if numbers else []
-        return [next(self._from(number)) for number in numbers]
+            return self._read(numbers)
+        return [self._read(range(number, number + 1))[0] for number in numbers]
 
     def __iter__(self) -> Iterator[Prompt]:
-        return iter(prompt for _, prompt in zip(range(len(self)), self._from(0), strict=False))
+        return iter(self._prompt(*one) for one in zip(range(len(self)), self._rows(0), strict=False))
 
-    def _from(self, number: int) -> Iterator[Prompt]:
+    def _read(self, numbers: range) -> list[Prompt]:
+        if not numbers:
+            return []
+        rows = self._rows(numbers.start)
+        # In this order, so that no row is read beyond the last one.
+        found = [self._prompt(*one) for one in zip(numbers, rows, strict=False)]
+        self._next = numbers.stop, rows
+        return found
+
+    def _prompt(self, number: int, row: Row) -> Prompt:
+        return Prompt(*_checked(row.record, row.where, number, is_table=self._file.is_table), row.where)
+
+    def _rows(self, number: int) -> Iterator[Row]:
+        """The rows from this one on."""
         if _stamp(self._path) != self._stamp:
             raise InputError(f"{self._path} has changed since it was read; start again")
-        offset, line = self._places[number].tolist()
-        for at, row in enumerate(self._file.rows(offset, line), number):
-            yield Prompt(*_checked(row.record, row.where, at, is_table=self._file.is_table), row.where)
+        kept, self._next = self._next, None  # by whoever takes it, alone
+        at = number - number % _STRIDE
+        if kept is not None and at <= kept[0] <= number:
+            at, rows = kept
+        else:
+            place = 2 * (number // _STRIDE)
+            rows = self._file.rows(self._places[place], self._places[place + 1])
+        for _ in range(number - at):
+            next(rows)
+        return rows
 
 
 def _stamp(path: Path) -> tuple[int, int, int]:
@@ -147,9 +172,9 @@ def read_prompts(path: str | Path, limit: int | None = None, part: int = PART) -
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; it must be at least 1")
     file = open_prompt_file(path)
-    offsets, numbers, hashes = array("q"), array("q"), array("q")
+    places, hashes = array("q"), array("q")
     held: list[Prompt] | None = []
-    digests = _Digests(part)
+    digests = Digests(part)
     keys: set[str] = set()
     n_bytes = n_carried = n_messages = 0
     for at, (record, where, offset, number, size) in enumerate(file.rows()):
@@ -166,8 +191,8 @@ def read_prompts(path: str | Path, limit: int | None = None, part: int = PART) -
                 f"{where}: the prompts to here carry more than {carried.MAX_BYTES} bytes besides their text; "
                 "leave long documents out and join them to the tables by prompt_id"
             )
-        offsets.append(offset)
-        numbers.append(number)
+        if at % _STRIDE == 0:
+            places.extend((offset, number))
         hashes.append(hash(name))
         if limit is None or at < limit:
             n_messages += messages is not None
@@ -176,14 +201,13 @@ def read_prompts(path: str | Path, limit: int | None = None, part: int = PART) -
             if held is not None:
                 held.append(Prompt(*checked, where))
                 held = None if at >= MAX_HELD or n_bytes > MAX_HELD_BYTES else held
-    if not offsets:
+    if not hashes:
         raise InputError(f"{path}: no prompts in it; give one JSON object per line")
-    places = np.stack([np.frombuffer(offsets, np.int64), np.frombuffer(numbers, np.int64)], axis=1)
-    found = Prompts(file, path, places, n_messages, {})
-    _check_distinct(found, np.frombuffer(hashes, np.int64))
+    digests.end()
+    _check_distinct(Prompts(file, path, len(hashes), places, n_messages, digests), np.frombuffer(hashes, np.int64))
     if held is not None:
         return held
-    return Prompts(file, path, places[: digests.n], n_messages, digests.known())
+    return Prompts(file, path, digests.n, places, n_messages, digests)
 
 
 def n_messages(prompts: Sequence[Prompt]) -> int:
@@ -195,7 +219,13 @@ def n_messages(prompts: Sequence[Prompt]) -> int:
 
 def _check_distinct(prompts: Prompts, hashes: np.ndarray) -> None:
     """That no id comes twice: those whose hashes do are read again."""
-    order = hashes.argsort(kind="stable")
+    ordered = np.sort(hashes)
+    twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
+    del ordered
+    if not len(twice):
+        return
+    at_twice = np.flatnonzero(np.isin(hashes, twice))
+    order = at_twice[hashes[at_twice].argsort(kind="stable")]
     same = np.flatnonzero(np.diff(hashes[order]) == 0)
     for at, before in sorted((int(order[i + 1]), int(order[i])) for i in same):
         first, second = prompts[before], prompts[at]
@@ -294,33 +324,46 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
 # ---- digests ----
 
 
-class _Digests:
+class Digests:
     """Digests of equal parts of some prompts, and of all, made as they come."""
 
     def __init__(self, part: int) -> None:
-        self.n, self._part, self._known = 0, part, dict[tuple[int, int], str]()
+        """Of parts of so many prompts."""
+        self.n, self._part, self._known = 0, part, bytearray()
         self._all, self._own, self._lines = hashlib.sha256(), hashlib.sha256(), bytearray()
 
     def add(self, line: bytes) -> None:
+        """Go on by the line of one prompt."""
         self._lines += line
         self.n += 1
         is_whole = self.n % self._part == 0
         if is_whole or len(self._lines) >= _HASHED_AT_ONCE:
             self._take()
         if is_whole:
-            self._known[self.n - self._part, self.n] = self._own.hexdigest()
-            self._own = hashlib.sha256()
+            self._end_part()
+
+    def end(self) -> None:
+        """These were all."""
+        self._take()
+        self._end_part()
+
+    def of(self, start: int, stop: int) -> str | None:
+        """The digest of prompts from ``start`` to ``stop``, where they are all or a part."""
+        if (start, stop) == (0, self.n):
+            return self._all.hexdigest()
+        number, within = divmod(start, self._part)
+        if within or not start < stop == min(start + self._part, self.n):
+            return None
+        return self._known[number * 32 : (number + 1) * 32].hex()
 
     def _take(self) -> None:
         self._all.update(self._lines)
         self._own.update(self._lines)
         self._lines.clear()
 
-    def known(self) -> dict[tuple[int, int], str]:
-        self._take()
-        start = self.n - self.n % self._part
-        rest = {(start, self.n): self._own.hexdigest()} if start < self.n else {}
-        return {**self._known, **rest, (0, self.n): self._all.hexdigest()}
+    def _end_part(self) -> None:
+        self._known += self._own.digest()
+        self._own = hashlib.sha256()
 
 
 def digest(prompts: Sequence[Prompt], start: int = 0, stop: int | None = None) -> str:
@@ -331,8 +374,8 @@ def digest(prompts: Sequence[Prompt], start: int = 0, stop: int | None = None) -
         start, stop: which; all by default.
     """
     stop = len(prompts) if stop is None else stop
-    if isinstance(prompts, Prompts) and (start, stop) in prompts.digests:
-        return prompts.digests[start, stop]
+    if isinstance(prompts, Prompts) and (known := prompts.known.of(start, stop)):
+        return known
     sha = hashlib.sha256()
     for prompt in prompts if (start, stop) == (0, len(prompts)) else prompts[start:stop]:
         sha.update(_line(prompt.id, prompt.content, prompt.carried))

@@ -502,7 +502,9 @@ class Disk:
                 before.st_mtime_ns,
                 text,
             )
-        assert {path.name for path in self.root.iterdir()} <= {"zarr.json", "segments", "commits", ".zarr.json.tmp"}
+        files = {layout.ROOT, layout.ROLLUP}
+        allowed = files | {f".{name}.tmp" for name in files} | {layout.SEGMENTS, layout.COMMITS}
+        assert {path.name for path in self.root.iterdir()} <= allowed
 
 
 class OneThread(Executor):

@@ -14,7 +14,7 @@ from actcache.capture.growth import digests_of_segments
 from actcache.cli import main
 from actcache.errors import IncompatibleError
 from actcache.prompts import read_prompts
-from actcache.store import StoreWriter, compact, layout, open_store, verify
+from actcache.store import StoreWriter, commit_record, compact, open_store, verify
 
 # What a file's segments are digested to; the second differs in one segment, the third in another one.
 FIRST = {"s0": "a0", "s1": "a1", "s2": "a2"}
@@ -70,21 +70,21 @@ def test_two_files_at_once_end_one_writer(tmp_path, monkeypatch, late):
             append(other, "s0")
         assert [segment.name for segment in open_store(tmp_path).segments] == ["s2"]
         return
-    commit = layout.encode_record
+    commit = commit_record.encode_record
 
     def encode_record(record):
-        monkeypatch.setattr(layout, "encode_record", commit)
+        monkeypatch.setattr(commit_record, "encode_record", commit)
         append(one, "s2")
         return commit(record)
 
-    monkeypatch.setattr(layout, "encode_record", encode_record)
+    monkeypatch.setattr(commit_record, "encode_record", encode_record)
     with pytest.raises(IncompatibleError, match="prompts of its segment s2"):
         append(other, "s0")
 
 
 def test_a_complete_store_of_two_files_is_refused(tmp_path, monkeypatch):
     """Both committed within the same moment, and both died before they looked again."""
-    monkeypatch.setattr(StoreWriter, "_check_prompts", lambda self: None)
+    monkeypatch.setattr(StoreWriter, "check_prompts", lambda self: None)
     append(writer_of(tmp_path, SECOND), "s2", "s1")
     append(writer_of(tmp_path, THIRD), "s0")
     monkeypatch.undo()
@@ -115,7 +115,7 @@ def test_a_record_says_it_by_the_format(tmp_path, prompts):
     path = tmp_path / "commits" / "s0.json"
     record = json.loads(path.read_text())
     del record["crc32c"]
-    path.write_bytes(layout.encode_record(record | {"prompts": prompts}))
+    path.write_bytes(commit_record.encode_record(record | {"prompts": prompts}))
     assert [problem for problem in verify(tmp_path) if "not as this format writes it" in str(problem)]
 
 

@@ -45,7 +45,8 @@ FLOW = {
         "spill",
     ),
     "store": (
-        *("planes", "zarr_codec", "chunks", "far_path", "storage", "objects", "claims", "shard", "layout", "records"),
+        *("planes", "zarr_codec", "chunks", "far_path", "storage", "objects", "claims", "shard", "layout"),
+        *("commit_record", "rollup", "records"),
         *("segment_data", "segment", "selection", "reader", "writer", "background", "compact", "verify", "export"),
         *("corpus", "rows", "feed"),
     ),

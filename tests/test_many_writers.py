@@ -21,7 +21,17 @@ from twins.store import Twin
 
 from actcache.errors import AlreadyCommittedError, CorruptStoreError, IncompatibleError, InputError
 from actcache.prompts import read_prompts
-from actcache.store import BackgroundWriter, Store, StoreWriter, compact, layout, open_store, repair, verify
+from actcache.store import (
+    BackgroundWriter,
+    Store,
+    StoreWriter,
+    commit_record,
+    compact,
+    layout,
+    open_store,
+    repair,
+    verify,
+)
 from actcache.store.storage import open_storage
 
 EVENTS = sum(segment.events.num_rows for segment in SEGMENTS.values())
@@ -321,7 +331,7 @@ def test_records_that_replace_the_same_segment_are_refused(tmp_path):
         file = path / layout.commit_key(name)
         record = layout.decode_json(file.read_bytes())
         del record["crc32c"]
-        file.write_bytes(layout.encode_record(record | {"replaces": ["s-0"]}))
+        file.write_bytes(commit_record.encode_record(record | {"replaces": ["s-0"]}))
     with pytest.raises(CorruptStoreError, match="both replace 's-0'"):
         open_store(path)
     assert any("both replace" in problem.found for problem in verify(path))

@@ -58,12 +58,12 @@ def replaces(*names: str) -> Callable[[Path, Path], None]:
 
 
 def forge_replaces(store: Path, names: tuple[str, ...]) -> None:
-    from actcache.store import layout
+    from actcache.store import commit_record, layout
 
     file = store / "commits/s-1.json"
     record = layout.decode_json(file.read_bytes())
     del record["crc32c"]
-    file.write_bytes(layout.encode_record(record | {"replaces": sorted(names)}))
+    file.write_bytes(commit_record.encode_record(record | {"replaces": sorted(names)}))
 
 
 def linked_and_replaced(where: str) -> Callable[[Path, Path], None]:

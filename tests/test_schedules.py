@@ -64,7 +64,7 @@ def taken_name(replaces: Sequence[str], taken: set[str]) -> str:
 def one_listing(storage: Storage, digest: str, known: dict[str, Any] | None = None) -> list[dict[str, Any]]:
     """Records are listed once, so that those are missed which a compaction replaces before they are read."""
     names = records.committed_names(storage)
-    found = [(known or {}).get(name) or records._read_if_there(storage, name, digest) for name in names]
+    found = [(known or {}).get(name) or records.read_if_there(storage, name, digest) for name in names]
     return [record for record in found if record is not None]
 
 

@@ -20,7 +20,7 @@ from twins.store import Twin
 from actcache import RowFeed
 from actcache.canonical import digest_of
 from actcache.errors import CorruptStoreError, IncompatibleError, InputError
-from actcache.store import Store, StoreWriter, compact, layout, open_store, records, verify
+from actcache.store import Store, StoreWriter, commit_record, compact, open_store, records, verify
 from actcache.store.feed import RowBatch
 from actcache.store.storage import LocalStorage, open_storage
 
@@ -135,9 +135,9 @@ def drop(place: Path) -> None:
 def merge_by_an_earlier_version(place: Path) -> None:
     """Its records do not say what was merged, in which order."""
     with mock.patch("actcache.store.writer.encode_parts", return_value=None):
-        real = layout.encode_record
+        real = commit_record.encode_record
         with mock.patch.object(
-            layout, "encode_record", lambda record: real({k: v for k, v in record.items() if k != "parts"})
+            commit_record, "encode_record", lambda record: real({k: v for k, v in record.items() if k != "parts"})
         ):
             compact(place)
 

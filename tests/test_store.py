@@ -27,7 +27,19 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from actcache.canonical import digest_of
 from actcache.errors import ActcacheError, CorruptStoreError, FormatVersionError, IncompatibleError, InputError
-from actcache.store import Problem, Segment, SegmentData, Store, StoreWriter, compact, layout, open_store, shard, verify
+from actcache.store import (
+    Problem,
+    Segment,
+    SegmentData,
+    Store,
+    StoreWriter,
+    commit_record,
+    compact,
+    layout,
+    open_store,
+    shard,
+    verify,
+)
 from actcache.store.chunks import BLOSC, CODECS
 from actcache.store.verify import _check_files
 from actcache.store.zarr_codec import Bf16Planes
@@ -577,7 +589,7 @@ def test_every_byte_flipped_in_turn_is_noticed(turn, tmp_path):
         if file == "zarr.json":
             look = partial(open_store, path)
         elif file.startswith("commits/"):
-            look = lambda: layout.decode_record((path / "commits/s.json").read_bytes(), "s", digest)  # noqa: E731
+            look = lambda: commit_record.decode_record((path / "commits/s.json").read_bytes(), "s", digest)  # noqa: E731
         elif array in segment.arrays:
             look = lambda array=array: unread(segment).read(array)  # noqa: E731
         elif file == "segments/zarr.json":
@@ -603,7 +615,7 @@ def raise_first(problems: Iterator[Problem]) -> None:
 def test_truncation_at_every_length_is_one_named_error(file, path):
     store = open_store(path)
     read: Callable[[], Any] = {
-        RECORD: lambda: layout.decode_record((path / RECORD).read_bytes(), "s-0", store.fingerprint.digest),
+        RECORD: lambda: commit_record.decode_record((path / RECORD).read_bytes(), "s-0", store.fingerprint.digest),
         "zarr.json": lambda: layout.decode_root((path / "zarr.json").read_bytes(), "store"),
     }.get(file, lambda: unread(store.segments[0]).read("states/pt/b001"))
     for n_bytes in reversed(range((path / file).stat().st_size)):
@@ -691,7 +703,7 @@ def forge(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
         sizes = {file: size for file, (size, _) in record["files"].items()}
         record["stored_bytes"] = sum(sizes.values())
         record["stored_state_bytes"] = sum(sizes[file] for file in sizes if file.startswith("states/"))
-    (path / RECORD).write_bytes(layout.encode_record(record))
+    (path / RECORD).write_bytes(commit_record.encode_record(record))
 
 
 def forge_array(path: Path, array: str, change: Callable[[dict[str, Any]], Any]) -> None:

@@ -15,7 +15,8 @@ from actcache.canonical import digest_of
 from actcache.errors import InputError
 from actcache.prompts import Prompt
 from actcache.store import Place, Segment, Store, open_store
-from actcache.store.layout import MAX_NAME, STATE, Sites, record_digest
+from actcache.store.commit_record import record_digest
+from actcache.store.layout import MAX_NAME, STATE, Sites
 
 _NAME = re.compile(r"shard-([0-9]{6,})")
 
@@ -33,14 +34,16 @@ def segments_of(
     """
     numbered = sorted((int(match[1]), digest) for name, digest in (captured or {}).items() if (match := _match(name)))
     lengths: list[int] = []
+    n_found = 0  # their sum
     for number, digest in numbered:
         n_missing = number - len(lengths)
-        before, n = _find(prompts, sum(lengths), digest, shard_prompts, n_missing)
+        before, n = _find(prompts, n_found, digest, shard_prompts, n_missing)
+        n_found += before + n
         for left in reversed(range(n_missing)):  # each of these has a prompt at least
             lengths.append(min(shard_prompts, before - left))
             before -= lengths[-1]
         lengths.append(n)
-    n_left = len(prompts) - sum(lengths)
+    n_left = len(prompts) - n_found
     lengths += [shard_prompts] * (n_left // shard_prompts) + [n_left % shard_prompts] * (n_left % shard_prompts > 0)
     segments, start = {}, 0
     for number, n in enumerate(lengths):

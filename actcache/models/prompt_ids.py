@@ -5,7 +5,9 @@ Knows prompts and lineups; knows no jobs.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -36,38 +38,50 @@ class PromptIds:
         rendering: Rendering = PLAIN,
         say: Callable[[str], None] = lambda line: None,
         longest: int | None = None,
+        own: Sequence[range] | None = None,
     ) -> None:
         """Of these prompts (arguments and errors as :meth:`Lineup.encode`).
+
+        Args:
+            own: which of the prompts are asked for, in order; the others are encoded only if they are asked for after
+                all. None for all.
 
         Raises:
             InputError: besides, see :func:`check_template`.
         """
         check_template(prompts, rendering, say)
-        self._lineup, self._rendering, self._longest, self._n = lineup, rendering, longest, len(prompts)
-        step = max(1, len(prompts) // N_SAMPLED) if isinstance(prompts, Prompts) else 1
-        self._sample: list[list[int]] = []
-        for start in range(0, len(prompts), step * _AT_ONCE):
-            part = prompts[start : start + step * _AT_ONCE : step]
-            self._sample += lineup.encode(part, say, rendering, longest)
+        self._lineup, self._rendering, self._longest = lineup, rendering, longest
+        self._own = np.concatenate([np.arange(0), *own]) if own is not None else np.arange(len(prompts))
+        step = max(1, len(self._own) // N_SAMPLED) if isinstance(prompts, Prompts) else 1
+        found, counts = array("i"), array("i")  # as lists of numbers, ids would take ten times as much
+        for start in range(0, len(self._own), step * _AT_ONCE):
+            numbers = self._own[start : start + step * _AT_ONCE : step].tolist()
+            for ids in lineup.encode([prompts[number] for number in numbers], say, rendering, longest):
+                found.extend(ids)
+                counts.append(len(ids))
             say = _silent
+        self._ids, self._counts = np.frombuffer(found, np.int32), np.frombuffer(counts, np.int32)
+        self._offsets = np.cumsum([0, *counts])
 
     def of(self, start: int, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Of consecutive prompts, the first of which has this number."""
-        if self.is_sampled:
+        first = int(np.searchsorted(self._own, start))
+        numbers = self._own[first : first + len(prompts)]
+        if self.is_sampled or not np.array_equal(numbers, np.arange(start, start + len(prompts))):
             return self._lineup.encode(prompts, rendering=self._rendering, longest=self._longest)
-        return self._sample[start : start + len(prompts)]
+        spans = pairwise(self._offsets[first : first + len(prompts) + 1].tolist())
+        return [self._ids[lo:hi].tolist() for lo, hi in spans]
 
     @property
     def is_sampled(self) -> bool:
         """Whether there are more prompts than were encoded at once."""
-        return len(self._sample) < self._n
+        return len(self._counts) < len(self._own)
 
     @property
     def lengths(self) -> Sequence[int]:
-        """Tokens of every prompt; of a large file, each has the number of the sampled one before it."""
-        counts = np.array([len(ids) for ids in self._sample], np.int64)
-        at = np.arange(self._n) * len(counts) // max(1, self._n)
-        return counts[at].tolist() if self.is_sampled else counts.tolist()
+        """Tokens of every prompt asked for; of a large file, each has the number of the sampled one before it."""
+        at = np.arange(len(self._own)) * len(self._counts) // max(1, len(self._own))
+        return self._counts[at].tolist() if self.is_sampled else self._counts.tolist()
 
 
 def check_template(

@@ -1,4 +1,4 @@
-"""Compact: merge small neighbouring segments into larger ones while readers go on reading.
+"""Compact: merge small neighbouring segments into larger ones while readers go on reading, and write the roll-up anew.
 
 A merged segment's commit record names those that it replaces; from that moment they no longer count, and their records
 and files are deleted. A reader that has them open finds the same events, under the same numbers, in the merged one.
@@ -6,7 +6,8 @@ and files are deleted. A reader that has them open finds the same events, under 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,13 +15,15 @@ import pyarrow as pa
 import torch
 
 from actcache.carried import MAX_KEYS as MAX_CARRIED_KEYS
+from actcache.fingerprint import Fingerprint
 from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout
-from actcache.store.reader import Store, open_store
+from actcache.store.reader import open_store
 from actcache.store.records import read_records, without_replaced
+from actcache.store.rollup import write_rollup
 from actcache.store.segment import Segment
 from actcache.store.segment_data import SegmentData
-from actcache.store.storage import Place
+from actcache.store.storage import Place, Storage
 from actcache.store.writer import StoreWriter
 
 _LOCK = f"{layout.COMMITS}/.compaction"
@@ -30,7 +33,8 @@ def compact(place: Place, max_bytes: int = 2**30, on_progress: OnProgress = unto
     """Merge runs of neighbouring segments whose states together take at most ``max_bytes`` before compression.
 
     Events, rows and their order stay as they are, bit for bit. Needs memory for one merged segment. Every byte that is
-    merged is checked as it is read. Run by one process at a time; what an interrupted one leaves, the next one clears.
+    merged is checked as it is read; so is every record that goes into the roll-up, which is written anew in the end.
+    Run by one process at a time; what an interrupted one leaves, the next one clears.
 
     Args:
         place: as in ``open_store``.
@@ -45,11 +49,11 @@ def compact(place: Place, max_bytes: int = 2**30, on_progress: OnProgress = unto
         CorruptStoreError: a segment is damaged; it and what is not merged yet stay as they are.
     """
     store = open_store(place)
-    storage = store.storage
+    storage, fingerprint = store.storage, store.fingerprint
     with storage.exclusively(_LOCK):
-        writer = StoreWriter(storage, store.fingerprint)
+        writer = StoreWriter(storage, fingerprint)
         n_before = len(store.segments)
-        _clear_replaced(store)
+        _clear_replaced(storage, fingerprint)
         groups = list(_groups(store.segments, max_bytes))
         tally = Tally(n_before, "segments", on_progress)
         tally.add(found=n_before - sum(map(len, groups)))
@@ -58,10 +62,11 @@ def compact(place: Place, max_bytes: int = 2**30, on_progress: OnProgress = unto
             parts = [part for segment in group for part in segment.parts]
             merged = merge([read_segment(segment) for segment in group])
             writer.append(_free_name(replaces, writer.committed), merged, replaces=replaces, parts=parts)
-            store = open_store(storage)
-            _clear_replaced(store)
+            _clear(storage, [one.record for segment in group for one in (*segment.additions, segment)])
             tally.add(len(group))
-        return n_before, len(store.segments)
+        n_after = _clear_replaced(storage, fingerprint)
+        write_rollup(storage, fingerprint)
+        return n_before, n_after
 
 
 def read_segment(segment: Segment) -> SegmentData:
@@ -145,19 +150,28 @@ def _free_name(replaces: Sequence[str], taken: set[str]) -> str:
     return next(name for name in (stem, *(f"{stem}-{n}" for n in range(2, len(taken) + 3))) if name not in taken)
 
 
-def _clear_replaced(store: Store) -> None:
-    """Delete what the records of replaced segments and their additions list, then these records: all else stays.
+def _clear_replaced(storage: Storage, fingerprint: Fingerprint) -> int:
+    """Clear replaced segments and their additions; how many segments count."""
+    records = read_records(storage, fingerprint.digest)
+    segments = without_replaced(records)
+    live = {record["segment"] for record in segments}
+    replaced = {name for record in segments for name in record["replaces"]}
+    # An addition to a segment that was set aside counts again once that is captured again.
+    goes = [
+        record
+        for record in records
+        if (record["extends"]["segment"] in replaced if layout.is_addition(record) else record["segment"] not in live)
+    ]
+    _clear(storage, goes)
+    return len(segments)
+
+
+def _clear(storage: Storage, records: Iterable[dict[str, Any]]) -> None:
+    """Delete what these records list, then the records: all else stays.
 
     Records last: an interrupted compaction leaves those that say what is still to delete. No reader minds, as the
     record of what replaces them is there all the time.
     """
-    records = read_records(store.storage, store.fingerprint.digest)
-    segments = without_replaced(records)
-    live = {record["segment"] for record in segments}
-    replaced = {name for record in segments for name in record["replaces"]}
     for record in records:
-        # An addition to a segment that was set aside counts again once that is captured again.
-        goes = record["extends"]["segment"] in replaced if layout.is_addition(record) else record["segment"] not in live
-        if goes:
-            store.storage.remove_files(f"{layout.SEGMENTS}/{record['folder']}", record["files"])
-            store.storage.remove(layout.commit_key(record["segment"]))
+        storage.remove_files(f"{layout.SEGMENTS}/{record['folder']}", record["files"])
+        storage.remove(layout.commit_key(record["segment"]))

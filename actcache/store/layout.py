@@ -1,4 +1,4 @@
-"""How arrays, tables and commit records lie on disk. FORMAT.md is the prose of this file."""
+"""How arrays and tables of a segment lie on disk, and the root. FORMAT.md is the prose of this file."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ import numpy.typing as npt
 import pyarrow as pa
 import torch
 
-from actcache.canonical import canonical, digest_of
-from actcache.counts import is_count
 from actcache.errors import CorruptStoreError, FormatVersionError, InputError
 from actcache.fingerprint import Fingerprint
 from actcache.schema import EVENTS, EXCLUDED, PAIR, SEGMENT, SEQUENCES, arrow_type, types
 from actcache.store.chunks import BLOSC, CODECS, ChunkCodec
-from actcache.store.shard import crc32c, data_file, decode_json, encode_json
+from actcache.store.shard import data_file, decode_json, encode_json
 
 FORMAT_VERSION = 2
 READABLE_VERSIONS = (1, FORMAT_VERSION)
@@ -28,17 +26,15 @@ ROOT = "zarr.json"
 SEGMENTS = "segments"
 COMMITS = "commits"
 DROPPED = "dropped"
+ROLLUP = "rollup.jsonl.gz"
 TEXTS, TEXT_OFFSETS = "texts/bytes", "texts/offsets"
 
 STATE_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_NAME = 200  # characters; file systems take 255 bytes
 MAX_BLOCKS = 10_000
-_COLUMN_TYPES = {name: arrow_type(name) for name in ("int32", "int64", "float32", "string")}
+COLUMN_TYPES = {name: arrow_type(name) for name in ("int32", "int64", "float32", "string")}
 ROW_SELECTIONS = ("prefix", "divergence")
-_COUNTS = ("n_sequences", "n_tokens", "n_events", "n_excluded")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-_FOLDER = re.compile(rf"{_NAME.pattern}(\.[0-9a-f]+)?")
-_FILE = re.compile(rf"({_NAME.pattern}/)*(zarr\.json|[0-9]+)")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
 # Columns that every such table has; more may stand beside them.
 EVENT_COLUMNS = types((*EVENTS, replace(PAIR, required=True)))
@@ -61,7 +57,7 @@ def n_rows(fingerprint: Fingerprint, n_tokens: int, n_events: int) -> int:
 
 def check_name(name: str, what: str) -> None:
     """Raise InputError unless ``name`` can be a folder name everywhere: letters, digits, dash, underscore."""
-    if not _NAME.fullmatch(name) or len(name) > MAX_NAME:
+    if not NAME.fullmatch(name) or len(name) > MAX_NAME:
         raise InputError(f"{what} {name[:MAX_NAME]!r} is not made of letters, digits, '-' and '_', at most {MAX_NAME}")
 
 
@@ -234,14 +230,12 @@ def column_type(table: pa.Table, column: str) -> str:
     check_name(column, "column")
     if column == SEGMENT_COLUMN:
         raise InputError(f"a column cannot be called {column!r}: the reader adds one of that name")
-    for name, kind in _COLUMN_TYPES.items():
+    for name, kind in COLUMN_TYPES.items():
         if table.schema.field(column).type == kind:
             if table[column].null_count:
                 raise InputError(f"column {column!r} has {table[column].null_count} nulls")
             return name
-    raise InputError(
-        f"column {column!r} is {table.schema.field(column).type}; a store holds {', '.join(_COLUMN_TYPES)}"
-    )
+    raise InputError(f"column {column!r} is {table.schema.field(column).type}; a store holds {', '.join(COLUMN_TYPES)}")
 
 
 def encode_texts(columns: Sequence[pa.ChunkedArray]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
@@ -269,10 +263,10 @@ def decode_text(data: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> 
 
 def empty_column(kind: str) -> pa.Array:
     """A column of this type without rows."""
-    return pa.array([], _COLUMN_TYPES[kind])
+    return pa.array([], COLUMN_TYPES[kind])
 
 
-# ---- root and commit records -----------------------------------------------------------------------------------------
+# ---- the root --------------------------------------------------------------------------------------------------------
 
 
 def check_fingerprint(fingerprint: Fingerprint) -> None:
@@ -320,6 +314,11 @@ def commit_key(segment: str) -> str:
     return f"{COMMITS}/{segment}.json"
 
 
+def committed(file: str) -> str | None:
+    """The segment whose commit record a file in the folder of commit records is; None of any other file."""
+    return file.removesuffix(".json") if file.endswith(".json") and not file.startswith(".") else None
+
+
 def decode_root(data: bytes, where: str) -> Fingerprint:
     """The fingerprint in the root file of the store that a person calls ``where``, checked.
 
@@ -340,150 +339,9 @@ def decode_root(data: bytes, where: str) -> Fingerprint:
     return fingerprint
 
 
-def encode_record(record: dict[str, Any]) -> bytes:
-    """A commit record as it lies on disk: one JSON object with the CRC-32C of the rest of it."""
-    return encode_json(record | {"crc32c": crc32c(canonical(record))})
-
-
-def record_digest(record: dict[str, Any]) -> str:
-    """SHA-256 of a record without its checksum: what proves that a segment is the same one, byte for byte."""
-    return digest_of(record)
-
-
-def decode_record(data: bytes, segment: str, digest: str) -> dict[str, Any]:
-    """A commit record, checked as far as it goes without the files that it names.
-
-    Args:
-        data: of the file.
-        segment: the one that the file's name stands for.
-        digest: of the store's fingerprint.
-
-    Raises:
-        CorruptStoreError: not a commit record, a byte of it is not as written, or it is another segment's or store's.
-        FormatVersionError: written by a newer version.
-    """
-    where = f"commit record {segment}.json"
-    try:
-        record: dict[str, Any] = decode_json(data)
-        check_version(record["format_version"], where)
-        checksum = record.pop("crc32c")
-        is_as_written = checksum == crc32c(canonical(record)) and encode_record(record) == data
-    except (InputError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptStoreError(f"{where}: not a commit record ({error!r})") from error
-    if not is_as_written:
-        raise CorruptStoreError(f"{where}: its checksum does not match its content")
-    try:
-        _check_record(record)
-    except (InputError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise CorruptStoreError(
-            f"{where}: its checksum holds, but it is not as this format writes it ({error!r})"
-        ) from error
-    if record["segment"] != segment:
-        raise CorruptStoreError(f"{where} is that of segment {record['segment']!r}")
-    if record["fingerprint"] != digest:
-        raise CorruptStoreError(f"{where}: committed under another fingerprint than the store's")
-    return record
-
-
-def _check_record(record: dict[str, Any]) -> None:
-    check_name(record["segment"], "segment name")
-    if not (isinstance(record["folder"], str) and _FOLDER.fullmatch(record["folder"])):
-        raise InputError(f"folder {record['folder']!r} is not one below {SEGMENTS}/")
-    if record["folder"].partition(".")[0] != record["segment"] or len(record["folder"]) > 2 * MAX_NAME:
-        raise InputError(f"folder {record['folder'][:MAX_NAME]!r} is not that of segment {record['segment']!r}")
-    if not isinstance(record["replaces"], list) or record["replaces"] != sorted(set(record["replaces"])):
-        raise InputError(f"replaces is {record['replaces']!r}, expected distinct segment names in order")
-    for name in record["replaces"]:
-        check_name(name, "replaced segment")
-    if record["segment"] in record["replaces"]:
-        raise InputError(f"segment {record['segment']!r} replaces itself")
-    for field in _COUNTS:
-        if not is_count(record[field]):
-            raise InputError(f"{field} is {record[field]!r}, expected a count")
-    if "parts" in record:
-        _check_parts(record)
-    if "prompts" in record:
-        _check_prompts(record)
-    if record["format_version"] > 1:
-        _check_sites(record["sites"])
-    if is_addition(record):
-        _check_addition(record)
-    elif record["schema"].keys() != columns_of(record["format_version"]).keys():
-        raise InputError(f"schema has the tables {', '.join(record['schema'])}")
-    for table, schema in record["schema"].items():
-        columns = columns_of(record["format_version"])[table]
-        for column, kind in schema.items():
-            check_name(column, "column")
-            if column == SEGMENT_COLUMN:
-                raise InputError(f"column {column!r} of {table} is the reader's own")
-            if kind not in _COLUMN_TYPES or columns.get(column, kind) != kind:
-                raise InputError(f"column {column!r} of {table} is of type {kind!r}")
-        if not schema.keys() >= columns.keys():
-            raise InputError(f"the {table} table lacks {', '.join(sorted(columns.keys() - schema.keys()))}")
-    for file, (size, checksum) in record["files"].items():
-        if not _FILE.fullmatch(file):
-            raise InputError(f"file {file!r} does not lie in the segment")
-        if not is_count(size) or not (checksum is None or is_count(checksum)):
-            raise InputError(f"file {file!r} has size {size!r} and checksum {checksum!r}")
-    sizes = {file: size for file, (size, _) in record["files"].items()}
-    stored = sum(size for file, size in sizes.items() if file.startswith(ROW_FOLDERS))
-    if (record["stored_bytes"], record["stored_state_bytes"]) != (sum(sizes.values()), stored):
-        raise InputError("stored_bytes or stored_state_bytes is not the sum of the files' sizes")
-    if not is_count(record["raw_state_bytes"]) or (record["raw_state_bytes"] and not stored):
-        raise InputError(f"raw_state_bytes is {record['raw_state_bytes']!r}, stored in {stored}")
-
-
 def columns_of(version: int) -> dict[str, dict[str, str]]:
     """The columns that every segment of a format version has at least, by table."""
     return _TABLES_OF_V1 if version == 1 else TABLES
-
-
-def _check_sites(sites: Any) -> None:
-    if not isinstance(sites, dict) or not sites.keys() <= SITES.keys():
-        raise InputError(f"sites is {sites!r}, expected an object with some of {', '.join(SITES)}")
-    for site, blocks in sites.items():
-        _check_blocks(blocks, f"the blocks of site {site}")
-
-
-def _check_blocks(blocks: Any, what: str) -> None:
-    if (
-        not isinstance(blocks, list)
-        or not all(is_count(b) and b < MAX_BLOCKS for b in blocks)
-        or len(set(blocks)) < len(blocks)
-    ):
-        raise InputError(f"{what} are {blocks!r}, expected a list of distinct block indices")
-
-
-def _check_addition(record: dict[str, Any]) -> None:
-    extends = record["extends"]
-    if record["format_version"] == 1 or record["schema"] or record["replaces"] or "parts" in record:
-        raise InputError("extends is said of more than rows")
-    if extends.keys() != {"segment", "record"} or not isinstance(extends["record"], str):
-        raise InputError(f"extends is {extends!r}, expected a segment and the digest of its record")
-    check_name(extends["segment"], "extended segment")
-
-
-def _check_parts(record: dict[str, Any]) -> None:
-    if not isinstance(record["parts"], list) or not record["parts"]:
-        raise InputError("parts is not a list of what the segment was merged from")
-    for part in record["parts"]:
-        if part.keys() != {"segment", "record", *_COUNTS} or part["segment"] not in record["replaces"]:
-            raise InputError(f"part {part!r} is not one of a segment that was replaced")
-        if not isinstance(part["record"], str) or not all(is_count(part[field]) for field in _COUNTS):
-            raise InputError(f"part {part['segment']!r} has no digest, or no counts")
-    for field in _COUNTS:
-        if sum(part[field] for part in record["parts"]) != record[field]:
-            raise InputError(f"{field} is {record[field]}, that of its parts another")
-
-
-def _check_prompts(record: dict[str, Any]) -> None:
-    digests = [*record["prompts"]["all"], *record["prompts"]["of"].values()]
-    if record["prompts"].keys() | {"n"} != {"all", "of", "n"} or not all(isinstance(one, str) for one in digests):
-        raise InputError("prompts is not made of digests")
-    if not is_count(record["prompts"].get("n", 0)):
-        raise InputError(f"prompts has an n of {record['prompts']['n']!r}, expected a count")
-    if not record["prompts"]["of"].keys() <= {record["segment"], *record["replaces"]}:
-        raise InputError("prompts names a segment that is not merged into this one")
 
 
 def check_version(found: Any, where: str) -> None:

@@ -27,7 +27,7 @@ from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedEr
 from obstore.store import from_url
 
 from actcache.errors import CorruptStoreError, InputError
-from actcache.store.storage import MAX_JSON_BYTES, Place, Publish, Ranges, Stamp, Storage, Write
+from actcache.store.storage import MAX_JSON_BYTES, Mark, Place, Publish, Ranges, Stamp, Storage, Write
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -154,6 +154,14 @@ class ObjectStorage:
             paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
             return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
+    def marks(self, folder: str) -> dict[str, Mark]:
+        with _as_oserror(folder):
+            found = self.objects.list_with_delimiter(folder)["objects"]
+            return {
+                entry["path"].rpartition("/")[2]: (entry.get("size", 0), entry.get("e_tag"))
+                for entry in sorted(found, key=_path_of)
+            }
+
     def sizes(self, folder: str) -> dict[str, int]:
         with _as_oserror(folder):
             entries = self.objects.list(folder).collect()
@@ -193,6 +201,8 @@ class ObjectStorage:
     def put(self, key: str, data: bytes) -> None:
         # 409: the server met another request for this key, and asks to send it again.
         self._until_done(key, FileExistsError, lambda: self.objects.put(key, data))
+
+    replace = put
 
     @contextmanager
     def creating(self, key: str) -> Iterator[Publish]:

@@ -25,6 +25,7 @@ from actcache.errors import CorruptStoreError, IncompatibleError, InputError
 from actcache.fingerprint import Fingerprint
 from actcache.schema import PAIR
 from actcache.store import layout, shard
+from actcache.store.commit_record import CommitRecord
 from actcache.store.records import (
     additions_to,
     check_schemas,
@@ -79,18 +80,18 @@ class Store:
         fingerprint = read_fingerprint(storage)
         self._hold(storage, fingerprint, _records(storage, fingerprint))
 
-    def _hold(self, storage: Storage, fingerprint: Fingerprint, records: Sequence[dict[str, Any]]) -> None:
+    def _hold(self, storage: Storage, fingerprint: Fingerprint, records: Sequence[CommitRecord]) -> None:
         self.storage, self.fingerprint = storage, fingerprint
         self.segments = _segments(storage, fingerprint, records)
         self._tables: dict[str, pa.Table] = {}
         self._lock = threading.Lock()
         self._n_moves = 0
 
-    def __getstate__(self) -> tuple[Storage, Fingerprint, list[dict[str, Any]]]:
+    def __getstate__(self) -> tuple[Storage, Fingerprint, list[CommitRecord]]:
         records = [one.record for segment in self.segments for one in (segment, *segment.additions)]
         return self.storage, self.fingerprint, records
 
-    def __setstate__(self, state: tuple[Storage, Fingerprint, list[dict[str, Any]]]) -> None:
+    def __setstate__(self, state: tuple[Storage, Fingerprint, list[CommitRecord]]) -> None:
         self._hold(*state)
 
     @property
@@ -484,11 +485,11 @@ def as_html(rows: Mapping[str, str]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _records(storage: Storage, fingerprint: Fingerprint) -> list[dict[str, Any]]:
+def _records(storage: Storage, fingerprint: Fingerprint) -> list[CommitRecord]:
     return read_records(storage, fingerprint.digest)
 
 
-def _segments(storage: Storage, fingerprint: Fingerprint, records: Sequence[dict[str, Any]]) -> list[Segment]:
+def _segments(storage: Storage, fingerprint: Fingerprint, records: Sequence[CommitRecord]) -> list[Segment]:
     """The segments that count of these records, with their additions, their events numbered through."""
     segments: list[Segment] = []
     live = without_replaced(records)

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from actcache.errors import CorruptStoreError, InputError
 from actcache.fingerprint import Fingerprint
 from actcache.store import layout, shard
+from actcache.store.commit_record import CommitRecord, decode_record, record_digest
+from actcache.store.rollup import Rolled, committed_marks, read_if_there, read_rollup
 from actcache.store.storage import Storage
 
 _LISTINGS = 100  # each finds records that are new, of which a broken one may be without end
@@ -58,21 +60,21 @@ def committed_names(storage: Storage) -> list[str]:
         listed = storage.names(layout.COMMITS)
     except NotADirectoryError as error:
         raise CorruptStoreError(f"{storage}: {layout.COMMITS} is not a folder") from error
-    names = (name for name in listed if name.endswith(".json") and not name.startswith("."))
-    return sorted(name.removesuffix(".json") for name in names)
+    return sorted(name for file in listed if (name := layout.committed(file)))
 
 
-def read_record(storage: Storage, name: str, digest: str) -> dict[str, Any]:
-    """The commit record of a segment (errors as ``layout.decode_record``; FileNotFoundError where it is gone)."""
-    return layout.decode_record(storage.read(layout.commit_key(name)), name, digest)
+def read_record(storage: Storage, name: str, digest: str) -> CommitRecord:
+    """The commit record of a segment (errors as ``decode_record``; FileNotFoundError where it is gone)."""
+    return decode_record(storage.read(layout.commit_key(name)), name, digest)
 
 
-def read_records(storage: Storage, digest: str, known: dict[str, dict[str, Any]] | None = None) -> list[dict[str, Any]]:
+def read_records(storage: Storage, digest: str, known: dict[str, CommitRecord] | None = None) -> list[CommitRecord]:
     """All commit records, while writers and a compaction go on: none that counts is missing, some may count no more.
 
     A listing that is made while a compaction commits and deletes may lack both the new record and the old ones. But
     what it lacks of the old ones was deleted before it ended, so the next listing has the new one. Hence records are
-    listed again until nothing is new.
+    listed again until nothing is new. Where nothing is known, the roll-up gives all that the first listing shows as it
+    was when the roll-up was made; where it is damaged, every record is read.
 
     Args:
         storage: of the store.
@@ -80,29 +82,35 @@ def read_records(storage: Storage, digest: str, known: dict[str, dict[str, Any]]
         known: records by name that need not be read again; those read are added.
 
     Raises:
-        CorruptStoreError: as ``layout.decode_record``; or a record is listed and cannot be read.
+        CorruptStoreError: as ``decode_record``; or a record is listed and cannot be read.
     """
     known = {} if known is None else known
     before: list[str] | None = None
+    rolled = {} if known else _rolled(storage, digest)
     for _ in range(_LISTINGS):
-        names = committed_names(storage)
+        if rolled:
+            marks = committed_marks(storage)
+            known |= {name: one.record for name, one in rolled.items() if marks.get(name) == one.mark}
+            names, rolled = sorted(marks), {}
+        else:
+            names = committed_names(storage)
         new = [name for name in names if name not in known]
         if before is not None and not new:
             return [known[name] for name in sorted({*before, *names}) if name in known]
-        records = shard.at_once(storage, [partial(_read_if_there, storage, name, digest) for name in new])
+        records = shard.at_once(storage, [partial(read_if_there, storage, name, digest) for name in new])
         known |= {name: record for name, record in zip(new, records, strict=True) if record is not None}
         before = names
     raise CorruptStoreError(f"{storage}: commit records vanish while they are read{shard.ADVICE}")
 
 
-def _read_if_there(storage: Storage, name: str, digest: str) -> dict[str, Any] | None:
+def _rolled(storage: Storage, digest: str) -> dict[str, Rolled]:
     try:
-        return read_record(storage, name, digest)
-    except FileNotFoundError:
-        return None
+        return read_rollup(storage, digest)
+    except CorruptStoreError:  # which verify names; nothing depends on it
+        return {}
 
 
-def without_replaced(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def without_replaced(records: Sequence[CommitRecord]) -> list[CommitRecord]:
     """The records of segments that count, in the order of the store: those that no other one replaces.
 
     Raises:
@@ -128,9 +136,7 @@ def without_replaced(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(live, key=lambda record: min([record["segment"], *record["replaces"]]))
 
 
-def additions_to(
-    segments: Sequence[dict[str, Any]], records: Sequence[dict[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
+def additions_to(segments: Sequence[CommitRecord], records: Sequence[CommitRecord]) -> dict[str, list[CommitRecord]]:
     """The records of additions that count, by the name of the segment that they add to, in the order of their names.
 
     Args:
@@ -140,12 +146,12 @@ def additions_to(
     Raises:
         CorruptStoreError: an addition counts other rows than its segment.
     """
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[CommitRecord]] = {}
     additions = sorted((one for one in records if layout.is_addition(one)), key=lambda record: record["segment"])
     by_name = {record["segment"]: record for record in segments} if additions else {}
     for addition in additions:
         base = by_name.get(addition["extends"]["segment"])
-        if base is None or layout.record_digest(base) != addition["extends"]["record"]:
+        if base is None or record_digest(base) != addition["extends"]["record"]:
             continue  # of a segment that was merged, or captured anew, meanwhile
         if counts_of(base) != counts_of(addition):
             raise CorruptStoreError(
@@ -179,7 +185,7 @@ def parts_of(record: dict[str, Any]) -> tuple[Part, ...]:
     """What writers committed of a segment's content, in its order: the segment itself unless it was merged."""
     if "parts" in record:
         return tuple(Part(part["segment"], part["record"], counts_of(part)) for part in record["parts"])
-    return (Part(record["segment"], layout.record_digest(record), counts_of(record)),)
+    return (Part(record["segment"], record_digest(record), counts_of(record)),)
 
 
 def encode_parts(parts: Sequence[Part]) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from actcache.carried import keys_of
 from actcache.errors import CorruptStoreError, InputError
 from actcache.fingerprint import Fingerprint
 from actcache.store import layout, shard
+from actcache.store.commit_record import CommitRecord, record_digest
 from actcache.store.records import Counts, Part, parts_of
 from actcache.store.segment_data import check_carried, check_events, check_offsets, check_pairs, sequences_of
 from actcache.store.storage import Storage
@@ -42,9 +43,9 @@ class Segment:
         self,
         storage: Storage,
         events: range,
-        record: dict[str, Any],
+        record: CommitRecord,
         fingerprint: Fingerprint,
-        additions: Sequence[dict[str, Any]] = (),
+        additions: Sequence[CommitRecord] = (),
     ) -> None:
         """Take what the commit record of a segment, or of an addition, says; ``additions`` are such records."""
         self.storage, self.events, self.record, self.fingerprint = storage, events, record, fingerprint
@@ -179,8 +180,9 @@ class Segment:
         found = live.find(self.parts)
         if found is None:
             return False
-        if found[0].record != self.home.record:
-            self._home = (self, _NOTHING) if found[0].record == self.record else found
+        digest = record_digest(found[0].record)
+        if digest != record_digest(self.home.record):
+            self._home = (self, _NOTHING) if digest == record_digest(self.record) else found
         return True
 
     @property

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 Ranges = Sequence[tuple[int, int]]  # (offset, length) in bytes
 Write = Callable[[str, Iterable[bytes]], int]
 Publish = Callable[[bytes], None]
+Mark: TypeAlias = "tuple[int, str | None]"  # bytes of a file, and what a later one of its key lacks
 Place: TypeAlias = "str | Path | Storage | obstore.store.ObjectStore"  # what names a store
 
 # JSON that a reader takes into memory before it can check it; a record names some hundred bytes a file.
@@ -77,6 +78,10 @@ class Storage(Protocol):
             NotADirectoryError: it is a file.
         """
 
+    def marks(self, folder: str) -> dict[str, Mark]:
+        """The mark of each file that lies directly in a folder, by name: of an object its tag, of a file when it was
+        written (errors as :meth:`names`)."""
+
     def sizes(self, folder: str) -> dict[str, int]:
         """Every file below a folder, by path from it, and its bytes."""
 
@@ -92,6 +97,9 @@ class Storage(Protocol):
 
     def put(self, key: str, data: bytes) -> None:
         """Write a small file, durably, in place of what may be there; one that dies may leave it half."""
+
+    def replace(self, key: str, data: bytes) -> None:
+        """Write a file, durably, in place of what may be there: a reader sees the old one or this one, whole."""
 
     def creating(self, key: str) -> AbstractContextManager[Publish]:
         """A context that yields ``publish(data)``, which creates the file ``key``, whole and durable.
@@ -198,6 +206,15 @@ class LocalStorage:
         except FileNotFoundError:
             return []
 
+    def marks(self, folder: str) -> dict[str, Mark]:
+        found: dict[str, Mark] = {}
+        top = os.path.join(self.root, folder)
+        for name in self.names(folder):
+            with suppress(OSError):  # deleted meanwhile, by a compaction; what cannot be read has no mark
+                state = os.stat(os.path.join(top, name))
+                found[name] = state.st_size, str(state.st_mtime_ns)
+        return found
+
     def sizes(self, folder: str) -> dict[str, int]:
         top = self.root / folder
         found: dict[str, int] = {}
@@ -220,6 +237,10 @@ class LocalStorage:
         with naming(path):
             write_durably(path, data)
         fsync(path.parent)
+
+    def replace(self, key: str, data: bytes) -> None:
+        with self.creating(key) as publish:  # under its lock, so that a draft that a dead one left is taken up
+            publish(data)
 
     def creating(self, key: str) -> AbstractContextManager[Publish]:
         return sole_creator(self._own(key))

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from actcache.errors import CorruptStoreError
 from actcache.fingerprint import Fingerprint
 from actcache.progress import OnProgress, Tally, untold
 from actcache.store import layout, shard
+from actcache.store.commit_record import CommitRecord, record_digest
 from actcache.store.records import (
     additions_to,
     check_schemas,
@@ -19,6 +19,7 @@ from actcache.store.records import (
     read_record,
     without_replaced,
 )
+from actcache.store.rollup import committed_marks, read_if_there, read_rollup
 from actcache.store.segment import Segment
 from actcache.store.storage import Place, Storage, open_storage
 
@@ -66,6 +67,7 @@ def verify(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
     except CorruptStoreError as error:
         advice = "the root cannot be rebuilt: capture into a new folder"
         return [Problem(layout.ROOT, layout.ROOT, str(error), "the store's fingerprint", advice)]
+    problems_of_rollup = [*_check_rollup(storage, fingerprint)]
     checked: dict[str, list[Problem]] = {}  # by the digest of the record
     known: set[str] | None = None  # the segments that were there when this began: it may take long
     while True:
@@ -74,21 +76,21 @@ def verify(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
         if known is None:
             known = {name for segment in segments for name in segment.covers}
         # A compaction may have deleted what was being checked: then the segment that has it now is checked instead.
-        to_check = [one for one in segments if known & one.covers and layout.record_digest(one.record) not in checked]
+        to_check = [one for one in segments if known & one.covers and record_digest(one.record) not in checked]
         if not to_check:
             break
         tally = Tally(sum(len(segment.arrays) for segment in to_check), "arrays", on_progress)
         for segment in to_check:
-            checked[layout.record_digest(segment.record)] = _check_segment(segment, tally)
-    of_segments = (checked.get(layout.record_digest(record), ()) for record in records)
-    return [*problems, *itertools.chain.from_iterable(of_segments)]
+            checked[record_digest(segment.record)] = _check_segment(segment, tally)
+    of_segments = (checked.get(record_digest(record), ()) for record in records)
+    return [*problems_of_rollup, *problems, *itertools.chain.from_iterable(of_segments)]
 
 
 def repair(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
     """Drop each segment that :func:`verify` finds damaged: its commit record moves to ``dropped/``, nothing is deleted.
 
-    What is left reads without errors; the same capture command writes the dropped segments anew. Files that no record
-    names are left alone: nothing reads them.
+    What is left reads without errors, and the roll-up is gone; the same capture command writes the dropped segments
+    anew. Files that no record names are left alone: nothing reads them.
 
     Args:
         place, on_progress: as :func:`verify`.
@@ -104,6 +106,8 @@ def repair(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
     read_fingerprint(storage)
     problems = verify(storage, on_progress)
     damaged = {problem.segment for problem in problems if problem.advice == RECAPTURE}
+    if problems:
+        storage.remove(layout.ROLLUP)  # first, so that none tells of a record that was set aside
     for name in sorted(damaged & set(committed_names(storage))):
         key = layout.commit_key(name)
         taken = set(storage.names(layout.DROPPED))
@@ -112,7 +116,7 @@ def repair(place: Place, on_progress: OnProgress = untold) -> list[Problem]:
     return problems
 
 
-def _live_records(storage: Storage, fingerprint: Fingerprint) -> tuple[list[dict[str, Any]], list[Problem]]:
+def _live_records(storage: Storage, fingerprint: Fingerprint) -> tuple[list[CommitRecord], list[Problem]]:
     """The records that count, those of additions too, and what is wrong with the others."""
     digest = fingerprint.digest
     problems: list[Problem] = []
@@ -137,6 +141,26 @@ def _live_records(storage: Storage, fingerprint: Fingerprint) -> tuple[list[dict
     except CorruptStoreError as error:
         problems.append(Problem(layout.COMMITS, layout.COMMITS, str(error), "one record per segment", RECAPTURE))
     return records, problems
+
+
+def _check_rollup(storage: Storage, fingerprint: Fingerprint) -> Iterator[Problem]:
+    """The roll-up against the records that it has as they are."""
+    expected, advice = "what the commit records say", "'actcache compact' writes it anew; nothing else depends on it"
+    try:
+        rolled = read_rollup(storage, fingerprint.digest)
+    except CorruptStoreError as error:
+        yield Problem(layout.ROLLUP, layout.ROLLUP, str(error), expected, advice)
+        return
+    marks = committed_marks(storage) if rolled else {}
+    for name, one in rolled.items():
+        if marks.get(name) != one.mark:
+            continue
+        try:
+            record = read_if_there(storage, name, fingerprint.digest)
+        except CorruptStoreError:  # which is named as the record's
+            continue
+        if record is not None and (record.digest != one.record.digest or record != one.record):
+            yield Problem(layout.ROLLUP, f"entry {name}", "another record", expected, advice)
 
 
 def _record_problem(name: str, found: str) -> Problem:

@@ -23,8 +23,9 @@ import torch
 from actcache.canonical import canonical, digest_of
 from actcache.errors import AlreadyCommittedError, IncompatibleError, InputError
 from actcache.fingerprint import MISSING, UNSAID, Fingerprint
-from actcache.store import layout, shard
+from actcache.store import commit_record, layout, shard
 from actcache.store.chunks import ChunkCodec
+from actcache.store.commit_record import CommitRecord
 from actcache.store.records import (
     Part,
     committed_names,
@@ -51,6 +52,8 @@ from actcache.store.storage import Place, Storage, Write, open_storage
 Files = dict[str, tuple[int, int | None]]
 CodecOf = Callable[[str], ChunkCodec]
 
+_FEW = 200  # records that are looked at whenever one is committed
+_LOOKS = 100  # while the records of a larger store become twice as many, about
 _ARRAYS_AT_ONCE = 4  # many are small, and then it is opening and closing files that takes the time
 
 
@@ -93,20 +96,27 @@ class StoreWriter:
             self._create()
         stored = read_fingerprint(self.storage)
         self._prompts = dict(prompts)
+        self._all_prompts = digest_of(self._prompts)
         # Of an earlier state of the prompts file, if not of this one; what is committed tells whether it matters.
         _check_same(self.fingerprint.as_grown_from(stored) if prompts else self.fingerprint, stored)
         self._given, self.fingerprint = self.fingerprint, stored
         self._digest = self.fingerprint.digest
         self._encoding = threading.Lock()
-        self._known: dict[str, dict[str, Any]] = {}  # records seen so far, by name
+        self._known: dict[str, CommitRecord] = {}  # records seen so far, by name
+        self._seen: set[str] = set()  # names that these commit, or replace
+        self._n_unseen = 0  # segments committed here since others' were looked at
         if prompts:
-            self._check_prompts()
+            self.check_prompts()
 
     @property
     def committed(self) -> set[str]:
         """Names of the segments that are complete, those included that a compaction has merged into others."""
-        records = read_records(self.storage, self._digest, self._known)
-        return {name for record in records for name in (record["segment"], *record["replaces"])}
+        return set(self._look()[1])
+
+    def is_committed(self, name: str) -> bool:
+        """Whether a segment is complete. Looks at its own record alone: one that a compaction has merged since the
+        last look at all of them may seem to be missing."""
+        return name in self._seen or self.storage.size(layout.commit_key(name)) is not None
 
     def append(
         self, name: str, segment: SegmentData, *, replaces: Sequence[str] = (), parts: Sequence[Part] = ()
@@ -158,7 +168,7 @@ class StoreWriter:
         layout.check_name(name, "segment name")
         n_rows = layout.n_rows(self.fingerprint, to["n_tokens"], to["n_events"])
         described = {
-            "extends": {"segment": to["segment"], "record": layout.record_digest(to)},
+            "extends": {"segment": to["segment"], "record": commit_record.record_digest(to)},
             "sites": self._check_rows(rows, n_rows),
             "replaces": [],
             "schema": {},
@@ -170,7 +180,8 @@ class StoreWriter:
     def _commit(self, name: str, described: dict[str, Any], rows: SiteRows, arrays: list[Content]) -> None:
         try:
             self._append(name, described, rows, arrays)
-            self._check_prompts()  # again: of two writers that were at it at once, the later one sees both
+            if self._is_due():  # again: of two writers that were at it at once, the later one sees both
+                self.check_prompts()
         except FileNotFoundError as error:
             if self.storage.size(layout.ROOT) is None:
                 gone = "the store has been removed; give the command again to make it anew"
@@ -179,9 +190,10 @@ class StoreWriter:
 
     def _append(self, name: str, described: dict[str, Any], rows: SiteRows, arrays: list[Content]) -> None:
         with self.storage.creating(layout.commit_key(name)) as publish:
-            if name in self.committed:
+            if described["replaces"] or self._is_due():
+                self.check_prompts()
+            if self.is_committed(name):
                 raise AlreadyCommittedError(f"segment {name!r} is committed already; segments are immutable")
-            self._check_prompts()
             folder = self.storage.folder_for(name)
             codecs = partial(layout.codec_of, fingerprint=self.fingerprint)
             record = {
@@ -201,8 +213,9 @@ class StoreWriter:
             except BaseException:
                 discard()
                 raise
+            record |= _describe_files(files, rows)
             try:
-                publish(layout.encode_record(record | _describe_files(files, rows)))
+                publish(commit_record.encode_record(record))
             except FileExistsError as error:
                 discard()
                 raise AlreadyCommittedError(f"segment {name!r} was committed by another writer meanwhile") from error
@@ -211,12 +224,31 @@ class StoreWriter:
                 if not self.storage.is_far and not self._published(name, folder):
                     discard()
                 raise
+            self._known[name] = CommitRecord(record, digest_of(record))
+            self._seen.add(name)
+            self._n_unseen += 1
 
-    def _check_prompts(self) -> None:
-        """Raise IncompatibleError where a committed segment is of other prompts than those of this writer."""
+    def _is_due(self) -> bool:
+        """Whether to look at what others have committed: always in a small store. In one of many segments, a look at
+        each commit would take most of the time in the end."""
+        return self._n_unseen >= len(self._known) // _LOOKS or len(self._known) < _FEW
+
+    def _look(self) -> tuple[list[CommitRecord], set[str]]:
+        """The records of all, and the names that they commit or replace."""
+        records = read_records(self.storage, self._digest, self._known)
+        self._seen = {name for record in records for name in (record["segment"], *record["replaces"])}
+        self._n_unseen = 0
+        return records, self._seen
+
+    def check_prompts(self) -> None:
+        """Look at what all writers have committed.
+
+        Raises:
+            IncompatibleError: a committed segment is of other prompts than those of this writer.
+        """
+        records = without_replaced(self._look()[0])
         if not self._prompts:
             return
-        records = without_replaced(read_records(self.storage, self._digest, self._known))
         committed = merge_prompts(records)["of"]
         if any(part.segment not in committed for record in records for part in parts_of(record)):
             # An earlier version knew of all prompts together only.
@@ -233,7 +265,7 @@ class StoreWriter:
         """What the record of a segment says of its prompts, if anything is known of them."""
         if name in self._prompts:
             n = self._given.n_prompts or 0
-            return {"all": [digest_of(self._prompts)], "of": {name: self._prompts[name]}, "n": n}
+            return {"all": [self._all_prompts], "of": {name: self._prompts[name]}, "n": n}
         merged = merge_prompts([self._known[old] for old in replaces if old in self._known])
         return merged if merged["of"] else None
 

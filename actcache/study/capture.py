@@ -303,20 +303,23 @@ def capture(
         raise InputError(f"events need two checkpoints, there is {lineup.labels[0]} alone: give another one")
     if texts is not None:
         prompts, settings = texts.prompts, replace(settings, support=CORPUS, max_new=0, context=texts.context)
+    before = existing(store)
+    captured = {} if before is None else before.prompts  # a store without events is false
+    of_whom = prompts if given is None else [one.as_prompt() for one in given]
+    segments = segments_of(of_whom, settings.shard_prompts, captured)
+    shards = list(segments.items())[part[0] :: part[1]]
     prompt_ids: PromptIds | Texts | None = texts
     if given is None and texts is None:
-        prompt_ids = PromptIds(lineup, prompts, rendering, say)
+        own = None if part == (0, 1) else [shard for _, shard in shards]
+        prompt_ids = PromptIds(lineup, prompts, rendering, say, own=own)
     if known and prompt_ids is not None:
         first = prompts[:N_COMPARED]
         check_beginnings(known, first, prompt_ids.of(0, first))
-    prompts = prompts if given is None else [one.as_prompt() for one in given]
+    prompts = of_whom
     settings = settings if given is None else replace(settings, support=FIXED)
-    before = existing(store)
     if before is not None:
         lineup.follow(before.fingerprint.vocabulary)
     found = fingerprint(lineup, prompts, settings, rendering)
-    captured = {} if before is None else before.prompts  # a store without events is false
-    segments = segments_of(prompts, settings.shard_prompts, captured)
     digests = digests_of_segments(prompts, settings.shard_prompts, captured)
     writer = StoreWriter(store, found, digests)
     if before is not None:
@@ -328,7 +331,6 @@ def capture(
             say(f"the store has {said_of_sites(kept)} too, which stay")
         settings = settings.with_sites(joined(stored, asked))
     engine = LocalCapture(lineup, settings, watch, say, held=held, known=known, folder=folder)
-    shards = list(segments.items())[part[0] :: part[1]]
     committed = writer.committed
     tally = Tally(sum(len(shard) for _, shard in shards), "prompts", on_progress)
     tally.add(found=sum(len(shard) for name, shard in shards if name in committed))
@@ -350,7 +352,7 @@ def capture(
 
     def jobs(free: Iterable[str]) -> Iterator[CaptureJob]:
         for name in free:
-            if name in writer.committed:  # by another process meanwhile, and merged into another one
+            if writer.is_committed(name):  # by another process meanwhile
                 tally.add(found=len(segments[name]))
                 continue
             yield job_of(name)
@@ -362,6 +364,7 @@ def capture(
                 with BackgroundWriter(writer) as background:
                     engine.between = background.check
                     engine.complete(jobs(free), functools.partial(_commit, engine, background), tally.add)
+        writer.check_prompts()
         searched = engine.searched
     else:
         held = held or Held(lineup, Holding(settings.device))
