@@ -42,6 +42,7 @@ pytestmark = pytest.mark.slow
 
 ANALYSES = ("map", "continuation")
 OF_RAY = (b"raylet", b"gcs_server", b"/ray/_private/", b"/ray/autoscaler/", b"/ray/dashboard/")
+FEW = {"dtype": "float32", "sample": "2"}
 BOTH = {"boundaries": (2, 3), "strict": True}
 
 
@@ -102,6 +103,7 @@ def whole(captured, tmp_path_factory):
     assert main(["grid", str(folder), "--strict"]) == 0
     for name in ANALYSES:
         assert main([name, str(folder)]) == 0
+    actcache.Run(folder).analyse("stability", **FEW)
     return folder
 
 
@@ -185,6 +187,7 @@ def test_every_stage_gives_the_bytes_of_one_process(captured, whole, workers, tm
     run.runner = workers
     for name in ANALYSES:
         run.analyse(name)
+    assert run.analyse("stability", **FEW)["groups"][0]["n_events"] == 2  # which has no jobs to share
     assert results(folder) == results(whole)
 
 

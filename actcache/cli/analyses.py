@@ -69,6 +69,7 @@ def _add_options(named: Named, parser: Parser) -> None:
     add_options(parser, analysis.options)
     if analysis.has_parts:
         add_part_argument(parser)
+    if not named.of_cells:
         add_engine_arguments(parser)
 
 

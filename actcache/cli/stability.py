@@ -13,6 +13,7 @@ from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from actcache.models.lineup import Lineup
+    from actcache.study.runner import Runner
 
 DTYPES = ("float32", "bfloat16")
 
@@ -33,14 +34,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup) -> None:
+def check_run(args: argparse.Namespace, folder: RunFolder, lineup: Lineup, runner: Runner) -> None:
     """Check what the arguments of a run ask for, and say what was found."""
-    from actcache.study.runner import Runner
-
     if samples := samples_asked(args, folder.open_store().fingerprint.dtype):
         asked = ",".join(f"{dtype}={'all' if n is None else n}" for dtype, n in samples.items())
         analysis = find_analysis("stability")
-        found = analyse(analysis, folder, holding_asked(args), Runner(), lineup=lineup, sample=asked)
+        found = analyse(analysis, folder, holding_asked(args), runner, lineup=lineup, sample=asked)
         for line in analysis.lines(found) if found["groups"] else ():
             say(line)
 

@@ -140,7 +140,7 @@ def run_study(args: argparse.Namespace) -> tuple[RunFolder, dict[str, Any]]:
     folder, holding = RunFolder(args.out), holding_asked(args)
     with closing(runner_asked(args, args.out, holding, {})) as runner:
         lineup = _capture_lineup(args, prompts, runner)
-        check_run(args, folder, lineup)
+        check_run(args, folder, lineup, runner)
         _score(folder, lineup, args, None, holding, runner)
     from actcache.analyses.effects import ANALYSIS, EffectsOptions
 

@@ -63,7 +63,7 @@ def _study(args: argparse.Namespace) -> None:
     print("\n".join(_described(run, planned)), flush=True)
 
     def answer(analysis: Analysis[Any]) -> dict[str, Any]:
-        of = runner if analysis.has_parts else Runner()
+        of = runner if analysis.has_parts or runner.is_elsewhere else Runner()
         return analyse(analysis, folder, holding, of, checkpoints=checkpoints, lineup=run.lineup)
 
     with closing(runner_asked(args, args.run, holding, checkpoints)) as runner:

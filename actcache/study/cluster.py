@@ -11,15 +11,15 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from actcache.capture.decide import Searched
 from actcache.cpus import usable_cpus
 from actcache.errors import CheckError, InputError
 from actcache.models.devices import AUTO, CPU, CUDA
-from actcache.progress import Told, nobody_told
+from actcache.progress import OnProgress, Tally, Told, nobody_told
 from actcache.store.far_path import path_at
 from actcache.study.capture import CaptureStage
 from actcache.study.engine import LateJob, LocalEngine, stacks_of
@@ -30,6 +30,10 @@ from actcache.study.results import file_name
 from actcache.study.runner import ModelJob, Runner, groups_of
 from actcache.study.scheduler import IN_FLIGHT, Scheduler, Task
 from actcache.study.worker import Answer, Stage, Worker
+
+if TYPE_CHECKING:
+    from actcache.study.analysis import Analysis
+    from actcache.study.run import Run
 
 T = TypeVar("T")
 
@@ -161,6 +165,22 @@ class Cluster(Runner):
         tasks = {Task(", ".join(bundle), "capture"): bundle for bundle in bundles}
         answers = self.complete("capture", tasks, lambda bundle: (stage, jobs_of(bundle)), told)
         return Searched(*map(sum, zip(Searched(), *(one.searched for one in answers if one.searched), strict=True)))
+
+    def answer(
+        self, analysis: Analysis[Any], run: Run, options: Any, on_progress: OnProgress, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """See :class:`Runner`: what has no jobs that could be shared is answered by one worker, whole."""
+        if analysis.has_parts:
+            return super().answer(analysis, run, options, on_progress, say)
+        self.begin()
+        stage = Stage(self._n_stages, self._run, self._checkpoints, self._held(), "")
+        tally = Tally(1, "analyses", on_progress)
+        task = {Task(analysis.name, "all of a run"): (stage, analysis.name, asdict(options))}
+        (answer,) = self.complete("answer", task, lambda sent: sent, tally.add)
+        for line in answer.said:
+            say(line)
+        assert answer.content is not None
+        return dict(answer.content)
 
     # ---- tasks ----
 
@@ -298,7 +318,7 @@ class Cluster(Runner):
 
     def close(self) -> None:
         """End the workers, and the cluster if it was begun here."""
-        if not self.actors:
+        if not self.actors and not self._is_own:
             return
         import ray
         from ray.util.placement_group import remove_placement_group
@@ -311,6 +331,7 @@ class Cluster(Runner):
                 remove_placement_group(group)
             self.actors, self._groups = {}, []
             if self._is_own:
+                self._is_own = False
                 ray.shutdown()
 
 

@@ -346,7 +346,7 @@ class Run:
 
         analysis = find_analysis(name)
         check_complete(self.store)
-        return analysis.answer(self, analysis.options_of(options), on_progress=on_progress, say=say)
+        return self.runner.answer(analysis, self, analysis.options_of(options), on_progress, say)
 
     def study(
         self,

@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from actcache.progress import Told, nobody_told
+from actcache.progress import OnProgress, Told, nobody_told
 from actcache.replay.streamed_late import StreamedLate
 from actcache.store import Store
 from actcache.study.branch_job import BranchJob
@@ -26,6 +26,10 @@ from actcache.study.jobs import Job, Result
 from actcache.study.replay_job import ReplayJob
 from actcache.study.results import file_name, shared, write_result
 from actcache.study.states_job import StatesJob
+
+if TYPE_CHECKING:
+    from actcache.study.analysis import Analysis
+    from actcache.study.run import Run
 
 AnyJob = TypeVar("AnyJob", bound=Job[Any, Any, Any])
 ModelJob = BranchJob | StatesJob
@@ -57,6 +61,12 @@ class Runner:
     def has_all(self, work: Mapping[Path, Sequence[LateJob | ModelJob]]) -> bool:
         """Whether every one of these jobs, by folder, is finished, now that :meth:`run` has run its own."""
         return True
+
+    def answer(
+        self, analysis: Analysis[Any], run: Run, options: Any, on_progress: OnProgress, say: Callable[[str], None]
+    ) -> dict[str, Any]:
+        """Answer a question of a run (arguments and result as :meth:`Analysis.answer`)."""
+        return analysis.answer(run, options, on_progress=on_progress, say=say)
 
     def taken(self) -> dict[str, Any] | None:
         """What other processes took for the last stage, to be recorded once; None where there are none."""

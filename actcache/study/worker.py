@@ -7,7 +7,7 @@ alone. While one task runs, the next one reads. Knows jobs and their engines; kn
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from actcache.study.capture_job import CaptureJob, RowsJob
     from actcache.study.cells import Finished
     from actcache.study.engine import LateJob, LocalEngine
+    from actcache.study.run import Run
     from actcache.study.runner import ModelJob
 
 
@@ -33,6 +34,7 @@ class Answer(NamedTuple):
         reason: why it failed; empty where it did not.
         is_lost: whether the worker can do nothing more: its device refuses all that comes.
         searched: of captures, what their searches did.
+        content, said: of an analysis, what its file holds, and what a person should know.
     """
 
     n: int = 0
@@ -40,6 +42,8 @@ class Answer(NamedTuple):
     reason: str = ""
     is_lost: bool = False
     searched: Searched | None = None
+    content: Mapping[str, Any] | None = None
+    said: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -60,12 +64,17 @@ class Stage:
     holding: Holding
     results: str
 
+    def opened(self) -> Run:
+        """The run, as it is now."""
+        from actcache.study.run import Run
+
+        return Run(self.run, checkpoints=self.checkpoints, **asdict(self.holding))
+
     def engine(self) -> LocalEngine:
         """With the store as it is now."""
         from actcache.study.engine import LocalEngine
-        from actcache.study.run import Run
 
-        run = Run(self.run, checkpoints=self.checkpoints, **asdict(self.holding))
+        run = self.opened()
         loads: dict[str, Any] = {"load_backbone": run.load_blocks, "load_readout": run.load_readout}
         one_at_a_time, results = run.one_at_a_time, path_at(self.results).parent
         return LocalEngine(run.store, run.load_late, **loads, one_at_a_time=one_at_a_time, results=results)
@@ -99,11 +108,15 @@ class Worker:
         """Run jobs of a capture, and commit what each gives."""
         return self._answer(lambda: self._capture(stage, jobs))
 
-    def _answer(self, work: Any) -> Answer:
+    def answer(self, stage: Stage, name: str, options: Mapping[str, Any]) -> Answer:
+        """Answer a question of a run, whole: its files are written."""
+        return self._answer(lambda: self._analyse(stage, name, options))
+
+    def _answer(self, work: Callable[[], Answer]) -> Answer:
         if self._lost:
             return Answer(reason=self._lost, is_lost=True)
         try:
-            found: Answer = work()
+            found = work()
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             if device_is_lost(error):
@@ -135,6 +148,13 @@ class Worker:
                 result = job.run(engine, read, done)
                 write_result(path_at(stage.results), job.key | result.notes, result.table, result.final)
         return done.answer()
+
+    def _analyse(self, stage: Stage, name: str, options: Mapping[str, Any]) -> Answer:
+        said: list[str] = []
+        with self._running:
+            self._engine, self._stage = None, -1
+            content = stage.opened().analyse(name, say=said.append, **options)
+        return Answer(1, content=content, said=tuple(said))
 
     def _capture(self, stage: CaptureStage, jobs: Sequence[CaptureJob | RowsJob]) -> Answer:
         done = _Counted()
