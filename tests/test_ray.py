@@ -176,7 +176,7 @@ def test_every_stage_gives_the_bytes_of_one_process(captured, whole, workers, tm
     searched = capture(lineup, prompts, folder / "store", settings_of(captured.store), **how)
     assert searched.n_sequences == 6
     assert (told[-1].done, told[-1].total) == (6, 6)
-    assert told[-1].doing == "2 workers, 0 requeued"
+    assert told[-1].doing == "2 workers alive, 0 requeued"
     store = folder / "store"
     names = sorted(str(path.relative_to(store)) for path in store.rglob("*") if path.is_file())
     here = captured.out / "store"

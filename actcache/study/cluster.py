@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from actcache.capture.decide import Searched
 from actcache.cpus import usable_cpus
@@ -27,13 +27,9 @@ from actcache.study.holding import ONE, Holding
 from actcache.study.planned_cluster import segments_together
 from actcache.study.replay_job import ReplayJob
 from actcache.study.results import file_name
-from actcache.study.runner import ModelJob, Runner, groups_of
+from actcache.study.runner import Answering, ModelJob, Runner, groups_of
 from actcache.study.scheduler import IN_FLIGHT, Scheduler, Task
 from actcache.study.worker import Answer, Stage, Worker
-
-if TYPE_CHECKING:
-    from actcache.study.analysis import Analysis
-    from actcache.study.run import Run
 
 T = TypeVar("T")
 
@@ -157,6 +153,8 @@ class Cluster(Runner):
         Returns:
             What the searches did.
         """
+        if not names:
+            return Searched()
         self.begin()
         stage = replace(stage, number=self._n_stages, holding=self._held())
         apart = stage.holding.stream or stage.holding.resident == ONE
@@ -167,7 +165,7 @@ class Cluster(Runner):
         return Searched(*map(sum, zip(Searched(), *(one.searched for one in answers if one.searched), strict=True)))
 
     def answer(
-        self, analysis: Analysis[Any], run: Run, options: Any, on_progress: OnProgress, say: Callable[[str], None]
+        self, analysis: Answering, run: Any, options: Any, on_progress: OnProgress, say: Callable[[str], None]
     ) -> dict[str, Any]:
         """See :class:`Runner`: what has no jobs that could be shared is answered by one worker, whole."""
         if analysis.has_parts:
@@ -222,7 +220,7 @@ class Cluster(Runner):
             if not answer.reason:
                 scheduler.done(name, task)
                 answers.append(answer)
-                doing = f"{scheduler.n_workers} workers, {scheduler.n_requeued} requeued"
+                doing = f"{scheduler.n_workers} workers alive, {scheduler.n_requeued} requeued"
                 told(answer.n, tokens=answer.tokens, doing=doing)
                 return []
             given_up = scheduler.failed(name, task, answer.reason)

@@ -10,6 +10,7 @@ Knows the folder of a run and its checkpoints; prints nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -18,7 +19,7 @@ from actcache.counts import check_whole
 from actcache.errors import IncompatibleError, InputError
 from actcache.progress import OnProgress, untold
 from actcache.sealed import Sealed, read_json, read_parquet
-from actcache.study.holding import ONE
+from actcache.study.holding import ONE, Holding
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -161,14 +162,26 @@ class Run:
         """
         from actcache.models.devices import placed
 
-        return placed(self.holding.device, self.store.checkpoints)
+        return placed(self._holding_here.device, self.store.checkpoints)
+
+    @property
+    def _holding_here(self) -> Holding:
+        """How this process holds what it loads itself. Where other processes run the jobs, it reads heads at most, for
+        which a CPU will do."""
+        from actcache.models.devices import CPU, CUDA, kind_of
+
+        if self.runner.is_elsewhere and kind_of(self.holding.device) == CUDA:
+            import torch
+
+            return self.holding if torch.cuda.is_available() else replace(self.holding, device=CPU)
+        return self.holding
 
     @cached_property
     def held(self) -> Held:
         """The checkpoints, as :attr:`holding` says."""
         from actcache.study.held import Held
 
-        return Held.of(self.store, self.lineup, self.holding)
+        return Held.of(self.store, self.lineup, self._holding_here)
 
     @cached_property
     def runner(self) -> Runner:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast
 
 from actcache.progress import OnProgress, Told, nobody_told
 from actcache.replay.streamed_late import StreamedLate
@@ -27,13 +27,19 @@ from actcache.study.replay_job import ReplayJob
 from actcache.study.results import file_name, shared, write_result
 from actcache.study.states_job import StatesJob
 
-if TYPE_CHECKING:
-    from actcache.study.analysis import Analysis
-    from actcache.study.run import Run
-
 AnyJob = TypeVar("AnyJob", bound=Job[Any, Any, Any])
 ModelJob = BranchJob | StatesJob
 FileJob = TypeVar("FileJob", bound=LateJob | ModelJob)
+
+
+class Answering(Protocol):
+    """What a runner knows of an analysis."""
+
+    name: ClassVar[str]
+    has_parts: ClassVar[bool]
+
+    def answer(self, run: Any, options: Any, *, on_progress: OnProgress, say: Callable[[str], None]) -> dict[str, Any]:
+        """See ``Analysis``."""
 
 
 class Runner:
@@ -63,7 +69,7 @@ class Runner:
         return True
 
     def answer(
-        self, analysis: Analysis[Any], run: Run, options: Any, on_progress: OnProgress, say: Callable[[str], None]
+        self, analysis: Answering, run: Any, options: Any, on_progress: OnProgress, say: Callable[[str], None]
     ) -> dict[str, Any]:
         """Answer a question of a run (arguments and result as :meth:`Analysis.answer`)."""
         return analysis.answer(run, options, on_progress=on_progress, say=say)
