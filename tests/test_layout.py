@@ -45,7 +45,7 @@ FLOW = {
         "spill",
     ),
     "store": (
-        *("planes", "zarr_codec", "chunks", "far_path", "storage", "objects", "claims", "shard", "layout"),
+        *("planes", "zarr_codec", "chunks", "far_path", "storage", "patience", "objects", "claims", "shard", "layout"),
         *("commit_record", "rollup", "records"),
         *("segment_data", "segment", "selection", "reader", "writer", "background", "compact", "verify", "export"),
         *("corpus", "rows", "feed"),
@@ -124,6 +124,11 @@ FLOW = {
     "cli": (
         *("terminal", "memory", "parser", "arguments", "runners", "tables", "captured", "timing", "watched"),
         *("analyses", "across", "stability", "corpus", "stages", "study", "stores", "bench", "planned", "plan", "run"),
+    ),
+    # Last: the package itself imports none of it.
+    "testing": (
+        *("clock", "faults", "memory", "objects", "schedule", "views", "places", "content", "invariants"),
+        "store_schedule",
     ),
 }
 FOLDERS = list(FLOW)

@@ -20,10 +20,11 @@ from actcache.store.storage import LocalStorage, open_storage
 
 pytest.importorskip("obstore")
 
-from faulty_objects import FAULTS, FaultyObjects
 from obstore.store import S3Store
 
 from actcache.store.objects import _CREDENTIALS, ObjectStorage
+from actcache.store.patience import Patience
+from actcache.testing import KINDS, Clock, Faults, SimulatedObjects
 
 FINGERPRINT = make_fingerprint(checkpoints={"pt": {}, "it": {}}, boundaries=[1])
 SEGMENTS = {f"s-{i}": make_segment(FINGERPRINT, [4, 2 + i], [(0, 3), (1, i)], name=f"e{i}", seed=i) for i in range(3)}
@@ -31,11 +32,15 @@ LOCK = "commits/.compaction"
 
 
 def storage_over(objects: Any) -> ObjectStorage:
-    """Without pauses between tries."""
+    """With pauses on a simulated clock."""
     storage = open_storage(objects)
     assert isinstance(storage, ObjectStorage)
-    storage.waits_s = (0.0,) * 5  # type: ignore[misc]
+    clock = objects.clock if isinstance(objects, SimulatedObjects) else Clock()
+    storage.patience = Patience(now=clock.now, sleep=clock.sleep)
     return storage
+
+
+ALWAYS = 50  # tries, more than patience has
 
 
 def fill(storage: ObjectStorage, names: list[str] | None = None) -> None:
@@ -44,9 +49,9 @@ def fill(storage: ObjectStorage, names: list[str] | None = None) -> None:
         writer.append(name, SEGMENTS[name])
 
 
-def check(objects: FaultyObjects, names: list[str] | None = None) -> None:
+def check(objects: SimulatedObjects, names: list[str] | None = None) -> None:
     """What is in memory, read without faults, is these segments and nothing half."""
-    store = open_store(storage_over(FaultyObjects(objects=objects.objects)))
+    store = open_store(storage_over(SimulatedObjects(inner=objects.inner)))
     segments = {name: SEGMENTS[name] for name in (SEGMENTS if names is None else names)}
     Twin(FINGERPRINT, segments).check(store, [*range(len(store))])
     assert len(store) == 2 * len(segments)
@@ -57,14 +62,14 @@ def check(objects: FaultyObjects, names: list[str] | None = None) -> None:
 
 
 @pytest.mark.parametrize("key", ["zarr.json", "commits/s-1.json", LOCK, "commits/s-0--s-2.json"])
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", KINDS)
 def test_what_has_no_answer_is_asked_for_again(fault, key):
     """The root, a record, the lock and a compaction's record: each twice in a row."""
-    objects = FaultyObjects(planned={("put", key): [fault] * 2})
+    objects = SimulatedObjects(Faults(planned={("put", key): [fault] * 2}))
     storage = storage_over(objects)
     fill(storage)
     assert compact(storage) == (3, 1)
-    assert objects.met == {fault: 1 if fault == "lost" else 2}
+    assert objects.faults.met == {fault: 1 if fault in ("lost", "twice") else 2}
     objects.land()
     check(objects)
     assert open_store(storage).uncommitted == []
@@ -72,10 +77,11 @@ def test_what_has_no_answer_is_asked_for_again(fault, key):
 
 def test_a_commit_without_an_answer_keeps_its_files():
     """It lands when its writer has given up: the segment is whole."""
-    objects = FaultyObjects(planned={("put", "commits/s-1.json"): ["late", *["failed"] * 5]}, late_calls=10**6)
+    late = Faults(planned={("put", "commits/s-1.json"): ["late", *["failed"] * ALWAYS]})
+    objects = SimulatedObjects(late, late_calls=10**6)
     storage = storage_over(objects)
     fill(storage, ["s-0"])
-    with pytest.raises(OSError, match="may still appear"):
+    with pytest.raises(OSError, match=r"timed out; it may still appear; given up after \d+ tries in \d+ s"):
         fill(storage, ["s-1"])
     check(objects, ["s-0"])
     assert [name[:13] for name in open_store(storage).uncommitted] == ["segments/s-1."]
@@ -86,10 +92,12 @@ def test_a_commit_without_an_answer_keeps_its_files():
 
 
 def test_a_commit_that_lands_behind_a_rival_s_changes_nothing():
-    objects = FaultyObjects(planned={("put", "commits/s-1.json"): ["late", *["failed"] * 5]}, late_calls=10**6)
+    late = Faults(planned={("put", "commits/s-1.json"): ["late", *["failed"] * ALWAYS]})
+    objects = SimulatedObjects(late, late_calls=10**6)
     storage = storage_over(objects)
     with pytest.raises(OSError, match="may still appear"):
         fill(storage, ["s-1"])
+    late.planned.clear()
     fill(storage)
     compact(storage)  # the rival's record is gone, and the late one's condition holds
     objects.land()
@@ -99,12 +107,15 @@ def test_a_commit_that_lands_behind_a_rival_s_changes_nothing():
     assert open_store(storage).uncommitted == []
 
 
-@pytest.mark.parametrize("fault", ["lost", "failed", "late"])
-def test_a_file_without_an_answer_ends_the_segment(fault):
-    objects = FaultyObjects(planned={("put", "/states/pt/b001/c/0/0"): [fault]})
+@pytest.mark.parametrize("fault", ["lost", "failed", "late", "torn"])
+@pytest.mark.parametrize("n_times", [3, ALWAYS])
+def test_a_file_without_an_answer_is_put_again_and_ends_the_segment_at_last(n_times, fault):
+    objects = SimulatedObjects(Faults(planned={("put", "/states/pt/b001/c/0/0"): [fault] * n_times}))
     storage = storage_over(objects)
-    with pytest.raises(OSError, match="timed out"):
-        fill(storage)
+    if n_times == ALWAYS:
+        with pytest.raises(OSError, match=r"timed out; given up after \d+ tries in \d+ s: .*/states/pt/b001/c/0/0"):
+            fill(storage)
+        objects.faults.planned.clear()
     fill(storage)
     objects.land()
     check(objects)
@@ -112,31 +123,31 @@ def test_a_file_without_an_answer_ends_the_segment(fault):
 
 def test_a_conflict_on_a_file_is_no_committed_segment():
     """One who takes it for "committed already" leaves the segment out and says nothing."""
-    objects = FaultyObjects(
-        planned={("put", "/states/pt/b001/c/0/0"): ["conflict"], ("put", "segments/zarr.json"): ["conflict"]}
-    )
+    keys = ("/states/pt/b001/c/0/0", "segments/zarr.json")
+    objects = SimulatedObjects(Faults(planned={("put", key): ["conflict"] for key in keys}))
     with BackgroundWriter(StoreWriter(storage_over(objects), FINGERPRINT)) as writer:
         for name, segment in SEGMENTS.items():
             writer.append(name, segment)
-    assert objects.met == {"conflict": 2}
+    assert objects.faults.met == {"conflict": 2}
     check(objects)
 
 
-class Overtaken(FaultyObjects):
+class Overtaken(SimulatedObjects):
     """A rival commits a segment just before it is committed here."""
 
     def put(self, path: str, file: bytes, **options: Any) -> Any:
         if path == "commits/s-1.json":
-            fill(storage_over(FaultyObjects(objects=self.objects)), ["s-1"])
+            fill(storage_over(SimulatedObjects(inner=self.inner)), ["s-1"])
         return super().put(path, file, **options)
 
 
 def test_what_a_loser_cannot_clear_stays_and_is_listed():
-    objects = Overtaken(planned={("list", "segments/s-1.*"): ["failed"]})
+    objects = Overtaken(Faults(planned={("list", "segments/s-1.*"): ["failed"] * ALWAYS}))
     storage = storage_over(objects)
     with pytest.raises(AlreadyCommittedError, match="by another writer meanwhile"):
         fill(storage, ["s-1"])
-    assert objects.met == {"failed": 1}
+    assert objects.faults.met["failed"] > 3
+    objects.faults.planned.clear()
     check(objects, ["s-1"])
     assert len(open_store(storage).uncommitted) == 1
 
@@ -145,7 +156,7 @@ def test_what_a_loser_cannot_clear_stays_and_is_listed():
 
 
 def test_a_lock_says_whose_and_since_when():
-    objects = FaultyObjects()
+    objects = SimulatedObjects()
     storage = storage_over(objects)
     fill(storage)
     held = r"commits/\.compaction is held by another process \(\d+ on .* since 20..-.*\); wait for it, or delete"
@@ -155,20 +166,21 @@ def test_a_lock_says_whose_and_since_when():
     assert LOCK not in objects.there()
 
 
-@pytest.mark.parametrize("fault", ["lost", "failed"])
-@pytest.mark.parametrize("call", ["delete", "get"])
+@pytest.mark.parametrize(
+    ("call", "fault"), [("delete", "lost"), ("delete", "failed"), ("get", "failed"), ("get", "busy")]
+)
 def test_a_lock_is_given_back_whatever_answers_are_lost(call, fault):
-    objects = FaultyObjects(planned={(call, LOCK): [fault] * 3})
+    objects = SimulatedObjects(Faults(planned={(call, LOCK): [fault] * 3}))
     storage = storage_over(objects)
     fill(storage)
     with storage.exclusively(LOCK):
         assert LOCK in objects.there()
     assert LOCK not in objects.there()
-    assert sum(objects.met.values()) == (1 if (call, fault) == ("delete", "lost") else 3)
+    assert objects.faults.met[fault] == (1 if fault == "lost" else 3)
 
 
 def test_a_lock_that_another_has_taken_is_not_given_back():
-    objects = FaultyObjects()
+    objects = SimulatedObjects()
     storage = storage_over(objects)
     with storage.exclusively(LOCK):
         storage.remove(LOCK)  # by a person, who took its holder for dead
@@ -179,15 +191,15 @@ def test_a_lock_that_another_has_taken_is_not_given_back():
 
 
 def test_a_lock_whose_holder_is_interrupted_as_it_takes_it_is_given_back():
-    objects = FaultyObjects()
+    objects = SimulatedObjects()
     storage = storage_over(objects)
 
-    class Interrupted(FaultyObjects):
+    class Interrupted(SimulatedObjects):
         def put(self, path: str, file: bytes, **options: Any) -> Any:
             super().put(path, file, **options)
             raise KeyboardInterrupt
 
-    storage.objects = Interrupted(objects=objects.objects)
+    storage.objects = Interrupted(inner=objects.inner)
     with pytest.raises(KeyboardInterrupt), storage.exclusively(LOCK):
         pass
     assert objects.there() == []
@@ -196,7 +208,7 @@ def test_a_lock_whose_holder_is_interrupted_as_it_takes_it_is_given_back():
 # ---- a server that does not keep the promise -------------------------------------------------------------------------
 
 
-class Refusing(FaultyObjects):
+class Refusing(SimulatedObjects):
     """A server, or settings of a client, without conditional puts."""
 
     def put(self, path: str, file: bytes, **options: Any) -> Any:
@@ -208,34 +220,29 @@ class Refusing(FaultyObjects):
 @pytest.mark.parametrize(
     ("objects", "why"),
     [
-        (FaultyObjects(ignores_conditions=True), "ignores the condition of a put"),
+        (SimulatedObjects(broken={"conditions"}), "ignores the condition of a put"),
         (Refusing(), r"creates nothing on condition that it is not there \(put with mode Create is not implemented"),
-        (FaultyObjects(lists_late=100), "does not list what was just put"),
-        (FaultyObjects(lists_late=1), "lists what was just deleted"),
+        (SimulatedObjects(broken={"listings"}), "does not list what was just put"),
+        (SimulatedObjects(broken={"listings"}, lists_late=1), "lists what was just deleted"),
     ],
     ids=["ignores", "refuses", "lists late", "lists the deleted"],
 )
 def test_an_unfit_server_is_found_out_when_a_store_is_created(objects, why):
     if objects.lists_late == 1:  # up to date, but for what is deleted
-        objects._listed = lambda prefix, real=objects._listed: _with_deleted(objects, real(prefix))
+        objects._listed = lambda prefix: [one for _, entries in objects._history for one in entries]
     with pytest.raises(InputError, match=rf"MemoryObjects: this server {why}.*; give a local folder, or a server with"):
         StoreWriter(_named(objects), FINGERPRINT)
     assert objects.there() == []
 
 
-def _with_deleted(objects: FaultyObjects, _: Any) -> Any:
-    seen = set().union(*(keys for _, keys in objects._history))
-    return {"common_prefixes": [], "objects": [{"path": key} for key in sorted(seen)]}
-
-
-def _named(objects: FaultyObjects) -> ObjectStorage:
+def _named(objects: SimulatedObjects) -> ObjectStorage:
     storage = storage_over(objects)
     storage.where = "MemoryObjects"
     return storage
 
 
 def test_a_server_without_faults_is_not_found_out():
-    storage = storage_over(objects := FaultyObjects())
+    storage = storage_over(objects := SimulatedObjects())
     StoreWriter(storage, FINGERPRINT)
     assert objects.there() == ["segments/zarr.json", "zarr.json"]
     assert storage.describe_drafts() == []
@@ -248,7 +255,7 @@ def test_a_server_without_faults_is_not_found_out():
 
 def test_ranges_past_the_end_come_back_short(tmp_path):
     """Of every size, as on a disk: obstore gives an error, and for neighbours that it merges a panic."""
-    far, near = storage_over(FaultyObjects()), LocalStorage(tmp_path)
+    far, near = storage_over(SimulatedObjects()), LocalStorage(tmp_path)
     asked = [(0, 3), (3, 4), (5, 9), (12, 4), (16, 1), (40, 2), (2**21, 5), (0, 3)]
     for size in range(20):
         for storage in (far, near):
@@ -263,7 +270,7 @@ def test_ranges_past_the_end_come_back_short(tmp_path):
 @pytest.mark.parametrize("end", ["states/pt/b001/c/0/0", "states/pt/b001/zarr.json", "commits/s-1.json"])
 def test_an_object_cut_short_is_named_and_repaired(end):
     for keep in (0.0, 0.9):
-        storage = storage_over(objects := FaultyObjects())
+        storage = storage_over(objects := SimulatedObjects())
         fill(storage)
         key = next(key for key in objects.there() if key.endswith(end) and "s-1" in key)
         data = storage.read(key)
@@ -363,13 +370,13 @@ def test_a_put_that_meets_a_fault_over_http(fault, served):
     with pytest.raises(FileExistsError), storage.creating("key") as publish:
         publish(b"another's")
     assert storage.read("key") == b"mine"
-    handler.faults[:] = ["failed"] * 6
+    handler.faults[:] = ["failed"] * ALWAYS
     with (
         pytest.raises(OSError, match=r"500 Internal Server Error.*may still appear"),
         storage.creating("other") as publish,
     ):
         publish(b"mine")
-    handler.faults[:] = ["conflict"]
+    handler.faults[:] = [fault]
     storage.put("key", b"in its place")
     assert storage.read("key") == b"in its place"
 

@@ -11,26 +11,35 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import socket
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from obstore import parse_scheme
-from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    GenericError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+)
 from obstore.store import from_url
 
 from actcache.errors import CorruptStoreError, InputError
+from actcache.store.patience import Patience
 from actcache.store.storage import MAX_JSON_BYTES, Mark, Place, Publish, Ranges, Stamp, Storage, Write
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
+
+T = TypeVar("T")
 
 # Where a user gives credentials. Given none, obstore would ask the address at which clouds hand a machine its role's; a
 # URL does not ask for that, so what it names is read without any. A role is taken where one of these names its address.
@@ -50,6 +59,9 @@ _CREDENTIALS = {
         "AZURE_SKIP_SIGNATURE",
     ),
 }
+
+# A server that says this will say it again. It has not said no where it gives another error (408, 429, 5xx), or none.
+_REFUSED = re.compile(r"status code: (?!408|429)(?:4\d\d|501|505)\b|Received redirect")
 
 _WORTH_A_REQUEST_BYTES = 2**20  # a gap between two ranges that is larger is not fetched with them; obstore's choice too
 
@@ -79,17 +91,25 @@ class ObjectStorage:
     parallel_reads = 16
     parallel_writes = 16
 
-    waits_s: ClassVar[Sequence[float]] = (0.1, 0.2, 0.4, 0.8, 1.6)
-    """Pauses between the tries of what a server neither does nor refuses; obstore has tried for minutes before each."""
+    def __init__(self, objects: ObjectStore, where: str, patience: Patience | None = None) -> None:
+        """Ask nothing yet.
 
-    def __init__(self, objects: ObjectStore, where: str) -> None:
+        Args:
+            objects: the object store, which asks a server some times more by itself.
+            where: what a person calls it.
+            patience: with what a server neither does nor refuses.
+        """
         self.objects = objects
         self.where = where
+        self.patience = Patience() if patience is None else patience
 
     def __str__(self) -> str:
         return self.where
 
     def read(self, key: str, at_most: int | None = MAX_JSON_BYTES) -> bytes:
+        return self.patience.ask(lambda: self._read(key, at_most), _NoAnswerError)
+
+    def _read(self, key: str, at_most: int | None = MAX_JSON_BYTES) -> bytes:
         with _as_oserror(key):
             found = self.objects.get(key)
             if at_most is not None and found.meta["size"] > at_most:
@@ -97,6 +117,9 @@ class ObjectStorage:
             return bytes(found.bytes())
 
     def read_ranges(self, key: str, ranges: Ranges) -> list[bytes]:
+        return self.patience.ask(lambda: self._read_inside(key, ranges), _NoAnswerError)
+
+    def _read_inside(self, key: str, ranges: Ranges) -> list[bytes]:
         try:
             return self._read_ranges(key, ranges)
         except FileNotFoundError:
@@ -131,7 +154,7 @@ class ObjectStorage:
 
     def size(self, key: str) -> int | None:
         try:
-            return self._size(key)
+            return self.patience.ask(lambda: self._size(key), _NoAnswerError)
         except FileNotFoundError:
             return None
 
@@ -141,31 +164,27 @@ class ObjectStorage:
 
     def stamp(self, key: str) -> Stamp | None:
         try:
-            with _as_oserror(key):
-                found = self.objects.head(key)
+            found = self._ask(key, lambda: self.objects.head(key))
         except FileNotFoundError:
             return None
         time_s = found["last_modified"].timestamp()
         return Stamp(time_s, f"{found['e_tag']}-{time_s}")
 
     def names(self, folder: str) -> list[str]:
-        with _as_oserror(folder):
-            found = self.objects.list_with_delimiter(folder)
-            paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
-            return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
+        found = self._ask(folder, lambda: self.objects.list_with_delimiter(folder))
+        paths = [*found["common_prefixes"], *(entry["path"] for entry in found["objects"])]
+        return sorted(path.rstrip("/").rpartition("/")[2] for path in paths)
 
     def marks(self, folder: str) -> dict[str, Mark]:
-        with _as_oserror(folder):
-            found = self.objects.list_with_delimiter(folder)["objects"]
-            return {
-                entry["path"].rpartition("/")[2]: (entry.get("size", 0), entry.get("e_tag"))
-                for entry in sorted(found, key=_path_of)
-            }
+        found = self._ask(folder, lambda: self.objects.list_with_delimiter(folder))["objects"]
+        return {
+            entry["path"].rpartition("/")[2]: (entry.get("size", 0), entry.get("e_tag"))
+            for entry in sorted(found, key=_path_of)
+        }
 
     def sizes(self, folder: str) -> dict[str, int]:
-        with _as_oserror(folder):
-            entries = self.objects.list(folder).collect()
-            return {entry["path"].removeprefix(f"{folder}/"): entry["size"] for entry in sorted(entries, key=_path_of)}
+        entries = self._ask(folder, lambda: self.objects.list(folder).collect())
+        return {entry["path"].removeprefix(f"{folder}/"): entry["size"] for entry in sorted(entries, key=_path_of)}
 
     def prepare(self, folders: Iterable[str]) -> None:
         probe = f".probe-{secrets.token_hex(8)}"
@@ -199,10 +218,10 @@ class ObjectStorage:
         pass
 
     def put(self, key: str, data: bytes) -> None:
-        # 409: the server met another request for this key, and asks to send it again.
-        self._until_done(key, FileExistsError, lambda: self.objects.put(key, data))
+        self._ask(key, lambda: self.objects.put(key, data))
 
-    replace = put
+    def replace(self, key: str, data: bytes) -> None:
+        self._ask(key, lambda: self.objects.put(key, data, use_multipart=False))
 
     @contextmanager
     def creating(self, key: str) -> Iterator[Publish]:
@@ -220,21 +239,20 @@ class ObjectStorage:
             try:
                 with _as_oserror(key):
                     self.objects.put(key, data, mode="create", use_multipart=False)
-            except (FileNotFoundError, PermissionError):
-                raise
-            except OSError as error:  # or 409, "exists", which may be one's own, sent twice, and also means "try again"
+            except (FileExistsError, _NoAnswerError) as error:
+                # "It exists" (409, 412) may mean one's own, sent twice, and 409 also "try again".
                 found = self._found(key)
                 if found is None:
                     raise _NoAnswerError(error.errno, f"{error.strerror}; it may still appear", key) from error
                 if found != data:
                     raise FileExistsError(errno.EEXIST, "another writer's is there", key) from error
 
-        self._until_done(key, _NoAnswerError, create)
+        self.patience.ask(create, _NoAnswerError)
 
     def _found(self, key: str) -> bytes | None:
         """What is there, or None: nothing, or no answer."""
         try:
-            return self.read(key)
+            return self._read(key)
         except OSError:
             return None
 
@@ -253,25 +271,26 @@ class ObjectStorage:
                 ) from error
             yield
         finally:
-            self._until_done(key, OSError, lambda: self._release(key, mine))
+            self.patience.ask(lambda: self._release(key, mine), OSError)
 
     def _release(self, key: str, mine: bytes) -> None:
         """Delete what is one's own, and not what another put there since it was deleted."""
-        with contextlib.suppress(FileNotFoundError):
-            if self.read(key) == mine:
-                self.remove(key)
+        with contextlib.suppress(FileNotFoundError), _as_oserror(key):
+            if self._read(key) == mine:
+                self.objects.delete([key])
 
-    def _until_done(self, key: str, undecided: type[OSError], act: Callable[[], object]) -> None:
-        """Do what may be done twice, again where the server did not say whether it was done."""
-        for wait_s in (*self.waits_s, None):
-            try:
-                with _as_oserror(key):
-                    act()
-                return
-            except undecided:
-                if wait_s is None:
-                    raise
-            time.sleep(wait_s)
+    def _ask(self, key: str, act: Callable[[], T]) -> T:
+        """The result of what may be done twice, asked for until there is an answer.
+
+        Where a put or a delete says "it exists" (409), the server met another request for this key: it is to be sent
+        again.
+        """
+
+        def once() -> T:
+            with _as_oserror(key):
+                return act()
+
+        return self.patience.ask(once, _NoAnswerError, FileExistsError)
 
     @contextmanager
     def new_folder(self, folder: str, files: Sequence[str]) -> Iterator[Write]:
@@ -303,7 +322,7 @@ class ObjectStorage:
 
     def _delete(self, what: str, keys: Sequence[str]) -> None:
         with contextlib.suppress(FileNotFoundError):  # which some servers say
-            self._until_done(what, FileExistsError, lambda: self.objects.delete(keys))
+            self._ask(what, lambda: self.objects.delete(keys))
 
     def describe_drafts(self) -> list[str]:
         found = {"": self.names(""), "commits/": self.names("commits")}
@@ -327,8 +346,11 @@ def _as_oserror(key: str) -> Iterator[None]:
         raise OSError(errno.EOPNOTSUPP, _first_line(error), key) from error
     except AlreadyExistsError as error:
         raise FileExistsError(errno.EEXIST, _first_line(error), key) from error
-    except PermissionDeniedError as error:
+    except (PermissionDeniedError, UnauthenticatedError) as error:
         raise PermissionError(errno.EACCES, _first_line(error), key) from error
+    except GenericError as error:
+        kind = OSError if _REFUSED.search(str(error)) else _NoAnswerError
+        raise kind(errno.EIO, _first_line(error), key) from error
     except BaseError as error:
         raise OSError(errno.EIO, _first_line(error), key) from error
 
