@@ -104,8 +104,7 @@ class CaptureStage:
         self, engine: LocalCapture, writer: StoreWriter, jobs: Sequence[CaptureJob | RowsJob], told: Told
     ) -> None:
         """Run jobs and commit what they give; what others have committed meanwhile is as good."""
-        committed = writer.committed
-        left = [job for job in jobs if isinstance(job, RowsJob) or job.segment not in committed]
+        left = [job for job in jobs if isinstance(job, RowsJob) or not writer.is_committed(job.segment)]
         rows = [job for job in left if isinstance(job, RowsJob)]
         if rows:
             engine.hold(open_store(self.store).segments)
@@ -364,7 +363,6 @@ def capture(
                 with BackgroundWriter(writer) as background:
                     engine.between = background.check
                     engine.complete(jobs(free), functools.partial(_commit, engine, background), tally.add)
-        writer.check_prompts()
         searched = engine.searched
     else:
         held = held or Held(lineup, Holding(settings.device))
@@ -381,6 +379,7 @@ def capture(
             prompts=digests,
         )
         searched = elsewhere.capture(stage, left, lambda names: [job_of(name) for name in names], tally.add)
+    writer.check_prompts()
     there = list(open_store(store).segments)[part[0] :: part[1]]
     missing = {segment.name: sites for segment in there if (sites := missing_of(segment, settings.wanted))}
     if not missing:
