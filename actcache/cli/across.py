@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from actcache.cli.analyses import add_options
 from actcache.cli.arguments import Verbs, add_verb
-from actcache.cli.parser import Parser
+from actcache.cli.parser import Parser, place
 from actcache.cli.tables import read_cells
 from actcache.cli.terminal import quiet_libraries, say
 from actcache.errors import InputError
@@ -37,7 +37,7 @@ def add_verbs(verbs: Verbs) -> None:
         metavar="RUN|CELLS.parquet",
         help="folders of runs or tables of cells, one for each family; NAME=RUN gives a family its name",
     )
-    parser.add_argument("--out", type=path_at, required=True, metavar="DIR", help="folder of the answer and its page")
+    parser.add_argument("--out", type=place, required=True, metavar="DIR", help="folder of the answer and its page")
     parser.add_argument("--json", action="store_true", help="print JSON, as in DIR/across.json")
     parser.later = _add_options
 

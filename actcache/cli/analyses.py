@@ -18,11 +18,10 @@ from actcache.cli.arguments import (
 )
 from actcache.cli.captured import add_captured_arguments, moved
 from actcache.cli.memory import enough_memory
-from actcache.cli.parser import WHAT, Parser
+from actcache.cli.parser import WHAT, Parser, place
 from actcache.cli.runners import add_engine_arguments, add_part_argument, runner_asked
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import AnalysisClock, write_taken
-from actcache.store.far_path import path_at
 from actcache.study.holding import Holding
 from actcache.study.run_folder import RunFolder
 
@@ -56,7 +55,7 @@ def _add_verb_of(verbs: Verbs, named: Named) -> None:
     parser = add_verb(verbs, named.name.rpartition(" ")[2], answer, named.question, _example(named))
     if named.of_cells:
         words = "folder of a run, or a table of cells"
-        parser.add_argument("source", type=path_at, metavar="RUN|CELLS.parquet", help=words)
+        parser.add_argument("source", type=place, metavar="RUN|CELLS.parquet", help=words)
     else:
         add_captured_arguments(parser)
     parser.later = partial(_add_options, named)

@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from actcache.cli.parser import Parser
+from actcache.cli.parser import Parser, place
 from actcache.errors import InputError
 from actcache.schema import ROLES
-from actcache.store.far_path import path_at
 from actcache.study.holding import Holding
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
     add_lineup_arguments(parser)
     parser.add_argument(
         "--events",
-        type=path_at,
+        type=place,
         metavar="FILE.jsonl|RUN",
         help="events of --support fixed: per line prompt_id, prompt or token_ids, position, y_pt and y_it; "
         "or those of another run",
@@ -65,7 +64,7 @@ def add_capture_arguments(parser: argparse.ArgumentParser) -> None:
         "label and token_ids",
     )
     parser.add_argument(
-        "--out", type=path_at, required=True, metavar="RUN", help="folder of the run, or s3://bucket/prefix"
+        "--out", type=place, required=True, metavar="RUN", help="folder of the run, or s3://bucket/prefix"
     )
     parser.add_argument("--store", metavar="URL", help="place of the store, as s3://bucket/prefix (default RUN/store)")
     add_capture_settings(parser, fixed=True)

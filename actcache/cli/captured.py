@@ -6,8 +6,8 @@ import argparse
 from typing import TYPE_CHECKING
 
 from actcache.cli.arguments import add_checkpoint_arguments, add_holding_arguments, checkpoints_given
+from actcache.cli.parser import place
 from actcache.errors import InputError
-from actcache.store.far_path import path_at
 from actcache.study.run_folder import RunFolder, RunRecord
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_captured_arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, what may have moved since, and how its checkpoints are held."""
-    parser.add_argument("run", type=path_at, metavar="RUN", help="folder of the run")
+    parser.add_argument("run", type=place, metavar="RUN", help="folder of the run")
     add_checkpoint_arguments(parser, "present folder of a checkpoint, by its label (default: that of the capture)")
     add_holding_arguments(parser, "late stacks")
 

@@ -8,9 +8,11 @@ import itertools
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from actcache.errors import InputError
+from actcache.store.far_path import path_at
 
 # Groups of the help, in its order; an option that no group names is one of WHAT.
 WHAT = "what to compute"
@@ -123,3 +125,11 @@ def _meant(word: str, known: Iterable[str]) -> str:
     bare = {name.lstrip("-"): name for name in known}  # what all have in common makes none alike
     close = difflib.get_close_matches(word.lstrip("-"), bare, n=1)
     return f"; did you mean {bare[close[0]]}?" if close else ""
+
+
+def place(text: str) -> Path:
+    """A folder or file of a disk or an object store; an address with a password is refused without being shown."""
+    try:
+        return path_at(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error

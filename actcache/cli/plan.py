@@ -25,13 +25,13 @@ from actcache.cli.arguments import (
     rendering_asked,
 )
 from actcache.cli.captured import moved
+from actcache.cli.parser import place
 from actcache.cli.planned import cluster_lines, cluster_planned, study_lines, study_planned, taken_line
 from actcache.cli.stability import add_run_arguments, samples_asked
 from actcache.cli.terminal import amount, counted, quiet_libraries, say
 from actcache.cli.timing import ON_RAY
 from actcache.errors import IncompatibleError, InputError
 from actcache.schema import ROLES
-from actcache.store.far_path import path_at
 from actcache.study.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def add_verbs(verbs: Verbs) -> None:
         "tell what a run will take, or what a finished RUN took beside the estimate",
         "actcache plan --pt base --it tuned --prompts prompts.jsonl --pilot PILOT",
     )
-    parser.add_argument("run", nargs="?", type=path_at, metavar="RUN", help="a finished run, instead of a pair")
+    parser.add_argument("run", nargs="?", type=place, metavar="RUN", help="a finished run, instead of a pair")
     add_lineup_arguments(parser)
     add_capture_settings(parser)
     add_grid_arguments(parser)
@@ -100,7 +100,7 @@ def add_verbs(verbs: Verbs) -> None:
         help="number of edits at the compared position, in every cell, beside those of a sweep (default 0)",
     )
     parser.add_argument(
-        "--pilot", type=path_at, metavar="RUN", help="take the options below from an earlier small run of this pair"
+        "--pilot", type=place, metavar="RUN", help="take the options below from an earlier small run of this pair"
     )
     parser.add_argument(
         "--event-share",
@@ -145,7 +145,7 @@ def add_verbs(verbs: Verbs) -> None:
         help="with --study, rows of the corpus that features are trained on (default 2000000)",
     )
     parser.add_argument(
-        "--out", type=path_at, metavar="RUN", help="keep the plan where the run will be, for 'actcache plan RUN' later"
+        "--out", type=place, metavar="RUN", help="keep the plan where the run will be, for 'actcache plan RUN' later"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -26,13 +26,13 @@ from actcache.cli.arguments import (
 from actcache.cli.captured import add_captured_arguments, moved, open_captured
 from actcache.cli.corpus import add_corpus_arguments, capture_corpus, check_no_corpus
 from actcache.cli.memory import LESS_MODEL, enough_memory
+from actcache.cli.parser import place
 from actcache.cli.runners import add_engine_arguments, add_part_argument, runner_asked
 from actcache.cli.stability import add_run_arguments, check_run
 from actcache.cli.terminal import LiveLine, quiet_libraries, say
 from actcache.cli.timing import CaptureClock, GridClock, write_taken
 from actcache.errors import InputError
 from actcache.schema import ROLES
-from actcache.store.far_path import path_at
 from actcache.study.run import check_complete
 from actcache.study.run_folder import RunFolder, RunRecord, absolute_place, open_store
 
@@ -57,7 +57,7 @@ def add_verbs(verbs: Verbs) -> None:
         "run everything on the pair that the package ships, without a network",
         "actcache demo --out actcache-demo",
     )
-    demo.add_argument("--out", type=path_at, default=Path("actcache-demo"), metavar="RUN", help="folder of the run")
+    demo.add_argument("--out", type=place, default=Path("actcache-demo"), metavar="RUN", help="folder of the run")
 
     run = add_verb(
         verbs,
@@ -97,7 +97,7 @@ def add_verbs(verbs: Verbs) -> None:
     report = add_verb(
         verbs, "report", _report, "write one self-contained HTML page about a run", "actcache report RUN --stable-only"
     )
-    report.add_argument("run", type=path_at, metavar="RUN", help="folder of the run")
+    report.add_argument("run", type=place, metavar="RUN", help="folder of the run")
     _add_filters(report)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, NoReturn, cast
@@ -22,10 +23,33 @@ def path_at(given: str | Path) -> Path:
     given. Nothing is asked of a server yet.
 
     The type says what it is used as. A :class:`FarPath` is no ``Path``: what it does not have fails by name.
+
+    Raises:
+        InputError: see :func:`check_address`.
     """
     if isinstance(given, str) and "://" in given:
+        check_address(given)
         return cast(Path, FarPath(given.rstrip("/")))
     return Path(given) if isinstance(given, str) else given
+
+
+def check_address(url: str) -> None:
+    """Raise InputError for an address that holds a user's name, a password or a signature: it is put down in records,
+    and shown in messages and reports. This message does not show it."""
+    scheme, _, rest = url.partition("://")
+    before, is_user, _ = rest.partition("/")[0].rpartition("@")
+    # Azure's addresses may name a container in that place.
+    if "?" in url or "#" in url or (is_user and (":" in before or not scheme.startswith("abfs"))):
+        raise InputError(
+            f"this {scheme[:10]}:// address has a user's name, a password or a query, which records would show; "
+            "give SCHEME://BUCKET/PREFIX alone, and credentials by the environment"
+        )
+
+
+def without_secrets(text: str) -> str:
+    """A text in whose addresses the names of users, passwords and queries, which hold signatures, are three dots."""
+    text = re.sub(r"(\w+://)[^\s/@\"'<>]*:[^\s/@\"'<>]*@", r"\1...@", text)
+    return re.sub(r"(\w+://[^\s?\"'<>]*)\?[^\s\"'<>]*", r"\1?...", text)
 
 
 class FarPath:

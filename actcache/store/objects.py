@@ -33,6 +33,7 @@ from obstore.exceptions import (
 from obstore.store import from_url
 
 from actcache.errors import CorruptStoreError, InputError
+from actcache.store.far_path import check_address, without_secrets
 from actcache.store.patience import Patience
 from actcache.store.storage import MAX_JSON_BYTES, Mark, Place, Publish, Ranges, Stamp, Storage, Write
 
@@ -71,7 +72,8 @@ def open_objects(place: Place) -> Storage:
     if isinstance(place, ObjectStorage):
         return place
     if not isinstance(place, str):
-        return ObjectStorage(place, str(place))  # type: ignore[arg-type]
+        return ObjectStorage(place, without_secrets(str(place)))  # type: ignore[arg-type]
+    check_address(place)
     try:
         return ObjectStorage(_at_url(place), place.rstrip("/"))
     except (BaseError, ValueError) as error:
@@ -356,4 +358,4 @@ def _as_oserror(key: str) -> Iterator[None]:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0][:200]
+    return without_secrets(str(error).partition("\n")[0])[:200]

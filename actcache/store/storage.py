@@ -190,19 +190,19 @@ class LocalStorage:
             return [os.pread(handle, length, offset) for offset, length in ranges]
 
     def size(self, key: str) -> int | None:
-        path = self.root / key
+        path = self._at(key)
         return path.stat().st_size if path.is_file() else None
 
     def stamp(self, key: str) -> Stamp | None:
         try:
-            found = (self.root / key).stat()
+            found = self._at(key).stat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         return Stamp(found.st_mtime, f"{found.st_ino}-{found.st_mtime_ns}") if stat.S_ISREG(found.st_mode) else None
 
     def names(self, folder: str) -> list[str]:
         try:
-            return sorted(os.listdir(self.root / folder))
+            return sorted(os.listdir(self._at(folder)))
         except FileNotFoundError:
             return []
 
@@ -216,7 +216,7 @@ class LocalStorage:
         return found
 
     def sizes(self, folder: str) -> dict[str, int]:
-        top = self.root / folder
+        top = self._at(folder)
         found: dict[str, int] = {}
         for parent, _, names in os.walk(top):
             for path in (Path(parent, name) for name in names):
@@ -304,24 +304,35 @@ class LocalStorage:
         found = [path for folder in ("", "commits") for path in (self.root / folder).glob(".*") if is_draft(path)]
         return [path.relative_to(self.root).as_posix() for path in found]
 
+    def _at(self, key: str) -> Path:
+        """The path of a file or folder (errors as :meth:`_text_of`)."""
+        return Path(self._text_of(key))
+
+    def _text_of(self, key: str) -> str:
+        """The same as text, which takes a third of the time, for every file of a segment.
+
+        Raises:
+            InputError: it does not lie below the root.
+        """
+        if key.startswith("/") or ".." in key.split("/"):
+            raise InputError(f"{key!r} does not lie in {self.root}")
+        return os.path.join(self.root, key)
+
     def _own(self, key: str) -> Path:
         """The path of what shall be changed, which lies in the store's own folders.
 
         Raises:
-            InputError: a folder on the way is a link, which would lead elsewhere.
+            InputError: it does not lie below the root, or a folder on the way is a link, which would lead elsewhere.
         """
-        parts = PurePosixPath(key).parts
-        if ".." in parts or PurePosixPath(key).is_absolute():
-            raise InputError(f"{key!r} does not lie in {self.root}")
         folder = str(self.root)
-        for part in parts[:-1]:
-            folder = os.path.join(folder, part)  # in a third of the time that Path takes, for every file of a segment
+        for part in PurePosixPath(key).parts[:-1]:
+            folder = os.path.join(folder, part)
             check_own_folder(folder)
-        return self.root / key
+        return self._at(key)
 
     @contextmanager
     def _open(self, key: str) -> Iterator[int]:
-        path = os.path.join(self.root, key)  # in a third of the time that Path takes, for every read
+        path = self._text_of(key)
         try:
             # Without waiting: a pipe in a file's place would keep a reader for ever.
             handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)

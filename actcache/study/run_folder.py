@@ -30,7 +30,7 @@ from actcache.errors import CorruptFileError, IncompatibleError, InputError
 from actcache.files import remove_tree, write_atomically
 from actcache.models.origin import Recorded
 from actcache.sealed import NoSealError, Sealed, check_seal, json_bytes, read_json
-from actcache.store.far_path import path_at
+from actcache.store.far_path import check_address, path_at
 from actcache.study.holding import Holding
 
 if TYPE_CHECKING:
@@ -423,7 +423,9 @@ def _what_is_wrong(content: Any) -> str | None:
 
 
 def absolute_place(store: str | None) -> str | None:
-    """A store's place as it is recorded: an absolute path, or the URL that it is."""
+    """A store's place as it is recorded: an absolute path, or the URL that it is (errors as ``check_address``)."""
+    if store and "://" in store:
+        check_address(store)
     return str(Path(store).resolve()) if store and _is_relative(store) else store
 
 
