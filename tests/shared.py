@@ -39,6 +39,8 @@ from actcache.report import figures
 ROOT = Path(__file__).resolve().parents[1]
 PICTURES_SEEN_BY = {f"test_{name}" for name in ("demo", "figures", "sections")}
 DRAWN = figures._svg
+# Credentials for the S3 server: nothing that is written or said may show one.
+CANARIES = ("AKIACANARY0ID", "canary0Secret+Key", "canary0Session/Token")
 
 
 @dataclass(frozen=True)
@@ -263,8 +265,9 @@ def s3() -> Iterator[str]:
     environment = {
         "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.port}",
         "AWS_ALLOW_HTTP": "true",
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_ACCESS_KEY_ID": CANARIES[0],
+        "AWS_SECRET_ACCESS_KEY": CANARIES[1],
+        "AWS_SESSION_TOKEN": CANARIES[2],
         "AWS_REGION": "us-east-1",
     }
     with mock.patch.dict(os.environ, environment):

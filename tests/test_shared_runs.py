@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
 import torch
 from conftest import MAX_NEW
 from forked import Process
+from shared import CANARIES
 
 import actcache
 from actcache.cli import main
@@ -132,25 +135,38 @@ def test_two_processes_share_a_run_on_an_object_store(reference, tmp_path, s3):
     check_same(files_of(place), files_of(alone))
 
 
-def test_a_run_on_an_object_store_is_that_of_a_disk(reference, s3, tmp_path, capsys):
-    """Every stage, analysis and reader; what the disk's run says of its folder, this one says of its address."""
+def test_a_run_on_an_object_store_is_that_of_a_disk(reference, s3, tmp_path, capfd):
+    """Every stage and reader; what the disk's run says of its folder, this one says of its address. No credential is
+    written or said."""
     pair, prompts, alone = reference
     alone, place = shutil.copytree(alone, tmp_path / "run"), f"{s3}/one/run"
+    capfd.readouterr()
     assert main(command(pair, prompts, place)) == 0
-    assert capsys.readouterr().out.endswith(f"Report: {place}/report.html\n")
+    told = capfd.readouterr()
+    assert told.out.endswith(f"Report: {place}/report.html\n")
     check_same(files_of(place), files_of(alone))
-    said = []
+    said, told = [], "".join(told)
     for run in (alone, place):
-        for words in (["depth"], ["continuation"], ["effects"]):
+        for words in (["depth"], ["forced", "--max-new", "2"], ["effects"]):
             assert main([*words, str(run), "--json"]) == 0
         for words in (["grid", "--scope", "position"], ["report"], ["inspect"], ["verify"]):
             assert main([words[0], str(run), *words[1:]]) == 0
-        said.append(capsys.readouterr().out.replace(str(run), "RUN"))
+        out, err = capfd.readouterr()
+        said.append(out.replace(str(run), "RUN"))
+        told += out + err
     assert said[0] == said[1]
     check_same(files_of(place), files_of(alone))
+
     of_disk, far = actcache.Run(alone), actcache.Run(place)
     assert far.cells.equals(of_disk.cells)
     assert far.effects.equals(of_disk.effects)
-    assert far.store.events.equals(of_disk.store.events)
     final = {"upstream": "pt", "late": "it"}
     assert torch.equal(far.final(**final), of_disk.final(**final))
+
+    assert main(["report", f"{s3}/none"]) == 2
+    with mock.patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9"):  # nobody is there
+        assert main(["report", place]) == 2
+    told += "".join(capfd.readouterr())
+    assert "127.0.0.1:9" in told
+    assert [canary for canary in CANARIES if canary in told] == []
+    assert [path for path, data in files_of(place).items() for canary in CANARIES if canary.encode() in data] == []

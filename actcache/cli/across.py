@@ -89,10 +89,10 @@ def _family(text: str) -> Family:
     """A family by ``PATH``, which names it, or ``NAME=PATH``."""
     from actcache.analyses.across import Family
 
-    name, separator, place = text.partition("=")
-    if not separator or path_at(text).exists():
-        name, place = "", text
-    path = path_at(place)
+    name, separator, given = text.partition("=")
+    if not separator or "://" in name or Path(text).exists():
+        name, given = "", text
+    path = path_at(given)
     if path.is_dir():
         return Family.of_run(name or path.resolve().name, path)
     return Family.of_table(name or path.name.removesuffix(".parquet").removesuffix(".cells"), path, read_cells(path))
