@@ -38,6 +38,7 @@ LEASE_S = 60.0
 _RENEWALS = 3  # in the time of a lease: two may fail
 _RESOLUTION_S = 1.0  # of the times that object stores give
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
+_TRIES = 20  # to create a file in a folder that others make and remove
 
 Unit = TypeVar("Unit")
 
@@ -215,19 +216,24 @@ class Claims:
             self.renew()
 
     def _create(self, name: str, number: int) -> bool:
+        """Whether this process creates a claim, which nobody has."""
         key = self._key(name, number)
-        while True:
-            self._storage.make_folder(self._folder)
-            try:
-                with self._storage.creating(key) as publish:
-                    if self._storage.size(key) is not None:
-                        return False
-                    publish(self._record())
-                    return True
-            except FileExistsError:
-                return False
-            except FileNotFoundError:  # another process has let go of the last claim, and the folder with it
-                continue
+        for _ in range(_TRIES):
+            # Another process may let go of the last claim, and of the folder with it, while this one creates the next.
+            with contextlib.suppress(FileNotFoundError):
+                return self._create_there(key)
+        return self._create_there(key)
+
+    def _create_there(self, key: str) -> bool:
+        self._storage.make_folder(self._folder)
+        try:
+            with self._storage.creating(key) as publish:
+                if self._storage.size(key) is not None:
+                    return False
+                publish(self._record())
+                return True
+        except FileExistsError:
+            return False
 
     def _newest(self, name: str) -> int:
         """The number of the claim that counts; 0 where there is none."""
