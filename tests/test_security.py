@@ -18,6 +18,7 @@ from actcache.errors import CorruptStoreError, InputError
 from actcache.store import StoreWriter, layout, open_store
 from actcache.store.claims import Claims
 from actcache.store.far_path import check_address, path_at, without_secrets
+from actcache.store.patience import Patience
 from actcache.store.storage import LocalStorage, open_storage
 from actcache.study.run_folder import RunFolder, absolute_place
 
@@ -151,6 +152,7 @@ def test_the_error_of_a_signed_address_does_not_show_its_signature():
         f"http://127.0.0.1:9/x?sig={CANARY}", client_options={"allow_http": True}, retry_config={"max_retries": 0}
     )
     storage = open_storage(objects)
+    storage.patience = Patience(total_s=0)
     assert CANARY not in str(storage)
     with pytest.raises(OSError, match=r"127\.0\.0\.1") as failed:
         storage.read("key")

@@ -20,6 +20,7 @@ from shared import CANARIES
 
 import actcache
 from actcache.cli import main
+from actcache.store.patience import Patience
 from actcache.store.storage import open_storage
 
 pytestmark = pytest.mark.slow
@@ -164,7 +165,8 @@ def test_a_run_on_an_object_store_is_that_of_a_disk(reference, s3, tmp_path, cap
     assert torch.equal(far.final(**final), of_disk.final(**final))
 
     assert main(["report", f"{s3}/none"]) == 2
-    with mock.patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9"):  # nobody is there
+    nobody = mock.patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    with nobody, mock.patch("actcache.store.objects.Patience", lambda: Patience(total_s=0)):
         assert main(["report", place]) == 2
     told += "".join(capfd.readouterr())
     assert "127.0.0.1:9" in told
