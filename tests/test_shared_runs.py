@@ -166,7 +166,7 @@ def test_a_run_on_an_object_store_is_that_of_a_disk(reference, s3, tmp_path, cap
 
     assert main(["report", f"{s3}/none"]) == 2
     nobody = mock.patch.dict(os.environ, AWS_ENDPOINT_URL="http://127.0.0.1:9")
-    with nobody, mock.patch("actcache.store.objects.Patience", lambda: Patience(total_s=0)):
+    with nobody, mock.patch("actcache.store.objects.Patience", return_value=Patience(total_s=0)):
         assert main(["report", place]) == 2
     told += "".join(capfd.readouterr())
     assert "127.0.0.1:9" in told
