@@ -21,7 +21,6 @@ from actcache.analyses.forced import ForcedOptions as Options
 from actcache.cli import main
 from actcache.errors import InputError
 from actcache.models.lineup import Lineup
-from actcache.study import whole_models
 from actcache.study import runner
 from actcache.study.plan import shapes_of
 

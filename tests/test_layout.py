@@ -48,7 +48,7 @@ FLOW = {
         *("planes", "zarr_codec", "chunks", "far_path", "storage", "patience", "objects", "claims", "shard", "layout"),
         *("commit_record", "rollup", "records"),
         *("segment_data", "segment", "selection", "reader", "writer", "background", "compact", "verify", "export"),
-        *("corpus", "rows", "feed"),
+        *("corpus", "rows", "order", "feed"),
     ),
     "models": (
         *("tokens", "quantized", "digests", "checkpoint_files", "origin", "adapters", "shared", "blocks", "text_tower"),

@@ -27,6 +27,7 @@ from actcache.carried import as_columns, encode
 from actcache.cli import main
 from actcache.errors import InputError
 from actcache.models import prompt_ids
+from actcache.models.lineup import Lineup
 from actcache.prompts import Prompt, Prompts, digest, digests, n_messages, read_prompts
 from actcache.store import open_store
 
@@ -452,6 +453,53 @@ def test_a_large_file_gives_the_store_of_a_small_one_and_says_late_what_is_wrong
     path.write_text("\n".join([*lines, json.dumps({"id": "q0", "prompt": "fewer"})]))
     assert main([*words, "--out", str(tmp_path / "large")]) == 0
     assert len(open_store(tmp_path / "large" / "store").segments) == 5
+
+
+class Encoded:
+    """A lineup whose prompts have their own numbers as ids; it knows which it has encoded."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def encode(self, prompts, say=None, rendering=None, longest=None):
+        self.asked += [prompt.id for prompt in prompts]
+        return [[int(prompt.id)] * (1 + int(prompt.id) % 3) for prompt in prompts]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(1, 40), st.integers(1, 7), st.integers(1, 5), st.booleans(), st.data())
+def test_a_part_encodes_its_own_prompts_alone(tmp_path, nothing_held, n, size, n_parts, is_large, data):
+    rows = [{"id": str(i), "prompt": f"text {i}"} for i in range(n)]
+    held = [Prompt(row["id"], row["prompt"]) for row in rows]
+    prompts = read_prompts(written(tmp_path / "p.jsonl", rows)) if is_large and n > 2 else held
+    part = data.draw(st.integers(0, n_parts - 1))
+    own = [range(start, min(n, start + size)) for start in range(0, n, size)][part::n_parts]
+    lineup = Encoded()
+    ids = prompt_ids.PromptIds(lineup, prompts, own=own)
+    mine = {str(number) for numbers in own for number in numbers}
+    assert set(lineup.asked) <= mine
+    if not isinstance(prompts, Prompts):
+        assert sorted(lineup.asked) == sorted(mine), "each once"
+    found = [ids.of(numbers.start, prompts[numbers.start : numbers.stop]) for numbers in own]
+    assert found == [Encoded().encode(held[numbers.start : numbers.stop]) for numbers in own]
+    assert set(lineup.asked) <= mine
+    assert ids.of(0, held[:2]) == Encoded().encode(held[:2]), "others too, where they are asked for after all"
+    if not ids.is_sampled:
+        assert list(ids.lengths) == [len(one) for of in found for one in of]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["1/3", "3/3"])
+def test_a_capture_of_a_part_encodes_no_other(part, tmp_path, monkeypatch):
+    asked, pair = [], tiny.make_pair(tmp_path, "llama")
+    path = tiny.write_prompts(tmp_path / "p.jsonl", 12)
+    real = Lineup.encode
+    monkeypatch.setattr(Lineup, "encode", lambda self, p, *a, **k: (asked.extend(p), real(self, p, *a, **k))[1])
+    words = ["capture", "--pt", str(pair[0]), "--it", str(pair[1]), "--prompts", str(path), "--shard-prompts", "2"]
+    assert main([*words, "--max-new", "4", "--out", str(tmp_path / "out"), "--part", part]) == 0
+    first = 2 * (int(part[0]) - 1)
+    ids = [prompt.id for prompt in read_prompts(path)]
+    assert {prompt.id for prompt in asked} == {*ids[first : first + 2], *ids[first + 6 : first + 8]}
 
 
 PEAK = """

@@ -2,22 +2,29 @@
 
 For trainers of SAEs, crosscoders and probes. Knows stores; knows no models and no trainer.
 
-**The shuffle.** An epoch has an order of all chosen rows, through all segments, that depends on (seed, epoch) alone.
-Ranks and their workers take parts of it and cut those into *rounds* of as many rows as memory holds. A round is read in
-storage order, each chunk decoded once, and its rows are handed out in uniformly random order. What decides the quality
-is which rows meet in a round:
+**The order.** An epoch is one sequence of batches, through all segments, that depends on (seed, epoch) and the options
+alone. Ranks and their workers take turns at it: rank r of w begins with batch r and goes on with every w-th one, and so
+do its workers among these. So any number of them feed the same batches, and a position in an epoch is one number: how
+many batches of it have been fed. What decides the quality is which rows can meet in a batch:
 
 - ``blocks`` (the default): the order permutes *blocks*, the chosen rows of one stored chunk (256 KiB per array), or
-  of less where a round would hold fewer than 64 of them. So an epoch decodes each chunk once, those at a round's edges
-  twice. Any two rows of the store can meet in a batch. What is left of the stored order: a block's rows, neighbours in
-  a text, all come within one round. So a batch of B rows holds about ``B * block_rows / pool_rows`` of one block. That
-  is at most B / 64, and more than in a uniform permutation.
+  of less where a lane would hold fewer than 64 of them. It is cut into *rounds* of as many rows as memory holds, and a
+  round into *lanes*, whose batches alternate; the rows of a lane are in uniformly random order. So an epoch decodes
+  each chunk once, those at a lane's edges twice. Any two rows of the store can meet in a batch. What is left of the
+  stored order: a block's rows, neighbours in a text, all come within one lane of a round. So a batch of B rows holds
+  about ``B * block_rows * lanes / pool_rows`` of one block. That is at most B / 64, and more than in a uniform
+  permutation.
 - ``rows``: the order permutes rows: exactly a uniform permutation of them all. Without a second copy of the store on
-  disk this has a price: every round takes rows of nearly every chunk, so an epoch decodes each chunk up to
-  ``min(n_rounds, rows of a chunk)`` times.
+  disk this has a price: every pool takes rows of nearly every chunk, so an epoch decodes each chunk up to
+  ``min(n_pools, rows of a chunk)`` times.
 
-Where all rows fit into one round, both are the uniform permutation, at the same cost. Memory beside the pool: 8 bytes a
-row (``rows``; 16 while it is made) or a block (``blocks``), and 8 a chosen row where not all are chosen.
+Several processes have a lane of a round each, or some, and decode no chunk that another one needs. Where there are
+more of them than lanes, or a number that does not divide theirs, several decode the same lane, and each keeps the rows
+of its own batches.
+
+Where all rows fit into one round of one lane, both are the uniform permutation, at the same cost. Memory beside the
+pool: 8 bytes a row (``rows``; 16 while it is made) or a block (``blocks``), and 8 a chosen row where not all are
+chosen.
 """
 
 from __future__ import annotations
@@ -37,11 +44,11 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from actcache.errors import IncompatibleError, InputError
 from actcache.store import Segment, Store, layout
+from actcache.store.order import BLOCKS, LANE_BLOCKS, NONE, SHUFFLES, Order, most_lanes
 from actcache.store.rows import Ints, Positions, RowPlaces, StoreRows, records_digest
 from actcache.store.selection import Events
 
-SHUFFLES = ("blocks", "rows", "none")
-_ROUND_BLOCKS = 64  # at least: with few, a batch would be little else than some neighbourhoods of the store
+_ORDER = 2  # of earlier versions, the order depended on ranks and workers
 
 
 class RowBatch(NamedTuple):
@@ -57,11 +64,12 @@ class RowBatch(NamedTuple):
 
 
 class RowFeed(IterableDataset[RowBatch]):
-    """Every chosen row of a store once per epoch, in batches, in an order that (seed, epoch, workers) decide.
+    """Every chosen row of a store once per epoch, in batches, in an order that (seed, epoch) decide.
 
     Iterate over it, over :meth:`batches` (which starts worker processes), or give it to a ``DataLoader`` with
     ``batch_size=None`` and any number of workers, forked or spawned. Each process opens the store for itself and has a
-    pool of its own. The rows are those of the store as it was when the feed was made, also while it is compacted.
+    pool of its own. The rows are those of the store as it was when the feed was made, also while it is compacted. A
+    store that has grown since is noticed where a state is loaded: make all ranks' feeds of the store as it is then.
 
     Attributes:
         labels: the K checkpoints, in the order of the batch's axis.
@@ -69,7 +77,8 @@ class RowFeed(IterableDataset[RowBatch]):
         site: where the rows were taken.
         chosen: the rows; ``chosen.n_rows`` is N, ``chosen.segments`` the segments' names.
         row_bytes: of one row of a batch, all checkpoints and boundaries.
-        pool_rows: rows that one process holds at most.
+        pool_rows: rows that one process holds at most, as it does where it is the only one.
+        lanes: of a round; so many processes share an epoch and decode nothing twice.
         block_rows: stored rows that a block spans.
     """
 
@@ -101,21 +110,22 @@ class RowFeed(IterableDataset[RowBatch]):
             positions: which rows: ``all``, ``train``, ``held_out``, ``event``, a list or a function, as
                 :class:`StoreRows` takes them.
             events: takes only rows of positions 0..p of these events, each once, see :class:`Store`; None takes all.
-            batch_rows: B; one batch of each rank may have fewer.
+            batch_rows: B; the last batch of an epoch may have fewer.
             shuffle: ``blocks`` (or True), ``rows``, or ``none`` (or False); see the module.
             seed: of the order.
             epoch: the first one; see :meth:`set_epoch`.
-            memory_bytes: of the pool of each process. One batch and some MB of compressed chunks come on top.
-            drop_last: leave out an incomplete batch, and what some ranks would have more batches than others for.
-            rank: which of ``world`` disjoint parts of each epoch's order, equal but for one row, to feed.
-            world: parts in all, one a process of a distributed job.
+            memory_bytes: of the pool of a process that is alone; several share it among them. One batch and some MB
+                of compressed chunks come on top.
+            drop_last: leave out an incomplete batch, and those that only some ranks would have.
+            rank: which of ``world`` processes of a distributed job this is; each feeds every ``world``-th batch.
+            world: how many there are. Each batch is the same however many there are.
 
         Raises:
             InputError: a label, boundary, site, event or option that cannot be, nothing chosen, or memory for less than
                 a batch.
             CorruptStoreError: stored offsets, events or token ids are not those committed.
         """
-        self.shuffle = ("none", "blocks")[shuffle] if isinstance(shuffle, bool) else shuffle
+        self.shuffle = (NONE, BLOCKS)[shuffle] if isinstance(shuffle, bool) else shuffle
         if self.shuffle not in SHUFFLES:
             raise InputError(f"shuffle is {shuffle!r}, expected one of {', '.join(SHUFFLES)}, or a bool")
         if batch_rows < 1 or min(seed, epoch) < 0 or not 0 <= rank < world:
@@ -136,21 +146,28 @@ class RowFeed(IterableDataset[RowBatch]):
         if memory_bytes < needed:
             raise InputError(f"memory_bytes is {memory_bytes}; one batch of {batch_rows} rows needs {needed}")
         # Where nothing is shuffled a batch is a round: so any number of workers keep the stored order.
-        self._round_batches = 1 if self.shuffle == "none" else max(1, memory_bytes // self.row_bytes // batch_rows)
+        self._round_batches = 1 if self.shuffle == NONE else max(1, memory_bytes // self.row_bytes // batch_rows)
         self.pool_rows = min(self._round_batches * batch_rows, self.chosen.n_rows)
-        self.block_rows = min(self.chosen.chunk_rows, max(1, self.pool_rows // _ROUND_BLOCKS))
-        self._cuts = self.chosen.cut(self.block_rows)
+        is_of_blocks, chunk_rows = self.shuffle == BLOCKS, self.chosen.chunk_rows
+        of_round = -(-self.pool_rows // batch_rows)
+        self.lanes = most_lanes(self.pool_rows, of_round, chunk_rows) if is_of_blocks else 1
+        self.block_rows = min(chunk_rows, max(1, self.pool_rows // self.lanes // LANE_BLOCKS))
+        self._order = self._order_of(self.chosen)
         # In shared memory, so that workers that live through several epochs see it change.
         self._epoch = torch.tensor(epoch).share_memory_()
-        # Everything that an epoch's batches depend on, as plain values.
-        names = ("labels", "boundaries", "shuffle", "seed", "batch_rows", "drop_last", "rank", "world", "pool_rows")
-        self._identity = {"store": opened.fingerprint.digest, "rows": self.chosen.digest()}
+        # Everything that an epoch's batches depend on, as plain values; not which of them are fed here.
+        self._identity = {"order": _ORDER, "store": opened.fingerprint.digest, "rows": self.chosen.digest()}
+        names = ["labels", "boundaries", "shuffle", "seed", "batch_rows", "drop_last"]
+        names += ["pool_rows", "lanes"] if is_of_blocks else []
         self._identity |= {name: getattr(self, name) for name in names}
         self._identity |= {"site": site, "records": records_digest(opened)}
         self._segments = self.chosen.segment_parts
-        self._order: tuple[int, Ints, Ints] | None = None
         self._loaded: dict[str, Any] | None = None
         self._at = _position(epoch)
+
+    def _order_of(self, chosen: StoreRows) -> Order:
+        sizes = {"batch_rows": self.batch_rows, "round_batches": self._round_batches, "lanes": self.lanes}
+        return Order(chosen.cut(self.block_rows), self.shuffle, self.seed, **sizes)
 
     def __repr__(self) -> str:
         labels, boundaries = ", ".join(self.labels), ", ".join(map(str, self.boundaries))
@@ -162,10 +179,14 @@ class RowFeed(IterableDataset[RowBatch]):
 
     def __len__(self) -> int:
         """Batches of an epoch on this rank, whatever the number of workers."""
+        return len(range(self.rank, self._n_fed, self.world))
+
+    @property
+    def _n_fed(self) -> int:
+        """Batches of an epoch that all ranks feed together."""
         if self.drop_last:
-            return self.chosen.n_rows // self.world // self.batch_rows
-        start, stop = self._share()
-        return -(-(stop - start) // self.batch_rows)
+            return self.chosen.n_rows // self.batch_rows // self.world * self.world
+        return self._order.n_batches
 
     def locate(self, rows: torch.Tensor | npt.ArrayLike) -> RowPlaces:
         """Segment, sequence, position and token of a batch's rows (InputError: the store has no such row)."""
@@ -189,39 +210,54 @@ class RowFeed(IterableDataset[RowBatch]):
             self._epoch.fill_(epoch)
             self._loaded, self._at = None, _position(epoch)
 
-    def state_dict(self, *, batches: int | None = None, workers: int = 0) -> dict[str, Any]:
+    def state_dict(self, *, batches: int | None = None) -> dict[str, Any]:
         """What :meth:`load_state_dict` needs to go on after the last batch handed out: a few plain values.
 
         Right by itself after iterating over the feed or over :meth:`batches`, and in each worker of torchdata's
-        ``StatefulDataLoader``, which asks it there. A plain ``DataLoader`` with workers tells the feed nothing: then
-        give the ``batches`` that were consumed of this epoch, and its number of ``workers``.
+        ``StatefulDataLoader``, which asks it there. Where there are several ranks, it is the state of all of them, if
+        all have drawn as many batches. A plain ``DataLoader`` with workers tells the feed nothing: then give the
+        ``batches`` of this epoch that all ranks together have consumed.
         """
-        at = self._at if batches is None else _position(self.epoch, batches, max(1, workers))
+        at = self._at if batches is None else _position(self.epoch, batches)
         return {**at, "segments": dict(self._segments), "feed": dict(self._identity)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Make the next iteration give exactly the batches that were left, bit for bit; reads one round at most again.
 
-        That iteration must have as many workers as the one that was left (none counts as one), or it raises InputError.
+        There may be other ranks and workers than before, and another number of them. Only the state of one worker of a
+        ``StatefulDataLoader`` is that of a worker with its number, or the iteration raises InputError.
         The workers of a plain ``DataLoader`` begin there in every iteration until :meth:`set_epoch` says another epoch.
         Where a compaction has merged segments since, the order stays that of the state, as of a feed that lives on.
 
         Raises:
-            IncompatibleError: the state is that of a feed of other rows or options; names the first field.
+            IncompatibleError: the state is that of a feed of other rows or options, of an earlier version, or of the
+                store before it grew; names the first field.
         """
-        of_state = {"site": layout.STATE} | state["feed"]  # earlier versions fed no other
-        segments = state.get("segments", self.chosen.segment_parts)
+        of_state = state["feed"]
+        if of_state.get("order") != _ORDER:
+            raise IncompatibleError(
+                f"the state is of another version of actcache, whose epochs have another order "
+                f"({of_state.get('order', 1)}, here {_ORDER}); begin its epoch {state['epoch']} again",
+                field="order",
+            )
+        segments = state["segments"]
         laid_out = self.chosen.laid_out(segments)
         identity = self._identity | {"rows": laid_out.digest()}
+        n_now, n_then = sum(self.chosen.segment_parts.values()), sum(segments.values())
         for field, value in identity.items():
-            if field == "records" and field not in of_state:
-                continue  # a state of an earlier version, which knew the rows by their segments' names only
-            if of_state.get(field) != value:
+            if of_state.get(field) == value:
+                continue
+            if field == "rows" and n_now > n_then:
                 raise IncompatibleError(
-                    f"this feed's {field} is {value!r}, that of the state {of_state.get(field)!r}", field=field
+                    f"the store has grown since the state was made, from {n_then} segments to {n_now}, and this feed "
+                    "has rows of all: begin an epoch of it anew, or go on with a feed that was made before",
+                    field=field,
                 )
+            raise IncompatibleError(
+                f"this feed's {field} is {value!r}, that of the state {of_state.get(field)!r}", field=field
+            )
         self._identity, self._segments = identity, dict(segments)
-        self._cuts, self._order = laid_out.cut(self.block_rows), None
+        self._order = self._order_of(laid_out)
         self._at = _position(*(state[name] for name in _position(0)))
         self._loaded = dict(self._at)
         self._epoch.fill_(state["epoch"])
@@ -240,66 +276,65 @@ class RowFeed(IterableDataset[RowBatch]):
             return
         if not self.chosen.is_local:  # an object store's client does not live through a fork
             options = {"multiprocessing_context": "spawn"} | options
-        first = self._loaded["next"] if self._loaded else 0
+        first = self._loaded["batches"] if self._loaded else 0
         loader = iter(DataLoader(self, batch_size=None, num_workers=workers, **options))
         self._loaded = None  # the workers have it
-        self._at = _position(self.epoch, first, workers)
+        self._at = at = _position(self.epoch, first)
         try:
-            for number, batch in enumerate(loader, first + 1):
-                self._at["next"] = number
+            for batch in loader:
+                at["batches"] = min(at["batches"] + self.world, self._n_fed)
                 yield batch
         except Exception as error:
             # Its frames refer to the workers and to itself: they would stay until garbage is collected, which then
             # waits five seconds for each.
             del loader
             raise error.with_traceback(None) from error.__cause__
+        at["batches"] = max(first, self._n_fed)
 
     def __iter__(self) -> Iterator[RowBatch]:
-        """This process's share of the epoch's batches: of w workers, batch t comes from worker ``t % w``.
+        """This process's share of the epoch's batches: of w workers, the rank's batch t comes from worker ``t % w``.
 
         Raises:
-            InputError: a loaded state is that of other workers.
+            InputError: a loaded state is that of one worker, and this is another.
             CorruptStoreError: stored bytes are not those committed; no row is ever left out for it.
         """
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        number, self._loaded, loaded = worker, None, self._loaded
-        if loaded:
-            if loaded["workers"] != workers or loaded["worker"] not in (None, worker):
-                raise InputError(f"the state is that of {loaded['workers']} workers; there are {workers}")
-            # A worker's state says which batch is its next one; the consumer's which is next of all, worker 0's.
-            number = loaded["next"] + (worker if loaded["worker"] is None else 0)
-        self._at = _position(self.epoch, number, workers, worker if info else None)
-        return self._run(self._at)
+        self._loaded, loaded = None, self._loaded
+        at = dict(loaded) if loaded else _position(self.epoch)
+        if at["worker"] not in (None, [worker, workers]):
+            raise InputError(
+                f"the state is that of worker {at['worker'][0]} of {at['worker'][1]}, this is {worker} of {workers}; "
+                "the state of the feed itself, or of its batches(), goes with any number"
+            )
+        if info:
+            at["worker"] = [worker, workers]
+        self._at = at
+        own = range(at["batches"] + self.rank + self.world * worker, self._n_fed, self.world * workers)
+        return self._run(at, own[at["drawn"] :])
 
-    def _run(self, at: dict[str, Any]) -> Iterator[RowBatch]:
-        epoch, workers = at["epoch"], at["workers"]
-        index, share = divmod(at["next"], workers)
-        sizes = [len(range(worker, len(self), workers)) for worker in range(workers)]
-        first, stop = self._share()
-        n_rounds = -(-sizes[share] // self._round_batches)
-        ends = [sizes[share] * (number + 1) // n_rounds for number in range(n_rounds)]
-        pool: npt.NDArray[Any] | None = None
-        for start, end in zip([0, *ends], ends, strict=False):
-            if end <= index:
-                continue
-            before = start * workers + share if self.shuffle == "none" else sum(sizes[:share]) + start
-            lo = first + before * self.batch_rows
-            hi = min(stop, lo + (end - start) * self.batch_rows)
-            rows = self._rows(epoch, lo, hi)
+    def _run(self, at: dict[str, Any], own: range) -> Iterator[RowBatch]:
+        """These batches of the epoch."""
+        first, pool = at["batches"], None
+        dtype = layout.stored_dtype(str(self.dtype).removeprefix("torch."))
+        for together in self._order.pools(own):
+            rows, places = self._order.draw(at["epoch"], together)
+            rows = rows if self.chosen.chosen is None else self.chosen.chosen[rows]
             if pool is None:  # as large as any round: memory that is not written to costs nothing
-                dtype = layout.stored_dtype(str(self.dtype).removeprefix("torch."))
                 pool = np.empty((*self._row_shape[:2], self.pool_rows, self._row_shape[2]), dtype)
             self.chosen.store.reading(partial(self._fill, pool, rows))
-            order = np.arange(hi - lo) if self.shuffle == "none" else self._permutation(hi - lo, epoch, 2, lo)
-            for batch in range(max(start, index), end):
-                picked = order[(batch - start) * self.batch_rows : (batch + 1 - start) * self.batch_rows]
+            for picked in places:
                 states = self._take(pool, picked)
-                at["next"] += workers
+                if at["worker"] is None:
+                    at["batches"] = min(at["batches"] + self.world, self._n_fed)
+                else:
+                    at["drawn"] += 1
                 yield RowBatch(states, torch.from_numpy(rows[picked]))
+        if at["worker"] is None:
+            at["batches"] = max(first, self._n_fed)
 
     def _fill(self, pool: npt.NDArray[Any], rows: Ints) -> None:
-        """Read rows, given in storage order, into the first of the pool's: each chunk once, straight to its place."""
+        """Read rows, each lane's in storage order, into the first of the pool's: each chunk once, to its place."""
         segments, firsts = self.chosen.store.segments, self.chosen.firsts
         requests: list[tuple[Segment, str, Ints, Ints, npt.NDArray[Any]]] = []
         for number, lo, hi in _runs(np.searchsorted(firsts, rows, side="right") - 1):
@@ -322,39 +357,6 @@ class RowFeed(IterableDataset[RowBatch]):
         places = picked[:, None] + np.arange(n_states) * n_rows
         states = pool.reshape(-1, width).take(places, axis=0)
         return layout.to_torch(states.reshape(len(picked), *self._row_shape), self.dtype)
-
-    # ---- order ----
-
-    def _share(self) -> tuple[int, int]:
-        """This rank's part of an epoch's order."""
-        return self.chosen.n_rows * self.rank // self.world, self.chosen.n_rows * (self.rank + 1) // self.world
-
-    def _permutation(self, n: int, *key: int) -> Ints:
-        # A generator's methods may change between versions of NumPy; its raw stream may not, and nor may an epoch.
-        return np.argsort(np.random.PCG64([self.seed, *key]).random_raw(n), kind="stable")
-
-    def _rows(self, epoch: int, start: int, stop: int) -> Ints:
-        """The rows at ``start:stop`` of an epoch's order, in storage order."""
-        cuts, chosen = self._cuts, self.chosen.chosen
-        if self.shuffle == "none":
-            wanted = np.arange(start, stop)
-        else:
-            if self._order is None or self._order[0] != epoch:
-                order = self._permutation(self.chosen.n_rows if self.shuffle == "rows" else len(cuts) - 1, epoch, 1)
-                self._order = epoch, order, np.cumsum(np.diff(cuts)[order]) if self.shuffle == "blocks" else order[:0]
-            _, order, ends = self._order
-            if self.shuffle == "rows":
-                wanted = np.sort(order[start:stop])
-            else:
-                a, b = np.searchsorted(ends, [start, stop - 1], side="right")
-                firsts, lasts = cuts[order[a : b + 1]], cuts[order[a : b + 1] + 1]
-                firsts[0] = lasts[0] - (ends[a] - start)  # of the blocks at the edges, the rounds beside have the rest
-                lasts[-1] -= ends[b] - stop
-                wanted = np.sort(np.concatenate([np.arange(*span) for span in zip(firsts, lasts, strict=True)]))
-        return wanted if chosen is None else chosen[wanted]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_order": None}
 
 
 class ActivationBuffer(Iterator[torch.Tensor]):
@@ -414,7 +416,7 @@ class ActivationBuffer(Iterator[torch.Tensor]):
         return self.feed.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """As :meth:`RowFeed.load_state_dict`, with as many workers as before."""
+        """As :meth:`RowFeed.load_state_dict`."""
         self.feed.load_state_dict(state)
         self._batches = self.feed.batches(self.workers)
 
@@ -424,9 +426,10 @@ class ActivationBuffer(Iterator[torch.Tensor]):
         return {"activations": "actcache", **self.feed.state_dict()["feed"]}
 
 
-def _position(epoch: int, following: int = 0, workers: int = 1, worker: int | None = None) -> dict[str, Any]:
-    """Where an iteration stands: which batch of the epoch is next, and of which workers."""
-    return {"epoch": epoch, "next": following, "workers": workers, "worker": worker}
+def _position(epoch: int, batches: int = 0, worker: list[int] | None = None, drawn: int = 0) -> dict[str, Any]:
+    """Where an iteration stands: how many batches of the epoch all ranks have fed; of one worker of some, how many they
+    had fed when it began, its number, how many workers there are, and how many batches it has drawn."""
+    return {"epoch": epoch, "batches": batches, "worker": worker, "drawn": drawn}
 
 
 def _known(what: str, known: list[Any], asked: Sequence[Any] | None) -> list[Any]:
