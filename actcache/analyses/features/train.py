@@ -25,12 +25,14 @@ from actcache.analyses.features.crosscoder import Crosscoder, crosscoder_folder,
 from actcache.analyses.features.step import SITE, Step, blocks_of, open_corpus, records_of
 from actcache.analyses.features.trainer import STATE, Recipe, Trainer, check_same
 from actcache.errors import CorruptFileError, InputError
-from actcache.files import locked, make_folder, write_atomically
+from actcache.files import make_folder, write_atomically
 from actcache.progress import OnProgress, Tally, untold
 from actcache.sealed import Sealed, parquet_bytes
 from actcache.store import Store
+from actcache.store.claims import Claims
 from actcache.store.corpus import TRAIN
 from actcache.store.feed import RowFeed
+from actcache.store.storage import open_storage
 from actcache.study.analysis import option
 from actcache.study.dealt import Outlay
 from actcache.study.run_folder import RunFolder
@@ -227,7 +229,7 @@ class Train(Step[TrainOptions]):
 def _train(place: Path, feed: RowFeed, recipe: Recipe, device: str, save_every: int, tally: Tally) -> None:
     """Train one block, unless it is trained; one process at a time, as two would remove each other's files."""
     make_folder(place)
-    with locked(place / STATE):
+    with Claims(open_storage(place)) as claims, claims.alone(STATE):
         trainer = Trainer(feed, recipe, device)
         if _is_whole(place):
             check_same(describe(place).made_from.get("training", {}), trainer.identity, place)
