@@ -12,7 +12,7 @@ from obstore.exceptions import AlreadyExistsError, GenericError
 
 from actcache.testing.clock import Clock
 from actcache.testing.faults import Faults
-from actcache.testing.memory import Listed, MemoryObjects, folded
+from actcache.testing.memory import Got, Listed, MemoryObjects, folded
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -87,12 +87,12 @@ class SimulatedObjects:
     def get(self, path: str) -> Any:
         """As obstore's."""
         found = self._call("get", path, lambda: self.inner.get(path))
-        return found._replace(data=_changed(found.data)) if self._breaks("bits") else found
+        return Got(_changed(bytes(found.bytes())), found.meta) if self._breaks("bits") else found
 
     def get_ranges(self, path: str, *, starts: Sequence[int], ends: Sequence[int]) -> Any:
         """As obstore's."""
         found = self._call("get", path, lambda: self.inner.get_ranges(path, starts=starts, ends=ends))
-        return [_changed(part) for part in found] if self._breaks("bits") else found
+        return [_changed(bytes(part)) for part in found] if self._breaks("bits") else found
 
     def head(self, path: str) -> Any:
         """As obstore's."""
