@@ -35,6 +35,7 @@ from measure import median, print_result, timed
 from actcache.canonical import digest_of
 from actcache.store import Place, SegmentData, StoreWriter, layout, open_store
 from actcache.store.commit_record import encode_record
+from actcache.store.records import read_fingerprint
 from actcache.store.rollup import write_rollup
 from actcache.store.storage import Storage, open_storage
 
@@ -178,7 +179,7 @@ def content(place: Place) -> tuple[Any, ...]:
 
 def roll(storage: Storage, kept: Path) -> None:
     """Write the roll-up of a store, and take it away."""
-    write_rollup(storage, open_store(storage).fingerprint)
+    write_rollup(storage, read_fingerprint(storage))
     os.replace(Path(str(storage)) / layout.ROLLUP, kept)
 
 
@@ -205,7 +206,7 @@ def on_a_server(n: int) -> dict[str, dict[str, Any]]:
         ways: dict[str, dict[str, Any]] = {}
         for way in ("records", "roll-up"):
             if way == "roll-up":
-                write_rollup(storage, open_store(url).fingerprint)
+                write_rollup(storage, read_fingerprint(storage))
                 if content(url) != plain:
                     sys.exit("the roll-up on the server gives another store; no figures")
             requests.clear()

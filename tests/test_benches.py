@@ -49,6 +49,15 @@ def test_a_large_prompts_file_at_a_small_size(benches, forking, capfd):
     assert set(result["ways"]) == {"loads", "read", "csv", "parquet", "capture", "plan"}
 
 
+def test_opening_many_segments_at_a_small_size(benches, capfd):
+    pytest.importorskip("moto")
+    assert importlib.import_module("bench_open").main(["--smoke"]) == 0
+    result = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert set(result["ways"]) == {"nothing", "records", "roll-up", "stale"}
+    requests = {way: found["requests"] for way, found in result["far"].items()}
+    assert requests["records"] > result["far_segments"] > 6 >= requests["roll-up"]
+
+
 @pytest.mark.parametrize("window", [None, 3])
 def test_the_rival_of_packed_attention_computes_the_same(window, monkeypatch):
     monkeypatch.syspath_prepend(BENCHES)
