@@ -135,7 +135,7 @@ def turned_round(parts: Sequence[Any]) -> Any:
 
 PLANTED = {  # what is said of it, what is put where, and seeds that find it on a disk and on an object store
     "taken name": ("is committed already", taken_name, ["compact._free_name"], 20, 15),
-    "one listing": ("lost", one_listing, [f"{one}.read_records" for one in ("compact", "reader", "writer")], 71, 26),
+    "one listing": ("lost", one_listing, [f"{one}.read_records" for one in ("compact", "reader", "writer")], 11, 26),
     "keeps": ("twice", Keeping, ["compact.StoreWriter"], 0, 9),
     "turned round": ("not that of one writer|is another row", turned_round, ["compact.merge"], 0, 0),
 }
