@@ -39,7 +39,7 @@ from actcache.store.records import read_fingerprint
 from actcache.store.rollup import write_rollup
 from actcache.store.storage import Storage, open_storage
 
-FINGERPRINT = {
+FINGERPRINT: dict[str, Any] = {
     "checkpoints": {"pt": {"weights": "a"}, "it": {"weights": "b"}},
     "pair": ["pt", "it"],
     "dtype": "bfloat16",

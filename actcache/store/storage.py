@@ -324,11 +324,11 @@ class LocalStorage:
         Raises:
             InputError: it does not lie below the root, or a folder on the way is a link, which would lead elsewhere.
         """
-        folder = str(self.root)
+        path, folder = self._at(key), str(self.root)
         for part in PurePosixPath(key).parts[:-1]:
             folder = os.path.join(folder, part)
             check_own_folder(folder)
-        return self._at(key)
+        return path
 
     @contextmanager
     def _open(self, key: str) -> Iterator[int]:

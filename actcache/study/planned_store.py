@@ -25,6 +25,7 @@ from actcache.models.lineup import Lineup
 from actcache.prompts import Prompt
 from actcache.schema import EVENTS, FIRST_DIVERGENCE, SEGMENT, arrow_type
 from actcache.store import Segment, Store, layout
+from actcache.store.commit_record import CommitRecord
 from actcache.store.selection import Events
 from actcache.study.cells import Finished, Scored
 from actcache.study.plan import Assumptions
@@ -45,8 +46,8 @@ class PlannedStore(Store):
         for name, n_events, lengths in segments:
             start = len(self)
             counts = {"n_events": n_events, "n_tokens": sum(lengths), "n_sequences": len(lengths), "n_excluded": 0}
-            record = {"segment": name, "folder": name, "record": "", "replaces": [], **counts}
-            record["parts"] = []
+            said = {"segment": name, "folder": name, "record": "", "replaces": [], "parts": [], **counts}
+            record = CommitRecord(said, "")
             segment = Segment(self.storage, range(start, start + n_events), record, fingerprint)
             segment._row_offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
             self.segments.append(segment)
