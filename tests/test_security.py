@@ -15,8 +15,9 @@ from stores import FINGERPRINT, SEGMENTS, write_store
 import actcache
 from actcache.cli import main
 from actcache.errors import CorruptStoreError, InputError
-from actcache.store import StoreWriter, layout, open_store
+from actcache.store import StoreWriter, open_store
 from actcache.store.claims import Claims
+from actcache.store.commit_record import encode_record
 from actcache.store.far_path import check_address, path_at, without_secrets
 from actcache.store.patience import Patience
 from actcache.store.storage import LocalStorage, open_storage
@@ -252,7 +253,7 @@ def test_a_record_names_no_folder_but_its_own(folder, tmp_path):
     path = tmp_path / "store" / "commits" / "s-0.json"
     record = json.loads(path.read_bytes())
     del record["crc32c"]
-    path.write_bytes(layout.encode_record(record | {"folder": folder}))
+    path.write_bytes(encode_record(record | {"folder": folder}))
     with pytest.raises(CorruptStoreError, match="folder"):
         open_store(tmp_path / "store")
 

@@ -298,13 +298,14 @@ class Cluster(Runner):
         from ray.util.placement_group import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        n_gpus, strategy = self._shape.n_gpus, "SPREAD"
+        n_gpus = self._shape.n_gpus
+        strategy: Any = "SPREAD"
         if n_gpus > 1:  # of one machine
             self._groups.append(placement_group([{"GPU": n_gpus}], strategy="STRICT_PACK"))
             strategy = PlacementGroupSchedulingStrategy(self._groups[-1])
         options: dict[str, Any] = {"num_cpus": 0, "num_gpus": n_gpus, "scheduling_strategy": strategy}
         # No call is made again by Ray but the first: it waits until the worker is there, or there again.
-        kind = ray.remote(_actor_class(ray, self.worker))
+        kind: Any = ray.remote(_actor_class(ray, self.worker))
         return kind.options(**options, max_concurrency=IN_FLIGHT, max_restarts=-1, max_task_retries=0).remote(
             self._shape.threads
         )
