@@ -186,7 +186,7 @@ def test_commands_that_are_not_run_are_none_that_fail_at_once():
 
 def test_every_kind_of_block_is_known():
     for blocks in BLOCKS.values():
-        assert {block.kind for block in blocks} <= {"sh", "python", "toml", "json", "jsonl"}
+        assert {block.kind for block in blocks} <= {"sh", "python", "toml", "json", "jsonl", "yaml"}
     assert any(block.kind == "python" and not block.needs for block in BLOCKS[ROOT / "README.md"])
 
 

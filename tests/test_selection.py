@@ -220,8 +220,9 @@ def test_where_a_feed_of_a_site_stood_is_no_place_in_another(store):
         RowFeed(store, site="mlp", boundaries=[4]).load_state_dict(at["attention"])
     state = RowFeed(store, boundaries=[1])
     earlier = state.state_dict()
-    del earlier["feed"]["site"]  # as an earlier version wrote it
-    state.load_state_dict(earlier)
+    del earlier["feed"]["site"], earlier["feed"]["order"]  # as an earlier version wrote it
+    with pytest.raises(IncompatibleError, match="of another version of actcache, whose epochs have another order"):
+        state.load_state_dict(earlier)
 
 
 @pytest.mark.parametrize(

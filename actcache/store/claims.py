@@ -40,6 +40,8 @@ _RESOLUTION_S = 1.0  # of the times that object stores give
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 _TRIES = 20  # to create a file in a folder that others make and remove
 
+_CLAIM = re.compile(r"[^.].*\.[0-9]{1,6}")
+
 Unit = TypeVar("Unit")
 
 
@@ -87,6 +89,7 @@ class Claims:
             self._thread.join()
         for name in list(self._held):
             self.let_go(name)
+        self._sweep()
         if self._asked_time:
             self._forget(f".now-{self.who}")
         with contextlib.suppress(OSError):
@@ -214,6 +217,15 @@ class Claims:
     def _keep_renewing(self) -> None:
         while not self._ended.wait(self._lease_s / _RENEWALS):
             self.renew()
+
+    def _sweep(self) -> None:
+        """Remove what dead processes left, which no one else might ever ask for: each is taken over, and let go."""
+        with contextlib.suppress(OSError):
+            left = {file.rpartition(".")[0] for file in self._storage.names(self._folder) if _CLAIM.fullmatch(file)}
+            now = self._now() if left else None
+            for name in sorted(left):
+                if self.claim(name, now):
+                    self.let_go(name)
 
     def _create(self, name: str, number: int) -> bool:
         """Whether this process creates a claim, which nobody has."""

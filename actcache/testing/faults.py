@@ -30,6 +30,9 @@ def without_tokens(key: str) -> str:
     return _TOKEN.sub("*", key)
 
 
+_COUNTING = threading.Lock()  # one for all, so that faults are plain data
+
+
 @dataclass(eq=False)
 class Faults:
     """Which calls meet which fault.
@@ -50,13 +53,12 @@ class Faults:
     planned: dict[tuple[str, str], list[str]] = field(default_factory=dict)
     met: Counter[str] = field(default_factory=Counter)
     _made: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def next(self, method: str, key: str) -> str | None:
         """The fault of this call, if it meets one."""
         if not self.planned and not self.rates:
             return None
-        with self._lock:
+        with _COUNTING:
             key = without_tokens(key)
             fault = self._planned(method, key) or self._drawn(method, key)
             if fault is not None:
