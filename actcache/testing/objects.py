@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from obstore.exceptions import AlreadyExistsError, GenericError
@@ -32,7 +31,6 @@ _SHARE_BROKEN = 0.2  # of the puts or reads that a promise is about
 _CALL_S, _TIMEOUT_S = 0.02, 30.0
 
 
-@dataclass(eq=False)
 class SimulatedObjects:
     """The methods of an obstore store, with faults; ``open_store`` and ``StoreWriter`` take it for one.
 
@@ -46,20 +44,25 @@ class SimulatedObjects:
         lists_late: a listing that is broken shows what there was so many calls ago.
     """
 
-    faults: Faults = field(default_factory=Faults)
-    inner: MemoryObjects | ObjectStore = field(default_factory=MemoryObjects)
-    clock: Clock = field(default_factory=Clock)
-    late_calls: int = 40
-    busy_s: float = 3.0
-    broken: set[str] = field(default_factory=set)
-    lists_late: int = 40
-    _later: _Later = field(default_factory=list)
-    _history: _History = field(default_factory=list)
-    _n_calls: int = 0
-    _busy_until: float = 0.0
-    _lock: threading.RLock = field(default_factory=threading.RLock)
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        faults: Faults | None = None,
+        inner: MemoryObjects | ObjectStore | None = None,
+        clock: Clock | None = None,
+        *,
+        late_calls: int = 40,
+        busy_s: float = 3.0,
+        broken: Iterable[str] = (),
+        lists_late: int = 40,
+    ) -> None:
+        """With these attributes; None is a new one of its kind: no faults, no objects, a clock at its beginning."""
+        self.faults, self.clock = faults or Faults(), clock or Clock()
+        self.inner: MemoryObjects | ObjectStore = MemoryObjects() if inner is None else inner
+        self.late_calls, self.busy_s, self.broken, self.lists_late = late_calls, busy_s, set(broken), lists_late
+        self._later: _Later = []
+        self._history: _History = []
+        self._n_calls, self._busy_until = 0, 0.0
+        self._lock = threading.RLock()
         self._rng = random.Random(self.faults.seed)  # of broken promises
         if isinstance(self.inner, MemoryObjects):
             self.inner.clock = self.clock
