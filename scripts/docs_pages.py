@@ -225,6 +225,18 @@ def _store(result: Mapping[str, Any]) -> str:
     return table(["GB/s of states", "write", "random events", "sequential", "actcache is faster by"], rows)
 
 
+def _open(result: Mapping[str, Any]) -> str:
+    ways, imports = result["ways"], result["ways"]["nothing"]["peak_bytes"]
+    near = [
+        [name, _seconds(of["seconds"]), f"{(of['peak_bytes'] - imports) / 1e6:,.0f} MB"]
+        for name, of in ways.items()
+        if name != "nothing"
+    ]
+    far = [[name, _seconds(of["seconds"]), f"{of['requests']:,}"] for name, of in result["far"].items()]
+    local = table([f"{result['segments']:,} segments on a disk", "time", "memory above the imports"], near)
+    return f"{local}\n\n" + table([f"{result['far_segments']:,} segments on S3", "time", "requests"], far)
+
+
 def _store_chunks(result: Mapping[str, Any]) -> str:
     rows = [
         [kib, f"{of['ratio']:.3f}", *(f"{of[what] / 1e9:.2f}" for what in ("write", "random", "sequential"))]
@@ -323,6 +335,7 @@ _TITLES = {
     "map": "A patching map beside hooks, nnsight and TransformerLens",
     "replay": "Replay beside its multiply-adds",
     "store": "Writing and reading a store",
+    "open": "Opening a store of many segments",
     "store_chunks": "Sizes of chunks",
     "codec": "Codecs on bf16 states",
     "gather": "Gathering rows",
@@ -337,6 +350,7 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "map": _workloads,
     "replay": _workloads,
     "store": _store,
+    "open": _open,
     "store_chunks": _store_chunks,
     "codec": lambda result: _named_tables(result, "states", _codec),
     "gather": lambda result: _named_tables(result, "layouts", lambda of: _rates(of, "percent_of_memcpy")),
