@@ -95,10 +95,7 @@ def run_stability(
             continue
         events = [chosen[index] for index in spread(len(chosen), n_wanted)]
         rows = check_stability(store, load, [dtype], max_tokens=max_tokens, events=events, tally=tally, say=say)
-        with (
-            Claims(open_storage(path.parent)) as claims,
-            claims.alone(path.name),
-        ):
+        with Claims(open_storage(path.parent)) as claims, claims.alone(path.name):
             # Another check may have written another dtype meanwhile.
             found = read_sealed(store, path)
             of_dtype = {name: found.content.filter(pc.equal(found.content["dtype"], name)) for name in DTYPES}

@@ -11,11 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from actcache.analyses import ANALYSES, STEPS, STEPS_IN_WORDS, Named
-from actcache.cli.arguments import (
-    Verbs,
-    add_verb,
-    holding_asked,
-)
+from actcache.cli.arguments import Verbs, add_verb, holding_asked
 from actcache.cli.captured import add_captured_arguments, moved
 from actcache.cli.memory import enough_memory
 from actcache.cli.parser import WHAT, Parser, place

@@ -8,13 +8,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from actcache.cli.arguments import (
-    capture_settings,
-    checkpoints_given,
-    holding_asked,
-    positive,
-    rendering_asked,
-)
+from actcache.cli.arguments import capture_settings, checkpoints_given, holding_asked, positive, rendering_asked
 from actcache.cli.memory import LESS_MODEL, enough_memory
 from actcache.cli.runners import runner_asked
 from actcache.cli.terminal import LiveLine, quiet_libraries, say

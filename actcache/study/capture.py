@@ -9,7 +9,6 @@ import functools
 import itertools
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -358,11 +357,7 @@ def capture(
 
     left = [name for name, _ in shards if name not in committed]
     if elsewhere is None:
-        with _shared(writer, left, str, lambda name: len(segments[name]), tally) as rounds:
-            for free in rounds:
-                with BackgroundWriter(writer) as background:
-                    engine.between = background.check
-                    engine.complete(jobs(free), functools.partial(_commit, engine, background), tally.add)
+        _complete(engine, writer, left, str, lambda name: len(segments[name]), jobs, tally)
         searched = engine.searched
     else:
         held = held or Held(lineup, Holding(settings.device))
@@ -395,11 +390,7 @@ def capture(
         def name_of(job: RowsJob) -> str:
             return name_of_addition(lacking[job.segment], missing[job.segment])
 
-        with _shared(writer, [*rows.values()], name_of, lambda job: job.n_units, tally) as rounds_of_rows:
-            for free_rows in rounds_of_rows:
-                with BackgroundWriter(writer) as background:
-                    engine.between = background.check
-                    engine.complete(free_rows, functools.partial(_commit, engine, background), tally.add)
+        _complete(engine, writer, [*rows.values()], name_of, lambda job: job.n_units, lambda free: free, tally)
     else:
         elsewhere.capture(stage, [*rows], lambda names: [rows[name] for name in names], tally.add)
     return searched
@@ -415,21 +406,26 @@ def _rows_job(segment: Segment, missing: Mapping[str, Sequence[int]]) -> RowsJob
     )
 
 
-@contextmanager
-def _shared(
+def _complete(
+    engine: LocalCapture,
     writer: StoreWriter,
     units: Sequence[Unit],
     name: Callable[[Unit], str],
     size: Callable[[Unit], int],
+    jobs: Callable[[Iterator[Unit]], Iterable[CaptureJob | RowsJob]],
     tally: Tally,
-) -> Iterator[Iterator[Iterator[Unit]]]:
-    """A context that yields what shall be committed, by names, in rounds: see :meth:`Claims.rounds`."""
+) -> None:
+    """Run the jobs of these units here and commit what they give, each by its name, in rounds that other processes
+    share: see :meth:`Claims.rounds`."""
 
     def is_done(unit: Unit) -> bool:
         return writer.storage.size(commit_key(name(unit))) is not None
 
     with Claims(writer.storage) as claims:
-        yield claims.rounds(units, name, is_done, tally.add, lambda unit: tally.add(found=size(unit)))
+        for free in claims.rounds(units, name, is_done, tally.add, lambda unit: tally.add(found=size(unit))):
+            with BackgroundWriter(writer) as background:
+                engine.between = background.check
+                engine.complete(jobs(free), functools.partial(_commit, engine, background), tally.add)
 
 
 def load_backbone(lineup: Lineup, label: str, settings: CaptureSettings, device: str | None = None) -> Backbone:
